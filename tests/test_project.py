@@ -1,0 +1,135 @@
+"""The project itself: names, versions, imports, and the helpers that other tests stand on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import models, real_models
+
+ROOT = Path(__file__).parents[1]
+
+
+def _modules_after(*imports: str) -> set[str]:
+    """The modules that a fresh interpreter holds after these imports."""
+    code = f"import json, sys, {', '.join(imports)}; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_versions_agree() -> None:
+    import qkvnorm_lens
+
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert declared
+    assert importlib.metadata.version("qkvnorm-lens") == declared[1]
+    assert qkvnorm_lens.__version__ == declared[1]
+
+
+def test_the_entry_point_is_found_by_transformer_lens() -> None:
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+
+    (entry,) = importlib.metadata.entry_points(group="transformer_lens.architectures")
+    ArchitectureAdapterFactory.discover_entry_points()  # a failure there is a warning: an error
+    assert ArchitectureAdapterFactory._adapters[entry.name] is entry.load()
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    assert not {"torch", "transformer_lens"} & _modules_after("qkvnorm_lens.cli")
+
+
+def test_hooks_leaves_plotting_alone() -> None:
+    loaded = _modules_after("hooks")
+    assert not {"matplotlib", "plotly", "circuitsvis", "qkvnorm_lens"} & loaded
+
+
+def test_the_installed_command_answers_help() -> None:
+    command = Path(sys.executable).with_name("qkvnorm-lens")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "probe" in done.stdout
+
+
+@pytest.mark.parametrize("file", ["README.md", ".ci/run"])
+def test_named_make_targets_exist(file: str) -> None:
+    named = set(re.findall(r"^\s*make ([\w-]+)", (ROOT / file).read_text(), re.M))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert named
+    assert named <= targets
+
+
+@pytest.mark.parametrize("kind", models.TINY)
+def test_tiny_models_have_sparse_rows(kind: str) -> None:
+    model = models.TINY[kind]()
+    _, cache = model.run_with_cache(models.tokens())
+    for layer in range(model.cfg.n_layers):
+        best = cache[f"blocks.{layer}.attn.hook_pattern"][:, :, 1:].amax(-1)
+        assert (best >= 0.95).float().mean() >= 0.1
+
+
+@pytest.mark.parametrize("kind", models.TINY)
+def test_tiny_models_are_reproducible_and_leave_the_random_state(kind: str) -> None:
+    before = torch.get_rng_state()
+    first, second = models.TINY[kind](seed=1), models.TINY[kind](seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first(models.tokens()), second(models.tokens()))
+    assert not torch.equal(first(models.tokens()), models.TINY[kind](seed=2)(models.tokens()))
+
+
+def test_wrong_shapes_are_caught(tmp_path: Path) -> None:
+    """The import hook of conftest is installed, and covers both packages."""
+    from jaxtyping import TypeCheckError, install_import_hook
+
+    (tmp_path / "shape_probe.py").write_text(
+        "from jaxtyping import Float\n"
+        "from torch import Tensor\n"
+        "def same(a: Float[Tensor, 'n'], b: Float[Tensor, 'n']) -> None: ...\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with install_import_hook("shape_probe", "beartype.beartype"):
+            import shape_probe  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(tmp_path))
+    with pytest.raises(TypeCheckError):
+        shape_probe.same(torch.zeros(2), torch.zeros(3))
+
+
+@pytest.mark.real_model
+def test_smollm2_speaks_english(smollm2, prompts) -> None:  # type: ignore[no-untyped-def]
+    text = smollm2.generate(
+        "The capital of France is", max_new_tokens=1, do_sample=False, verbose=False
+    )
+    assert text == "The capital of France is Paris"
+    assert all(smollm2.to_tokens(p).shape[1] > 128 for p in prompts)
+
+
+@pytest.mark.real_model
+def test_gpt2_loads_by_its_name_offline(gpt2_hub, prompts) -> None:  # type: ignore[no-untyped-def]
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model = TransformerBridge.boot_transformers("gpt2")
+    assert model.to_str_tokens("to the store") == ["<|endoftext|>", "to", " the", " store"]
+    lengths = [model.to_tokens(p).shape[1] for p in prompts]
+    assert len(lengths) == 8
+    assert min(lengths) > 128
+    tokens = torch.cat([model.to_tokens(p)[:, :128] for p in prompts[:2]])
+    _, cache = model.run_with_cache(tokens)
+    best = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"].amax(-1) for i in range(12)])
+    assert (best[..., 1:] >= 0.95).float().mean() > 0.3
+
+
+def test_missing_real_models_fail_by_name(monkeypatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from tests.conftest import _built
+
+    monkeypatch.setenv("QKVNORM_LENS_CACHE", str(tmp_path))
+    with pytest.raises(pytest.fail.Exception, match="make real-model"):
+        _built(real_models.smollm2_path())
