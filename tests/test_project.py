@@ -58,9 +58,11 @@ def test_the_installed_command_answers_help() -> None:
     assert "probe" in done.stdout
 
 
-@pytest.mark.parametrize("file", ["README.md", ".ci/run"])
-def test_named_make_targets_exist(file: str) -> None:
-    named = set(re.findall(r"^\s*make ([\w-]+)", (ROOT / file).read_text(), re.M))
+@pytest.mark.parametrize(
+    ("file", "call"), [("README.md", r"^\s*(?:\$ )?make ([\w-]+)"), (".ci/run", r"^step ([\w-]+)")]
+)
+def test_named_make_targets_exist(file: str, call: str) -> None:
+    named = set(re.findall(call, (ROOT / file).read_text(), re.M))
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert named
     assert named <= targets
@@ -112,6 +114,7 @@ def test_smollm2_speaks_english(smollm2, prompts) -> None:  # type: ignore[no-un
     assert all(smollm2.to_tokens(p).shape[1] > 128 for p in prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_gpt2_loads_by_its_name_offline(gpt2_hub, prompts) -> None:  # type: ignore[no-untyped-def]
     from transformer_lens.model_bridge import TransformerBridge

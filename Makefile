@@ -1,0 +1,59 @@
+# Every target sets up what it needs: .venv, and for the tests two models in a cache
+# (QKVNORM_LENS_CACHE, by default qkvnorm-lens in the user's cache directory).
+
+PYTHON ?= python3
+# Another build of torch: make TORCH=torch==2.12.1 PINS=
+TORCH ?= torch==2.13.0
+PINS ?= -c constraints.txt
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SETUP := .venv/installed
+
+.PHONY: help setup probe test slow lint format real-model benchmarks clean
+
+help:
+	@echo "make probe       which heads of the shipped model lose their token at which noise"
+	@echo "make test        fast tests and a real-model smoke test"
+	@echo "make slow        the slow tests"
+	@echo "make lint        ruff and mypy;  make format rewrites"
+	@echo "make real-model  fetch and convert the models that the tests read"
+	@echo "make benchmarks  time and memory"
+	@echo "make clean       remove what the tools leave behind; the environment stays"
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q $(PINS) "$(TORCH)"
+	$(PIP) install -q $(PINS) -e ".[dev]"
+	touch $@
+
+probe: $(SETUP)
+	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens probe $(ARGS)
+
+test: real-model
+	$(BIN)/pytest -m "not slow" --durations=5 $(ARGS)
+
+slow: real-model
+	$(BIN)/pytest -m slow --durations=10 $(ARGS)
+
+lint: $(SETUP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+real-model: $(SETUP)
+	$(BIN)/python -m tests.real_models
+
+benchmarks: real-model
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
