@@ -1,0 +1,259 @@
+"""Attention with No-Norm, Pre-Norm or QKV-Norm, composed of the same small parts.
+
+    q = W_Q x    k_t = W_K y_t    v_t = W_V y_t    a = softmax_t(c q.k_t)    x <- x + W_O sum_t a_t v_t
+
+Menary et al. 2024 (arXiv 2406.17837), Section 2. With n(z) = sqrt(dim) z / |z|, a block reads
+
+    No-Norm     q = W_Q x                     k and v alike
+    Pre-Norm    q = W_Q (g_q * n(x))          k and v alike, each with its own gain
+    QKV-Norm    q = g_q * n(W_Q x)            k and v alike, head by head
+
+so that a placement only says which parts are empty: see `block_norm`, `input_part`, `head_part`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import nn
+
+from qkvnorm_lens.config import QKVNormConfig
+from qkvnorm_lens.norms import Calibrated, Gain, Norm
+
+Tap = Callable[[str, torch.Tensor], torch.Tensor]
+"""Is shown each intermediate value under its hook's name, and says what to go on with."""
+
+
+def no_tap(name: str, value: torch.Tensor) -> torch.Tensor:
+    """The tap of a model that nobody watches."""
+    return value
+
+
+def block_norm(cfg: QKVNormConfig) -> nn.Module:
+    """What stands before attention: a norm under Pre-Norm, nothing under the other two."""
+    if cfg.placement != "pre" or cfg.norm is None:
+        return nn.Identity()
+    gain = (cfg.d_model,) if cfg.norm.gains == "shared" else None
+    return Norm(cfg.norm.kind, gain=gain, eps=cfg.eps)
+
+
+def input_part(cfg: QKVNormConfig) -> nn.Sequential:
+    """What stands between the block's norm and one of W_Q, W_K, W_V: Pre-Norm's separate gain."""
+    parts: list[nn.Module] = []
+    if cfg.placement == "pre" and cfg.norm is not None and cfg.norm.gains == "separate":
+        parts.append(Gain(cfg.d_model))
+    if cfg.calibrated:
+        parts.append(Calibrated(1.0))
+    return nn.Sequential(*parts)
+
+
+def head_part(cfg: QKVNormConfig, site: str) -> nn.Sequential:
+    """What stands behind one of W_Q, W_K, W_V: QKV-Norm's norm, over each head or all of them."""
+    if cfg.placement != "qkv" or cfg.norm is None or site not in cfg.norm.on:
+        return nn.Sequential()
+    gain = (cfg.n_heads if site == "q" else cfg.n_kv, cfg.d_head)
+    norm = Norm(
+        cfg.norm.kind,
+        gain=gain if cfg.norm.gains == "separate" else None,
+        dims=1 if cfg.norm.over == "head" else 2,
+        eps=cfg.eps,
+    )
+    return nn.Sequential(norm)
+
+
+def shared_part(cfg: QKVNormConfig) -> Gain | None:
+    """The one gain behind all of QKV-Norm's norms, if they share it."""
+    if cfg.placement != "qkv" or cfg.norm is None or cfg.norm.gains != "shared":
+        return None
+    return Gain(cfg.n_heads, cfg.d_head)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Rotary positions: pairs of components of q and k are turned by an angle p f_i.
+
+    Args:
+        cos: its cosine, for each position and pair.
+        sin: its sine.
+        adjacent: pairs are (2i, 2i + 1); else (i, i + half), as in Hugging Face's Llama.
+    """
+
+    cos: Float[torch.Tensor, "batch pos 1 pair"]
+    sin: Float[torch.Tensor, "batch pos 1 pair"]
+    adjacent: bool
+
+    def __call__(
+        self, x: Float[torch.Tensor, "batch pos head d_head"]
+    ) -> Float[torch.Tensor, "batch pos head d_head"]:
+        """Turn the first 2 x pairs components and pass the rest."""
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+        if self.adjacent:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        else:
+            a, b = turned.chunk(2, -1)
+            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, layer by layer."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __len__(self) -> int:
+        return next(iter(self._layers.values()))[0].shape[2] if self._layers else 0
+
+    def update(
+        self,
+        k: Float[torch.Tensor, "batch kv_head new d_head"],
+        v: Float[torch.Tensor, "batch kv_head new d_head"],
+        layer: int,
+    ) -> tuple[
+        Float[torch.Tensor, "batch kv_head all d_head"],
+        Float[torch.Tensor, "batch kv_head all d_head"],
+    ]:
+        """Append the new tokens' keys and values, and give back all of that layer's."""
+        if layer in self._layers:
+            old_k, old_v = self._layers[layer]
+            k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
+        self._layers[layer] = (k, v)
+        return k, v
+
+
+class Attention(nn.Module):
+    """``z = sum_t softmax_t(c q.k_t) v_t`` and ``W_O z``; Menary et al. 2024, Section 2.
+
+    The `tap` is shown, under these names, what the hooks of a bridge show: ``hook_q_normed``,
+    ``hook_k_normed``, ``hook_v_normed`` (where a norm follows the projection), ``hook_rot_q``,
+    ``hook_rot_k`` (where positions are rotary), all [batch, pos, head, d_head], then
+    ``hook_attn_scores`` (pre-softmax, masked = -inf) and ``hook_pattern``, [batch, head, query, key],
+    which do not exist on sdpa.
+    """
+
+    def __init__(self, cfg: QKVNormConfig, layer: int) -> None:
+        super().__init__()
+        self.layer_idx = layer
+        self.n_heads, self.n_kv_heads, self.d_head = cfg.n_heads, cfg.n_kv, cfg.d_head
+        self.sdpa = cfg.attn_implementation == "sdpa"
+        q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv * cfg.d_head
+        self.q = nn.Linear(cfg.d_model, q_width, bias=cfg.attn_bias)
+        self.k = nn.Linear(cfg.d_model, kv_width, bias=cfg.attn_bias)
+        self.v = nn.Linear(cfg.d_model, kv_width, bias=cfg.attn_bias)
+        self.o = nn.Linear(q_width, cfg.d_model, bias=cfg.attn_bias)
+        self.q_in, self.k_in, self.v_in = input_part(cfg), input_part(cfg), input_part(cfg)
+        self.q_norm, self.k_norm, self.v_norm = (head_part(cfg, s) for s in "qkv")
+        self.gain = shared_part(cfg)
+        self.score_scale = ScoreScale(cfg)
+        self.update = nn.Sequential(*([Calibrated(0.05)] if cfg.calibrated else []))
+
+    def forward(
+        self,
+        hidden_states: Float[torch.Tensor, "batch pos d_model"],
+        visible: Bool[torch.Tensor, "#batch 1 pos key"] | None = None,
+        rotation: Rotation | None = None,
+        past_key_values: KVCache | None = None,
+        tap: Tap = no_tap,
+    ) -> Float[torch.Tensor, "batch pos d_model"]:
+        """One layer's update of the residual stream.
+
+        Args:
+            hidden_states: the block's input, normed under Pre-Norm.
+            visible: which keys each query sees; None, on sdpa only, for plain causal.
+            rotation: rotary positions of the new tokens.
+            past_key_values: earlier tokens' keys and values, to which the new ones are added.
+            tap: is shown the intermediate values.
+        """
+        x = hidden_states
+        q = self._after(tap, "q", self.q_norm, self.q(self.q_in(x)), rotation)
+        k = self._after(tap, "k", self.k_norm, self.k(self.k_in(x)), rotation)
+        v = self._after(tap, "v", self.v_norm, self.v(self.v_in(x)), None)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        repeats = self.n_heads // self.n_kv_heads
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        z = self._sdpa(q, k, v, visible) if self.sdpa else self._eager(q, k, v, visible, tap)
+        out: torch.Tensor = self.update(self.o(z.transpose(1, 2).flatten(-2)))
+        return out
+
+    def _after(
+        self,
+        tap: Tap,
+        site: str,
+        norm: nn.Sequential,
+        projected: Float[torch.Tensor, "batch pos width"],
+        rotation: Rotation | None,
+    ) -> Float[torch.Tensor, "batch pos head d_head"]:
+        x = projected.unflatten(-1, (-1, self.d_head))
+        if len(norm):
+            x = norm(x) if self.gain is None else self.gain(norm(x))
+            x = tap(f"hook_{site}_normed", x)
+        if rotation is not None:
+            x = tap(f"hook_rot_{site}", rotation(x))
+        return x
+
+    def _eager(
+        self,
+        q: Float[torch.Tensor, "batch head pos d_head"],
+        k: Float[torch.Tensor, "batch head key d_head"],
+        v: Float[torch.Tensor, "batch head key d_head"],
+        visible: Bool[torch.Tensor, "#batch 1 pos key"] | None,
+        tap: Tap,
+    ) -> Float[torch.Tensor, "batch head pos d_head"]:
+        if visible is None:
+            raise ValueError("visible: eager attention wants to be told which keys are seen")
+        scores = self.score_scale(q @ k.transpose(-1, -2), visible)
+        scores = tap("hook_attn_scores", scores.masked_fill(~visible, -torch.inf))
+        # A row that sees no key would be 0/0, also in the gradient: give it scores, then no weight.
+        blind = ~visible.any(-1, keepdim=True)
+        pattern = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+        return tap("hook_pattern", pattern.to(v.dtype)) @ v
+
+    def _sdpa(
+        self,
+        q: Float[torch.Tensor, "batch head pos d_head"],
+        k: Float[torch.Tensor, "batch head key d_head"],
+        v: Float[torch.Tensor, "batch head key d_head"],
+        visible: Bool[torch.Tensor, "#batch 1 pos key"] | None,
+    ) -> Float[torch.Tensor, "batch head pos d_head"]:
+        q = self.score_scale(q)  # the scale belongs to the scores, and q is what it can be given to
+        if visible is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+        blind = ~visible.any(-1, keepdim=True)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, scale=1.0)
+        return z.masked_fill(blind, 0.0)
+
+
+class ScoreScale(nn.Module):
+    """``w -> c w``: c = 1/sqrt(d_head), 1, calibrated once to a standard deviation of 0.1, or learned.
+
+    Menary et al. 2024 calibrate; a learned c is one inverse temperature per head.
+    """
+
+    def __init__(self, cfg: QKVNormConfig) -> None:
+        super().__init__()
+        self.constant = cfg.d_head**-0.5 if cfg.score_scale == "inv_sqrt" else 1.0
+        self.calibrated = Calibrated(0.1) if cfg.score_scale == "calibrated" else None
+        self.log_scale: nn.Parameter | None = None
+        if cfg.score_scale == "learned":
+            self.log_scale = nn.Parameter(torch.full((cfg.n_heads, 1, 1), cfg.d_head**-0.5).log())
+
+    def forward(
+        self,
+        x: Float[torch.Tensor, "batch head pos any"],
+        where: Bool[torch.Tensor, "#batch 1 pos any"] | None = None,
+    ) -> Float[torch.Tensor, "batch head pos any"]:
+        """Multiply; `where` says which scores count when the scale is being calibrated."""
+        if self.calibrated is not None:
+            x = self.calibrated(x, where)
+        if self.log_scale is not None:
+            x = x * self.log_scale.exp().to(x.dtype)
+        return x if self.constant == 1.0 else x * self.constant

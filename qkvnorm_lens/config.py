@@ -1,0 +1,349 @@
+"""Configurations of No-Norm, Pre-Norm and QKV-Norm transformers.
+
+TransformerLens's fields, and few of ours. Menary et al. 2024 (arXiv 2406.17837): Section 2 for the
+placements, the appendix on training for the sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Any, Final, Literal, get_args
+
+import torch
+from transformer_lens.config import TransformerBridgeConfig
+
+ARCHITECTURE: Final = "QKVNormTransformer"
+
+Placement = Literal["none", "pre", "qkv"]
+NormKind = Literal["rms", "layer"]
+NormOver = Literal["input", "head", "projection"]
+Gains = Literal["none", "shared", "separate"]
+ScoreScale = Literal["inv_sqrt", "none", "calibrated", "learned"]
+ACTIVATIONS: Final = ("relu", "gelu", "gelu_new", "silu")
+POSITIONS: Final = ("standard", "sinusoidal", "rotary", "none")
+
+# What TransformerLens's own configuration lets one say and this architecture does (`device`, `dtype`,
+# names and tokenizer fields apart). Every other field must keep its default: accepting a field and
+# ignoring it would be a wrong model without a word.
+_HONOURED: Final = frozenset(
+    "d_model d_head n_layers n_ctx n_heads d_vocab d_vocab_out d_mlp n_key_value_heads attn_only act_fn "
+    "eps normalization_type attention_dir window_size positional_embedding_type rotary_base rotary_dim "
+    "rotary_adjacent_pairs attn_implementation seed initializer_range init_weights dtype device "
+    "model_name default_prepend_bos tokenizer_prepends_bos tokenizer_appends_eos "
+    "default_padding_side tokenizer_name".split()
+)
+
+
+def _one_of(name: str, value: object, valid: Sequence[object]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name}: wanted one of {list(valid)}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSpec:
+    """The norm of the attention: RMSNorm(z; g) = sqrt(n) g z / |z|; LayerNorm takes the mean away first.
+
+    Menary et al. 2024, Section 2.
+
+    Args:
+        kind: ``"rms"`` or ``"layer"`` (neither has a bias).
+        over: the block's ``"input"`` (Pre-Norm), each ``"head"``, or the whole ``"projection"`` (then all
+            heads of a token share one factor, as in OLMo 2).
+        gains: learned gains: ``"none"``, one ``"shared"`` by q, k and v, or ``"separate"`` ones.
+        on: which of q, k and v are normed; ``"qk"`` is QK-norm.
+    """
+
+    kind: NormKind = "rms"
+    over: NormOver = "head"
+    gains: Gains = "separate"
+    on: str = "qkv"
+
+    def __post_init__(self) -> None:
+        _one_of("NormSpec.kind", self.kind, get_args(NormKind))
+        _one_of("NormSpec.over", self.over, get_args(NormOver))
+        _one_of("NormSpec.gains", self.gains, get_args(Gains))
+        _one_of("NormSpec.on", self.on, ("q", "k", "v", "qk", "qv", "kv", "qkv"))
+        if self.over == "input" and self.on != "qkv":
+            raise ValueError(
+                f'NormSpec.on: a norm over the "input" wants on="qkv", for q, k and v read the same '
+                f"normed input; got {self.on!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sinusoids:
+    """Positions p -> (sin p f_i, cos p f_i) with trainable frequencies f_i, and a random shift of p.
+
+    Menary et al. 2024, appendix on training. The first 2n components of the residual stream are used,
+    the rest get zeros.
+
+    Args:
+        n: frequencies.
+        periods: the shortest and the longest period at the start; the others lie log-spaced between.
+        max_shift: in training, each sequence is shifted by one random integer from 0 to this.
+    """
+
+    n: int = 32
+    periods: tuple[float, float] = (3.0, 1000.0)
+    max_shift: int = 50
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "periods", tuple(self.periods))
+        if self.n < 1 or self.max_shift < 0:
+            raise ValueError(
+                f"Sinusoids: wanted n >= 1 and max_shift >= 0, got n={self.n}, "
+                f"max_shift={self.max_shift}"
+            )
+        if len(self.periods) != 2 or not 0 < self.periods[0] <= self.periods[1]:
+            raise ValueError(
+                f"Sinusoids.periods: wanted 0 < shortest <= longest, got {self.periods!r}"
+            )
+
+
+class QKVNormConfig(TransformerBridgeConfig):
+    """A transformer with No-Norm, Pre-Norm or QKV-Norm attention (Menary et al. 2024, Section 2).
+
+    Everything TransformerLens has a field for is that field, with its name: sizes, `n_key_value_heads`
+    (GQA, MQA), `attn_only`, `act_fn`, `eps`, `seed`, `dtype`, and
+
+    - `normalization_type`: the norm of the feed-forward and of the output, under every placement:
+      ``"LN"`` (with bias, the paper's), ``"RMS"`` or None;
+    - `positional_embedding_type`: ``"standard"`` (learned), ``"sinusoidal"``, ``"rotary"`` (with
+      `rotary_base`, `rotary_dim`, `rotary_adjacent_pairs`) or ``"none"``;
+    - `attention_dir` ``"causal"`` or ``"bidirectional"``, and `window_size` for a sliding window (a token
+      sees that many, itself among them; bidirectionally, that many on either side);
+    - `attn_implementation`: ``"eager"`` or ``"sdpa"`` (no scores or pattern exist there).
+
+    Args:
+        placement: where the attention's norm stands.
+        norm: that norm; None for the paper's (RMS, separate gains; per head for QKV-Norm).
+        score_scale: w = c q.k with c = 1/sqrt(d_head), 1, calibrated once to a standard deviation of
+            0.1, or one learned per head.
+        calibrated: the paper's other scales, fixed on the first batch: token embedding to a standard
+            deviation of 0.5, the residual stream behind it 1, the inputs of W_Q, W_K, W_V 1, each
+            attention update 0.05.
+        attn_bias: biases on W_Q, W_K, W_V, W_O.
+        output_mlp: widths of hidden ReLU layers between the last norm and the unembedding.
+        sinusoids: parameters of sinusoidal positions.
+        **fields: TransformerLens's fields.
+
+    Raises:
+        ValueError: a combination that is not valid, or a field that this architecture does not have.
+    """
+
+    def __init__(
+        self,
+        *,
+        placement: Placement,
+        norm: NormSpec | None = None,
+        score_scale: ScoreScale = "inv_sqrt",
+        calibrated: bool = False,
+        attn_bias: bool = False,
+        output_mlp: Sequence[int] = (),
+        sinusoids: Sinusoids | None = None,
+        **fields: Any,
+    ) -> None:
+        _one_of("placement", placement, get_args(Placement))
+        if fields.setdefault("architecture", ARCHITECTURE) != ARCHITECTURE:
+            raise ValueError(
+                f"architecture: wanted {ARCHITECTURE!r}, got {fields['architecture']!r}"
+            )
+        _refuse_unknown(fields)
+        fields.setdefault("attn_implementation", "eager")
+        self.placement: Placement = placement
+        self.norm = norm if norm is not None else _PAPER_NORM[placement]
+        self.score_scale: ScoreScale = score_scale
+        self.calibrated = calibrated
+        self.attn_bias = attn_bias
+        self.output_mlp = tuple(output_mlp)
+        self.sinusoids = sinusoids
+        super().__init__(**fields)
+        if self.positional_embedding_type == "sinusoidal" and sinusoids is None:
+            self.sinusoids = Sinusoids(n=min(32, self.d_model // 2))
+        self.use_attn_scale = score_scale == "inv_sqrt"
+        self._check_sizes()
+        self._check_choices()
+        self._check_norm()
+
+    @property
+    def n_kv(self) -> int:
+        """Key/value heads."""
+        return int(self.n_key_value_heads or self.n_heads)
+
+    def _check_sizes(self) -> None:
+        names = ("d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_vocab", "d_mlp")
+        for name in (*names, *(("window_size",) if self.window_size is not None else ())):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: wanted a positive integer, got {value!r}")
+        if self.n_kv < 1 or self.n_heads % self.n_kv:
+            raise ValueError(
+                f"n_key_value_heads: wanted a divisor of n_heads = {self.n_heads}, got {self.n_kv}"
+            )
+        if any(not isinstance(w, int) or w < 1 for w in self.output_mlp):
+            raise ValueError(f"output_mlp: wanted positive widths, got {self.output_mlp!r}")
+        if self.d_vocab_out not in (-1, self.d_vocab):
+            raise ValueError(
+                f"d_vocab_out: wanted d_vocab = {self.d_vocab} (or -1), got {self.d_vocab_out}"
+            )
+
+    def _check_choices(self) -> None:
+        _one_of("score_scale", self.score_scale, get_args(ScoreScale))
+        _one_of("act_fn", self.act_fn, ACTIVATIONS)
+        _one_of("normalization_type", self.normalization_type, ("LN", "RMS", None))
+        _one_of("positional_embedding_type", self.positional_embedding_type, POSITIONS)
+        _one_of("attention_dir", self.attention_dir, ("causal", "bidirectional"))
+        _one_of("attn_implementation", self.attn_implementation, ("eager", "sdpa"))
+        if self.sinusoids is not None:
+            if self.positional_embedding_type != "sinusoidal":
+                raise ValueError(
+                    'sinusoids: wanted positional_embedding_type="sinusoidal" with them, got '
+                    f"{self.positional_embedding_type!r}"
+                )
+            if 2 * self.sinusoids.n > self.d_model:
+                raise ValueError(
+                    f"sinusoids: wanted 2 n <= d_model = {self.d_model}, got n = {self.sinusoids.n}"
+                )
+        turned = self.rotary_dim if self.rotary_dim is not None else self.d_head
+        if self.positional_embedding_type == "rotary":
+            if turned % 2 or not 0 < turned <= self.d_head:
+                raise ValueError(
+                    f"rotary_dim: wanted an even number up to d_head = {self.d_head}, got {turned}"
+                )
+        elif self.rotary_dim is not None:
+            raise ValueError(
+                'rotary_dim: wanted positional_embedding_type="rotary" with it, got '
+                f"{self.positional_embedding_type!r}"
+            )
+        if self.score_scale == "calibrated" and self.attn_implementation == "sdpa":
+            raise ValueError(
+                'score_scale="calibrated" measures the scores, which do not exist on sdpa: wanted '
+                'attn_implementation="eager"'
+            )
+
+    def _check_norm(self) -> None:
+        over = {"none": (), "pre": ("input",), "qkv": ("head", "projection")}[self.placement]
+        if (self.norm is None) != (not over) or (self.norm and self.norm.over not in over):
+            wanted = " or ".join(f"NormSpec(over={o!r})" for o in over) or "None"
+            raise ValueError(f"norm: placement {self.placement!r} wants {wanted}, got {self.norm!r}")
+        if (
+            self.placement == "qkv"
+            and self.norm is not None
+            and self.norm.gains == "shared"
+            and self.n_kv != self.n_heads
+        ):
+            raise ValueError(
+                f"norm: gains shared by q, k and v want as many key/value heads as heads "
+                f"({self.n_heads}), got {self.n_kv}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """What the constructor needs to make this configuration again, JSON types only."""
+        defaults = _tl_defaults()
+        fields = {
+            k: getattr(self, k)
+            for k in sorted(_HONOURED - {"device", "dtype"})
+            if getattr(self, k) != defaults.get(k)
+        }
+        return {
+            "architecture": ARCHITECTURE,
+            "placement": self.placement,
+            "norm": dataclasses.asdict(self.norm) if self.norm else None,
+            "score_scale": self.score_scale,
+            "calibrated": self.calibrated,
+            "attn_bias": self.attn_bias,
+            "output_mlp": list(self.output_mlp),
+            "sinusoids": dataclasses.asdict(self.sinusoids) if self.sinusoids else None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **fields,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> QKVNormConfig:
+        """The configuration that `to_json` described.
+
+        Raises:
+            ValueError: unknown or missing fields, or an invalid combination.
+        """
+        values = dict(values)
+        if "placement" not in values:
+            raise ValueError(f'configuration: wanted "placement", got only {sorted(values)}')
+        for name, spec in (("norm", NormSpec), ("sinusoids", Sinusoids)):
+            if values.get(name) is not None:
+                values[name] = spec(**values[name])
+        dtype = getattr(torch, str(values.pop("dtype", "float32")), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError("dtype: wanted the name of a torch dtype such as 'float32'")
+        return cls(dtype=dtype, **values)
+
+
+_PAPER_NORM: Final[dict[Placement, NormSpec | None]] = {
+    "none": None,
+    "pre": NormSpec(over="input"),
+    "qkv": NormSpec(over="head"),
+}
+
+
+def _tl_defaults() -> dict[str, Any]:
+    """Every field of TransformerLens's configuration, with its default."""
+    defaults: dict[str, Any] = {}
+    for cls in reversed(TransformerBridgeConfig.__mro__[:-1]):
+        for name, p in inspect.signature(cls).parameters.items():
+            if p.kind is not p.VAR_KEYWORD:
+                defaults[name] = None if p.default is p.empty else p.default
+    return defaults
+
+
+def _refuse_unknown(fields: dict[str, Any]) -> None:
+    defaults = _tl_defaults()
+    for name, value in fields.items():
+        if name not in defaults:
+            raise ValueError(f"{name}: no such field; fields with an effect: {sorted(_HONOURED)}")
+        if name not in _HONOURED and name != "architecture" and value != defaults[name]:
+            raise ValueError(
+                f"{name}: this architecture has no such feature, wanted the default "
+                f"{defaults[name]!r}, got {value!r}"
+            )
+
+
+_PAPER: Final[dict[str, Any]] = {
+    "d_head": 64,
+    "d_mlp": 512,
+    "output_mlp": (512, 512),
+    "n_ctx": 128,
+    "d_vocab": 17,
+    "positional_embedding_type": "sinusoidal",
+    "score_scale": "calibrated",
+    "calibrated": True,
+    "seed": 100,
+}
+_SMALL: Final[dict[str, Any]] = {
+    "d_model": 128,
+    "d_head": 32,
+    "n_heads": 4,
+    "d_mlp": 256,
+    "n_ctx": 32,
+    "d_vocab": 17,
+    "seed": 100,
+}
+NAMED: Final[dict[str, dict[str, Any]]] = {
+    "baseline": {**_PAPER, "n_layers": 10, "d_model": 512, "n_heads": 12},
+    "alternate": {**_PAPER, "n_layers": 8, "d_model": 512, "n_heads": 12},
+    "large": {**_PAPER, "n_layers": 12, "d_model": 1024, "n_heads": 16},
+    "small": {**_SMALL, "n_layers": 4},
+    "study": {**_SMALL, "n_layers": 2, "d_model": 64, "d_head": 16, "d_mlp": 256},
+}
+
+
+def named_config(name: str, placement: Placement, **changes: Any) -> QKVNormConfig:
+    """A named configuration under one placement: the paper's three, ``"small"`` and ``"study"``.
+
+    Args:
+        name: one of ``NAMED``.
+        placement: where the attention's norm stands.
+        **changes: fields to set otherwise.
+    """
+    _one_of("name", name, sorted(NAMED))
+    return QKVNormConfig(placement=placement, **{**NAMED[name], **changes})
