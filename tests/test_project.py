@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError, install_import_hook
 
 from tests import models, real_models
 
@@ -86,23 +88,25 @@ def test_tiny_models_are_reproducible_and_leave_the_random_state(kind: str) -> N
     assert not torch.equal(first(models.tokens()), models.TINY[kind](seed=2)(models.tokens()))
 
 
-def test_wrong_shapes_are_caught(tmp_path: Path) -> None:
-    """The import hook of conftest is installed, and covers both packages."""
-    from jaxtyping import TypeCheckError, install_import_hook
+@pytest.mark.parametrize("package", ["hooks", "qkvnorm_lens"])
+def test_shapes_are_checked_in(package: str) -> None:
+    loader = importlib.import_module(package).__loader__
+    assert type(loader).__module__ == "jaxtyping._import_hook"
 
+
+def test_wrong_shapes_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the import hook of conftest does to a module."""
     (tmp_path / "shape_probe.py").write_text(
         "from jaxtyping import Float\n"
         "from torch import Tensor\n"
         "def same(a: Float[Tensor, 'n'], b: Float[Tensor, 'n']) -> None: ...\n"
     )
-    sys.path.insert(0, str(tmp_path))
-    try:
-        with install_import_hook("shape_probe", "beartype.beartype"):
-            import shape_probe  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    with install_import_hook("shape_probe", "beartype.beartype"):
+        probe = importlib.import_module("shape_probe")
+    probe.same(torch.zeros(2), torch.zeros(2))
     with pytest.raises(TypeCheckError):
-        shape_probe.same(torch.zeros(2), torch.zeros(3))
+        probe.same(torch.zeros(2), torch.zeros(3))
 
 
 @pytest.mark.real_model
@@ -136,3 +140,13 @@ def test_missing_real_models_fail_by_name(monkeypatch, tmp_path) -> None:  # typ
     monkeypatch.setenv("QKVNORM_LENS_CACHE", str(tmp_path))
     with pytest.raises(pytest.fail.Exception, match="make real-model"):
         _built(real_models.smollm2_path())
+
+
+@pytest.mark.real_model
+def test_tiny_models_take_a_tokenizer(gpt2_hub_cache) -> None:  # type: ignore[no-untyped-def]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(real_models.gpt2_tokenizer_path())
+    model = models.tiny_gpt2(tokenizer=tokenizer)
+    assert model.to_str_tokens("to the store", prepend_bos=False) == ["to", " the", " store"]
+    assert model("to the store").shape[-1] == len(tokenizer)
