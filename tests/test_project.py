@@ -39,9 +39,11 @@ def test_versions_agree() -> None:
 def test_the_entry_point_is_found_by_transformer_lens() -> None:
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 
+    from qkvnorm_lens.config import ARCHITECTURE
+
     (entry,) = importlib.metadata.entry_points(group="transformer_lens.architectures")
     ArchitectureAdapterFactory.discover_entry_points()  # a failure there is a warning: an error
-    assert ArchitectureAdapterFactory._adapters[entry.name] is entry.load()
+    assert ArchitectureAdapterFactory._adapters[ARCHITECTURE] is entry.load()
 
 
 def test_the_command_line_starts_without_torch() -> None:
