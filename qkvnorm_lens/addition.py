@@ -31,7 +31,8 @@ class Split:
 
     Args:
         counts: how many integers a sum may have.
-        digits: how many digits an integer may have (no leading zero, so zero itself is never drawn).
+        digits: how many digits an integer may have (no leading zero, so zero itself is never
+            drawn).
     """
 
     counts: tuple[int, ...]
@@ -240,7 +241,7 @@ class AccuracyCounter:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The 17 characters as a real ``PreTrainedTokenizerFast``; ``*`` pads, ``[`` begins, ``]`` ends."""
+    """The 17 characters as a ``PreTrainedTokenizerFast``; ``*`` pads, ``[`` begins, ``]`` ends."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,6 +1,6 @@
 """Attention with No-Norm, Pre-Norm or QKV-Norm, composed of the same small parts.
 
-    q = W_Q x    k_t = W_K y_t    v_t = W_V y_t    a = softmax_t(c q.k_t)    x <- x + W_O sum_t a_t v_t
+    q = W_Q x   k_t = W_K y_t   v_t = W_V y_t   a = softmax_t(c q.k_t)   x <- x + W_O sum_t a_t v_t
 
 Menary et al. 2024 (arXiv 2406.17837), Section 2. With n(z) = sqrt(dim) z / |z|, a block reads
 
@@ -8,7 +8,7 @@ Menary et al. 2024 (arXiv 2406.17837), Section 2. With n(z) = sqrt(dim) z / |z|,
     Pre-Norm    q = W_Q (g_q * n(x))          k and v alike, each with its own gain
     QKV-Norm    q = g_q * n(W_Q x)            k and v alike, head by head
 
-so that a placement only says which parts are empty: see `block_norm`, `input_part`, `head_part`.
+so that a placement only says which parts are identities: `block_norm`, `input_gain`, `head_norm`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import nn
 
 from qkvnorm_lens.config import QKVNormConfig
@@ -41,35 +41,36 @@ def block_norm(cfg: QKVNormConfig) -> nn.Module:
     return Norm(cfg.norm.kind, gain=gain, eps=cfg.eps)
 
 
-def input_part(cfg: QKVNormConfig) -> nn.Sequential:
+def input_gain(cfg: QKVNormConfig) -> nn.Module:
     """What stands between the block's norm and one of W_Q, W_K, W_V: Pre-Norm's separate gain."""
-    parts: list[nn.Module] = []
-    if cfg.placement == "pre" and cfg.norm is not None and cfg.norm.gains == "separate":
-        parts.append(Gain(cfg.d_model))
-    if cfg.calibrated:
-        parts.append(Calibrated(1.0))
-    return nn.Sequential(*parts)
+    if cfg.placement != "pre" or cfg.norm is None or cfg.norm.gains != "separate":
+        return nn.Identity()
+    return Gain(cfg.d_model)
 
 
-def head_part(cfg: QKVNormConfig, site: str) -> nn.Sequential:
+def head_norm(cfg: QKVNormConfig, site: str) -> nn.Module:
     """What stands behind one of W_Q, W_K, W_V: QKV-Norm's norm, over each head or all of them."""
     if cfg.placement != "qkv" or cfg.norm is None or site not in cfg.norm.on:
-        return nn.Sequential()
+        return nn.Identity()
     gain = (cfg.n_heads if site == "q" else cfg.n_kv, cfg.d_head)
-    norm = Norm(
+    return Norm(
         cfg.norm.kind,
         gain=gain if cfg.norm.gains == "separate" else None,
         dims=1 if cfg.norm.over == "head" else 2,
         eps=cfg.eps,
     )
-    return nn.Sequential(norm)
 
 
-def shared_part(cfg: QKVNormConfig) -> Gain | None:
+def shared_gain(cfg: QKVNormConfig) -> nn.Module:
     """The one gain behind all of QKV-Norm's norms, if they share it."""
     if cfg.placement != "qkv" or cfg.norm is None or cfg.norm.gains != "shared":
-        return None
+        return nn.Identity()
     return Gain(cfg.n_heads, cfg.d_head)
+
+
+def calibrated(cfg: QKVNormConfig, std: float) -> nn.Module:
+    """One of the paper's calibrated scales, if the configuration has them."""
+    return Calibrated(std) if cfg.calibrated else nn.Identity()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +134,8 @@ class Attention(nn.Module):
     The `tap` is shown, under these names, what the hooks of a bridge show: ``hook_q_normed``,
     ``hook_k_normed``, ``hook_v_normed`` (where a norm follows the projection), ``hook_rot_q``,
     ``hook_rot_k`` (where positions are rotary), all [batch, pos, head, d_head], then
-    ``hook_attn_scores`` (pre-softmax, masked = -inf) and ``hook_pattern``, [batch, head, query, key],
-    which do not exist on sdpa.
+    ``hook_attn_scores`` (pre-softmax, masked = -inf) and ``hook_pattern``, [batch, head, query,
+    key], which do not exist on sdpa.
     """
 
     def __init__(self, cfg: QKVNormConfig, layer: int) -> None:
@@ -147,11 +148,13 @@ class Attention(nn.Module):
         self.k = nn.Linear(cfg.d_model, kv_width, bias=cfg.attn_bias)
         self.v = nn.Linear(cfg.d_model, kv_width, bias=cfg.attn_bias)
         self.o = nn.Linear(q_width, cfg.d_model, bias=cfg.attn_bias)
-        self.q_in, self.k_in, self.v_in = input_part(cfg), input_part(cfg), input_part(cfg)
-        self.q_norm, self.k_norm, self.v_norm = (head_part(cfg, s) for s in "qkv")
-        self.gain = shared_part(cfg)
+        self.q_gain, self.k_gain, self.v_gain = (input_gain(cfg) for _ in "qkv")
+        self.q_scale, self.k_scale, self.v_scale = (calibrated(cfg, 1.0) for _ in "qkv")
+        self.q_norm, self.k_norm, self.v_norm = (head_norm(cfg, site) for site in "qkv")
+        self.normed = cfg.norm.on if cfg.placement == "qkv" and cfg.norm is not None else ""
+        self.shared_gain = shared_gain(cfg)
         self.score_scale = ScoreScale(cfg)
-        self.update = nn.Sequential(*([Calibrated(0.05)] if cfg.calibrated else []))
+        self.update_scale = calibrated(cfg, 0.05)
 
     def forward(
         self,
@@ -171,9 +174,9 @@ class Attention(nn.Module):
             tap: is shown the intermediate values.
         """
         x = hidden_states
-        q = self._after(tap, "q", self.q_norm, self.q(self.q_in(x)), rotation)
-        k = self._after(tap, "k", self.k_norm, self.k(self.k_in(x)), rotation)
-        v = self._after(tap, "v", self.v_norm, self.v(self.v_in(x)), None)
+        q = self._vectors(tap, "q", self.q(self.q_scale(self.q_gain(x))), self.q_norm, rotation)
+        k = self._vectors(tap, "k", self.k(self.k_scale(self.k_gain(x))), self.k_norm, rotation)
+        v = self._vectors(tap, "v", self.v(self.v_scale(self.v_gain(x))), self.v_norm, None)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -181,24 +184,22 @@ class Attention(nn.Module):
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         z = self._sdpa(q, k, v, visible) if self.sdpa else self._eager(q, k, v, visible, tap)
-        out: torch.Tensor = self.update(self.o(z.transpose(1, 2).flatten(-2)))
+        out: torch.Tensor = self.update_scale(self.o(z.transpose(1, 2).flatten(-2)))
         return out
 
-    def _after(
+    def _vectors(
         self,
         tap: Tap,
         site: str,
-        norm: nn.Sequential,
         projected: Float[torch.Tensor, "batch pos width"],
+        norm: nn.Module,
         rotation: Rotation | None,
     ) -> Float[torch.Tensor, "batch pos head d_head"]:
+        """From a projection's output to the vectors that enter the dot product, or are averaged."""
         x = projected.unflatten(-1, (-1, self.d_head))
-        if len(norm):
-            x = norm(x) if self.gain is None else self.gain(norm(x))
-            x = tap(f"hook_{site}_normed", x)
-        if rotation is not None:
-            x = tap(f"hook_rot_{site}", rotation(x))
-        return x
+        if site in self.normed:
+            x = tap(f"hook_{site}_normed", self.shared_gain(norm(x)))
+        return x if rotation is None else tap(f"hook_rot_{site}", rotation(x))
 
     def _eager(
         self,
@@ -214,7 +215,8 @@ class Attention(nn.Module):
         scores = tap("hook_attn_scores", scores.masked_fill(~visible, -torch.inf))
         # A row that sees no key would be 0/0, also in the gradient: give it scores, then no weight.
         blind = ~visible.any(-1, keepdim=True)
-        pattern = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        pattern = scores.masked_fill(blind, 0.0).softmax(-1, dtype=wide).masked_fill(blind, 0.0)
         return tap("hook_pattern", pattern.to(v.dtype)) @ v
 
     def _sdpa(
@@ -233,18 +235,20 @@ class Attention(nn.Module):
 
 
 class ScoreScale(nn.Module):
-    """``w -> c w``: c = 1/sqrt(d_head), 1, calibrated once to a standard deviation of 0.1, or learned.
+    """``w -> c w``: c = 1/sqrt(d_head), 1, calibrated to a standard deviation of 0.1, or learned.
 
-    Menary et al. 2024 calibrate; a learned c is one inverse temperature per head.
+    Menary et al. 2024 calibrate; a learned c is one inverse temperature per head, kept as its
+    logarithm.
     """
+
+    weight: torch.Tensor | None
 
     def __init__(self, cfg: QKVNormConfig) -> None:
         super().__init__()
         self.constant = cfg.d_head**-0.5 if cfg.score_scale == "inv_sqrt" else 1.0
         self.calibrated = Calibrated(0.1) if cfg.score_scale == "calibrated" else None
-        self.log_scale: nn.Parameter | None = None
-        if cfg.score_scale == "learned":
-            self.log_scale = nn.Parameter(torch.full((cfg.n_heads, 1, 1), cfg.d_head**-0.5).log())
+        start = torch.full((cfg.n_heads, 1, 1), cfg.d_head**-0.5).log()
+        self.weight = nn.Parameter(start) if cfg.score_scale == "learned" else None
 
     def forward(
         self,
@@ -253,7 +257,8 @@ class ScoreScale(nn.Module):
     ) -> Float[torch.Tensor, "batch head pos any"]:
         """Multiply; `where` says which scores count when the scale is being calibrated."""
         if self.calibrated is not None:
-            x = self.calibrated(x, where)
-        if self.log_scale is not None:
-            x = x * self.log_scale.exp().to(x.dtype)
+            scaled: torch.Tensor = self.calibrated(x, where)
+            return scaled
+        if self.weight is not None:
+            return x * self.weight.exp().to(x.dtype)
         return x if self.constant == 1.0 else x * self.constant

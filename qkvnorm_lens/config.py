@@ -24,15 +24,43 @@ ScoreScale = Literal["inv_sqrt", "none", "calibrated", "learned"]
 ACTIVATIONS: Final = ("relu", "gelu", "gelu_new", "silu")
 POSITIONS: Final = ("standard", "sinusoidal", "rotary", "none")
 
-# What TransformerLens's own configuration lets one say and this architecture does (`device`, `dtype`,
-# names and tokenizer fields apart). Every other field must keep its default: accepting a field and
-# ignoring it would be a wrong model without a word.
+# What TransformerLens's own configuration lets one say and this architecture does (`device`,
+# `dtype`, names and tokenizer fields apart). Every other field must keep its default: accepting a
+# field and ignoring it would be a wrong model without a word.
 _HONOURED: Final = frozenset(
-    "d_model d_head n_layers n_ctx n_heads d_vocab d_vocab_out d_mlp n_key_value_heads attn_only act_fn "
-    "eps normalization_type attention_dir window_size positional_embedding_type rotary_base rotary_dim "
-    "rotary_adjacent_pairs attn_implementation seed initializer_range init_weights dtype device "
-    "model_name default_prepend_bos tokenizer_prepends_bos tokenizer_appends_eos "
-    "default_padding_side tokenizer_name".split()
+    [
+        "d_model",
+        "d_head",
+        "n_layers",
+        "n_ctx",
+        "n_heads",
+        "d_vocab",
+        "d_vocab_out",
+        "d_mlp",
+        "n_key_value_heads",
+        "attn_only",
+        "act_fn",
+        "eps",
+        "normalization_type",
+        "attention_dir",
+        "window_size",
+        "positional_embedding_type",
+        "rotary_base",
+        "rotary_dim",
+        "rotary_adjacent_pairs",
+        "attn_implementation",
+        "seed",
+        "initializer_range",
+        "init_weights",
+        "dtype",
+        "device",
+        "model_name",
+        "default_prepend_bos",
+        "tokenizer_prepends_bos",
+        "tokenizer_appends_eos",
+        "default_padding_side",
+        "tokenizer_name",
+    ]
 )
 
 
@@ -43,14 +71,14 @@ def _one_of(name: str, value: object, valid: Sequence[object]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class NormSpec:
-    """The norm of the attention: RMSNorm(z; g) = sqrt(n) g z / |z|; LayerNorm takes the mean away first.
+    """The attention's norm: RMSNorm(z; g) = sqrt(n) g z / |z|; LayerNorm takes the mean off first.
 
     Menary et al. 2024, Section 2.
 
     Args:
         kind: ``"rms"`` or ``"layer"`` (neither has a bias).
-        over: the block's ``"input"`` (Pre-Norm), each ``"head"``, or the whole ``"projection"`` (then all
-            heads of a token share one factor, as in OLMo 2).
+        over: the block's ``"input"`` (Pre-Norm), each ``"head"``, or the whole ``"projection"``
+            (then all heads of a token share one factor, as in OLMo 2).
         gains: learned gains: ``"none"``, one ``"shared"`` by q, k and v, or ``"separate"`` ones.
         on: which of q, k and v are normed; ``"qk"`` is QK-norm.
     """
@@ -67,21 +95,22 @@ class NormSpec:
         _one_of("NormSpec.on", self.on, ("q", "k", "v", "qk", "qv", "kv", "qkv"))
         if self.over == "input" and self.on != "qkv":
             raise ValueError(
-                f'NormSpec.on: a norm over the "input" wants on="qkv", for q, k and v read the same '
-                f"normed input; got {self.on!r}"
+                f'NormSpec.on: a norm over the "input" wants on="qkv", for q, k and v read what it '
+                f"gives; got {self.on!r}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Sinusoids:
-    """Positions p -> (sin p f_i, cos p f_i) with trainable frequencies f_i, and a random shift of p.
+    """Positions p -> (sin p f_i, cos p f_i) with trainable f_i, and a random shift of p.
 
-    Menary et al. 2024, appendix on training. The first 2n components of the residual stream are used,
-    the rest get zeros.
+    Menary et al. 2024, appendix on training. The first 2n components of the residual stream are
+    used, the rest get zeros.
 
     Args:
         n: frequencies.
-        periods: the shortest and the longest period at the start; the others lie log-spaced between.
+        periods: the shortest and the longest period at the start; the others lie log-spaced
+            between.
         max_shift: in training, each sequence is shifted by one random integer from 0 to this.
     """
 
@@ -90,13 +119,14 @@ class Sinusoids:
     max_shift: int = 50
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "periods", tuple(self.periods))
+        periods: tuple[float, ...] = tuple(self.periods)  # JSON gives a list
+        object.__setattr__(self, "periods", periods)
         if self.n < 1 or self.max_shift < 0:
             raise ValueError(
                 f"Sinusoids: wanted n >= 1 and max_shift >= 0, got n={self.n}, "
                 f"max_shift={self.max_shift}"
             )
-        if len(self.periods) != 2 or not 0 < self.periods[0] <= self.periods[1]:
+        if len(periods) != 2 or not 0 < periods[0] <= periods[1]:
             raise ValueError(
                 f"Sinusoids.periods: wanted 0 < shortest <= longest, got {self.periods!r}"
             )
@@ -105,32 +135,33 @@ class Sinusoids:
 class QKVNormConfig(TransformerBridgeConfig):
     """A transformer with No-Norm, Pre-Norm or QKV-Norm attention (Menary et al. 2024, Section 2).
 
-    Everything TransformerLens has a field for is that field, with its name: sizes, `n_key_value_heads`
-    (GQA, MQA), `attn_only`, `act_fn`, `eps`, `seed`, `dtype`, and
+    Everything TransformerLens has a field for is that field, with its name: sizes,
+    `n_key_value_heads` (GQA, MQA), `attn_only`, `act_fn`, `eps`, `seed`, `dtype`, and
 
     - `normalization_type`: the norm of the feed-forward and of the output, under every placement:
       ``"LN"`` (with bias, the paper's), ``"RMS"`` or None;
     - `positional_embedding_type`: ``"standard"`` (learned), ``"sinusoidal"``, ``"rotary"`` (with
       `rotary_base`, `rotary_dim`, `rotary_adjacent_pairs`) or ``"none"``;
-    - `attention_dir` ``"causal"`` or ``"bidirectional"``, and `window_size` for a sliding window (a token
-      sees that many, itself among them; bidirectionally, that many on either side);
+    - `attention_dir` ``"causal"`` or ``"bidirectional"``, and `window_size` for a sliding window (a
+      token sees that many, itself among them; bidirectionally, that many on either side);
     - `attn_implementation`: ``"eager"`` or ``"sdpa"`` (no scores or pattern exist there).
 
     Args:
         placement: where the attention's norm stands.
         norm: that norm; None for the paper's (RMS, separate gains; per head for QKV-Norm).
-        score_scale: w = c q.k with c = 1/sqrt(d_head), 1, calibrated once to a standard deviation of
-            0.1, or one learned per head.
-        calibrated: the paper's other scales, fixed on the first batch: token embedding to a standard
-            deviation of 0.5, the residual stream behind it 1, the inputs of W_Q, W_K, W_V 1, each
-            attention update 0.05.
+        score_scale: w = c q.k with c = 1/sqrt(d_head), 1, calibrated once to a standard deviation
+            of 0.1, or one learned per head.
+        calibrated: the paper's other scales, fixed on the first batch: token embedding to a
+            standard deviation of 0.5, the residual stream behind it 1, the inputs of W_Q, W_K, W_V
+            1, each attention update 0.05.
         attn_bias: biases on W_Q, W_K, W_V, W_O.
         output_mlp: widths of hidden ReLU layers between the last norm and the unembedding.
         sinusoids: parameters of sinusoidal positions.
         **fields: TransformerLens's fields.
 
     Raises:
-        ValueError: a combination that is not valid, or a field that this architecture does not have.
+        ValueError: a combination that is not valid, or a field that this architecture does not
+            have.
     """
 
     def __init__(
@@ -182,7 +213,7 @@ class QKVNormConfig(TransformerBridgeConfig):
             raise ValueError(
                 f"n_key_value_heads: wanted a divisor of n_heads = {self.n_heads}, got {self.n_kv}"
             )
-        if any(not isinstance(w, int) or w < 1 for w in self.output_mlp):
+        if any(w < 1 for w in self.output_mlp):
             raise ValueError(f"output_mlp: wanted positive widths, got {self.output_mlp!r}")
         if self.d_vocab_out not in (-1, self.d_vocab):
             raise ValueError(
@@ -227,7 +258,9 @@ class QKVNormConfig(TransformerBridgeConfig):
         over = {"none": (), "pre": ("input",), "qkv": ("head", "projection")}[self.placement]
         if (self.norm is None) != (not over) or (self.norm and self.norm.over not in over):
             wanted = " or ".join(f"NormSpec(over={o!r})" for o in over) or "None"
-            raise ValueError(f"norm: placement {self.placement!r} wants {wanted}, got {self.norm!r}")
+            raise ValueError(
+                f"norm: placement {self.placement!r} wants {wanted}, got {self.norm!r}"
+            )
         if (
             self.placement == "qkv"
             and self.norm is not None
@@ -314,6 +347,7 @@ _PAPER: Final[dict[str, Any]] = {
     "output_mlp": (512, 512),
     "n_ctx": 128,
     "d_vocab": 17,
+    "default_prepend_bos": False,
     "positional_embedding_type": "sinusoidal",
     "score_scale": "calibrated",
     "calibrated": True,
@@ -326,6 +360,7 @@ _SMALL: Final[dict[str, Any]] = {
     "d_mlp": 256,
     "n_ctx": 32,
     "d_vocab": 17,
+    "default_prepend_bos": False,
     "seed": 100,
 }
 NAMED: Final[dict[str, dict[str, Any]]] = {

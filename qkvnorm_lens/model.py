@@ -1,26 +1,40 @@
 """The transformer around the attention: embeddings, blocks, output.
 
-    x = E[token] + position        x <- x + Attn(n(x))    x <- x + FF(LN(x))    logits = U MLP(LN(x))
+    x = E[token] + position     x <- x + Attn(n(x))     x <- x + FF(LN(x))    logits = U MLP(LN(x))
 
-Menary et al. 2024 (arXiv 2406.17837), Section 2 and the appendix on training. The feed-forward and the
-output keep their norm under every placement; only the attention's differs.
+Menary et al. 2024 (arXiv 2406.17837), Section 2 and the appendix on training. The feed-forward and
+the output keep their norm under every placement; only the attention's differs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from huggingface_hub import ModelHubMixin, snapshot_download
+from jaxtyping import Bool, Float, Int, Shaped
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
-from qkvnorm_lens.attention import Attention, KVCache, Rotation, block_norm
+from qkvnorm_lens.attention import Attention, KVCache, Rotation, block_norm, calibrated
 from qkvnorm_lens.config import QKVNormConfig
-from qkvnorm_lens.norms import Calibrated, Norm
+from qkvnorm_lens.norms import Calibrated, Gain, Norm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WEIGHTS: Final = "model.safetensors"
+CONFIG: Final = "config.json"
+TOKENIZER: Final = "tokenizer.json"
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
@@ -81,7 +95,23 @@ class Block(nn.Module):
         x = x + self.attn(
             self.ln1(x), visible=visible, rotation=rotation, past_key_values=past_key_values
         )
-        return x if self.attn_only else x + self.mlp(self.ln2(x))
+        if not self.attn_only:
+            x = x + self.mlp(self.ln2(x))
+        out: torch.Tensor = x
+        return out
+
+
+class TokenEmbedding(nn.Embedding):
+    """``E[token]``, scaled where the paper's scales are calibrated."""
+
+    def __init__(self, cfg: QKVNormConfig) -> None:
+        super().__init__(cfg.d_vocab, cfg.d_model)
+        self.scale = calibrated(cfg, 0.5)
+
+    def forward(self, input: Int[torch.Tensor, "batch pos"]) -> Float[torch.Tensor, "batch pos d"]:
+        """Embed tokens."""
+        out: torch.Tensor = self.scale(super().forward(input))
+        return out
 
 
 class SinusoidalPositions(nn.Module):
@@ -95,22 +125,32 @@ class SinusoidalPositions(nn.Module):
         assert cfg.sinusoids is not None  # the configuration fills it in
         self.d_model = cfg.d_model
         self.sinusoids = cfg.sinusoids
-        self.frequencies = nn.Parameter(torch.empty(cfg.sinusoids.n))
+        self.n_ctx = cfg.n_ctx
+        self.frequencies = Gain(cfg.sinusoids.n)
 
     def start(self) -> None:
         """Set the frequencies to the log-spaced ones they start from."""
         low, high = (math.log(period) for period in self.sinusoids.periods)
         periods = torch.linspace(low, high, self.sinusoids.n, dtype=torch.float64).exp()
         with torch.no_grad():
-            self.frequencies.copy_(2 * math.pi / periods)
+            self.frequencies.weight.copy_(2 * math.pi / periods)
+
+    @property
+    def weight(self) -> Float[torch.Tensor, "n_ctx d_model"]:
+        """All positions without a shift, which TransformerLens shows as ``W_pos``."""
+        table: torch.Tensor = self(
+            torch.arange(self.n_ctx, device=self.frequencies.weight.device)[None]
+        )
+        return table[0]
 
     def forward(
         self, position_ids: Int[torch.Tensor, "batch pos"]
     ) -> Float[torch.Tensor, "batch pos d_model"]:
         """Positions as vectors, in the parameters' dtype."""
-        angle = position_ids[..., None].float() * self.frequencies.float()
+        frequencies = self.frequencies.weight
+        angle = position_ids[..., None].float() * frequencies.float()
         waves = torch.cat((angle.sin(), angle.cos()), -1)
-        return F.pad(waves, (0, self.d_model - waves.shape[-1])).to(self.frequencies.dtype)
+        return F.pad(waves, (0, self.d_model - waves.shape[-1])).to(frequencies.dtype)
 
 
 def rotation_at(cfg: QKVNormConfig, position_ids: Int[torch.Tensor, "batch pos"]) -> Rotation:
@@ -125,10 +165,10 @@ def visible_keys(
     cfg: QKVNormConfig,
     n_new: int,
     n_old: int,
-    attention_mask: Int[torch.Tensor, "batch key"] | Bool[torch.Tensor, "batch key"] | None,
+    attention_mask: Shaped[torch.Tensor, "batch key"] | None,
     device: torch.device,
 ) -> Bool[torch.Tensor, "#batch 1 pos key"] | None:
-    """Which keys each new token sees: direction, window and padding; None for sdpa's own causal mask."""
+    """Which keys each new token sees: direction, window, padding; None for sdpa's own mask."""
     causal = cfg.attention_dir == "causal"
     plain = cfg.window_size is None and attention_mask is None and n_old == 0
     if cfg.attn_implementation == "sdpa" and causal and plain:
@@ -150,36 +190,36 @@ class CachedOutput:
     past_key_values: KVCache
 
 
-class QKVNormTransformer(nn.Module):
+class QKVNormTransformer(nn.Module, ModelHubMixin):
     """A decoder (or encoder) whose attention has No-Norm, Pre-Norm or QKV-Norm.
 
-    Menary et al. 2024, Section 2. A plain module: fast to train, and free of hooks. `adapter.to_bridge` puts
-    it into a ``TransformerBridge``, which has them.
+    Menary et al. 2024, Section 2. A plain module: fast to train, and free of hooks.
+    `adapter.to_bridge` puts it into a ``TransformerBridge``, which has them.
 
     Args:
-        cfg: the configuration; weights are drawn from ``cfg.seed``, the global random state is left alone.
+        cfg: the configuration; weights are drawn from ``cfg.seed``, the global random state is left
+            alone.
     """
 
     def __init__(self, cfg: QKVNormConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        with torch.random.fork_rng(devices=[]):  # torch's modules draw weights that are then replaced
-            self.tok_embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # torch's modules draw weights that are then replaced
+            self.tok_embed = TokenEmbedding(cfg)
             self.pos: nn.Module | None = None
             if cfg.positional_embedding_type == "standard":
                 self.pos = nn.Embedding(cfg.n_ctx, cfg.d_model)
             elif cfg.positional_embedding_type == "sinusoidal":
                 self.pos = SinusoidalPositions(cfg)
-            scales = [Calibrated(0.5), Calibrated(1.0)] if cfg.calibrated else []
-            self.embed_scale = nn.Sequential(*scales[:1])
-            self.stream_scale = nn.Sequential(*scales[1:])
+            self.stream_scale = calibrated(cfg, 1.0)
             self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
             self.ln_out = plain_norm(cfg)
             widths = (cfg.d_model, *cfg.output_mlp)
             hidden = [
-                part
-                for a, b in zip(widths[:-1], widths[1:], strict=True)
-                for part in (nn.Linear(a, b), nn.ReLU())
+                part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())
             ]
             self.out_mlp = nn.Sequential(*hidden)
             self.head = nn.Linear(widths[-1], cfg.d_vocab, bias=False)
@@ -195,7 +235,7 @@ class QKVNormTransformer(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
-            elif p.ndim == 2 and not name.endswith("norm.0.weight") and "gain" not in name:
+            elif p.ndim == 2 and "norm" not in name and "gain" not in name:
                 std = cfg.initializer_range
                 if name.endswith(("attn.o.weight", "fc_out.weight")):
                     std = std / math.sqrt(2 * cfg.n_layers)
@@ -208,7 +248,7 @@ class QKVNormTransformer(nn.Module):
     def forward(
         self,
         input_ids: Int[torch.Tensor, "batch pos"] | None = None,
-        attention_mask: Int[torch.Tensor, "batch key"] | None = None,
+        attention_mask: Shaped[torch.Tensor, "batch key"] | None = None,
         position_ids: Int[torch.Tensor, "#batch pos"] | None = None,
         inputs_embeds: Float[torch.Tensor, "batch pos d_model"] | None = None,
         past_key_values: KVCache | None = None,
@@ -220,8 +260,8 @@ class QKVNormTransformer(nn.Module):
         Args:
             input_ids: tokens.
             attention_mask: 1 for tokens, 0 for padding, over the cached tokens too.
-            position_ids: positions; None for 0, 1, .. from each row's first token that is not padding
-                (shifted at random in training, where the positions are sinusoids).
+            position_ids: positions; None for 0, 1, .. from each row's first token that is not
+                padding (shifted at random in training, where the positions are sinusoids).
             inputs_embeds: embedded tokens, in place of `input_ids`.
             past_key_values: earlier tokens' keys and values.
             use_cache: give back keys and values too.
@@ -230,11 +270,17 @@ class QKVNormTransformer(nn.Module):
         Raises:
             ValueError: neither or both inputs, or more tokens than the context holds.
         """
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask: wanted [batch, key], got {list(attention_mask.shape)}"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("wanted either input_ids or inputs_embeds, got both or neither")
-        x = inputs_embeds if input_ids is None else self.embed_scale(self.tok_embed(input_ids))
+        x = inputs_embeds if input_ids is None else self.tok_embed(input_ids)
         assert x is not None
-        cache = past_key_values if past_key_values is not None else (KVCache() if use_cache else None)
+        cache = (
+            past_key_values if past_key_values is not None else (KVCache() if use_cache else None)
+        )
         n_old = 0 if cache is None else len(cache)
         n_new = x.shape[1]
         if n_old + n_new > self.cfg.n_ctx:
@@ -258,9 +304,9 @@ class QKVNormTransformer(nn.Module):
         self,
         x: Float[torch.Tensor, "batch pos d_model"],
         n_old: int,
-        attention_mask: Int[torch.Tensor, "batch key"] | None,
+        attention_mask: Shaped[torch.Tensor, "batch key"] | None,
     ) -> Int[torch.Tensor, "#batch pos"]:
-        """0, 1, .. from each row's first real token; shifted at random in training, with sinusoids."""
+        """0, 1, .. from each row's first real token; sinusoids are shifted in training."""
         if attention_mask is None:
             positions = torch.arange(n_old, n_old + x.shape[1], device=x.device)[None]
         else:
@@ -270,6 +316,59 @@ class QKVNormTransformer(nn.Module):
             shift = torch.randint(spec.max_shift + 1, (x.shape[0], 1), device=x.device)
             positions = positions + shift
         return positions
+
+    def write(self, folder: Path) -> None:
+        """Write ``model.safetensors``, ``config.json`` and the tokenizer, if there is one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        (folder / WEIGHTS).write_bytes(to_bytes(weights, metadata={"format": "pt"}))
+        text = json.dumps(self.cfg.to_json(), indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(text + "\n")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Called by huggingface_hub's `save_pretrained` and `push_to_hub`."""
+        self.write(save_directory)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **unused: Any,
+    ) -> QKVNormTransformer:
+        """Called by huggingface_hub's `from_pretrained`."""
+        folder = Path(model_id)
+        if not folder.is_dir():
+            downloaded = snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+            folder = Path(downloaded)
+        for name in (WEIGHTS, CONFIG):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder}: wanted {name}, which save_pretrained writes")
+        values = json.loads((folder / CONFIG).read_text())
+        if attn_implementation is not None:
+            values["attn_implementation"] = attn_implementation
+        model = cls(QKVNormConfig.from_json({**values, "init_weights": False}))
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        if (folder / TOKENIZER).is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            model.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        return model.eval()
 
     @contextlib.contextmanager
     def calibrating(self) -> Iterator[None]:

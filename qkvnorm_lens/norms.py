@@ -63,30 +63,30 @@ class Gain(nn.Module):
 
 
 class Calibrated(nn.Module):
-    """``x -> c x`` with c fixed once, on the first batch, so that the output's standard deviation is `std`.
+    """``x -> c x`` with c fixed once, so that the output's standard deviation is `std`.
 
-    The "checkpoints" of Menary et al. 2024, appendix on training. Until `measuring` was set c is one;
-    afterwards it only multiplies.
+    The "checkpoints" of Menary et al. 2024, appendix on training. Until `measuring` was set c is
+    one; afterwards it only multiplies.
     """
 
-    factor: torch.Tensor
+    weight: torch.Tensor  # the factor; TransformerLens keeps only states of this name
 
     def __init__(self, std: float) -> None:
         super().__init__()
         self.std = std
         self.measuring = False
-        self.register_buffer("factor", torch.ones(()))
+        self.register_buffer("weight", torch.ones(()))
 
     def forward(
         self,
         x: Float[torch.Tensor, "*shape"],
         where: Bool[torch.Tensor, "..."] | None = None,
     ) -> Float[torch.Tensor, "*shape"]:
-        """Multiply; while measuring, set the factor first, from the entries that `where` selects."""
+        """Multiply; while measuring, set the factor first, from the entries `where` selects."""
         if self.measuring:
             seen = x if where is None else x[where.expand(x.shape)]
-            self.factor.copy_(self.std / seen.detach().float().std())
-        return x * self.factor.to(x.dtype)
+            self.weight.copy_(self.std / seen.detach().float().std())
+        return x * self.weight.to(x.dtype)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

@@ -2,9 +2,9 @@
 
     loss = - sum over scored positions of log p(target) / their number
 
-Menary et al. 2024 (arXiv 2406.17837), appendix on training. A run is a pure function of its `Run`: the rows
-of a step are drawn from (seed, process, step), so a run that was killed and goes on ends with the same bits
-as one that was not, and no global random state matters.
+Menary et al. 2024 (arXiv 2406.17837), appendix on training. A run is a pure function of its `Run`:
+the rows of a step are drawn from (seed, process, step), so a run that was killed and goes on ends
+with the same bits as one that was not, and no global random state matters.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
@@ -47,11 +48,12 @@ class Recipe:
     """How the weights are moved.
 
     Args:
-        optimizer: ``"adamw"``, or ``"muon"`` (orthogonalised momentum for the matrices inside the blocks, AdamW
-            for the rest).
+        optimizer: ``"adamw"``, or ``"muon"`` (orthogonalised momentum for the matrices inside the
+            blocks, AdamW for the rest).
         lr: the highest learning rate.
-        schedule: ``"plateau"`` halves it after `patience` epochs of `epoch` steps without a better training
-            loss; ``"cosine"`` warms up over `warmup` steps and falls to a hundredth at the end.
+        schedule: ``"plateau"`` halves it after `patience` epochs of `epoch` steps without a better
+            training loss; ``"cosine"`` warms up over `warmup` steps and falls to a hundredth at the
+            end.
         batch_size: sums per step and process.
         weight_decay: on every parameter (``decay_all``) or on matrices only.
         betas: of AdamW.
@@ -89,7 +91,8 @@ class Run:
         steps: how many.
         seed: of the data (the weights' is ``config.seed``).
         bf16: matrix products in bfloat16, weights and sums in float32.
-        length_parts: batches are cut into so many by length, which saves padding and changes nothing else.
+        length_parts: batches are cut into so many by length, which saves padding and changes
+            nothing else.
         log_every: steps between rows of the log.
         eval_every: steps between measurements of accuracy.
         eval_rows: sums in each of them.
@@ -109,11 +112,6 @@ class Run:
     def __post_init__(self) -> None:
         recipe = get_recipe(self.recipe)
         wanted = get_split(self.split).max_length
-        spec = self.config.sinusoids
-        if self.config.positional_embedding_type != "sinusoidal" or spec is None:
-            shift = 0
-        else:
-            shift = spec.max_shift
         if self.config.n_ctx < wanted:
             raise ValueError(
                 f"n_ctx: these sums want at least {wanted} tokens, got {self.config.n_ctx}"
@@ -126,7 +124,6 @@ class Run:
                 f"length_parts: wanted at most batch_size = {recipe.batch_size}, got "
                 f"{self.length_parts}"
             )
-        del shift
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
@@ -223,8 +220,6 @@ def positions_for(
 
     Menary et al. 2024, appendix on training.
     """
-    import numpy as np
-
     positions = torch.arange(tokens.shape[1])[None]
     spec = config.sinusoids
     if spec is None or not spec.max_shift:
@@ -320,7 +315,9 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        batch = draw(self.split, self.recipe.batch_size, seed=(run.seed, _TRAIN_STREAM, rank, self.step))
+        batch = draw(
+            self.split, self.recipe.batch_size, seed=(run.seed, _TRAIN_STREAM, rank, self.step)
+        )
         n_scored = int(batch.scored.sum())
         parts = batch.by_length(run.length_parts)
         loss = torch.zeros((), device=self.device)
@@ -328,7 +325,7 @@ class Trainer:
             seed = (run.seed, _SHIFT_STREAM, rank, self.step, i)
             with self._no_sync(i + 1 < len(parts)):
                 part_loss = self._loss(part, seed) / n_scored
-                part_loss.backward()  # type: ignore[no-untyped-call]
+                part_loss.backward()
             loss += part_loss.detach()
         if self.recipe.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -381,7 +378,7 @@ class Trainer:
     def save(self) -> None:
         """Write the state, whole or not at all."""
         state = {
-            "run": repr(_describe(self.run)),
+            "run": repr(describe(self.run)),
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "rate": self.rate.state,
@@ -395,9 +392,9 @@ class Trainer:
 
     def _load(self) -> None:
         state = torch.load(self.state_path, map_location=self.device, weights_only=True)
-        if state["run"] != repr(_describe(self.run)):
+        if state["run"] != repr(describe(self.run)):
             raise ValueError(
-                f"{self.out} holds another run: wanted {_describe(self.run)!r}, got {state['run']}; "
+                f"{self.out} holds another run: wanted {describe(self.run)!r}, got {state['run']}; "
                 "choose another directory"
             )
         self.model.load_state_dict(state["model"])
@@ -415,8 +412,8 @@ class Trainer:
                 writer.writerows(rows)
 
 
-def _describe(run: Run) -> dict[str, Any]:
-    """What makes a run this run, in plain types."""
+def describe(run: Run) -> dict[str, Any]:
+    """What makes a run this run, in JSON types."""
     return {
         "config": run.config.to_json(),
         "split": dataclasses.asdict(get_split(run.split)),
@@ -440,9 +437,9 @@ def train(
 ) -> QKVNormTransformer:
     """Train, or go on with the run that a directory holds; gives back the model, in eval mode.
 
-    The directory gets ``log.csv`` (loss, learning rate, accuracy) and ``state.pt``, from which a killed run
-    goes on, with the same result as one that was not killed. Under ``accelerate launch`` the processes
-    share the work.
+    The directory gets ``log.csv`` (loss, learning rate, accuracy) and ``state.pt``, from which a
+    killed run goes on, with the same result as one that was not killed. Under ``accelerate launch``
+    the processes share the work.
 
     Args:
         run: what to train.
@@ -459,9 +456,7 @@ def train(
     trainer = Trainer(run, Path(out), device=device, compile_model=compile_model)
     main = trainer.accelerator.is_main_process
     last = run.steps if stop_at is None else min(stop_at, run.steps)
-    bar = tqdm(
-        total=run.steps, initial=trainer.step, unit="step", disable=not (progress and main)
-    )
+    bar = tqdm(total=run.steps, initial=trainer.step, unit="step", disable=not (progress and main))
     began = time.monotonic() - trainer.seconds
     with bar:
         while trainer.step < last:

@@ -1,0 +1,69 @@
+"""Small trained models that come with the package.
+
+Each is a directory with ``model.safetensors``, ``config.json``, the tokenizer, ``card.json``
+(configuration, seed, command, data, accuracy) and ``log.csv`` (its training curve).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformer_lens.model_bridge import TransformerBridge
+
+DEFAULT = "addition-pre"
+
+
+def checkpoints() -> list[str]:
+    """The names of the shipped models."""
+    here = Path(__file__).parent
+    return sorted(path.parent.name for path in here.glob("*/model.safetensors"))
+
+
+def checkpoint_path(name: str = DEFAULT) -> Path:
+    """The directory of a shipped model.
+
+    Raises:
+        ValueError: no such model; the message lists those that there are.
+    """
+    if name not in checkpoints():
+        raise ValueError(f"checkpoint: wanted one of {checkpoints()}, got {name!r}")
+    return Path(__file__).parent / name
+
+
+def checkpoint_card(name: str = DEFAULT) -> dict[str, Any]:
+    """How a shipped model was made, and how good it is.
+
+    Raises:
+        ValueError: no such model.
+    """
+    card: dict[str, Any] = json.loads((checkpoint_path(name) / "card.json").read_text())
+    return card
+
+
+def load_checkpoint(
+    name: str = DEFAULT,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> TransformerBridge:
+    """A shipped model as a ``TransformerBridge`` with its tokenizer, in eval mode; offline.
+
+    Args:
+        name: one of `checkpoints`.
+        device: where to put it.
+        dtype: another dtype than the saved one.
+        attn_implementation: ``"eager"`` or ``"sdpa"``, if not as saved.
+
+    Raises:
+        ValueError: no such model.
+    """
+    from qkvnorm_lens.adapter import from_pretrained
+
+    return from_pretrained(
+        checkpoint_path(name), device=device, dtype=dtype, attn_implementation=attn_implementation
+    )

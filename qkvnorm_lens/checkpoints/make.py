@@ -1,18 +1,90 @@
-"""Make a shipped checkpoint: ``python -m qkvnorm_lens.checkpoints.make addition-pre --out runs/addition-pre``.
+"""Make a shipped model, with one command.
 
-Trains (or goes on with the run that the directory holds), measures, and writes weights, configuration,
-tokenizer, card and log in the form that `load_checkpoint` reads.
+    python -m qkvnorm_lens.checkpoints.make addition-pre --out runs/addition-pre
+
+Trains (or goes on with the run that the directory holds), measures, and writes weights,
+configuration, tokenizer, card and log in the form that `load_checkpoint` reads.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
 
+import torch
+
+from qkvnorm_lens.addition import build_tokenizer, get_split
 from qkvnorm_lens.config import named_config
-from qkvnorm_lens.training import Run
+from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.training import TEST_SEED, Run, describe, evaluate, get_recipe, train
 
 RUNS: Final[dict[str, Run]] = {
     "addition-pre": Run(
         named_config("small", "pre"), "small-train", "modern", steps=10_000, seed=0, bf16=True
     ),
 }
+TESTS: Final = {
+    "in distribution": "small-train",
+    "interpolation": "small-interpolation",
+    "extrapolation": "small-extrapolation",
+}
+
+
+def card(name: str, run: Run, model: QKVNormTransformer, *, rows: int = 20_000) -> dict[str, Any]:
+    """How a model was made, and its accuracy on sums that were drawn apart from training."""
+    return {
+        "name": name,
+        "command": f"python -m qkvnorm_lens.checkpoints.make {name} --out runs/{name}",
+        "run": describe(run),
+        "sequences": run.steps * get_recipe(run.recipe).batch_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "accuracy": {
+            kind: {
+                "split": dataclasses.asdict(get_split(split)),
+                "seed": TEST_SEED,
+                **dataclasses.asdict(evaluate(model, split, rows=rows)),
+            }
+            for kind, split in TESTS.items()
+        },
+        "versions": {name: version(name) for name in ("torch", "transformer-lens")},
+    }
+
+
+def install(
+    name: str, run: Run, model: QKVNormTransformer, log: Path, folder: Path
+) -> dict[str, Any]:
+    """Write a trained model with its card and log into a folder; gives back the card."""
+    model.tokenizer = build_tokenizer()
+    model.write(folder)
+    shutil.copyfile(log, folder / "log.csv")
+    made = card(name, run, model)
+    (folder / "card.json").write_text(json.dumps(made, indent=2) + "\n")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and write one shipped model."""
+    parser = argparse.ArgumentParser(prog="python -m qkvnorm_lens.checkpoints.make")
+    parser.add_argument("name", choices=sorted(RUNS))
+    parser.add_argument("--out", type=Path, required=True, help="state and log of the run")
+    parser.add_argument("--folder", type=Path, help="where to write it (default: in the package)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    run = RUNS[options.name]
+    model = train(run, options.out, device=options.device).cpu()
+    folder = options.folder or Path(__file__).parent / options.name
+    install(options.name, run, model, options.out / "log.csv", Path(os.fspath(folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
