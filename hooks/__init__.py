@@ -1,0 +1,33 @@
+"""Noise on the L2 norms of queries, keys and values, and the circuits that collapse under it."""
+
+from hooks.collapse import DEFAULT_SIGMAS, collapse_probe
+from hooks.errors import UnsupportedModelError
+from hooks.laws import LAWS
+from hooks.noise import NON_SPARSE, SPARSE, NormNoise
+from hooks.probability import collapse_probability, critical_half_width
+from hooks.results import CollapseReport, ProbeSettings, RowTable
+from hooks.scores import ScoreParts, split
+from hooks.selfcheck import attention_sites
+from hooks.sites import AttentionSites, LayerSites, Site, VectorSite
+
+__all__ = [
+    "attention_sites",
+    "NormNoise",
+    "collapse_probe",
+    "CollapseReport",
+    "UnsupportedModelError",
+    "AttentionSites",
+    "LayerSites",
+    "VectorSite",
+    "Site",
+    "ProbeSettings",
+    "RowTable",
+    "ScoreParts",
+    "split",
+    "critical_half_width",
+    "collapse_probability",
+    "DEFAULT_SIGMAS",
+    "LAWS",
+    "NON_SPARSE",
+    "SPARSE",
+]

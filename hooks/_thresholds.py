@@ -1,0 +1,196 @@
+"""Numbers and words drawn from a CollapseReport: the sigma of a rate, and the summary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from hooks.laws import get_law
+
+if TYPE_CHECKING:
+    from hooks.results import CollapseReport
+
+_LARGEST = 1e6  # where a law has no limit: its rates have long settled there
+_STEPS = 80
+_TOLERANCE = 1e-7
+_CLOSE = 1e-3  # relative width of a trustworthy answer where competitors were left out
+_MIN_ROWS = 20  # a head with fewer sparse rows is not named in the summary
+
+
+def solve_sigma_at(
+    report: CollapseReport,
+    rate: float,
+    group: Int[np.ndarray, "row"],
+    keep: Bool[np.ndarray, "row"],
+    counts: Int[np.ndarray, "group"],
+) -> Float[np.ndarray, "group"]:
+    """Per group of rows, the sigma at which the pooled collapse probability reaches ``rate``."""
+    n_groups = len(counts)
+
+    def pooled(sigma: np.ndarray, upper: bool) -> np.ndarray:
+        """Mean collapse probability of each group at its own sigma."""
+        total = np.zeros(n_groups)
+        for value in np.unique(sigma[counts > 0]):
+            mine = np.flatnonzero(keep & (sigma[group] == value))
+            if len(mine):
+                p = report.exact_rate(float(value), mine, with_rest=upper)
+                total += np.bincount(group[mine], p, n_groups)
+        return total / np.maximum(counts, 1)
+
+    low = _solve(lambda s: pooled(s, False), rate, counts, report)
+    if not report.table.rest.any():
+        return low
+    high = _solve(lambda s: pooled(s, True), rate, counts, report)
+    with np.errstate(invalid="ignore"):
+        apart = (low != high) & ~(np.isnan(low) | (np.abs(low - high) <= _CLOSE * low))
+    if apart.any():
+        at = int(np.flatnonzero(apart)[0])
+        raise ValueError(
+            f"sigma_at({rate:g}): wanted an answer within {_CLOSE:.0e}; got between "
+            f"{high[at]:.6g} and {low[at]:.6g}, because each row keeps only its "
+            f"{report.table.s.shape[1]} nearest competitors: probe again with more (competitors=)"
+        )
+    return low
+
+
+def _solve(
+    rates: Callable[[np.ndarray], np.ndarray],
+    rate: float,
+    counts: Int[np.ndarray, "group"],
+    report: CollapseReport,
+) -> Float[np.ndarray, "group"]:
+    """Bracketed root of sqrt(rate(sigma)) - sqrt(rate): nearly a line, as P ~ (a - a_c)^2."""
+    law = get_law(report.settings.law)
+    limit = _LARGEST if math.isinf(law.limit) else law.limit
+    end = limit if law.limit_included else limit * (1 - 1e-12)
+
+    def miss(sigma: np.ndarray) -> np.ndarray:
+        return np.sqrt(rates(sigma)) - math.sqrt(rate)
+
+    # The whole grid costs as much as a few steps of the search and brackets every group at once.
+    grid = [s for s in report.settings.sigmas if 0 < s < end] + [end]
+    lo, hi = np.zeros(len(counts)), np.full(len(counts), end)
+    f_lo, f_hi = np.full(len(counts), -math.sqrt(rate)), np.full(len(counts), -1.0)
+    open_ = counts > 0
+    for sigma in sorted(grid):
+        if not open_.any():
+            break
+        f = miss(np.where(open_, sigma, 0.0))
+        found = open_ & (f >= 0)
+        hi[found], f_hi[found] = sigma, f[found]
+        open_ &= ~found
+        lo[open_], f_lo[open_] = sigma, f[open_]
+    out = np.where(counts > 0, np.where(open_, math.inf, hi), math.nan)
+    active = (counts > 0) & ~open_
+    for step in range(_STEPS):
+        active &= (hi - lo) > _TOLERANCE * hi
+        if not active.any():
+            break
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x = (lo * f_hi - hi * f_lo) / (f_hi - f_lo)
+        width = hi - lo
+        # A step that hugs one end leaves the bracket wide: stay off the ends, bisect now and then.
+        x = np.clip(np.nan_to_num(x), lo + 1e-3 * width, hi - 1e-3 * width)
+        x = np.where(step % 4 == 3, (lo + hi) / 2, x)
+        f = miss(np.where(active, x, 0.0))
+        up, down = active & (f >= 0), active & (f < 0)
+        near = active & (np.abs(f) < 1e-12)
+        hi[up], f_hi[up] = x[up], f[up]
+        lo[down], f_lo[down] = x[down], f[down]
+        f_lo[up] *= 0.5  # Illinois: the end that stays counts less each time
+        f_hi[down] *= 0.5
+        lo[near], hi[near] = x[near], x[near]
+    solved = (counts > 0) & ~open_
+    return np.where(solved, hi, out)
+
+
+def percent(x: float) -> str:
+    """A share as text: 7.9%, never reached, or no rows."""
+    if math.isnan(x):
+        return "no rows"
+    if math.isinf(x):
+        return "never"
+    return f"{100 * x:.2g}%" if x < 0.0995 else f"{100 * x:.3g}%"
+
+
+def summarise(report: CollapseReport) -> str:
+    """The report in a few sentences (see :meth:`CollapseReport.summary`)."""
+    settings, model = report.settings, report.model
+    n_prompts, n_tokens = len(report.tokens), sum(map(len, report.tokens))
+    examined, sparse = int(report.examined.sum()), report.n_sparse
+    lines = [
+        f"{model['name']}: {n_prompts} prompt{'s' * (n_prompts != 1)}, {n_tokens} tokens, "
+        f"{len(settings.layers)} attention layers; {settings.law} noise on the norms of "
+        f"{', '.join(settings.on)}, one layer at a time."
+    ]
+    threshold = f"max a >= {settings.sparse:g}"
+    if sparse == 0:
+        lines.append(
+            f"No sparse row: none of the {examined} attention rows has {threshold}, so there is "
+            "no single attended token to lose. That is not stability: how non-sparse attention "
+            "changes is not measured here."
+        )
+        return "\n".join([*lines, str(model["sites"])])
+    sinks = int(report.rows[..., 1].sum())
+    lines.append(
+        f"{sparse} of {examined} rows are sparse ({threshold}), {percent(sinks / sparse)} of these "
+        "attend to the first token (sinks)."
+    )
+    lines.append(_threshold_sentence(report))
+    named = _first_head(report)
+    if named:
+        lines.append(named)
+    frame = report.to_frame("model")
+    middle = frame.iloc[(frame["sigma"] - 0.1).abs().argmin()]
+    level = frame["score_level"].iloc[0]
+    lines.append(
+        f"At sigma = {percent(middle['sigma'])}: {percent(middle['loose'])} of the sparse rows "
+        f"collapse, {percent(middle['loose_centred'])} in the centred gauge (mean score level "
+        f"{level:.3g}; rates of models with other levels compare only there)."
+    )
+    lines.append(str(model["sites"]))
+    return "\n".join(lines)
+
+
+def _threshold_sentence(report: CollapseReport) -> str:
+    if not {"k", "q"} & set(report.settings.on) or not len(report.table):
+        return "No row can collapse: this noise never moves an arg max in its own layer."
+    try:
+        everything, content = report.sigma_at(0.01), report.sigma_at(0.01, content=True)
+    except ValueError as error:  # too few competitors kept: say so rather than guess
+        return str(error)
+    assert isinstance(everything, float)
+    assert isinstance(content, float)
+    if math.isinf(everything):
+        return "1% of sparse rows never collapse within this law."
+    return (
+        f"1% of sparse rows collapse at sigma = {percent(everything)} "
+        f"(sinks left out: {percent(content)})."
+    )
+
+
+def _first_head(report: CollapseReport) -> str:
+    """The head whose sparse rows go first, among those with enough of them."""
+    import pandas as pd
+
+    if not {"k", "q"} & set(report.settings.on) or not len(report.table):
+        return ""
+    try:
+        sigma = report.sigma_at(0.01, by="head")
+    except ValueError:
+        return ""
+    assert isinstance(sigma, pd.DataFrame)
+    counts = report.rows.sum((-1, -2))
+    values = np.where(counts >= _MIN_ROWS, sigma.to_numpy(), np.nan)
+    if not np.isfinite(values).any():
+        return ""
+    layer, head = np.unravel_index(int(np.nanargmin(values)), values.shape)
+    name = f"L{report.settings.layers[layer]}H{head}"
+    return (
+        f"First head (of those with {_MIN_ROWS} sparse rows or more): {name}, 1% of its "
+        f"{int(counts[layer, head])} at sigma = {percent(float(values[layer, head]))}."
+    )

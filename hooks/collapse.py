@@ -1,0 +1,241 @@
+"""The collapse probe: which sparse attention rows lose their token, at which norm noise.
+
+Protocol of Menary et al. 2024, Fig. 3: noise in each layer on its own, on clean inputs; a row whose
+clean maximum is at least 0.95 collapses when its arg max moves. Clean inputs make the noisy scores
+a function of the clean ones, so one forward pass holds every answer: each layer is reduced to its
+counts while its scores exist and is let go of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import _state
+from hooks._prompts import encode
+from hooks._rows import LayerReducer, Tally
+from hooks.laws import check_sigma, get_law
+from hooks.noise import SPARSE, NormNoise, Shared
+from hooks.results import CollapseReport, ProbeSettings
+from hooks.scores import qk_product
+from hooks.selfcheck import attention_sites
+from hooks.sites import AttentionSites, HookedModel, LayerSites, input_device
+
+DEFAULT_SIGMAS = (
+    0.01, 0.015, 0.02, 0.03, 0.04, 0.055, 0.075, 0.1, 0.11, 0.14, 0.17, 0.2, 0.25, 0.3, 0.4, 0.5,
+)  # fmt: skip
+
+Method = Literal["exact", "sample"]
+
+
+def collapse_probe(
+    model: HookedModel,
+    tokens: str | Sequence[str] | Int[Tensor, "pos"] | Int[Tensor, "batch pos"] | Sequence[Any],
+    *,
+    sigmas: Sequence[float] | None = None,
+    on: str = "qk",
+    method: Method = "exact",
+    law: str = "uniform",
+    shared: Shared = "none",
+    layers: Sequence[int] | None = None,
+    sparse: float = SPARSE,
+    draws: int = 16,
+    seed: int = 0,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 8,
+    competitors: int = 8,
+    progress: bool | None = None,
+) -> CollapseReport:
+    """Share of sparse attention rows whose arg max moves under norm noise, by sigma, layer, head.
+
+    Under noise on the vectors that enter the dot product a row's scores become
+    (1 + kq)(1 + k_t) s_t + b_t, exactly. ``exact`` computes the probability that the arg max moves
+    from the clean scores; ``sample`` draws the noise of :class:`NormNoise` and counts. The strict
+    rate (the new maximum is again >= ``sparse``) is sampled under both. Source: Menary et al. 2024,
+    Fig. 3 and theorem 7.
+
+    Args:
+        model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and
+            ``run_with_hooks``). Left as found; probed in eval mode.
+        tokens: a text, several texts, token ids ``[pos]`` or ``[batch, pos]``, or a list of ids.
+        sigmas: RMS of the relative change of a norm; default: 16 from 1% to 50%, as far as the law
+            goes.
+        on: noised vectors, any of ``"q"``, ``"k"``, ``"v"``.
+        method: ``"exact"`` or ``"sample"``.
+        law: ``"uniform"``, ``"gaussian"`` or ``"lognormal"``.
+        shared: which vectors share a factor in sampled rates (see :class:`NormNoise`); a row's own
+            probability does not depend on it.
+        layers: block indices; default: every attention layer.
+        sparse: least maximum of a sparse row.
+        draws: samples of the noise; of the strict rate only, under ``"exact"``.
+        seed: of the noise.
+        attention_mask: 1 for real tokens. Without it, the tokenizer's pad tokens at either end of a
+            row of ids are padding, unless they are also its first or last token (bos, eos).
+        prepend_bos: passed on to ``model.to_tokens``.
+        batch_size: prompts per forward pass; only prompts of one length share a pass, so that
+            nothing is ever padded.
+        competitors: nearest competitors to keep of each row that can collapse, for ``sigma_at``.
+        progress: show a progress bar; default: where standard error is a terminal.
+
+    Returns:
+        :class:`CollapseReport`.
+
+    Raises:
+        UnsupportedModelError: the model failed the self-check.
+        ValueError: empty text, a sequence longer than the context or of one token, a sigma that the
+            law can't have, an unknown layer, site, law or method.
+    """
+    values = _sigmas(sigmas, law)
+    if method not in ("exact", "sample"):
+        raise ValueError(f"method: wanted 'exact' or 'sample'; got {method!r}")
+    noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
+    _check_numbers(draws, method, sparse, batch_size, competitors)
+    sites = attention_sites(model)
+    chosen = _layers(sites, layers)
+    prompts = encode(model, tokens, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    settings = ProbeSettings(
+        sigmas=values,
+        on="".join(noise.roles),
+        law=law,
+        method=method,
+        shared=shared,
+        sparse=sparse,
+        layers=tuple(s.layer for s in chosen),
+        draws=draws,
+        seed=seed,
+    )
+    tally = Tally(settings, chosen, len(prompts.ids), competitors)
+    batches = prompts.batches(batch_size)
+    device = input_device(model)
+    with _state.evaluating(model), tqdm(
+        total=len(prompts.ids),
+        desc="collapse probe",
+        unit="prompt",
+        disable=None if progress is None else not progress,
+        leave=False,
+    ) as bar:
+        for indices, ids in batches:
+            watch = _Watch(chosen, tally, noise, indices)
+            with model.hooks(fwd_hooks=watch.hooks()):
+                model(ids.to(device))  # type: ignore[operator]
+            bar.update(len(indices))
+    return tally.report(model=_facts(model, sites, chosen), prompts=prompts)
+
+
+def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
+    known = get_law(law)
+    if sigmas is None:
+        top = known.limit
+        return tuple(s for s in DEFAULT_SIGMAS if s < top or (s == top and known.limit_included))
+    values = tuple(float(s) for s in sigmas)
+    if not values:
+        raise ValueError("sigmas: wanted one or more; got none")
+    for sigma in values:
+        check_sigma(sigma, known)
+    if list(values) != sorted(set(values)):
+        raise ValueError(f"sigmas: wanted ascending and distinct; got {list(values)}")
+    return values
+
+
+def _check_numbers(
+    draws: int, method: str, sparse: float, batch_size: int, competitors: int
+) -> None:
+    least = 2 if method == "sample" else 0
+    for name, value, minimum in (
+        ("draws", draws, least),
+        ("batch_size", batch_size, 1),
+        ("competitors", competitors, 1),
+    ):
+        if value < minimum:
+            raise ValueError(f"{name}: wanted an integer >= {minimum}; got {value!r}")
+    if not 0 < sparse <= 1:
+        raise ValueError(f"sparse: wanted a maximum in (0, 1]; got {sparse!r}")
+
+
+def _layers(sites: AttentionSites, layers: Sequence[int] | None) -> tuple[LayerSites, ...]:
+    if layers is None:
+        return sites.layers
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(f"layers: wanted one or more, each once; got {list(layers)}")
+    return tuple(sites.layer(layer) for layer in sorted(layers))
+
+
+class _Watch:
+    """Hooks of one forward pass: each layer's scores meet their pattern and are reduced at once."""
+
+    def __init__(
+        self,
+        layers: tuple[LayerSites, ...],
+        tally: Tally,
+        noise: NormNoise,
+        indices: Sequence[int],
+    ) -> None:
+        self.layers = layers
+        self.tally = tally
+        self.noise = noise
+        self.indices = indices
+
+    def hooks(self) -> list[tuple[str, Callable[..., None]]]:
+        entries: list[tuple[str, Callable[..., None]]] = []
+        for index, sites in enumerate(self.layers):
+            entries += self._layer_hooks(index, sites)
+        return entries
+
+    def _layer_hooks(
+        self, index: int, sites: LayerSites
+    ) -> list[tuple[str, Callable[..., None]]]:
+        kept: dict[str, Tensor] = {}
+        entries: list[tuple[str, Callable[..., None]]] = []
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook_fn(tensor: Tensor, hook: Any) -> None:
+                kept[name] = tensor
+
+            return hook_fn
+
+        def reduce(pattern: Tensor, hook: Any) -> None:
+            scores = kept.pop("scores")
+            s = None
+            if sites.has_bias:
+                q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
+                s = qk_product(sites, q.float(), k.float()) * sites.score_scale
+            LayerReducer(self.tally, index, sites, self.noise, self.indices).add(scores, pattern, s)
+
+        if sites.has_bias:
+            entries += [(sites.vector(r).dot.hook, keep(r)) for r in ("q", "k")]
+        entries.append((sites.scores, keep("scores")))
+        entries.append((sites.pattern, reduce))
+        return entries
+
+
+def _facts(
+    model: HookedModel, sites: AttentionSites, chosen: tuple[LayerSites, ...]
+) -> dict[str, Any]:
+    """What a reader must know of the model to read the numbers."""
+    from importlib.metadata import version
+
+    cfg = model.cfg
+    frame = sites.to_frame()
+    shields = frame.groupby("vector", sort=False)["shield"].unique()
+    return {
+        "name": str(getattr(cfg, "model_name", None) or type(model).__name__),
+        "architecture": str(
+            getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", None) or ""
+        ),
+        "dtype": str(_state.model_dtype(model)).removeprefix("torch."),
+        "device": str(input_device(model)),
+        "heads": [s.n_heads for s in chosen],
+        "kv_heads": [s.n_kv_heads for s in chosen],
+        "sites": sites.describe(),
+        "shields": {role: [str(s) for s in values] for role, values in shields.items()},
+        "versions": {
+            name: version(name) for name in ("transformer-lens", "torch", "transformers", "numpy")
+        },
+    }
+

@@ -1,0 +1,175 @@
+"""The three laws of a multiplicative factor f = 1 + kappa on a vector's L2 norm.
+
+Every law has mean 1 and root mean square relative change ``sigma`` = sqrt(E[(f - 1)^2]), the
+x-axis of Menary et al. 2024, Fig. 2 and 3. A law knows how a uniform number in (0, 1) becomes a
+factor, its distribution function and where that is smooth: sampling and quadrature need no more.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_NORMAL_REACH = 8.5  # the normal law's mass beyond is 2e-17
+
+
+class Law(Protocol):
+    """Distribution of the factor f = 1 + kappa."""
+
+    name: str
+    limit: float
+    """``sigma`` must lie below this (at or below, where ``limit_included``)."""
+    limit_included: bool
+    reason: str
+    """Why larger values are refused."""
+
+    def factor(self, u: Float[Tensor, "*shape"], sigma: float) -> Float[Tensor, "*shape"]:
+        """The factor whose distribution function has the value u, 0 < u < 1 (inverse CDF)."""
+        ...
+
+    def cdf(
+        self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
+    ) -> Float[Tensor, "*shape"]:
+        """P(factor <= f)."""
+        ...
+
+    def knots(self, sigma: Float[Tensor, "rows"]) -> Float[Tensor, "rows knots"]:
+        """Ascending factors; the first and last bound the support (up to 1e-16 of the mass).
+
+        Between two of them the density is smooth enough for a short Gauss-Legendre rule.
+        """
+        ...
+
+    def density(
+        self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
+    ) -> Float[Tensor, "*shape"]:
+        """Probability density at f, inside the support."""
+        ...
+
+
+class Uniform:
+    """f uniform on [1 - a, 1 + a], a = sqrt(3) sigma (the paper's law).
+
+    a < 1, so sigma < 1/sqrt(3): a factor never turns negative. Source: Menary et al. 2024, Fig. 2.
+    """
+
+    name = "uniform"
+    limit = 1 / math.sqrt(3)
+    limit_included = False
+    reason = "its half-width sqrt(3) sigma would reach 1 and factors could turn negative"
+
+    def factor(self, u: Float[Tensor, "*shape"], sigma: float) -> Float[Tensor, "*shape"]:
+        return 1 + (math.sqrt(3) * sigma) * (2 * u - 1)
+
+    def cdf(
+        self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
+    ) -> Float[Tensor, "*shape"]:
+        a = math.sqrt(3) * sigma
+        return ((f - 1 + a) / (2 * a)).clamp(0, 1)
+
+    def knots(self, sigma: Float[Tensor, "rows"]) -> Float[Tensor, "rows knots"]:
+        a = math.sqrt(3) * sigma
+        return torch.stack([1 - a, 1 + a], dim=-1)
+
+    def density(
+        self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
+    ) -> Float[Tensor, "*shape"]:
+        return torch.ones_like(f) / (2 * math.sqrt(3) * sigma)
+
+
+class Gaussian:
+    """f normal with mean 1 and standard deviation sigma; refused above sigma = 0.2."""
+
+    name = "gaussian"
+    limit = 0.2
+    limit_included = True
+    reason = "factors could turn negative"
+    _z = (-_NORMAL_REACH, -5.5, -3.0, -1.0, 1.0, 3.0, 5.5, _NORMAL_REACH)
+
+    def factor(self, u: Float[Tensor, "*shape"], sigma: float) -> Float[Tensor, "*shape"]:
+        return 1 + sigma * torch.special.ndtri(u)
+
+    def cdf(
+        self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
+    ) -> Float[Tensor, "*shape"]:
+        return torch.special.ndtr((f - 1) / sigma)
+
+    def knots(self, sigma: Float[Tensor, "rows"]) -> Float[Tensor, "rows knots"]:
+        return 1 + sigma[:, None] * sigma.new_tensor(self._z)
+
+    def density(
+        self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
+    ) -> Float[Tensor, "*shape"]:
+        z = (f - 1) / sigma
+        return torch.exp(-0.5 * z * z) / (sigma * math.sqrt(2 * math.pi))
+
+
+class LogNormal:
+    """f = exp(s z - s^2 / 2), z standard normal, s^2 = ln(1 + sigma^2): mean 1, never negative."""
+
+    name = "lognormal"
+    limit = math.inf
+    limit_included = False
+    reason = "it must be finite"
+    _z = Gaussian._z
+
+    @staticmethod
+    def _s(sigma: Tensor) -> Tensor:
+        return torch.log1p(sigma * sigma).sqrt()
+
+    def factor(self, u: Float[Tensor, "*shape"], sigma: float) -> Float[Tensor, "*shape"]:
+        s = math.sqrt(math.log1p(sigma * sigma))
+        return torch.exp(s * torch.special.ndtri(u) - s * s / 2)
+
+    def cdf(
+        self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
+    ) -> Float[Tensor, "*shape"]:
+        s = self._s(sigma)
+        # A factor is positive: at and below zero the distribution function is zero.
+        z = torch.log(f.clamp_min(torch.finfo(f.dtype).tiny)) / s + s / 2
+        return torch.where(f > 0, torch.special.ndtr(z), torch.zeros_like(z))
+
+    def knots(self, sigma: Float[Tensor, "rows"]) -> Float[Tensor, "rows knots"]:
+        s = self._s(sigma)[:, None]
+        return torch.exp(s * sigma.new_tensor(self._z) - s * s / 2)
+
+    def density(
+        self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
+    ) -> Float[Tensor, "*shape"]:
+        s = self._s(sigma)
+        z = torch.log(f) / s + s / 2
+        return torch.exp(-0.5 * z * z) / (f * s * math.sqrt(2 * math.pi))
+
+
+LAWS: dict[str, Law] = {law.name: law for law in (Uniform(), Gaussian(), LogNormal())}
+
+
+def get_law(name: str) -> Law:
+    """The law of that name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in LAWS:
+        raise ValueError(f"law: wanted one of {sorted(LAWS)}; got {name!r}")
+    return LAWS[name]
+
+
+def check_sigma(sigma: float, law: Law) -> None:
+    """Refuse a sigma that the law cannot have.
+
+    Raises:
+        ValueError: negative, not finite, or too large for the law.
+    """
+    if not math.isfinite(sigma) or sigma < 0:
+        raise ValueError(f"sigma: wanted a finite number >= 0; got {sigma!r}")
+    if sigma > law.limit or (sigma == law.limit and not law.limit_included):
+        relation = "<=" if law.limit_included else "<"
+        raise ValueError(
+            f"sigma: wanted {relation} {law.limit:.6g} for {law.name} noise ({law.reason}); "
+            f"got {sigma!r}"
+        )

@@ -1,0 +1,413 @@
+"""NormNoise: multiplicative noise on the L2 norms of q, k and v, as TransformerLens hooks.
+
+x -> (1 + kappa) x for each query, key or value vector x, kappa with mean 0 and RMS sigma. Source:
+Menary et al. 2024, Sec. "noise on the L2 norms", Fig. 2 and 3.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooks import _state
+from hooks.laws import check_sigma, get_law
+from hooks.scores import expand_factors, split
+from hooks.selfcheck import attention_sites
+from hooks.sites import ROLES, HookedModel, LayerSites, Role, Site
+
+Shared = Literal["none", "heads", "kv", "token"]
+At = Literal["dot", "projection"]
+Rows = Literal["all", "sparse", "non-sparse"]
+HookList = list[tuple[str, Callable[..., Any]]]
+
+SPARSE = 0.95
+"""A row is sparse where max_t a_t >= 0.95 (Menary et al. 2024)."""
+NON_SPARSE = 0.70
+"""A row is non-sparse where max_t a_t < 0.70 (Menary et al. 2024)."""
+
+# What a factor's stream is keyed by when it is shared: one stream for several sites.
+_STREAM = {"q": 0, "k": 1, "v": 2}
+_SHARED_KV_STREAM = 3
+_WORDS_PER_BLOCK = 4  # Philox gives its numbers in blocks of four
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormNoise:
+    """Multiplicative noise on L2 norms: x -> (1 + kappa) x.
+
+    The factor is a pure function of (seed, draw, layer, site, prompt index, position counted from
+    the first real token, head), whatever the batch size, padding, device, or what else is noised.
+    Every forward pass under one context repeats it; another ``draw`` is another sample.
+
+    Args:
+        sigma: RMS of the relative change kappa.
+        on: which vectors, any of ``"q"``, ``"k"``, ``"v"`` (for example ``"qk"``).
+        law: ``"uniform"`` (the paper's; half-width sqrt(3) sigma), ``"gaussian"`` or
+            ``"lognormal"`` (see :mod:`hooks.laws`).
+        shared: which vectors share a factor: ``"none"`` (every vector its own, as in the paper),
+            ``"heads"`` (one for all heads of a token, q, k and v apart), ``"kv"`` (one for k and v
+            of a head), ``"token"`` (one for all heads and for k and v of a token, which is what
+            Pre-Norm's common length really does; q, the receiver, has its own).
+        at: ``"dot"``, the vectors that enter the dot product (v: that are averaged), or
+            ``"projection"``, the projection's output. Where a norm stands between them, it removes
+            the second in part or whole: a warning says so.
+        rows: ``"all"``, or only ``"sparse"`` (max a >= 0.95) or ``"non-sparse"`` (max a < 0.70) rows
+            as in the paper's Fig. 2 right, judged by the layer's un-noised scores in the running
+            pass and applied to the q.k part of those rows' scores; q and k only.
+        layers: block indices; None for every attention layer.
+        seed, draw: name the sample.
+
+    Raises:
+        ValueError: a sigma the law can't have, an unknown name, ``rows`` with v or at the
+            projection.
+
+    Example:
+        >>> noise = NormNoise(sigma=0.05, on="k")
+        >>> with noise.applied(model):          # doctest: +SKIP
+        ...     logits = model(tokens)
+    """
+
+    sigma: float
+    on: str = "qkv"
+    law: str = "uniform"
+    shared: Shared = "none"
+    at: At = "dot"
+    rows: Rows = "all"
+    layers: tuple[int, ...] | None = None
+    seed: int = 0
+    draw: int = 0
+
+    def __post_init__(self) -> None:
+        check_sigma(self.sigma, get_law(self.law))
+        if not self.on or set(self.on) - set(ROLES) or len(set(self.on)) != len(self.on):
+            raise ValueError(f"on: wanted some of 'q', 'k', 'v', each once; got {self.on!r}")
+        for name, value, known in (
+            ("shared", self.shared, ("none", "heads", "kv", "token")),
+            ("at", self.at, ("dot", "projection")),
+            ("rows", self.rows, ("all", "sparse", "non-sparse")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: wanted one of {list(known)}; got {value!r}")
+        for name, number in (("seed", self.seed), ("draw", self.draw)):
+            if number < 0:
+                raise ValueError(f"{name}: wanted an integer >= 0; got {number}")
+        if self.rows != "all" and ("v" in self.on or self.at != "dot"):
+            raise ValueError(
+                "rows: noise on some rows only acts on their scores: wanted on='q', 'k' or 'qk' and "
+                f"at='dot'; got on={self.on!r}, at={self.at!r}"
+            )
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The noised vectors, in the order q, k, v."""
+        return tuple(role for role in ROLES if role in self.on)
+
+    # -- factors ----------------------------------------------------------------------------
+
+    def uniforms(
+        self, *, layer: int, role: Role, prompt: int, start: int, n_pos: int, n_heads: int
+    ) -> Float[np.ndarray, "pos head"]:
+        """The numbers in (0, 1) behind the factors of one prompt, from position ``start``.
+
+        A counter-based generator (Philox) is keyed by (seed, draw, layer, site, prompt) and set to
+        the position: any part of the sequence can be drawn alone.
+        """
+        together = self.shared in ("kv", "token") and role in ("k", "v")
+        stream = _SHARED_KV_STREAM if together else _STREAM[role]
+        width = 1 if self.shared in ("heads", "token") else n_heads
+        entropy = (self.seed, self.draw, layer, stream, prompt)
+        key = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
+        blocks = -(-width // _WORDS_PER_BLOCK)
+        bits = np.random.Philox(key=key, counter=start * blocks)
+        drawn = np.random.Generator(bits).random((n_pos, blocks * _WORDS_PER_BLOCK))[:, :width]
+        open_interval = np.maximum(drawn, 2.0**-54)
+        return np.broadcast_to(open_interval, (n_pos, n_heads))
+
+    def factors(
+        self,
+        *,
+        layer: int,
+        role: Role,
+        n_heads: int,
+        prompts: Sequence[int],
+        n_pos: int,
+        start: Sequence[int] | int = 0,
+    ) -> Float[Tensor, "prompt pos head"]:
+        """1 + kappa of each vector, float32, on the CPU.
+
+        Args:
+            layer: block index.
+            role: ``"q"``, ``"k"`` or ``"v"``.
+            n_heads: heads at that site (key/value heads for k and v).
+            prompts: index of each prompt.
+            n_pos: number of positions.
+            start: position of the first, counted from each prompt's first real token; padding
+                before it (a negative position) is left alone.
+        """
+        starts = [start] * len(prompts) if isinstance(start, int) else list(start)
+        out = torch.ones(len(prompts), n_pos, n_heads)
+        if self.sigma == 0:
+            return out
+        law = get_law(self.law)
+        for i, (prompt, first) in enumerate(zip(prompts, starts, strict=True)):
+            padding = min(max(-first, 0), n_pos)
+            u = self.uniforms(
+                layer=layer,
+                role=role,
+                prompt=prompt,
+                start=max(first, 0),
+                n_pos=n_pos - padding,
+                n_heads=n_heads,
+            )
+            out[i, padding:] = law.factor(torch.tensor(u), self.sigma).float()
+        return out
+
+    # -- hooks ------------------------------------------------------------------------------
+
+    def hooks(
+        self,
+        model: HookedModel,
+        *,
+        first_prompt: int = 0,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+    ) -> HookList:
+        """TransformerLens hooks for ``model.run_with_hooks(tokens, fwd_hooks=...)``.
+
+        Args:
+            model: the model; its self-check runs first.
+            first_prompt: index of the first prompt of the batch, so that batches of a corpus
+                continue each other's noise.
+            attention_mask: 1 for real tokens, where the batch is padded: positions count from each
+                prompt's first real token. Without it no token is padding.
+
+        Raises:
+            UnsupportedModelError: the self-check failed.
+            ValueError: unknown layer, active dropout, a mask with gaps, or rows-only noise on a
+                model whose scores can't be edited.
+
+        These hooks take every forward pass for a whole sequence; for ``generate`` with a cache use
+        :meth:`applied` (a cached step under these hooks raises).
+        """
+        return self._hooks(model, _Clock(first_prompt, attention_mask))
+
+    @contextmanager
+    def applied(
+        self,
+        model: HookedModel,
+        *,
+        first_prompt: int = 0,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+    ) -> Iterator[NormNoise]:
+        """The same as a context manager; inside ``generate`` each token keeps its factor.
+
+        Arguments and errors as :meth:`hooks`. The hooks that were on the model stay.
+        """
+        clock = _Clock(first_prompt, attention_mask)
+        inner = getattr(model, "original_model", None)
+        handle = None
+        with model.hooks(fwd_hooks=self._hooks(model, clock)):
+            if inner is not None:
+                handle = inner.register_forward_pre_hook(clock.read_cache, with_kwargs=True)
+            try:
+                yield self
+            finally:
+                if handle is not None:
+                    handle.remove()
+
+    def _hooks(self, model: HookedModel, clock: _Clock) -> HookList:
+        sites = attention_sites(model)
+        dropout = _state.active_dropout(model)
+        if dropout:
+            raise ValueError(
+                f"noise would mix with active dropout: wanted model.eval(); got {dropout} in "
+                "training mode"
+            )
+        chosen = self.layers if self.layers is not None else [s.layer for s in sites]
+        entries: HookList = []
+        for layer in chosen:
+            entries += self._layer_hooks(sites.layer(layer), clock)
+        if chosen:
+            entries.append((sites.layer(chosen[0]).pattern, clock.guard))
+        self._tell_shields([sites.layer(layer) for layer in chosen])
+        return entries
+
+    def _tell_shields(self, layers: list[LayerSites]) -> None:
+        if self.at != "projection":
+            return
+        for shield, what in (
+            ("removed", "is removed by a norm over each head"),
+            ("mixed", "passes a norm over all heads, which removes a part and leaks between heads"),
+        ):
+            roles = [r for r in self.roles if any(s.vector(r).shield == shield for s in layers)]
+            if roles:
+                warnings.warn(
+                    f"noise at the projection of {', '.join(roles)} {what} before the dot product; "
+                    "at='dot' noises the vectors that enter it",
+                    stacklevel=4,
+                )
+
+    def _layer_hooks(self, sites: LayerSites, clock: _Clock) -> HookList:
+        if self.rows != "all":
+            return self._row_hooks(sites, clock)
+        entries: HookList = []
+        for role in self.roles:
+            vector = sites.vector(role)
+            site = vector.dot if self.at == "dot" else vector.projection
+            entries.append((site.hook, self._scaling_hook(sites.layer, role, site, clock)))
+        return entries
+
+    def _scaling_hook(
+        self, layer: int, role: Role, site: Site, clock: _Clock
+    ) -> Callable[..., Tensor]:
+        def scale_norms(tensor: Tensor, hook: Any) -> Tensor:
+            n_pos = site.n_pos(tensor)
+            clock.check_new(n_pos, site.hook)
+            factor = self._drawn(layer, role, site, tensor.shape[0], n_pos, clock.cached, clock)
+            return site.scale(tensor, factor.to(tensor.device))
+
+        return scale_norms
+
+    def _drawn(
+        self,
+        layer: int,
+        role: Role,
+        site: Site,
+        batch: int,
+        n_pos: int,
+        first: int,
+        clock: _Clock,
+    ) -> Tensor:
+        return self.factors(
+            layer=layer,
+            role=role,
+            n_heads=site.n_heads,
+            prompts=clock.prompts(batch),
+            n_pos=n_pos,
+            start=[first - padding for padding in clock.padding_of(batch)],
+        )
+
+    def _row_hooks(self, sites: LayerSites, clock: _Clock) -> HookList:
+        if not sites.scores_editable:
+            raise ValueError(
+                f"rows={self.rows!r}: layer {sites.layer}: wanted scores whose edits change the "
+                f"pattern; got {sites.scores}, whose edits do not"
+            )
+        kept: dict[str, Tensor] = {}
+
+        def keep(role: Role) -> Callable[..., None]:
+            def hook_fn(tensor: Tensor, hook: Any) -> None:
+                kept[role] = sites.vector(role).dot.by_position(tensor)
+
+            return hook_fn
+
+        def scale_rows(scores: Tensor, hook: Any) -> Tensor:
+            clock.guard(scores, hook)
+            if sites.has_bias and clock.cached:
+                raise ValueError(
+                    f"rows={self.rows!r} on layer {sites.layer}, which adds a bias to its scores: "
+                    "wanted whole sequences; got a cached step"
+                )
+            n_query, n_key = scores.shape[-2:]
+            parts = split(sites, scores, kept.pop("q", None), kept.pop("k", None), dtype=_wide(scores))
+            spans = {"q": (n_query, clock.cached), "k": (n_key, 0)}  # (length, first position)
+            drawn = {
+                role: self._drawn(
+                    sites.layer, role, sites.vector(role).dot, scores.shape[0], *spans[role], clock
+                ).to(scores.device)
+                for role in self.roles
+            }
+            factor = expand_factors(sites, drawn.get("q"), drawn.get("k"))
+            top = torch.softmax(parts.scores(), dim=-1).amax(-1, keepdim=True)
+            chosen = top >= SPARSE if self.rows == "sparse" else top < NON_SPARSE
+            noisy = parts.scores(factor.expand_as(parts.s)).to(scores.dtype)
+            return torch.where(chosen & parts.mask, noisy, scores)
+
+        entries: HookList = []
+        if sites.has_bias:
+            entries += [(sites.vector(r).dot.hook, keep(r)) for r in ("q", "k")]
+        entries.append((sites.scores, scale_rows))
+        return entries
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class _Clock:
+    """Which prompts and positions the running forward pass holds."""
+
+    def __init__(self, first_prompt: int, attention_mask: Tensor | None) -> None:
+        if first_prompt < 0:
+            raise ValueError(f"first_prompt: wanted an integer >= 0; got {first_prompt}")
+        self.first_prompt = first_prompt
+        self.cached = 0
+        self.new: int | None = None
+        self.padding: list[int] | None = None
+        if attention_mask is not None:
+            self.padding = [first for first, _ in real_spans(attention_mask)]
+
+    def prompts(self, batch: int) -> range:
+        if self.padding is not None and len(self.padding) != batch:
+            raise ValueError(
+                f"attention_mask: wanted one row for each of {batch} prompts; got "
+                f"{len(self.padding)}"
+            )
+        return range(self.first_prompt, self.first_prompt + batch)
+
+    def padding_of(self, batch: int) -> list[int]:
+        return self.padding if self.padding is not None else [0] * batch
+
+    def check_new(self, n_pos: int, name: str) -> None:
+        """Refuse a hook that also carries cached vectors: they would be scaled again."""
+        if self.new is not None and n_pos != self.new:
+            raise ValueError(
+                f"noise on a cached step: wanted the {self.new} new positions at {name}; got "
+                f"{n_pos}"
+            )
+
+    def read_cache(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = kwargs.get("layer_past")
+        length = getattr(cache, "get_seq_length", None)
+        self.cached = int(length()) if callable(length) else 0
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        self.new = int(tokens.shape[1]) if isinstance(tokens, Tensor) else None
+
+    def guard(self, matrix: Tensor, hook: Any) -> None:
+        """Refuse a cached step whose position is not known: its factors would be wrong."""
+        n_query, n_key = matrix.shape[-2:]
+        if n_key != n_query + self.cached:
+            raise ValueError(
+                f"noise on a cached step: wanted {self.cached} cached positions; got "
+                f"{n_key - n_query}. Use NormNoise.applied(model) around generate"
+            )
+
+
+def real_spans(attention_mask: Int[Tensor, "batch pos"]) -> list[tuple[int, int]]:
+    """First and one-past-last real position of each row.
+
+    Raises:
+        ValueError: a row without a real token, or with padding between real tokens.
+    """
+    spans = []
+    for row, real in enumerate(attention_mask.bool().cpu()):
+        where = real.nonzero().flatten()
+        if not len(where):
+            raise ValueError(f"attention_mask: wanted a real token in every row; got none in {row}")
+        first, end = int(where[0]), int(where[-1]) + 1
+        if end - first != len(where):
+            raise ValueError(
+                f"attention_mask: wanted padding only before or after the real tokens; got a gap in "
+                f"row {row}"
+            )
+        spans.append((first, end))
+    return spans

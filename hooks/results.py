@@ -1,0 +1,404 @@
+"""CollapseReport: what a collapse probe found, as data.
+
+Frozen, on the CPU, without a reference to the model; tidy frames; safetensors with JSON on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from hooks.laws import get_law
+from hooks.probability import collapse_probability, critical_half_width
+
+By = Literal["head", "layer", "model"]
+CONTENT, SINK = 0, 1
+_FORMAT = "qkvnorm-lens collapse report 1"
+_BOOTSTRAPS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """How a probe was run; two reports of equal settings can be merged."""
+
+    sigmas: tuple[float, ...]
+    on: str
+    law: str
+    method: str
+    shared: str
+    sparse: float
+    layers: tuple[int, ...]
+    draws: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """The sparse rows that can collapse at all, with their nearest competitors.
+
+    ``s_star`` is the q.k part of the attended token's score, ``s`` those of its nearest
+    competitors (NaN where there are fewer), ``beta`` = b_* - b_t (zero without a bias), ``rest``
+    the number of competitors that are able to win and are not listed.
+    """
+
+    layer: Int[np.ndarray, "row"]
+    head: Int[np.ndarray, "row"]
+    prompt: Int[np.ndarray, "row"]
+    query: Int[np.ndarray, "row"]
+    key: Int[np.ndarray, "row"]
+    rival: Int[np.ndarray, "row"]
+    half_width: Float[np.ndarray, "row"]
+    s_star: Float[np.ndarray, "row"]
+    s: Float[np.ndarray, "row competitor"]
+    beta: Float[np.ndarray, "row competitor"]
+    rest: Int[np.ndarray, "row"]
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+
+@dataclass(frozen=True, eq=False)
+class CollapseReport:
+    """The collapse of sparse attention under norm noise: rates, errors and the rows that go first.
+
+    Counts and sums have the axes sigma, draw, layer, head, prompt, and last the kind of row: 0 for
+    rows that attend to content, 1 for rows that attend to the first token (attention sinks).
+
+    Attributes:
+        settings: how the probe was run.
+        model: facts of the model and what noise means there (``sites``), versions.
+        tokens: each prompt's tokens as strings.
+        examined: rows looked at (two or more visible keys, no tie), sparse or not.
+        single_key, ties: rows left out: one visible key; two keys share the maximum.
+        padding: padding positions of each prompt, left out.
+        rows: sparse rows.
+        level: sum over sparse rows of the attended score's q.k part.
+        loose, strict, centred: sums over rows of the probability that the arg max moves; that it
+            moves to a new maximum that is sparse again; that it moves when each row's mean visible
+            q.k part is taken away first (the centred gauge, a control).
+        loose_draws, strict_draws, centred_draws: the same per draw, where they were sampled.
+        table: the rows that can collapse.
+    """
+
+    settings: ProbeSettings
+    model: Mapping[str, Any]
+    tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    examined: Int[np.ndarray, "layer head prompt"] = field(repr=False)
+    single_key: Int[np.ndarray, "layer head prompt"] = field(repr=False)
+    ties: Int[np.ndarray, "layer head prompt"] = field(repr=False)
+    padding: Int[np.ndarray, "prompt"] = field(repr=False)
+    rows: Int[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    level: Float[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    loose: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
+    strict: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
+    centred: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
+    loose_draws: Float[np.ndarray, "sigma draw layer head kind"] = field(repr=False)
+    strict_draws: Float[np.ndarray, "sigma draw layer head kind"] = field(repr=False)
+    centred_draws: Float[np.ndarray, "sigma draw layer head kind"] = field(repr=False)
+    table: RowTable = field(repr=False)
+
+    # -- rates ------------------------------------------------------------------------------
+
+    def to_frame(self, by: By = "head") -> pd.DataFrame:
+        """One row per sigma, layer and head (or sigma and layer, or sigma): rates pool rows.
+
+        Columns:
+            rows, sinks: sparse rows; those that attend to the first token.
+            loose, strict: share of the sparse rows that collapse.
+            loose_content: the loose share with the sinks left out.
+            loose_centred: the loose share in the centred gauge.
+            score_level: mean q.k part of the attended score.
+            se: standard error of ``loose`` over draws (0: computed exactly), ``se_strict`` likewise.
+            se_prompts: bootstrap standard error of ``loose`` over prompts (NaN for one prompt).
+
+        Rates are NaN where there are no rows.
+        """
+        axes = {"head": (), "layer": (2,), "model": (1, 2)}
+        if by not in axes:
+            raise ValueError(f"by: wanted one of {list(axes)}; got {by!r}")
+        drop = axes[by]
+
+        def pool(x: np.ndarray, first: int) -> np.ndarray:
+            """Sum over the heads (and layers) that ``by`` leaves out."""
+            return x.sum(axis=tuple(first + a - 1 for a in drop)) if drop else x
+
+        rows = pool(self.rows, 0)  # [..., prompt, kind]
+        total, sinks = rows.sum((-1, -2)), rows[..., SINK].sum(-1)
+        content = rows[..., CONTENT].sum(-1)
+        sums = {n: pool(getattr(self, n), 1) for n in ("loose", "strict", "centred")}
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns = {
+                "loose": sums["loose"].sum((-1, -2)) / total,
+                "strict": sums["strict"].sum((-1, -2)) / total,
+                "loose_content": sums["loose"][..., CONTENT].sum(-1) / content,
+                "loose_centred": sums["centred"].sum((-1, -2)) / total,
+                "se": _se_draws(pool(self.loose_draws, 2).sum(-1), total),
+                "se_strict": _se_draws(pool(self.strict_draws, 2).sum(-1), total),
+                "se_prompts": _se_prompts(sums["loose"].sum(-1), rows.sum(-1)),
+            }
+            level = pool(self.level, 0).sum((-1, -2)) / total
+        shape = columns["loose"].shape
+        grids = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+        frame = pd.DataFrame({"sigma": np.asarray(self.settings.sigmas)[grids[0].ravel()]})
+        if by != "model":
+            frame["layer"] = np.asarray(self.settings.layers, dtype=int)[grids[1].ravel()]
+        if by == "head":
+            frame["head"] = grids[2].ravel()
+        for name, values in (("rows", total), ("sinks", sinks)):
+            frame[name] = np.broadcast_to(values, shape).ravel()
+        for name in ("loose", "strict", "loose_content", "loose_centred"):
+            frame[name] = columns[name].ravel()
+        frame["score_level"] = np.broadcast_to(level, shape).ravel()
+        for name in ("se", "se_strict", "se_prompts"):
+            frame[name] = columns[name].ravel()
+        if by == "head":  # layers may have different numbers of heads
+            heads = self.model["heads"]
+            known = dict(zip(self.settings.layers, heads, strict=True))
+            frame = frame[frame["head"] < frame["layer"].map(known)].reset_index(drop=True)
+        return frame
+
+    @property
+    def n_sparse(self) -> int:
+        """Sparse rows found, over all layers, heads and prompts."""
+        return int(self.rows.sum())
+
+    # -- thresholds -------------------------------------------------------------------------
+
+    def sigma_at(
+        self, rate: float = 0.01, *, by: By = "model", content: bool = False
+    ) -> float | pd.Series | pd.DataFrame:
+        """The sigma at which a share ``rate`` of the sparse rows collapses (loose).
+
+        Solved on the exact curve of the kept rows, not on the grid of sigmas.
+
+        Args:
+            rate: share of the rows, in (0, 1).
+            by: ``"model"`` for one number, ``"layer"`` for a Series, ``"head"`` for a frame of
+                layers by heads.
+            content: leave attention sinks out.
+
+        Returns:
+            inf where the law never reaches the rate, NaN where there are no rows.
+
+        Raises:
+            ValueError: a rate outside (0, 1), a law without a largest sigma at which it was not
+                reached, or a rate so high that competitors which the report does not keep matter.
+        """
+        from hooks._thresholds import solve_sigma_at
+
+        if not 0 < rate < 1:
+            raise ValueError(f"rate: wanted a share between 0 and 1; got {rate!r}")
+        n_layers, n_heads = self.rows.shape[:2]
+        groups = {
+            "head": (self.table.layer * n_heads + self.table.head, n_layers * n_heads),
+            "layer": (self.table.layer, n_layers),
+            "model": (np.zeros(len(self.table), dtype=int), 1),
+        }
+        if by not in groups:
+            raise ValueError(f"by: wanted one of {list(groups)}; got {by!r}")
+        counts = self.rows[..., CONTENT] if content else self.rows.sum(-1)
+        of_row, n_groups = groups[by]
+        keep = self.table.key != 0 if content else np.ones(len(self.table), dtype=bool)
+        sigma = solve_sigma_at(
+            self, rate, of_row, keep, counts.sum(-1).reshape(n_groups, -1).sum(1)
+        )
+        if by == "model":
+            return float(sigma[0])
+        layers = pd.Index(self.settings.layers, name="layer")
+        if by == "layer":
+            return pd.Series(sigma, index=layers, name="sigma")
+        heads = pd.RangeIndex(n_heads, name="head")
+        return pd.DataFrame(sigma.reshape(n_layers, n_heads), index=layers, columns=heads)
+
+    def fragile(self, n: int = 10, *, content: bool = False) -> pd.DataFrame:
+        """The n rows that go first, with the token they attend to and the one they jump to.
+
+        ``half_width`` is the smallest a such that factors in [1 - a, 1 + a] can move the row, from
+        clean scores alone; ``sigma`` = a / sqrt(3) is the RMS of uniform noise of that half-width.
+
+        Args:
+            n: number of rows.
+            content: leave attention sinks out.
+        """
+        if n < 0:
+            raise ValueError(f"n: wanted an integer >= 0; got {n}")
+        t = self.table
+        order = np.argsort(t.half_width, kind="stable")
+        if content:
+            order = order[t.key[order] != 0]
+        order = order[:n]
+        prompts = t.prompt[order]
+
+        def token(at: np.ndarray) -> list[str]:
+            return [self.tokens[p][i] for p, i in zip(prompts, at[order], strict=True)]
+
+        return pd.DataFrame(
+            {
+                "layer": np.asarray(self.settings.layers, dtype=int)[t.layer[order]],
+                "head": t.head[order],
+                "prompt": prompts,
+                "query_pos": t.query[order],
+                "query_token": token(t.query),
+                "key_pos": t.key[order],
+                "key_token": token(t.key),
+                "jump_pos": t.rival[order],
+                "jump_token": token(t.rival),
+                "half_width": t.half_width[order].astype(float),
+                "sigma": t.half_width[order].astype(float) / math.sqrt(3),
+                "sink": t.key[order] == 0,
+            }
+        )
+
+    # -- words ------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """A few sentences: at what noise rows collapse, which rows, and what that leaves open."""
+        from hooks._thresholds import summarise
+
+        return summarise(self)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    # -- disk -------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with the settings as JSON in its header; returns its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {n: getattr(self, n) for n in _ARRAYS}
+        arrays |= {f"table.{f.name}": getattr(self.table, f.name) for f in fields(RowTable)}
+        head = {
+            "format": _FORMAT,
+            "settings": json.dumps(asdict(self.settings)),
+            "model": json.dumps(dict(self.model)),
+            "tokens": json.dumps(self.tokens),
+        }
+        save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, path, metadata=head)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> CollapseReport:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no collapse report.
+        """
+        try:
+            with safe_open(path, "np") as file:
+                head = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: wanted a collapse report; got {error}") from error
+        if head.get("format") != _FORMAT:
+            raise ValueError(
+                f"{path}: wanted the format {_FORMAT!r}; got {head.get('format')!r}"
+            )
+        settings = json.loads(head["settings"])
+        for name in ("sigmas", "layers"):
+            settings[name] = tuple(settings[name])
+        table = RowTable(**{f.name: arrays[f"table.{f.name}"] for f in fields(RowTable)})
+        return cls(
+            settings=ProbeSettings(**settings),
+            model=json.loads(head["model"]),
+            tokens=tuple(tuple(prompt) for prompt in json.loads(head["tokens"])),
+            table=table,
+            **{name: arrays[name] for name in _ARRAYS},
+        )
+
+    def exact_rate(
+        self, sigma: float, rows: np.ndarray, *, with_rest: bool = False
+    ) -> Float[np.ndarray, "row"]:
+        """Collapse probability at sigma of some rows of the table, from their kept competitors.
+
+        A lower bound where competitors were left out; with ``with_rest`` their union bound is
+        added, which makes it an upper bound.
+        """
+        t = self.table
+        beta = t.beta[rows]
+        biased = bool((beta != 0).any())
+        s = torch.tensor(t.s[rows], dtype=torch.float64)
+        arguments: dict[str, Any] = {
+            "s_star": torch.tensor(t.s_star[rows], dtype=torch.float64),
+            "sigma": torch.full((len(rows),), sigma, dtype=torch.float64),
+            "law": get_law(self.settings.law),
+            "noise_on_q": "q" in self.settings.on,
+            "noise_on_k": "k" in self.settings.on,
+            "quick": True,
+        }
+        p = collapse_probability(
+            s=s.nan_to_num(0.0),
+            valid=~s.isnan(),
+            beta=torch.tensor(beta, dtype=torch.float64) if biased else None,
+            **arguments,
+        )
+        if with_rest and t.rest[rows].any():
+            rest = torch.tensor(t.rest[rows], dtype=torch.float64)
+            last = s[:, -1:]
+            if biased:  # one that is able to win may win with certainty
+                far = critical_half_width(
+                    arguments["s_star"],
+                    last,
+                    torch.tensor(beta[:, -1:], dtype=torch.float64),
+                    noise_on_q=arguments["noise_on_q"],
+                    noise_on_k=arguments["noise_on_k"],
+                )[:, 0]
+                able = far < math.sqrt(3) * sigma if self.settings.law == "uniform" else far < 1
+                p = p + able * rest
+            else:  # the ones left out are further away than the last one kept
+                single = collapse_probability(
+                    s=last.nan_to_num(0.0), valid=~last.isnan(), **arguments
+                )
+                p = p + single * rest
+            p = p.clamp(max=1)
+        return np.asarray(p)
+
+
+_ARRAYS = tuple(
+    f.name
+    for f in fields(CollapseReport)
+    if f.name not in ("settings", "model", "tokens", "table")
+)
+
+
+def _se_draws(
+    draws: Float[np.ndarray, "sigma draw *group"], total: Int[np.ndarray, "*group"]
+) -> Float[np.ndarray, "sigma *group"]:
+    """Standard error of the mean over draws of a pooled rate; 0 where nothing was sampled."""
+    n_draws = draws.shape[1]
+    if n_draws == 0:
+        return np.where(total > 0, 0.0, np.nan) * np.ones((draws.shape[0], *total.shape))
+    if n_draws == 1:
+        return np.full((draws.shape[0], *total.shape), np.nan)
+    return (draws / total).std(axis=1, ddof=1) / math.sqrt(n_draws)
+
+
+def _se_prompts(
+    sums: Float[np.ndarray, "sigma *group prompt"], rows: Int[np.ndarray, "*group prompt"]
+) -> Float[np.ndarray, "sigma *group"]:
+    """Bootstrap standard error over prompts of a pooled rate; NaN for one prompt."""
+    n_prompts = rows.shape[-1]
+    if n_prompts < 2:
+        return np.full(sums.shape[:-1], np.nan)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), _BOOTSTRAPS)
+    rates = (sums @ weights.T) / (rows @ weights.T)  # a resample without rows gives NaN
+    known = np.isfinite(rates)
+    count = known.sum(-1)
+    mean = np.where(known, rates, 0).sum(-1) / np.maximum(count, 1)
+    spread = np.where(known, rates - mean[..., None], 0)
+    return np.where(count > 1, np.sqrt((spread**2).sum(-1) / np.maximum(count - 1, 1)), np.nan)

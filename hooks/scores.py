@@ -1,0 +1,114 @@
+"""The q.k part of a layer's scores, what is added to it, and what is masked.
+
+The one place that knows score arithmetic: for every supported layer
+
+    w_qt = c tanh(((1 + kq)(1 + k_t) s_qt + b_qt) / c)    (without a soft cap c: no tanh)
+
+where s is the q.k part that norm noise scales and b what it does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooks.sites import LayerSites
+
+Scores = Float[Tensor, "batch head query key"]
+
+
+@dataclass(frozen=True)
+class ScoreParts:
+    """Pre-softmax scores of one layer as w = cap(s + bias).
+
+    Attributes:
+        s: the q.k part, ``[batch, head, query, key]``; zero where masked.
+        bias: what is added to it, same shape, or None where nothing is.
+        mask: True where the key is visible.
+        soft_cap: c of the soft cap, 0 without one.
+    """
+
+    s: Scores
+    bias: Scores | None
+    mask: Bool[Tensor, "batch head query key"]
+    soft_cap: float
+
+    def scores(self, factor: Scores | None = None) -> Scores:
+        """w = cap(factor s + bias), -inf where masked.
+
+        Args:
+            factor: (1 + kq)(1 + k_t) per score; None leaves the scores clean.
+        """
+        w = self.s if factor is None else self.s * factor
+        if self.bias is not None:
+            w = w + self.bias
+        if self.soft_cap > 0:
+            w = self.soft_cap * torch.tanh(w / self.soft_cap)
+        return w.masked_fill(~self.mask, -torch.inf)
+
+
+def visible(scores: Scores) -> Bool[Tensor, "batch head query key"]:
+    """True where a key is not masked, whether masks are -inf or the dtype's least number."""
+    return scores > torch.finfo(scores.dtype).min / 2
+
+
+def split(
+    sites: LayerSites,
+    scores: Scores,
+    q: Float[Tensor, "batch query head d_head"] | None = None,
+    k: Float[Tensor, "batch key kv_head d_head"] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> ScoreParts:
+    """Take the scores of one layer apart.
+
+    Args:
+        sites: the layer; says whether a bias is added and which soft cap follows.
+        scores: what the model's scores hook carries.
+        q, k: the vectors that enter the dot product; needed where a bias is added.
+        dtype: floating dtype of the parts (default: that of ``scores``).
+
+    Raises:
+        ValueError: the layer adds a bias and q or k is missing.
+    """
+    mask = visible(scores)
+    w = scores if dtype is None else scores.to(dtype)
+    w = w.masked_fill(~mask, 0.0)
+    if sites.soft_cap > 0:
+        # A saturated score has lost its q.k part: keep it just below the cap.
+        edge = 1 - torch.finfo(w.dtype).eps
+        w = sites.soft_cap * torch.atanh((w / sites.soft_cap).clamp(-edge, edge))
+    if not sites.has_bias:
+        return ScoreParts(w, None, mask, sites.soft_cap)
+    if q is None or k is None:
+        raise ValueError(f"layer {sites.layer} adds a bias to its scores: wanted q and k; got None")
+    s = (qk_product(sites, q.to(w.dtype), k.to(w.dtype)) * sites.score_scale).masked_fill(~mask, 0)
+    return ScoreParts(s, w - s, mask, sites.soft_cap)
+
+
+def qk_product(
+    sites: LayerSites,
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "batch key kv_head d_head"],
+) -> Scores:
+    """q . k for every query head, keys shared as in grouped-query attention; not scaled."""
+    keys = k[:, :, list(sites.kv_head_of)]
+    return torch.einsum("bqhd,bkhd->bhqk", q, keys)
+
+
+def expand_factors(
+    sites: LayerSites,
+    q: Float[Tensor, "batch query head"] | None,
+    k: Float[Tensor, "batch key kv_head"] | None,
+) -> Float[Tensor, "batch head _ __"]:
+    """(1 + kq)(1 + k_t) as a factor on the scores, from factors per vector; None stands for 1."""
+    factor = torch.ones(())
+    if q is not None:
+        factor = q.transpose(1, 2)[:, :, :, None]
+    if k is not None:
+        keys = k[:, :, list(sites.kv_head_of)].transpose(1, 2)[:, :, None, :]
+        factor = keys if q is None else factor * keys
+    return factor
