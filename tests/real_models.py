@@ -136,7 +136,7 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything needed is in the wheels
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
     build_smollm2()
     build_gpt2_hub()
     _say(f"the real-model tests read {cache_dir()}")
