@@ -61,9 +61,9 @@ def encode(
             )
         if n_ctx and len(row) > n_ctx:
             raise ValueError(
-                f"prompt {index}: wanted at most {n_ctx} tokens, the model's context; got {len(row)}"
+                f"prompt {index}: wanted at most {n_ctx} tokens (the context); got {len(row)}"
             )
-        if vocabulary > 0 and not (0 <= int(row.min()) and int(row.max()) < vocabulary):
+        if vocabulary > 0 and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
             raise ValueError(
                 f"prompt {index}: wanted token ids from 0 to {vocabulary - 1}; got "
                 f"{int(row.min())} to {int(row.max())}"
@@ -80,8 +80,7 @@ def _rows(
         return _from_tensor(model, tokens, attention_mask)
     if attention_mask is not None:
         raise ValueError(
-            "attention_mask: wanted token ids [batch, pos] beside it; got "
-            f"{type(tokens).__name__}"
+            f"attention_mask: wanted token ids [batch, pos] beside it; got {type(tokens).__name__}"
         )
     if not isinstance(tokens, Sequence):
         raise TypeError(f"tokens: wanted text or token ids; got {type(tokens).__name__}")
@@ -139,7 +138,8 @@ def _pad_mask(model: Any, ids: Tensor) -> Tensor:
     real = ids != pad
     after_first = real.cumsum(1) > 0
     before_last = real.flip(1).cumsum(1).flip(1) > 0
-    return (after_first & before_last).long()
+    mask: Tensor = (after_first & before_last).long()
+    return mask
 
 
 def _strings(model: Any, row: Tensor) -> tuple[str, ...]:

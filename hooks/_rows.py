@@ -35,8 +35,8 @@ class Tally:
         competitors: int,
     ) -> None:
         self.settings = settings
-        # With a bias competitors have no order that bounds the ones left out: keep more.
-        self.competitors = max(competitors, 32 if any(s.has_bias for s in layers) else 0)
+        self.competitors = competitors
+        self.biased = any(s.has_bias for s in layers)
         n_s, n_d, n_l = len(settings.sigmas), settings.draws, len(layers)
         n_h = max(s.n_heads for s in layers)
         sampled = n_d if settings.method == "sample" else 0
@@ -70,20 +70,30 @@ class Tally:
         )
 
     def _row_table(self) -> RowTable:
-        joined = {
-            name: np.concatenate([part[name] for part in self.table])
-            if self.table
-            else np.zeros((0, self.competitors) if name in ("s", "beta") else 0, dtype=dtype)
-            for name, dtype in _COLUMNS.items()
-        }
+        def joined(name: str, dtype: Any) -> np.ndarray:
+            parts = [part[name] for part in self.table]
+            return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
+
+        rows = {name: joined(name, dtype) for name, dtype in _COLUMNS.items()}
+        count = joined("count", np.int64)
         # Batches end in any order: the table's order is that of the model and the prompts.
-        order = np.lexsort([joined[n] for n in ("query", "prompt", "head", "layer")])
-        return RowTable(**{name: values[order] for name, values in joined.items()})
+        order = np.lexsort([rows[n] for n in ("query", "prompt", "head", "layer")])
+        first = np.concatenate([[0], np.cumsum(count)])
+        entry = np.concatenate(
+            [np.arange(first[i], first[i + 1]) for i in order] or [np.zeros(0, dtype=np.int64)]
+        )
+        beta = joined("beta", np.float32)
+        return RowTable(
+            **{name: values[order] for name, values in rows.items()},
+            start=np.concatenate([[0], np.cumsum(count[order])]),
+            s=joined("s", np.float32)[entry],
+            beta=beta[entry] if len(beta) else beta,
+        )
 
 
 _COLUMNS: dict[str, Any] = {
     **dict.fromkeys(("layer", "head", "prompt", "query", "key", "rival", "rest"), np.int32),
-    **dict.fromkeys(("half_width", "s_star", "s", "beta"), np.float32),
+    **dict.fromkeys(("half_width", "s_star"), np.float32),
 }
 
 
@@ -233,11 +243,8 @@ class LayerReducer:
         self._sample(clean, centred)
 
     def _accumulate_count(self, name: str, rows: _Rows) -> None:
-        np.add.at(
-            self.tally.counts[name],
-            (self.index, rows.head.cpu().numpy(), rows.prompt.cpu().numpy()),
-            1,
-        )
+        heads, prompts = rows.head.cpu().numpy(), rows.prompt.cpu().numpy()
+        np.add.at(self.tally.counts[name][self.index], (heads, prompts), 1)
 
     def _scatter(self, out: np.ndarray, rows: _Rows, kind: Tensor, values: Tensor) -> None:
         """out[head, prompt, kind] += values, rows that share a cell added up."""
@@ -253,7 +260,9 @@ class LayerReducer:
         ).masked_fill(~rows.mask, math.inf)
         a.scatter_(1, rows.star[:, None], math.inf)
         able = int((a < _NEGLIGIBLE).sum(1).max()) if len(a) else 0
-        half_width, index = a.topk(able, dim=1, largest=False) if able else (a[:, :0], a[:, :0].long())
+        half_width, index = (
+            a.topk(able, dim=1, largest=False) if able else (a[:, :0], a[:, :0].long())
+        )
         return _Field(
             rows,
             s_star,
@@ -271,15 +280,9 @@ class LayerReducer:
         if not len(field.s_star):
             return
         n = self.tally.competitors
-
-        def nearest(values: Tensor, fill: float) -> np.ndarray:
-            shown = values[:, :n].masked_fill(~field.valid[:, :n], fill)
-            wide = torch.nn.functional.pad(shown, (0, n - shown.shape[1]), value=fill)
-            return wide.cpu().numpy().astype(np.float32)
-
-        beta = torch.zeros_like(field.s) if field.beta is None else field.beta
+        listed = field.valid[:, :n]
         rows = field.rows
-        columns = {
+        columns: dict[str, Any] = {
             "layer": np.full(len(field.s_star), self.index),
             "head": rows.head,
             "prompt": rows.prompt,
@@ -288,16 +291,22 @@ class LayerReducer:
             "rival": field.index[:, 0],
             "half_width": field.half_width[:, 0],
             "s_star": field.s_star,
-            "s": nearest(field.s, math.nan),
-            "beta": nearest(beta, 0.0),
             "rest": (field.valid.sum(1) - n).clamp(min=0),
         }
-        self.tally.table.append(
-            {
-                name: (v.cpu().numpy() if isinstance(v, Tensor) else v).astype(_COLUMNS[name])
-                for name, v in columns.items()
-            }
+        part = {
+            name: (v.cpu().numpy() if isinstance(v, Tensor) else v).astype(_COLUMNS[name])
+            for name, v in columns.items()
+        }
+        part["count"] = listed.sum(1).cpu().numpy()
+        part["s"] = field.s[:, :n][listed].cpu().numpy().astype(np.float32)
+        # All or none of a report's rows have a bias column: zero where this layer adds none.
+        beta = torch.zeros_like(field.s) if field.beta is None else field.beta
+        part["beta"] = (
+            beta[:, :n][listed].cpu().numpy().astype(np.float32)
+            if self.tally.biased
+            else np.zeros(0, dtype=np.float32)
         )
+        self.tally.table.append(part)
 
     # -- rates ------------------------------------------------------------------------------
 
@@ -336,25 +345,31 @@ class LayerReducer:
     def _sample_draw(self, name: str, field: _Field, draw: int, count_loose: bool) -> None:
         rows = field.rows
         kind = torch.where(rows.star == 0, SINK, CONTENT)
-        u_k = self._uniforms(draw, "k")[rows.local, :, self._kv_head(rows.head)]
-        u_q = self.rows_of(self._uniforms(draw, "q"), rows)
+        drawn_q, drawn_k = (self._uniforms(draw, role) for role in ("q", "k"))
+        kv_head = torch.as_tensor(self.sites.kv_head_of, device=self.device)[rows.head]
+        u_q = drawn_q[rows.local, rows.query, rows.head]
+        u_star = drawn_k[rows.local, rows.star, kv_head]
+        u_t = drawn_k[rows.local[:, None], field.index, kv_head[:, None]]
         for i, sigma in enumerate(self.settings.sigmas):
-            f_k = self.law.factor(u_k, sigma) if self.on_k else torch.ones_like(u_k)
-            f_q = self.law.factor(u_q, sigma) if self.on_q else torch.ones_like(u_q)
-            own = rows.at(f_k, rows.star) * field.s_star * f_q
-            theirs = f_k.gather(1, field.index) * field.s * f_q[:, None]
-            margin = theirs - own[:, None]
-            if field.beta is not None:
-                margin = margin - field.beta
-            moved = ((margin > 0) & field.valid).any(1)
+            f_q = self._factor(u_q, sigma, self.on_q)
+            own = self._factor(u_star, sigma, self.on_k) * field.s_star
+            theirs = self._factor(u_t, sigma, self.on_k) * field.s
+            margin = f_q[:, None] * (theirs - own[:, None])
+            bar = 0 if field.beta is None else field.beta
+            moved = ((margin > bar) & field.valid).any(1)
             if not moved.any():
                 continue
             if count_loose:
                 self._add_draw(name, i, draw, rows, kind, moved.double())
             if name == "loose":
                 again = torch.zeros_like(field.s_star)
-                again[moved] = self._sparse_again(rows[moved], f_k[moved], f_q[moved])
+                u_row = drawn_k[rows.local[moved], :, kv_head[moved]]
+                f_k = self._factor(u_row, sigma, self.on_k)
+                again[moved] = self._sparse_again(rows[moved], f_k, f_q[moved])
                 self._add_draw("strict", i, draw, rows, kind, again)
+
+    def _factor(self, u: Tensor, sigma: float, noised: bool) -> Tensor:
+        return self.law.factor(u, sigma) if noised else torch.ones_like(u)
 
     def _add_draw(
         self, name: str, i: int, draw: int, rows: _Rows, kind: Tensor, values: Tensor
@@ -373,13 +388,6 @@ class LayerReducer:
             w = self.sites.soft_cap * torch.tanh(w / self.sites.soft_cap)
         top = torch.softmax(w.masked_fill(~rows.mask, -math.inf), dim=1).amax(1)
         return (top >= self.settings.sparse).double()
-
-    def _kv_head(self, head: Tensor) -> Tensor:
-        return torch.as_tensor(self.sites.kv_head_of, device=head.device)[head]
-
-    def rows_of(self, values: Float[Tensor, "batch pos head"], rows: _Rows) -> Tensor:
-        """Each row's own query value."""
-        return values[rows.local, rows.query, rows.head]
 
     def _uniforms(self, draw: int, role: str) -> Float[Tensor, "batch pos head"]:
         """Uniform numbers behind this draw's factors: those of NormNoise with the same seed."""

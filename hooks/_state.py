@@ -22,6 +22,10 @@ def modules(model: Any) -> list[nn.Module]:
     return list(seen.values())
 
 
+class Finished(Exception):
+    """Raised in a hook to end a forward pass that has shown what it was run for."""
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Eval mode and no gradients inside; each module's own training flag afterwards."""

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 
 from hooks.laws import get_law
+from hooks.probability import collapse_probability, critical_half_width
 
 if TYPE_CHECKING:
     from hooks.results import CollapseReport
@@ -18,7 +20,65 @@ _LARGEST = 1e6  # where a law has no limit: its rates have long settled there
 _STEPS = 80
 _TOLERANCE = 1e-7
 _CLOSE = 1e-3  # relative width of a trustworthy answer where competitors were left out
+_ROWS_AT_ONCE = 4096
 _MIN_ROWS = 20  # a head with fewer sparse rows is not named in the summary
+
+
+def rate_of_rows(
+    report: CollapseReport, sigma: float, rows: Int[np.ndarray, "row"], with_rest: bool
+) -> Float[np.ndarray, "row"]:
+    """Collapse probability of rows of the table (see :meth:`CollapseReport.exact_rate`)."""
+    table, settings = report.table, report.settings
+    law = get_law(settings.law)
+    out = np.zeros(len(rows))
+    reach = math.sqrt(3) * sigma if law.name == "uniform" else math.inf
+    within = np.flatnonzero(table.half_width[rows] < reach)
+    for part in np.array_split(within, max(1, len(within) // _ROWS_AT_ONCE)):
+        picked = rows[part]
+        s, beta = table.competitors(picked)
+        p = _probability(report, table.s_star[picked], s, beta, sigma)
+        if with_rest and table.rest[picked].any():
+            each = _bound_of_left_out(report, table.s_star[picked], s, beta, sigma)
+            p = np.minimum(p + each * table.rest[picked], 1)
+        out[part] = p
+    return out
+
+
+def _probability(
+    report: CollapseReport, s_star: np.ndarray, s: np.ndarray, beta: np.ndarray | None, sigma: float
+) -> np.ndarray:
+    valid = ~np.isnan(s)
+    p = collapse_probability(
+        torch.tensor(s_star, dtype=torch.float64),
+        torch.tensor(np.where(valid, s, 0.0)),
+        torch.full((len(s_star),), sigma, dtype=torch.float64),
+        get_law(report.settings.law),
+        valid=torch.tensor(valid),
+        beta=None if beta is None else torch.tensor(beta),
+        noise_on_q="q" in report.settings.on,
+        noise_on_k="k" in report.settings.on,
+        quick=True,
+    )
+    return np.asarray(p)
+
+
+def _bound_of_left_out(
+    report: CollapseReport, s_star: np.ndarray, s: np.ndarray, beta: np.ndarray | None, sigma: float
+) -> np.ndarray:
+    """At most this probably does one competitor win that is further away than those listed."""
+    last = s[:, -1:]
+    if beta is None:
+        return _probability(report, s_star, last, None, sigma)
+    far = critical_half_width(
+        torch.tensor(s_star, dtype=torch.float64),
+        torch.tensor(last),
+        torch.tensor(beta[:, -1:]),
+        noise_on_q="q" in report.settings.on,
+        noise_on_k="k" in report.settings.on,
+    )[:, 0].numpy()
+    # With a bias distance orders who is able to win, not how probably.
+    reach = math.sqrt(3) * sigma if report.settings.law == "uniform" else 1.0
+    return (far < reach).astype(float)
 
 
 def solve_sigma_at(
@@ -39,7 +99,8 @@ def solve_sigma_at(
             if len(mine):
                 p = report.exact_rate(float(value), mine, with_rest=upper)
                 total += np.bincount(group[mine], p, n_groups)
-        return total / np.maximum(counts, 1)
+        mean: np.ndarray = total / np.maximum(counts, 1)
+        return mean
 
     low = _solve(lambda s: pooled(s, False), rate, counts, report)
     if not report.table.rest.any():
@@ -52,7 +113,8 @@ def solve_sigma_at(
         raise ValueError(
             f"sigma_at({rate:g}): wanted an answer within {_CLOSE:.0e}; got between "
             f"{high[at]:.6g} and {low[at]:.6g}, because each row keeps only its "
-            f"{report.table.s.shape[1]} nearest competitors: probe again with more (competitors=)"
+            f"{int(np.diff(report.table.start).max())} nearest competitors: "
+            "probe again with more (competitors=)"
         )
     return low
 
@@ -69,7 +131,7 @@ def _solve(
     end = limit if law.limit_included else limit * (1 - 1e-12)
 
     def miss(sigma: np.ndarray) -> np.ndarray:
-        return np.sqrt(rates(sigma)) - math.sqrt(rate)
+        return np.asarray(np.sqrt(rates(sigma)) - math.sqrt(rate))
 
     # The whole grid costs as much as a few steps of the search and brackets every group at once.
     grid = [s for s in report.settings.sigmas if 0 < s < end] + [end]

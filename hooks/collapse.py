@@ -8,10 +8,10 @@ counts while its scores exist and is let go of.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -49,7 +49,7 @@ def collapse_probe(
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
-    competitors: int = 8,
+    competitors: int = 128,
     progress: bool | None = None,
 ) -> CollapseReport:
     """Share of sparse attention rows whose arg max moves under norm noise, by sigma, layer, head.
@@ -113,16 +113,19 @@ def collapse_probe(
     tally = Tally(settings, chosen, len(prompts.ids), competitors)
     batches = prompts.batches(batch_size)
     device = input_device(model)
-    with _state.evaluating(model), tqdm(
-        total=len(prompts.ids),
-        desc="collapse probe",
-        unit="prompt",
-        disable=None if progress is None else not progress,
-        leave=False,
-    ) as bar:
+    with (
+        _state.evaluating(model),
+        tqdm(
+            total=len(prompts.ids),
+            desc="collapse probe",
+            unit="prompt",
+            disable=None if progress is None else not progress,
+            leave=False,
+        ) as bar,
+    ):
         for indices, ids in batches:
             watch = _Watch(chosen, tally, noise, indices)
-            with model.hooks(fwd_hooks=watch.hooks()):
+            with contextlib.suppress(_state.Finished), model.hooks(fwd_hooks=watch.hooks()):
                 model(ids.to(device))  # type: ignore[operator]
             bar.update(len(indices))
     return tally.report(model=_facts(model, sites, chosen), prompts=prompts)
@@ -187,9 +190,7 @@ class _Watch:
             entries += self._layer_hooks(index, sites)
         return entries
 
-    def _layer_hooks(
-        self, index: int, sites: LayerSites
-    ) -> list[tuple[str, Callable[..., None]]]:
+    def _layer_hooks(self, index: int, sites: LayerSites) -> list[tuple[str, Callable[..., None]]]:
         kept: dict[str, Tensor] = {}
         entries: list[tuple[str, Callable[..., None]]] = []
 
@@ -206,6 +207,8 @@ class _Watch:
                 q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
                 s = qk_product(sites, q.float(), k.float()) * sites.score_scale
             LayerReducer(self.tally, index, sites, self.noise, self.indices).add(scores, pattern, s)
+            if index == len(self.layers) - 1:
+                raise _state.Finished  # what follows, the unembedding above all, is not needed
 
         if sites.has_bias:
             entries += [(sites.vector(r).dot.hook, keep(r)) for r in ("q", "k")]
@@ -238,4 +241,3 @@ def _facts(
             name: version(name) for name in ("transformer-lens", "torch", "transformers", "numpy")
         },
     }
-

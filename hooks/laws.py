@@ -8,7 +8,7 @@ factor, its distribution function and where that is smooth: sampling and quadrat
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from torch import Tensor
 _NORMAL_REACH = 8.5  # the normal law's mass beyond is 2e-17
 
 
+@runtime_checkable
 class Law(Protocol):
     """Distribution of the factor f = 1 + kappa."""
 
@@ -63,21 +64,25 @@ class Uniform:
     reason = "its half-width sqrt(3) sigma would reach 1 and factors could turn negative"
 
     def factor(self, u: Float[Tensor, "*shape"], sigma: float) -> Float[Tensor, "*shape"]:
+        """The factor at which the distribution function is u."""
         return 1 + (math.sqrt(3) * sigma) * (2 * u - 1)
 
     def cdf(
         self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
     ) -> Float[Tensor, "*shape"]:
+        """P(factor <= f)."""
         a = math.sqrt(3) * sigma
         return ((f - 1 + a) / (2 * a)).clamp(0, 1)
 
     def knots(self, sigma: Float[Tensor, "rows"]) -> Float[Tensor, "rows knots"]:
+        """Factors between which the density is smooth."""
         a = math.sqrt(3) * sigma
         return torch.stack([1 - a, 1 + a], dim=-1)
 
     def density(
         self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
     ) -> Float[Tensor, "*shape"]:
+        """Probability density at f."""
         return torch.ones_like(f) / (2 * math.sqrt(3) * sigma)
 
 
@@ -91,19 +96,25 @@ class Gaussian:
     _z = (-_NORMAL_REACH, -5.5, -3.0, -1.0, 1.0, 3.0, 5.5, _NORMAL_REACH)
 
     def factor(self, u: Float[Tensor, "*shape"], sigma: float) -> Float[Tensor, "*shape"]:
-        return 1 + sigma * torch.special.ndtri(u)
+        """The factor at which the distribution function is u."""
+        z: Tensor = torch.special.ndtri(u)
+        return 1 + sigma * z
 
     def cdf(
         self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
     ) -> Float[Tensor, "*shape"]:
-        return torch.special.ndtr((f - 1) / sigma)
+        """P(factor <= f)."""
+        below: Tensor = torch.special.ndtr((f - 1) / sigma)
+        return below
 
     def knots(self, sigma: Float[Tensor, "rows"]) -> Float[Tensor, "rows knots"]:
+        """Factors between which the density is smooth."""
         return 1 + sigma[:, None] * sigma.new_tensor(self._z)
 
     def density(
         self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
     ) -> Float[Tensor, "*shape"]:
+        """Probability density at f."""
         z = (f - 1) / sigma
         return torch.exp(-0.5 * z * z) / (sigma * math.sqrt(2 * math.pi))
 
@@ -122,24 +133,28 @@ class LogNormal:
         return torch.log1p(sigma * sigma).sqrt()
 
     def factor(self, u: Float[Tensor, "*shape"], sigma: float) -> Float[Tensor, "*shape"]:
+        """The factor at which the distribution function is u."""
         s = math.sqrt(math.log1p(sigma * sigma))
         return torch.exp(s * torch.special.ndtri(u) - s * s / 2)
 
     def cdf(
         self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
     ) -> Float[Tensor, "*shape"]:
+        """P(factor <= f)."""
         s = self._s(sigma)
         # A factor is positive: at and below zero the distribution function is zero.
         z = torch.log(f.clamp_min(torch.finfo(f.dtype).tiny)) / s + s / 2
         return torch.where(f > 0, torch.special.ndtr(z), torch.zeros_like(z))
 
     def knots(self, sigma: Float[Tensor, "rows"]) -> Float[Tensor, "rows knots"]:
+        """Factors between which the density is smooth."""
         s = self._s(sigma)[:, None]
         return torch.exp(s * sigma.new_tensor(self._z) - s * s / 2)
 
     def density(
         self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
     ) -> Float[Tensor, "*shape"]:
+        """Probability density at f."""
         s = self._s(sigma)
         z = torch.log(f) / s + s / 2
         return torch.exp(-0.5 * z * z) / (f * s * math.sqrt(2 * math.pi))

@@ -59,9 +59,9 @@ class NormNoise:
         at: ``"dot"``, the vectors that enter the dot product (v: that are averaged), or
             ``"projection"``, the projection's output. Where a norm stands between them, it removes
             the second in part or whole: a warning says so.
-        rows: ``"all"``, or only ``"sparse"`` (max a >= 0.95) or ``"non-sparse"`` (max a < 0.70) rows
-            as in the paper's Fig. 2 right, judged by the layer's un-noised scores in the running
-            pass and applied to the q.k part of those rows' scores; q and k only.
+        rows: ``"all"``, or only ``"sparse"`` (max a >= 0.95) or ``"non-sparse"`` (max a < 0.70)
+            rows as in the paper's Fig. 2 right, judged by the layer's un-noised scores in the
+            running pass and applied to the q.k part of those rows' scores; q and k only.
         layers: block indices; None for every attention layer.
         seed, draw: name the sample.
 
@@ -101,8 +101,8 @@ class NormNoise:
                 raise ValueError(f"{name}: wanted an integer >= 0; got {number}")
         if self.rows != "all" and ("v" in self.on or self.at != "dot"):
             raise ValueError(
-                "rows: noise on some rows only acts on their scores: wanted on='q', 'k' or 'qk' and "
-                f"at='dot'; got on={self.on!r}, at={self.at!r}"
+                "rows: noise on some rows only acts on their scores: wanted on='q', 'k' or 'qk' "
+                f"and at='dot'; got on={self.on!r}, at={self.at!r}"
             )
 
     @property
@@ -316,7 +316,9 @@ class NormNoise:
                     "wanted whole sequences; got a cached step"
                 )
             n_query, n_key = scores.shape[-2:]
-            parts = split(sites, scores, kept.pop("q", None), kept.pop("k", None), dtype=_wide(scores))
+            parts = split(
+                sites, scores, kept.pop("q", None), kept.pop("k", None), dtype=_wide(scores)
+            )
             spans = {"q": (n_query, clock.cached), "k": (n_key, 0)}  # (length, first position)
             drawn = {
                 role: self._drawn(
@@ -406,8 +408,8 @@ def real_spans(attention_mask: Int[Tensor, "batch pos"]) -> list[tuple[int, int]
         first, end = int(where[0]), int(where[-1]) + 1
         if end - first != len(where):
             raise ValueError(
-                f"attention_mask: wanted padding only before or after the real tokens; got a gap in "
-                f"row {row}"
+                f"attention_mask: wanted padding only before or after the real tokens; got a gap "
+                f"in row {row}"
             )
         spans.append((first, end))
     return spans

@@ -6,7 +6,8 @@ or relative position biases). Norm noise gives
 
     w'_t = f_q f_t s_t + b_t,        f = 1 + kappa, independent factors
 
-(exactly, not to first order), so the row goes to t iff f_q (f_t s_t - f_* s_*) > b_* - b_t =: beta_t.
+(exactly, not to first order), so the row goes to t iff
+f_q (f_t s_t - f_* s_*) > b_* - b_t =: beta_t.
 Source: Menary et al. 2024, theorem 7, extended from first order to exact and to added biases.
 """
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from hooks.laws import Law
 
-_NODES = 10  # Gauss-Legendre nodes per panel: exact for products of up to 19 linear factors
+_NODES = 10  # Gauss-Legendre nodes per panel: exact for polynomials of degree 19
+_MANY = 16  # up to so many linear factors a panel's rule is exact, beyond it panels get finer
 _DYADIC = 10  # extra panels towards an end where many competitors together fall steeply
 _Q_PANELS = 12  # panels of the outer integral over f_q
 _GRID_PANELS = 24  # per axis of the quick rule, two nodes each
@@ -151,15 +153,14 @@ def collapse_probability(
         block = rows[(counts[rows] <= size) & (counts[rows] > size // 2)]
         per_row = _elements_per_row(size, law, beta is not None, noise_on_q, quick)
         for part in block.split(max(1, _BUDGET // per_row)):
-            order = valid[part].to(torch.int8).argsort(1, descending=True)[:, :size]
-            gather = lambda x, part=part, order=order: x[part].gather(1, order)  # noqa: E731
+            first = valid[part].to(torch.int8).argsort(1, descending=True)[:, :size]
             out[part] = _integrate(
                 s_star[part],
-                gather(s),
+                s[part].gather(1, first),
                 sigma[part],
                 law,
-                gather(valid),
-                None if beta is None else gather(beta),
+                valid[part].gather(1, first),
+                None if beta is None else beta[part].gather(1, first),
                 noise_on_q,
                 quick,
             )
@@ -178,7 +179,7 @@ def _elements_per_row(size: int, law: Law, biased: bool, noise_on_q: bool, quick
         return size * (2 * _GRID_PANELS) ** 2
     knots = 2 if law.name == "uniform" else 8
     splits = size * knots if biased else size if law.name == "uniform" else 0
-    panels = knots + splits + 2 * _DYADIC
+    panels = knots + splits + (2 * _DYADIC if size > _MANY else 0)
     outer = (_Q_PANELS + 4 * size) * _NODES if biased and noise_on_q else 1
     return panels * _NODES * size * outer
 
@@ -258,9 +259,9 @@ def _query_edges(
     pieces = torch.linspace(0, 1, _Q_PANELS + 1, dtype=own.dtype, device=own.device)
     edges = [lo + (hi - lo) * pieces]
     if law.name == "uniform":
-        corners = own[:, None, :, None] * s[:, :, None, None] - (own * s_star[:, None])[
-            :, None, None, :
-        ]
+        corners = (
+            own[:, None, :, None] * s[:, :, None, None] - (own * s_star[:, None])[:, None, None, :]
+        )
         turns = (beta[:, :, None, None] / corners).flatten(1)
         usable = turns.isfinite() & valid.repeat_interleave(4, dim=1)
         edges.append(torch.where(usable, turns, lo).clamp(lo, hi))
@@ -282,12 +283,16 @@ def _stays(
         turns = torch.where(valid[:, :, None] & turns.isfinite(), turns, own[:, :1, None])
         edges.append(turns.flatten(1))
     grid = torch.cat(edges, 1).clamp(own[:, :1], own[:, -1:]).sort(1).values
-    # Where many competitors act at once their product falls within a fraction of a panel.
-    span = 0.5 ** torch.arange(1, _DYADIC + 1, dtype=grid.dtype, device=grid.device)
-    active = _active_end(s_star, s, valid, own, beta)
-    towards = active[:, None] + (grid.mean(1) - active)[:, None] * span
-    grid = torch.cat([grid, towards.clamp(own[:, :1], own[:, -1:])], 1).sort(1).values
-    f, weight = _panels(grid)
+    n_t, nodes = s.shape[1], _NODES
+    if n_t > _MANY:
+        # Where many competitors act at once their product falls within a fraction of a panel.
+        span = 0.5 ** torch.arange(1, _DYADIC + 1, dtype=grid.dtype, device=grid.device)
+        active = _active_end(s_star, s, valid, own, beta)
+        towards = active[:, None] + (grid.mean(1) - active)[:, None] * span
+        grid = torch.cat([grid, towards.clamp(own[:, :1], own[:, -1:])], 1).sort(1).values
+    elif law.name == "uniform":
+        nodes = n_t // 2 + 1  # a product of n_t linear factors: exact
+    f, weight = _panels(grid, nodes)
     weight = weight * law.density(f, sigma[:, None])
     threshold = (f * s_star[:, None])[:, :, None]
     if beta is not None:
@@ -328,6 +333,8 @@ def _panels(
     edges: Float[Tensor, "rows edges"], nodes: int = _NODES
 ) -> tuple[Float[Tensor, "rows nodes"], Float[Tensor, "rows nodes"]]:
     """Nodes and weights of a composite Gauss-Legendre rule between ascending edges."""
-    x, w = (torch.as_tensor(a, dtype=edges.dtype, device=edges.device) for a in _gauss_legendre(nodes))
+    x, w = (
+        torch.as_tensor(a, dtype=edges.dtype, device=edges.device) for a in _gauss_legendre(nodes)
+    )
     width = edges.diff(dim=1)[:, :, None]
     return (edges[:, :-1, None] + width * x).flatten(1), (width * w).flatten(1)

@@ -14,13 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-
-from hooks.laws import get_law
-from hooks.probability import collapse_probability, critical_half_width
 
 By = Literal["head", "layer", "model"]
 CONTENT, SINK = 0, 1
@@ -47,9 +43,10 @@ class ProbeSettings:
 class RowTable:
     """The sparse rows that can collapse at all, with their nearest competitors.
 
-    ``s_star`` is the q.k part of the attended token's score, ``s`` those of its nearest
-    competitors (NaN where there are fewer), ``beta`` = b_* - b_t (zero without a bias), ``rest``
-    the number of competitors that are able to win and are not listed.
+    ``s_star`` is the q.k part of the attended token's score. The competitors of row i, nearest
+    first, are the entries ``start[i]`` to ``start[i + 1]`` of ``s`` (their q.k parts) and of
+    ``beta`` = b_* - b_t (empty where no layer adds a bias). ``rest`` counts the competitors that
+    are able to win and are not listed.
     """
 
     layer: Int[np.ndarray, "row"]
@@ -60,9 +57,21 @@ class RowTable:
     rival: Int[np.ndarray, "row"]
     half_width: Float[np.ndarray, "row"]
     s_star: Float[np.ndarray, "row"]
-    s: Float[np.ndarray, "row competitor"]
-    beta: Float[np.ndarray, "row competitor"]
     rest: Int[np.ndarray, "row"]
+    start: Int[np.ndarray, "edge"]
+    s: Float[np.ndarray, "entry"]
+    beta: Float[np.ndarray, "entry_or_none"]
+
+    def competitors(
+        self, rows: Int[np.ndarray, "picked"]
+    ) -> tuple[Float[np.ndarray, "picked most"], Float[np.ndarray, "picked most"] | None]:
+        """``s`` and ``beta`` of some rows, side by side, NaN where a row has fewer."""
+        first, count = self.start[rows], np.diff(self.start)[rows]
+        at = np.arange(int(count.max(initial=0)))
+        listed = at < count[:, None]
+        entry = np.where(listed, first[:, None] + at, 0)
+        s = np.where(listed, self.s[entry].astype(float), np.nan)
+        return s, self.beta[entry].astype(float) if len(self.beta) else None
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -119,7 +128,7 @@ class CollapseReport:
             loose_content: the loose share with the sinks left out.
             loose_centred: the loose share in the centred gauge.
             score_level: mean q.k part of the attended score.
-            se: standard error of ``loose`` over draws (0: computed exactly), ``se_strict`` likewise.
+            se, se_strict: standard error over draws of ``loose`` (0: exact) and of ``strict``.
             se_prompts: bootstrap standard error of ``loose`` over prompts (NaN for one prompt).
 
         Rates are NaN where there are no rows.
@@ -305,9 +314,7 @@ class CollapseReport:
         except SafetensorError as error:
             raise ValueError(f"{path}: wanted a collapse report; got {error}") from error
         if head.get("format") != _FORMAT:
-            raise ValueError(
-                f"{path}: wanted the format {_FORMAT!r}; got {head.get('format')!r}"
-            )
+            raise ValueError(f"{path}: wanted the format {_FORMAT!r}; got {head.get('format')!r}")
         settings = json.loads(head["settings"])
         for name in ("sigmas", "layers"):
             settings[name] = tuple(settings[name])
@@ -328,50 +335,13 @@ class CollapseReport:
         A lower bound where competitors were left out; with ``with_rest`` their union bound is
         added, which makes it an upper bound.
         """
-        t = self.table
-        beta = t.beta[rows]
-        biased = bool((beta != 0).any())
-        s = torch.tensor(t.s[rows], dtype=torch.float64)
-        arguments: dict[str, Any] = {
-            "s_star": torch.tensor(t.s_star[rows], dtype=torch.float64),
-            "sigma": torch.full((len(rows),), sigma, dtype=torch.float64),
-            "law": get_law(self.settings.law),
-            "noise_on_q": "q" in self.settings.on,
-            "noise_on_k": "k" in self.settings.on,
-            "quick": True,
-        }
-        p = collapse_probability(
-            s=s.nan_to_num(0.0),
-            valid=~s.isnan(),
-            beta=torch.tensor(beta, dtype=torch.float64) if biased else None,
-            **arguments,
-        )
-        if with_rest and t.rest[rows].any():
-            rest = torch.tensor(t.rest[rows], dtype=torch.float64)
-            last = s[:, -1:]
-            if biased:  # one that is able to win may win with certainty
-                far = critical_half_width(
-                    arguments["s_star"],
-                    last,
-                    torch.tensor(beta[:, -1:], dtype=torch.float64),
-                    noise_on_q=arguments["noise_on_q"],
-                    noise_on_k=arguments["noise_on_k"],
-                )[:, 0]
-                able = far < math.sqrt(3) * sigma if self.settings.law == "uniform" else far < 1
-                p = p + able * rest
-            else:  # the ones left out are further away than the last one kept
-                single = collapse_probability(
-                    s=last.nan_to_num(0.0), valid=~last.isnan(), **arguments
-                )
-                p = p + single * rest
-            p = p.clamp(max=1)
-        return np.asarray(p)
+        from hooks._thresholds import rate_of_rows
+
+        return rate_of_rows(self, sigma, rows, with_rest)
 
 
 _ARRAYS = tuple(
-    f.name
-    for f in fields(CollapseReport)
-    if f.name not in ("settings", "model", "tokens", "table")
+    f.name for f in fields(CollapseReport) if f.name not in ("settings", "model", "tokens", "table")
 )
 
 
@@ -384,7 +354,8 @@ def _se_draws(
         return np.where(total > 0, 0.0, np.nan) * np.ones((draws.shape[0], *total.shape))
     if n_draws == 1:
         return np.full((draws.shape[0], *total.shape), np.nan)
-    return (draws / total).std(axis=1, ddof=1) / math.sqrt(n_draws)
+    spread: np.ndarray = (draws / total).std(axis=1, ddof=1)
+    return spread / math.sqrt(n_draws)
 
 
 def _se_prompts(
@@ -401,4 +372,5 @@ def _se_prompts(
     count = known.sum(-1)
     mean = np.where(known, rates, 0).sum(-1) / np.maximum(count, 1)
     spread = np.where(known, rates - mean[..., None], 0)
-    return np.where(count > 1, np.sqrt((spread**2).sum(-1) / np.maximum(count - 1, 1)), np.nan)
+    variance = (spread**2).sum(-1) / np.maximum(count - 1, 1)
+    return np.asarray(np.where(count > 1, np.sqrt(variance), np.nan))

@@ -39,6 +39,7 @@ from hooks.sites import (
 _HALF_WIDTH = 0.5  # of the check's own noise: large, so that its effect stands above rounding
 _MARGIN = 8.0  # an effect must exceed its tolerance this many times to prove anything
 _ATTEMPTS = 3
+_LAYERS_PER_PASS = 8  # bounds the logits of the copies, which nobody reads
 _HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
 _KINDS = ("q", "k", "v", "zero", "edit", "projection")
 
@@ -87,14 +88,10 @@ def _configuration(model: HookedModel) -> tuple[Any, ...]:
         getattr(model.cfg, "attn_implementation", None),
         getattr(model.cfg, "attention_implementation", None),
     )
-    flags = tuple(
-        getattr(model.cfg, name, None) for name in ("use_split_qkv_input", "use_attn_in")
-    )
+    flags = tuple(getattr(model.cfg, name, None) for name in ("use_split_qkv_input", "use_attn_in"))
     points = {id(p): p for n, p in model.hook_dict.items() if "attn" in n}
     # A hook of the user's own may change what a site carries.
-    user_hooks = tuple(
-        sorted(id(h) for p in points.values() for h in getattr(p, "fwd_hooks", ()))
-    )
+    user_hooks = tuple(sorted(id(h) for p in points.values() for h in getattr(p, "fwd_hooks", ())))
     return (
         *implementations,
         bool(getattr(model, "compatibility_mode", False)),
@@ -136,9 +133,19 @@ class _Seen:
     firings: int = 0
 
 
-def _check_all(
+def _check_all(model: HookedModel, layers: tuple[LayerSites, ...], attempt: int) -> AttentionSites:
+    verified: list[LayerSites] = []
+    table: list[dict[str, Any]] = []
+    for at in range(0, len(layers), _LAYERS_PER_PASS):
+        checks = _check_some(model, layers[at : at + _LAYERS_PER_PASS], attempt)
+        verified += [check.judge() for check in checks]
+        table += [row for check in checks for row in check.table]
+    return AttentionSites(tuple(verified), pd.DataFrame(table))
+
+
+def _check_some(
     model: HookedModel, layers: tuple[LayerSites, ...], attempt: int
-) -> AttentionSites:
+) -> list[_LayerCheck]:
     heads = {n for s in layers for n in (s.n_heads, s.n_kv_heads)}
     tokens = short_tokens(model, 1 + len(_KINDS) * len(layers), heads, attempt)
     generator = torch.Generator().manual_seed(2 + attempt)
@@ -150,9 +157,7 @@ def _check_all(
         warnings.filterwarnings("ignore", message=".*has already consumed the original values")
         with model.hooks(fwd_hooks=fwd_hooks):
             model(tokens)  # type: ignore[operator]
-    verified = [check.judge() for check in checks]
-    frame = pd.DataFrame([row for check in checks for row in check.table])
-    return AttentionSites(tuple(verified), frame)
+    return checks
 
 
 class _LayerCheck:
@@ -220,8 +225,10 @@ class _LayerCheck:
         def hook(tensor: Tensor, hook: Any) -> Tensor:
             if tensor.shape[0] != self.batch:
                 raise UnsupportedModelError(
-                    f"{site.dot.hook} keeps the batch", wanted=f"{self.batch} prompts",
-                    got=f"{tensor.shape[0]}", layer=self.sites.layer,
+                    f"{site.dot.hook} keeps the batch",
+                    wanted=f"{self.batch} prompts",
+                    got=f"{tensor.shape[0]}",
+                    layer=self.sites.layer,
                 )
             setattr(self.seen, role, site.dot.by_position(tensor)[self.rows].clone())
             self.seen.firings += 1
@@ -252,11 +259,16 @@ class _LayerCheck:
         seen, layer = self.seen, self.sites.layer
         if seen.firings != len(ROLES) + 2:
             raise UnsupportedModelError(
-                "every hook point fires once per forward", wanted=f"{len(ROLES) + 2} firings",
-                got=str(seen.firings), layer=layer,
+                "every hook point fires once per forward",
+                wanted=f"{len(ROLES) + 2} firings",
+                got=str(seen.firings),
+                layer=layer,
             )
-        assert seen.scores is not None and seen.pattern is not None
-        assert seen.q is not None and seen.k is not None and seen.v is not None
+        assert seen.scores is not None
+        assert seen.pattern is not None
+        assert seen.q is not None
+        assert seen.k is not None
+        assert seen.v is not None
         scores, pattern = seen.scores.double(), seen.pattern.double()
         q, k, v = seen.q.double(), seen.k.double(), seen.v.double()
         self._refuse_pattern_as_scores(scores, seen.scores)
@@ -264,7 +276,11 @@ class _LayerCheck:
         clean = split(sites, seen.scores[:1], q[:1], k[:1], dtype=torch.float64)
         tolerance = self._score_tolerance(clean, q, k)
         self._compare(
-            "pattern = softmax(scores)", clean.scores(), pattern[:1], pattern[:1], tolerance,
+            "pattern = softmax(scores)",
+            clean.scores(),
+            pattern[:1],
+            pattern[:1],
+            tolerance,
             must_act=False,
         )
         for role, factors in (
@@ -284,7 +300,9 @@ class _LayerCheck:
         return replace(
             sites,
             scores_editable=self._editable(clean, pattern, tolerance),
-            **{role: self._shielded(role, {"q": q, "k": k, "v": v}[role]) for role in ROLES},
+            q=self._shielded("q", q),
+            k=self._shielded("k", k),
+            v=self._shielded("v", v),
         )
 
     def _at(self, kind: str) -> slice:
@@ -337,7 +355,9 @@ class _LayerCheck:
         lengths = torch.einsum("bqh,bkh->bhqk", q[:1].norm(dim=-1), self._keys(k[:1].norm(dim=-1)))
         terms = lengths * abs(self.sites.score_scale or 1.0) * 4 / q.shape[-1] ** 0.5
         whole = clean.scores().masked_fill(~clean.mask, 0).abs()
-        generous = 0.5 if self.eps > _HALF_PRECISION else 64.0  # half precision has no room for more
+        generous = (
+            0.5 if self.eps > _HALF_PRECISION else 64.0
+        )  # half precision has no room for more
         rounding: Tensor = generous * self.eps * (whole + terms).masked_fill(~clean.mask, 0)
         return rounding.amax(-1, keepdim=True)
 
@@ -389,7 +409,9 @@ class _LayerCheck:
     def _check_values(self, sites: LayerSites, pattern: Tensor, v: Tensor) -> None:
         if self.seen.z is None:
             raise UnsupportedModelError(
-                "v-noise changes what follows", wanted="hook_z to fire once", got="none",
+                "v-noise changes what follows",
+                wanted="hook_z to fire once",
+                got="none",
                 layer=sites.layer,
             )
         z = self.seen.z.double()
@@ -405,7 +427,9 @@ class _LayerCheck:
         self._record(check, float(error.max()), float(effect.max()), limit)
         if not worst <= limit:
             raise UnsupportedModelError(
-                check, wanted=f"a difference of at most {limit:.2g}", got=f"{worst:.2g}",
+                check,
+                wanted=f"a difference of at most {limit:.2g}",
+                got=f"{worst:.2g}",
                 layer=sites.layer,
             )
         if not bool((effect > _MARGIN * allowed).any()):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -41,18 +41,23 @@ _SCORES = re.compile(r"^(?P<prefix>blocks\.(?P<layer>\d+)\.\w*attn\w*)\.hook_att
 _PRIMES = (5, 7, 11, 13, 17)
 
 
+@runtime_checkable
 class HookedModel(Protocol):
     """All that this package asks of a model: TransformerBridge and HookedTransformer have it."""
 
     @property
-    def cfg(self) -> Any: ...
+    def cfg(self) -> Any:
+        """n_heads, n_ctx, d_vocab and the like."""
 
     @property
-    def hook_dict(self) -> Mapping[str, Any]: ...
+    def hook_dict(self) -> Mapping[str, Any]:
+        """Hook points by name, aliases included."""
 
-    def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]: ...
+    def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        """Context with temporary hooks."""
 
-    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any: ...
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass with temporary hooks."""
 
 
 @dataclass(frozen=True)
