@@ -15,6 +15,7 @@ On sdpa no scores and pattern exist; asking for a hook there raises.
 from __future__ import annotations
 
 import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -219,13 +220,18 @@ def to_bridge(
     """
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    bridge: TransformerBridge = build_bridge_from_module(
-        model,
-        ARCHITECTURE,
-        tl_config=model.cfg,
-        tokenizer=tokenizer if tokenizer is not None else model.tokenizer,
-        model_name=model.cfg.model_name,
-    )
+    tokenizer = tokenizer if tokenizer is not None else model.tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        if tokenizer is not None:  # TransformerLens reads it again from where it came from
+            tokenizer.save_pretrained(folder)
+            tokenizer = type(tokenizer).from_pretrained(folder)
+        bridge: TransformerBridge = build_bridge_from_module(
+            model,
+            ARCHITECTURE,
+            tl_config=model.cfg,
+            tokenizer=tokenizer,
+            model_name=model.cfg.model_name,
+        )
     return bridge
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, cast, get_args
 
 import torch
 from transformer_lens.config import TransformerBridgeConfig
@@ -83,9 +83,9 @@ class NormSpec:
         on: which of q, k and v are normed; ``"qk"`` is QK-norm.
     """
 
-    kind: NormKind = "rms"
-    over: NormOver = "head"
-    gains: Gains = "separate"
+    kind: NormKind | str = "rms"
+    over: NormOver | str = "head"
+    gains: Gains | str = "separate"
     on: str = "qkv"
 
     def __post_init__(self) -> None:
@@ -119,14 +119,12 @@ class Sinusoids:
     max_shift: int = 50
 
     def __post_init__(self) -> None:
-        periods: tuple[float, ...] = tuple(self.periods)  # JSON gives a list
-        object.__setattr__(self, "periods", periods)
         if self.n < 1 or self.max_shift < 0:
             raise ValueError(
                 f"Sinusoids: wanted n >= 1 and max_shift >= 0, got n={self.n}, "
                 f"max_shift={self.max_shift}"
             )
-        if len(periods) != 2 or not 0 < periods[0] <= periods[1]:
+        if not 0 < self.periods[0] <= self.periods[1]:
             raise ValueError(
                 f"Sinusoids.periods: wanted 0 < shortest <= longest, got {self.periods!r}"
             )
@@ -167,15 +165,16 @@ class QKVNormConfig(TransformerBridgeConfig):
     def __init__(
         self,
         *,
-        placement: Placement,
+        placement: Placement | str,
         norm: NormSpec | None = None,
-        score_scale: ScoreScale = "inv_sqrt",
+        score_scale: ScoreScale | str = "inv_sqrt",
         calibrated: bool = False,
         attn_bias: bool = False,
         output_mlp: Sequence[int] = (),
         sinusoids: Sinusoids | None = None,
         **fields: Any,
     ) -> None:
+        # Types are wider than the choices, so that a wrong choice is answered here and by name.
         _one_of("placement", placement, get_args(Placement))
         if fields.setdefault("architecture", ARCHITECTURE) != ARCHITECTURE:
             raise ValueError(
@@ -183,9 +182,9 @@ class QKVNormConfig(TransformerBridgeConfig):
             )
         _refuse_unknown(fields)
         fields.setdefault("attn_implementation", "eager")
-        self.placement: Placement = placement
-        self.norm = norm if norm is not None else _PAPER_NORM[placement]
-        self.score_scale: ScoreScale = score_scale
+        self.placement = cast(Placement, placement)
+        self.norm = norm if norm is not None else _PAPER_NORM[self.placement]
+        self.score_scale = cast(ScoreScale, score_scale)
         self.calibrated = calibrated
         self.attn_bias = attn_bias
         self.output_mlp = tuple(output_mlp)
@@ -303,9 +302,11 @@ class QKVNormConfig(TransformerBridgeConfig):
         values = dict(values)
         if "placement" not in values:
             raise ValueError(f'configuration: wanted "placement", got only {sorted(values)}')
-        for name, spec in (("norm", NormSpec), ("sinusoids", Sinusoids)):
-            if values.get(name) is not None:
-                values[name] = spec(**values[name])
+        if values.get("norm") is not None:
+            values["norm"] = NormSpec(**values["norm"])
+        if values.get("sinusoids") is not None:
+            spec = values["sinusoids"]  # JSON has no tuples
+            values["sinusoids"] = Sinusoids(**{**spec, "periods": tuple(spec["periods"])})
         dtype = getattr(torch, str(values.pop("dtype", "float32")), None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError("dtype: wanted the name of a torch dtype such as 'float32'")
@@ -372,7 +373,7 @@ NAMED: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-def named_config(name: str, placement: Placement, **changes: Any) -> QKVNormConfig:
+def named_config(name: str, placement: Placement | str, **changes: Any) -> QKVNormConfig:
     """A named configuration under one placement: the paper's three, ``"small"`` and ``"study"``.
 
     Args:

@@ -16,7 +16,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -60,9 +60,9 @@ class Recipe:
         clip: largest norm of the gradient; 0 for none.
     """
 
-    optimizer: Literal["adamw", "muon"]
+    optimizer: str
     lr: float
-    schedule: Literal["plateau", "cosine"]
+    schedule: str
     batch_size: int = 128
     weight_decay: float = 0.01
     decay_all: bool = False
@@ -71,6 +71,17 @@ class Recipe:
     warmup: int = 200
     epoch: int = 2000
     patience: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value, valid in (
+            ("optimizer", self.optimizer, ("adamw", "muon")),
+            ("schedule", self.schedule, ("plateau", "cosine")),
+        ):
+            if value not in valid:
+                raise ValueError(f"{name}: wanted one of {valid}, got {value!r}")
+        for number in ("lr", "batch_size", "warmup", "epoch", "patience"):
+            if getattr(self, number) <= 0:
+                raise ValueError(f"{number}: wanted more than 0, got {getattr(self, number)}")
 
 
 RECIPES: Final[dict[str, Recipe]] = {

@@ -1,0 +1,570 @@
+"""The three placements: what each is invariant to, equality with known models, hooks, padding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+
+from qkvnorm_lens.adapter import from_pretrained, save_pretrained, to_bridge, to_plain
+from qkvnorm_lens.addition import build_tokenizer
+from qkvnorm_lens.config import NormSpec, QKVNormConfig, named_config
+from qkvnorm_lens.model import CachedOutput, QKVNormTransformer
+from qkvnorm_lens.norms import Calibrated, Norm
+
+PLACEMENTS = ("none", "pre", "qkv")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {"placement": "none"},
+    "pre": {"placement": "pre"},
+    "pre-shared": {"placement": "pre", "norm": NormSpec(over="input", gains="shared")},
+    "pre-layer": {"placement": "pre", "norm": NormSpec("layer", "input")},
+    "qkv": {"placement": "qkv"},
+    "qkv-shared": {"placement": "qkv", "norm": NormSpec(gains="shared")},
+    "qkv-projection": {"placement": "qkv", "norm": NormSpec("layer", "projection")},
+    "qk-gqa": {"placement": "qkv", "norm": NormSpec(on="qk"), "n_key_value_heads": 2},
+    "mqa-bias": {"placement": "qkv", "n_key_value_heads": 1, "attn_bias": True},
+    "rotary": {"placement": "qkv", "positional_embedding_type": "rotary", "rotary_dim": 4},
+    "rotary-pairs": {
+        "placement": "pre",
+        "positional_embedding_type": "rotary",
+        "rotary_adjacent_pairs": True,
+    },
+    "paper": {
+        "placement": "qkv",
+        "positional_embedding_type": "sinusoidal",
+        "score_scale": "calibrated",
+        "calibrated": True,
+        "output_mlp": (12, 10),
+    },
+    "attn-only": {"placement": "pre", "attn_only": True, "normalization_type": None},
+    "window": {"placement": "pre", "window_size": 3, "normalization_type": "RMS"},
+    "bidirectional": {"placement": "qkv", "attention_dir": "bidirectional"},
+    "no-positions": {
+        "placement": "none",
+        "positional_embedding_type": "none",
+        "score_scale": "learned",
+    },
+}
+
+
+def make(seed: int = 0, **options: Any) -> QKVNormTransformer:
+    """A tiny model with weights large enough that attention is not flat, and gains not one."""
+    sizes = {"d_model": 24, "d_head": 8, "n_heads": 4, "n_layers": 2, "n_ctx": 32, "d_vocab": 17}
+    cfg = QKVNormConfig(**{"d_mlp": 20, "default_prepend_bos": False, **sizes, **options})
+    model = QKVNormTransformer(cfg).eval()
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=rng, dtype=p.dtype) * 0.3)
+        if cfg.calibrated or cfg.score_scale == "calibrated":
+            with model.calibrating():
+                model(tokens())
+            for m in model.modules():
+                if isinstance(m, Calibrated):
+                    m.weight *= 3.0  # else the scores are so small that nothing is seen
+    return model
+
+
+def tokens(batch: int = 3, pos: int = 11, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 16, (batch, pos), generator=torch.Generator().manual_seed(seed))
+
+
+def scaled_by(factor: torch.Tensor) -> Callable[..., torch.Tensor]:
+    return lambda value, hook: value * factor
+
+
+def far(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a - b).abs().max().item() > 1e-3
+
+
+# --- what each placement is invariant to -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_are_their_formula(kind: str) -> None:
+    z = torch.randn(5, 7, dtype=torch.float64)
+    centred = z - z.mean(-1, keepdim=True) if kind == "layer" else z
+    norm = Norm(kind, gain=(7,), eps=0.0).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+    wanted = 7**0.5 * norm.weight * centred / centred.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(norm(z), wanted)
+
+
+def attention_update(model: QKVNormTransformer, x: torch.Tensor) -> torch.Tensor:
+    """One block's attention, as a function of the block's input."""
+    block = model.layers[0]
+    visible = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()[None, None]
+    out: torch.Tensor = block.attn(block.ln1(x), visible=visible)
+    return out
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_positive_scaling_of_the_blocks_input(placement: str) -> None:
+    model = make(placement=placement, eps=1e-14, dtype=torch.float64)
+    x = torch.randn(2, 6, 24, dtype=torch.float64)
+    factor = torch.rand(2, 6, 1, dtype=torch.float64) + 0.5
+    same = torch.allclose(attention_update(model, factor * x), attention_update(model, x))
+    # QKV-Norm too: scaling a token's whole input scales its q, k and v before their norms
+    assert same == (placement != "none")
+
+
+@pytest.mark.parametrize("site", ["q", "k", "v"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_positive_scaling_of_q_k_v_before_their_norm(placement: str, site: str) -> None:
+    bridge = to_bridge(make(placement=placement, eps=1e-14, dtype=torch.float64))
+    clean = bridge(tokens())
+    factor = torch.rand(3, 11, 4, 1, dtype=torch.float64) + 0.5
+    hooks = [(f"blocks.{layer}.attn.hook_{site}", scaled_by(factor)) for layer in (0, 1)]
+    noised = bridge.run_with_hooks(tokens(), fwd_hooks=hooks)
+    assert torch.allclose(noised, clean) == (placement == "qkv")
+    if placement == "qkv":
+        after = [(name.replace(f"_{site}", f"_{site}_normed"), f) for name, f in hooks]
+        assert far(bridge.run_with_hooks(tokens(), fwd_hooks=after), clean)
+
+
+def test_qk_norm_shields_q_and_k_and_not_v() -> None:
+    norm = NormSpec(on="qk")
+    bridge = to_bridge(make(placement="qkv", norm=norm, eps=1e-14, dtype=torch.float64))
+    clean = bridge(tokens())
+    for site in "qkv":
+        hook = (f"blocks.0.attn.hook_{site}", scaled_by(torch.tensor(2.0)))
+        assert far(bridge.run_with_hooks(tokens(), fwd_hooks=[hook]), clean) == (site == "v")
+    assert "blocks.0.attn.hook_v_normed" not in bridge.hook_dict
+
+
+def test_a_norm_over_the_projection_removes_only_a_common_factor() -> None:
+    norm = NormSpec(over="projection")
+    bridge = to_bridge(make(placement="qkv", norm=norm, eps=1e-14, dtype=torch.float64))
+    clean = bridge(tokens())
+    token = torch.rand(3, 11, 1, 1, dtype=torch.float64) + 0.5
+    head = torch.rand(3, 11, 4, 1, dtype=torch.float64) + 0.5
+    for factor, removed in ((token, True), (head, False)):
+        hook = ("blocks.0.attn.hook_k", scaled_by(factor))
+        noised = bridge.run_with_hooks(tokens(), fwd_hooks=[hook])
+        assert torch.allclose(noised, clean) == removed
+
+
+@pytest.mark.parametrize("on", ["qkv", "qk"])
+def test_pre_norm_followed_by_qkv_norm_is_qkv_norm(on: str) -> None:
+    model = make(placement="qkv", norm=NormSpec(on=on), eps=1e-14, dtype=torch.float64)
+    x = torch.randn(2, 6, 24, dtype=torch.float64)
+    plain = attention_update(model, x)
+    model.layers[0].ln1 = Norm("rms", gain=None, eps=1e-14)
+    assert torch.allclose(attention_update(model, x), plain) == (on == "qkv")
+
+
+# --- equality with models known from elsewhere -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "native"),
+    [
+        ({"placement": "pre", "norm": NormSpec(over="input", gains="shared")}, "RMS"),
+        ({"placement": "none"}, None),
+    ],
+)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"n_key_value_heads": 2},
+        {"positional_embedding_type": "rotary", "rotary_adjacent_pairs": True},
+        {"attention_dir": "bidirectional"},
+    ],
+)
+def test_equals_transformer_lens_own_model(
+    ours: dict[str, Any], native: str | None, extra: dict[str, Any]
+) -> None:
+    model = make(**ours, **extra, normalization_type=native, dtype=torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 0.5
+    fields = {
+        name: getattr(model.cfg, name)
+        for name in ("d_model", "d_head", "n_heads", "n_layers", "n_ctx", "d_vocab", "d_mlp")
+    }
+    theirs = TransformerBridge.boot_native(
+        TransformerBridgeConfig(
+            **fields, act_fn="relu", normalization_type=native, seed=0, **extra
+        ),
+        dtype=torch.float64,
+    )
+    weights = to_bridge(copy.deepcopy(model)).state_dict()
+    for layer in range(2):
+        for name, width in {
+            "q": 32,
+            "k": 8 * model.cfg.n_kv,
+            "v": 8 * model.cfg.n_kv,
+            "o": 24,
+        }.items():
+            weights[f"blocks.{layer}.attn.{name}.bias"] = torch.zeros(width).double()
+    theirs.load_state_dict(weights, strict=True)
+    wanted = theirs(tokens())
+    assert wanted.abs().max() > 0.1
+    torch.testing.assert_close(model(tokens()), wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_qk_norm_equals_qwen3s_attention() -> None:
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
+
+    hf_config = Qwen3Config(
+        hidden_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        attn_implementation="eager",
+    )
+    theirs = Qwen3Attention(hf_config, layer_idx=0).eval()
+    model = make(
+        placement="qkv",
+        norm=NormSpec(on="qk"),
+        n_key_value_heads=2,
+        positional_embedding_type="rotary",
+        normalization_type=None,
+        attn_only=True,
+        n_layers=1,
+    )
+    ours = model.layers[0].attn
+    names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+    with torch.no_grad():
+        for mine, name in names.items():
+            getattr(theirs, name).weight.copy_(getattr(ours, mine).weight)
+        for site in "qk":
+            gain = torch.rand(8) + 0.5  # Qwen3's gain is the same for all heads
+            getattr(theirs, f"{site}_norm").weight.copy_(gain)
+            getattr(ours, f"{site}_norm").weight.copy_(
+                gain.expand_as(getattr(ours, f"{site}_norm").weight)
+            )
+    x = torch.randn(2, 7, 24)
+    positions = torch.arange(7)[None]
+    visible = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
+    additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    embedded = Qwen3RotaryEmbedding(hf_config)(x, positions)
+    wanted = theirs(x, embedded, additive)[0]
+    from qkvnorm_lens.model import rotation_at
+
+    got = ours(x, visible=visible, rotation=rotation_at(model.cfg, positions))
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_bridge_plain_and_sdpa_compute_the_same(variant: str) -> None:
+    model = make(**VARIANTS[variant])
+    wanted = model(tokens())
+    bridge = to_bridge(copy.deepcopy(model))
+    torch.testing.assert_close(bridge(tokens()), wanted, atol=1e-5, rtol=1e-5)
+    if model.cfg.score_scale == "calibrated":
+        return
+    fast = QKVNormTransformer(
+        QKVNormConfig.from_json({**model.cfg.to_json(), "attn_implementation": "sdpa"})
+    ).eval()
+    fast.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fast(tokens()), wanted, atol=1e-5, rtol=1e-5)
+
+
+# --- hooks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_hook_points_have_the_usual_shapes_and_true_scores(variant: str) -> None:
+    bridge = to_bridge(make(**VARIANTS[variant]))
+    cfg = bridge.cfg
+    _, cache = bridge.run_with_cache(tokens())
+    n_kv = cfg.n_key_value_heads or 4
+    for layer in range(2):
+        at = f"blocks.{layer}."
+        shapes = {"q": (3, 11, 4, 8), "k": (3, 11, n_kv, 8), "v": (3, 11, n_kv, 8)}
+        for site, shape in shapes.items():
+            assert cache[f"{at}attn.hook_{site}"].shape == shape
+            if cfg.placement == "qkv" and site in cfg.norm.on:
+                assert cache[f"{at}attn.hook_{site}_normed"].shape == shape
+            if cfg.positional_embedding_type == "rotary" and site != "v":
+                assert cache[f"{at}attn.hook_rot_{site}"].shape == shape
+        assert cache[f"{at}attn.hook_z"].shape == (3, 11, 4, 8)
+        assert cache[f"{at}hook_attn_out"].shape == (3, 11, 24)
+        assert cache[f"{at}hook_resid_post"].shape == (3, 11, 24)
+        scores = cache[f"{at}attn.hook_attn_scores"]
+        pattern = cache[f"{at}attn.hook_pattern"]
+        assert scores.shape == pattern.shape == (3, 4, 11, 11)
+        torch.testing.assert_close(scores.softmax(-1), pattern)
+        back = torch.arange(11)[:, None] - torch.arange(11)[None]
+        seen = back >= 0 if cfg.attention_dir == "causal" else torch.ones_like(back).bool()
+        if cfg.window_size:
+            seen = seen & (back.abs() < cfg.window_size)
+        assert (scores.isneginf() == ~seen).all()
+    assert pattern.max(-1).values.mean() > 1.2 / 11, "flat attention would hide mistakes"
+
+
+@pytest.mark.parametrize("variant", ["none", "pre", "qkv", "qk-gqa", "rotary"])
+def test_every_advertised_hook_fires_once(variant: str) -> None:
+    bridge = to_bridge(make(**VARIANTS[variant]))
+    fired: dict[int, int] = {}
+    points = {id(p): n for n, p in bridge.hook_dict.items()}
+    gated = ("hook_result", "hook_mlp_in")
+
+    def count(value: torch.Tensor, hook: Any) -> None:
+        fired[id(hook)] = fired.get(id(hook), 0) + 1
+
+    names = [n for n in points.values() if not n.endswith(gated)]
+    bridge.run_with_hooks(tokens(), fwd_hooks=[(n, count) for n in names])
+    silent = [points[i] for i in points if fired.get(i, 0) != 1 and points[i] in names]
+    assert not silent
+
+
+@pytest.mark.parametrize("variant", ["none", "pre", "qkv", "qk-gqa", "rotary", "paper"])
+def test_edits_land(variant: str) -> None:
+    bridge = to_bridge(make(**VARIANTS[variant]))
+    clean, cache = bridge.run_with_cache(tokens())
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda value, hook: seen.update({name: value.detach()})
+
+    # scores: only the first key is left, so that z is its value
+    def first_only(scores: torch.Tensor, hook: Any) -> torch.Tensor:
+        return scores.clone().index_fill_(-1, torch.arange(1, 11), -torch.inf)
+
+    at = "blocks.1.attn."
+    watch = [(f"{at}hook_pattern", keep("pattern")), (f"{at}hook_z", keep("z"))]
+    edited = bridge.run_with_hooks(
+        tokens(), fwd_hooks=[(f"{at}hook_attn_scores", first_only), *watch]
+    )
+    assert far(edited, clean)
+    assert (seen["pattern"][..., 0] == 1).all()
+    name = "hook_v_normed" if f"{at}hook_v_normed" in cache else "hook_v"
+    v = cache[f"{at}{name}"].repeat_interleave(4 // bridge.cfg.n_kv, 2)
+    torch.testing.assert_close(seen["z"], v[:, :1].expand_as(seen["z"]))
+    # pattern: nothing is attended to
+    bridge.run_with_hooks(
+        tokens(), fwd_hooks=[(f"{at}hook_pattern", lambda p, hook: p * 0), watch[1]]
+    )
+    assert (seen["z"] == 0).all()
+    assert torch.equal(bridge(tokens()), clean)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.hook_pattern", "blocks.1.attn.hook_attn_scores"])
+def test_sdpa_refuses_hooks_on_what_it_does_not_make(name: str) -> None:
+    bridge = to_bridge(make(placement="qkv", attn_implementation="sdpa"))
+    asked = {
+        "run_with_hooks": lambda: bridge.run_with_hooks(
+            tokens(), fwd_hooks=[(name, lambda x, hook: x)]
+        ),
+        "add_hook": lambda: bridge.add_hook(name, lambda x, hook: x),
+        "run_with_cache": lambda: bridge.run_with_cache(tokens(), names_filter=name),
+        "hooks": lambda: bridge.hooks(fwd_hooks=[(name, lambda x, hook: x)]).__enter__(),
+    }
+    for ask in asked.values():
+        with pytest.raises(ValueError, match=f"{name}: sdpa makes no scores.*eager"):
+            ask()
+    _, cache = bridge.run_with_cache(tokens())
+    assert name not in cache
+    assert "blocks.0.attn.hook_z" in cache
+    eager = to_bridge(make(placement="qkv"))
+    _, wanted = eager.run_with_cache(tokens())
+    for site in ("hook_q", "hook_k_normed", "hook_z"):
+        got = cache[f"blocks.1.attn.{site}"]
+        torch.testing.assert_close(got, wanted[f"blocks.1.attn.{site}"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_nothing_of_the_size_of_the_context_is_kept(implementation: str) -> None:
+    model = make(
+        placement="qkv",
+        n_ctx=10**9,
+        positional_embedding_type="rotary",
+        attn_implementation=implementation,
+        window_size=4,
+    )
+    assert sum(b.numel() for b in model.buffers()) == 0
+    assert sum(p.numel() for p in model.parameters()) < 10_000
+
+
+# --- padding, cache, dtype, state ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_padding_changes_nothing_and_stays_finite(
+    variant: str, side: str, implementation: str
+) -> None:
+    options = VARIANTS[variant]
+    if options.get("score_scale") == "calibrated" and implementation == "sdpa":
+        pytest.skip("refused by the configuration")
+    wide = {"dtype": torch.float64, "attn_implementation": implementation}
+    bridge = to_bridge(make(**options, **wide))
+    real = tokens(1, 7)
+    pad = torch.full((1, 4), 16)
+    mask = torch.tensor([[0] * 4 + [1] * 7])
+    row, where = torch.cat((pad, real), 1), slice(4, 11)
+    if side == "right":
+        row, mask, where = torch.cat((real, pad), 1), mask.flip(1), slice(0, 7)
+    batch = torch.cat((row, tokens(1, 11, seed=3)))
+    masks = torch.cat((mask, torch.ones_like(mask)))
+    out = bridge(batch, attention_mask=masks)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[:1, where], bridge(real))
+    torch.testing.assert_close(out[1:], bridge(batch[1:]))
+    out[:, where].square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in bridge.parameters())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", ["none", "pre", "qkv", "qk-gqa", "rotary", "window"])
+def test_cached_forward_equals_the_whole_one(variant: str, implementation: str) -> None:
+    model = make(**VARIANTS[variant], attn_implementation=implementation)
+    whole = model(tokens())
+    first = model(tokens()[:, :6], use_cache=True)
+    assert isinstance(first, CachedOutput)
+    rest = model(tokens()[:, 6:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat((first.logits, rest), 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_generate_with_and_without_cache(placement: str) -> None:
+    model = make(placement=placement, positional_embedding_type="sinusoidal")
+    model.tokenizer = build_tokenizer()
+    bridge = to_bridge(model)
+    assert bridge.to_tokens("[1+2=").tolist() == [[14, 1, 10, 2, 12]]
+    assert bridge.to_str_tokens("[1+2=") == ["[", "1", "+", "2", "="]
+    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "verbose": False}
+    start = bridge.to_tokens("[1+2=")
+    cached = bridge.generate(start, **options)
+    assert torch.equal(cached, bridge.generate(start, use_past_kv_cache=False, **options))
+    by_hand = start
+    for _ in range(9):
+        by_hand = torch.cat((by_hand, bridge(by_hand)[:, -1:].argmax(-1)), 1)
+        if by_hand[0, -1] == bridge.tokenizer.eos_token_id:
+            break
+    assert torch.equal(cached[:, : by_hand.shape[1]], by_hand)
+    alone = [bridge.generate(text, **options) for text in ("[1+2=", "[15-N27=")]
+    assert bridge.generate(["[1+2=", "[15-N27="], **options) == alone
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_state_dict_round_trips_strictly(variant: str) -> None:
+    options = VARIANTS[variant]
+    bridge = to_bridge(make(seed=0, **options))
+    other = to_bridge(make(seed=1, **options))
+    assert far(bridge(tokens()), other(tokens()))
+    state = {name: value.clone() for name, value in bridge.state_dict().items()}
+    plain = to_plain(bridge)
+    n_bias = 17  # TransformerLens adds a zero bias to the unembedding
+    assert sum(v.numel() for v in state.values()) == n_bias + sum(
+        v.numel() for v in plain.state_dict().values()
+    )
+    other.load_state_dict(state, strict=True)
+    assert torch.equal(other(tokens()), bridge(tokens()))
+    torch.testing.assert_close(plain.eval()(tokens()), bridge(tokens()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["none", "pre-shared", "qkv", "paper"])
+def test_save_and_load(variant: str, tmp_path: Path) -> None:
+    model = make(**VARIANTS[variant])
+    model.tokenizer = build_tokenizer()
+    bridge = to_bridge(model)
+    save_pretrained(bridge, tmp_path / "model")
+    again = from_pretrained(tmp_path / "model")
+    assert torch.equal(again(tokens()), bridge(tokens()))
+    assert again.tokenizer.convert_ids_to_tokens([14, 1]) == ["[", "1"]
+    assert not again.training
+    assert from_pretrained(tmp_path / "model", dtype=torch.bfloat16).cfg.dtype == torch.bfloat16
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"wanted config\.json"):
+        from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_bfloat16_and_to(placement: str) -> None:
+    bridge = to_bridge(make(placement=placement, positional_embedding_type="sinusoidal"))
+    wide = bridge(tokens())
+    bridge.to(torch.bfloat16)
+    narrow = bridge(tokens())
+    assert narrow.dtype == torch.bfloat16
+    assert narrow.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(narrow.float(), wide, dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_gradients_reach_every_parameter(variant: str) -> None:
+    bridge = to_bridge(make(**VARIANTS[variant]))
+    bridge(tokens()).square().mean().backward()
+    plain = dict(bridge.original_model.named_parameters())
+    none = [n for n, p in plain.items() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not none
+
+
+def test_calibration_gives_the_papers_standard_deviations() -> None:
+    cfg = named_config("small", "pre", score_scale="calibrated", calibrated=True)
+    model = QKVNormTransformer(cfg).eval()
+    long = tokens(64, 20)
+    with model.calibrating():
+        model(long)
+    frozen = [m.weight.clone() for m in model.modules() if isinstance(m, Calibrated)]
+    bridge = to_bridge(model)
+    _, cache = bridge.run_with_cache(long)
+    wanted = {"hook_embed": 0.5, "blocks.0.hook_resid_pre": 1.0}
+    for layer in range(4):
+        wanted[f"blocks.{layer}.hook_attn_out"] = 0.05
+        wanted |= {f"blocks.{layer}.attn.{site}.hook_in": 1.0 for site in "qkv"}
+    for name, std in wanted.items():
+        assert cache[name].std().item() == pytest.approx(std, rel=1e-3), name
+    scores = cache["blocks.2.attn.hook_attn_scores"]
+    assert scores[scores.isfinite()].std().item() == pytest.approx(0.1, rel=1e-3)
+    bridge(tokens(2, 5))
+    after = [m.weight for m in model.modules() if isinstance(m, Calibrated)]
+    assert all(torch.equal(a, b) for a, b in zip(frozen, after, strict=True))
+
+
+def test_building_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one, two = (QKVNormTransformer(named_config("study", "qkv")) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    other = QKVNormTransformer(named_config("study", "qkv", seed=7))
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+def test_positions_are_shifted_in_training_only() -> None:
+    model = make(placement="pre", positional_embedding_type="sinusoidal")
+    assert torch.equal(model(tokens()), model(tokens()))
+    model.train()
+    assert far(model(tokens()), model(tokens()))
+    positions = torch.arange(11)[None]
+    shown = model(tokens(), position_ids=positions)
+    torch.testing.assert_close(shown, model.eval()(tokens()))
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def test_compatibility_mode_is_refused_and_changes_nothing() -> None:
+    bridge = to_bridge(make(placement="qkv"))
+    clean = bridge(tokens())
+    with pytest.raises(RuntimeError, match="does not support compatibility mode"):
+        bridge.enable_compatibility_mode()
+    assert torch.equal(bridge(tokens()), clean)
+
+
+def test_bad_input_says_what_is_wanted() -> None:
+    model = make(placement="pre")
+    with pytest.raises(ValueError, match="at most n_ctx = 32 tokens, got 33"):
+        model(tokens(1, 33))
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    native = TransformerBridge.boot_native(
+        TransformerBridgeConfig(d_model=8, d_head=4, n_layers=1, n_ctx=8, d_vocab=5, seed=0)
+    )
+    with pytest.raises(TypeError, match="wanted one made by to_bridge"):
+        to_plain(native)

@@ -1,0 +1,276 @@
+"""Training: one run is one result, also after a kill; recipes; shipped models."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qkvnorm_lens.addition import VOCAB, draw
+from qkvnorm_lens.checkpoints import (
+    checkpoint_card,
+    checkpoint_path,
+    checkpoints,
+    load_checkpoint,
+    make,
+)
+from qkvnorm_lens.config import named_config
+from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.norms import Calibrated
+from qkvnorm_lens.training import (
+    RECIPES,
+    LearningRate,
+    Recipe,
+    Run,
+    evaluate,
+    make_optimizers,
+    positions_for,
+    train,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from a second thread, and wait for it when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+TINY: dict[str, Any] = {"n_layers": 1, "d_model": 16, "d_head": 8, "n_heads": 2, "d_mlp": 16}
+PAPER: dict[str, Any] = {
+    "score_scale": "calibrated",
+    "calibrated": True,
+    "positional_embedding_type": "sinusoidal",
+}
+
+
+def tiny_run(recipe: str | Recipe = "modern", seed: int = 0, **options: Any) -> Run:
+    settings: dict[str, Any] = {"steps": 13, "log_every": 4, "eval_every": 8, "eval_rows": 20}
+    settings |= {k: options.pop(k) for k in list(options) if k in {"steps", "bf16", "split"}}
+    cfg = named_config("study", "pre", **{**TINY, **options})
+    if recipe in RECIPES:
+        recipe = dataclasses.replace(RECIPES[recipe], batch_size=16)
+    return Run(cfg, settings.pop("split", "pairs-train"), recipe, seed=seed, **settings)
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def log_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="") as file:
+        return [{**row, "seconds": ""} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("recipe", ["paper", "modern", "modern-adamw"])
+def test_a_killed_run_ends_with_the_same_bits(recipe: str, tmp_path: Path) -> None:
+    run = tiny_run(recipe, **(PAPER if recipe == "paper" else {}))
+    whole = train(run, tmp_path / "whole", progress=False)
+    torch.manual_seed(5)  # the global random state is none of its business
+    train(run, tmp_path / "cut", progress=False, stop_at=6, save_every=5)
+    train(run, tmp_path / "cut", progress=False, stop_at=7, save_every=5)
+    assert same(train(run, tmp_path / "cut", progress=False), whole)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert same(train(run, tmp_path / "cut", progress=False), whole), "a finished run stays"
+    assert not whole.training
+
+
+def test_rows_logged_after_the_last_state_are_made_again(tmp_path: Path) -> None:
+    run = tiny_run()
+    train(run, tmp_path / "whole", progress=False)
+    train(run, tmp_path / "cut", progress=False, stop_at=5, save_every=5)
+    state = (tmp_path / "cut" / "state.pt").read_bytes()
+    train(run, tmp_path / "cut", progress=False, stop_at=9, save_every=100)
+    (tmp_path / "cut" / "state.pt").write_bytes(state)  # killed before the next state
+    train(run, tmp_path / "cut", progress=False)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+def test_seeds_decide(tmp_path: Path) -> None:
+    one, two = (train(tiny_run(), tmp_path / str(i), progress=False) for i in (1, 2))
+    assert same(one, two)
+    assert not same(one, train(tiny_run(seed=1), tmp_path / "3", progress=False))
+
+
+def test_another_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    train(tiny_run(), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="holds another run"):
+        train(tiny_run(seed=1), tmp_path, progress=False)
+
+
+def test_log_holds_loss_rate_and_accuracy(tmp_path: Path) -> None:
+    train(tiny_run(), tmp_path, progress=False)
+    rows = log_of(tmp_path)
+    assert [int(r["step"]) for r in rows] == [4, 8, 12, 13]
+    assert [r["per_token"] != "" for r in rows] == [False, True, False, True]
+    assert [int(r["sequences"]) for r in rows] == [16 * s for s in (4, 8, 12, 13)]
+    assert 0.0 <= float(rows[1]["per_token"]) <= 1.0
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_it_learns(bf16: bool, tmp_path: Path) -> None:
+    run = tiny_run(
+        Recipe("muon", lr=2e-2, schedule="cosine", warmup=5, batch_size=64), steps=40, bf16=bf16
+    )
+    before = evaluate(QKVNormTransformer(run.config), "pairs-train", rows=200).per_token
+    after = evaluate(train(run, tmp_path, progress=False), "pairs-train", rows=200).per_token
+    assert after > before + 0.2
+
+
+def test_length_parts_change_rounding_only(tmp_path: Path) -> None:
+    models = [
+        train(
+            dataclasses.replace(tiny_run("modern-adamw", steps=2), length_parts=parts),
+            tmp_path / str(parts),
+            progress=False,
+        )
+        for parts in (1, 4)
+    ]
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_the_papers_scales_are_fixed_before_the_first_step(tmp_path: Path) -> None:
+    run = tiny_run("paper", **PAPER)
+    factors = []
+    for steps in (1, 9):
+        model = train(run, tmp_path, progress=False, stop_at=steps)
+        factors.append([m.weight.clone() for m in model.modules() if isinstance(m, Calibrated)])
+    assert all(f != 1 for f in factors[0])
+    assert factors[0] == factors[1]
+
+
+def test_each_sequence_gets_its_own_shift() -> None:
+    cfg = named_config("baseline", "pre")
+    tokens = torch.zeros(500, 7, dtype=torch.long)
+    positions = positions_for(cfg, tokens, (0,))
+    assert torch.equal(positions - positions[:, :1], torch.arange(7).expand(500, 7))
+    assert positions[:, 0].min() == 0
+    assert positions[:, 0].max() == 50
+    assert torch.equal(positions, positions_for(cfg, tokens, (0,)))
+    assert positions_for(named_config("small", "pre"), tokens, (0,)).shape == (1, 7)
+
+
+def test_halving_on_a_plateau_counts_epochs_without_a_better_loss() -> None:
+    rate = LearningRate(Recipe("adamw", lr=1.0, schedule="plateau", epoch=2, patience=3), 100)
+    seen = []
+    for loss in [3.0, 2.0, 2.5, 2.0, 2.0, 1.0, 1.5, 1.1, 1.0]:
+        for _ in range(2):
+            rate.saw(loss)
+        seen.append(rate.at(0))
+    assert seen == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.25]
+
+
+def test_cosine_warms_up_and_ends_at_a_hundredth() -> None:
+    rate = LearningRate(Recipe("adamw", lr=1.0, schedule="cosine", warmup=10), 1000)
+    assert rate.at(0) == pytest.approx(0.1)
+    assert rate.at(9) == pytest.approx(1.0, abs=1e-3)
+    assert rate.at(1000) == pytest.approx(0.01)
+    assert rate.at(500) == pytest.approx(0.505, abs=1e-3)
+
+
+def test_recipes_are_the_papers_and_decay_what_they_say() -> None:
+    paper = RECIPES["paper"]
+    assert (paper.lr, paper.weight_decay, paper.batch_size) == (3e-4, 0.01, 128)
+    assert (paper.epoch, paper.patience, paper.schedule) == (2000, 3, "plateau")
+    model = QKVNormTransformer(named_config("study", "qkv"))
+    n = len(list(model.parameters()))
+    for name, recipe in RECIPES.items():
+        groups = [g for o in make_optimizers(model, recipe) for g in o.param_groups]
+        assert sum(len(g["params"]) for g in groups) == n
+        gain = model.layers[0].attn.q_norm.weight
+        decay = next(g["weight_decay"] for g in groups if any(p is gain for p in g["params"]))
+        assert decay == (0.01 if name == "paper" else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (lambda: tiny_run("best"), r"recipe: wanted one of .*'paper'"),
+        (lambda: tiny_run(split="paper-train"), "n_ctx: these sums want at least 36 tokens"),
+        (lambda: tiny_run(steps=0), "steps: wanted at least 1, got 0"),
+        (lambda: Recipe("sgd", lr=1.0, schedule="cosine"), "optimizer: wanted one of"),
+        (lambda: Recipe("adamw", lr=1.0, schedule="step"), "schedule: wanted one of"),
+        (lambda: Recipe("adamw", lr=0.0, schedule="cosine"), "lr: wanted more than 0"),
+    ],
+)
+def test_bad_runs_say_what_is_wanted(make_it: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_it()
+
+
+def test_evaluate_puts_the_training_mode_back() -> None:
+    model = QKVNormTransformer(named_config("study", "pre", **TINY)).train()
+    first = evaluate(model, "pairs-train", rows=50)
+    assert model.training
+    assert first == evaluate(model, "pairs-train", rows=50, batch_size=7)
+
+
+# --- shipped models --------------------------------------------------------------------------
+
+
+def test_there_are_shipped_models_and_each_can_be_made_again() -> None:
+    assert "addition-pre" in checkpoints()
+    assert set(checkpoints()) <= set(make.RUNS)
+    with pytest.raises(ValueError, match=r"wanted one of \['addition.*got 'no-such'"):
+        load_checkpoint("no-such")
+
+
+@pytest.mark.parametrize("name", checkpoints())
+def test_shipped_model_is_as_good_as_its_card_says(name: str) -> None:
+    bridge = load_checkpoint(name)
+    card = checkpoint_card(name)
+    split = card["run"]["split"]
+    measured = evaluate(bridge, make.RUNS[name].split, rows=4000, seed=(77,))
+    claimed = card["accuracy"]["in distribution"]
+    assert claimed["split"] == split
+    error = 5 * math.sqrt(claimed["per_token"] * (1 - claimed["per_token"]) / (3.4 * 4000))
+    assert measured.per_token == pytest.approx(claimed["per_token"], abs=max(error, 0.003))
+    if name == "addition-pre":
+        assert measured.per_token >= 0.95
+    run = make.RUNS[name]
+    assert card["run"]["seed"] == run.seed
+    assert card["run"]["steps"] == run.steps
+    folder = checkpoint_path(name)
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 4 * 2**20
+    with (folder / "log.csv").open(newline="") as file:
+        assert int(list(csv.DictReader(file))[-1]["step"]) == run.steps
+
+
+@pytest.mark.parametrize("name", checkpoints())
+def test_shipped_model_answers_by_generation(name: str) -> None:
+    bridge = load_checkpoint(name)
+    batch = draw("pairs-train", 12, seed=4)
+    right = 0
+    for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+        text = "".join(VOCAB[t] for t in tokens)
+        answer = "".join(VOCAB[t] for t in targets).strip("*").rstrip("]")
+        question = text[: text.index("=") + 1]
+        ids = bridge.generate(
+            bridge.to_tokens(question), max_new_tokens=6, do_sample=False, verbose=False
+        )
+        said = "".join(VOCAB[t] for t in ids[0, len(question) :].tolist()).split("]")[0]
+        right += said == answer
+    assert right >= 9
+
+
+@pytest.mark.parametrize("name", checkpoints())
+def test_shipped_model_has_sparse_rows(name: str) -> None:
+    bridge = load_checkpoint(name)
+    batch = draw(make.RUNS[name].split, 100, seed=9)
+    _, cache = bridge.run_with_cache(batch.tokens)
+    real = (batch.tokens != VOCAB.index("*"))[:, None, 1:]
+    content = 0
+    for layer in range(bridge.cfg.n_layers):
+        top = cache[f"blocks.{layer}.attn.hook_pattern"][:, :, 1:].max(-1)
+        content += int(((top.values >= 0.95) & (top.indices > 0) & real).sum())
+    assert content > 1000
