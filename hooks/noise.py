@@ -329,7 +329,7 @@ class NormNoise:
             factor = expand_factors(sites, drawn.get("q"), drawn.get("k"))
             top = torch.softmax(parts.scores(), dim=-1).amax(-1, keepdim=True)
             chosen = top >= SPARSE if self.rows == "sparse" else top < NON_SPARSE
-            noisy = parts.scores(factor.expand_as(parts.s)).to(scores.dtype)
+            noisy = parts.scores(factor).to(scores.dtype)
             return torch.where(chosen & parts.mask, noisy, scores)
 
         entries: HookList = []

@@ -112,9 +112,9 @@ class CollapseReport:
     loose: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
     strict: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
     centred: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
-    loose_draws: Float[np.ndarray, "sigma draw layer head kind"] = field(repr=False)
+    loose_draws: Float[np.ndarray, "sigma loose_draw layer head kind"] = field(repr=False)
     strict_draws: Float[np.ndarray, "sigma draw layer head kind"] = field(repr=False)
-    centred_draws: Float[np.ndarray, "sigma draw layer head kind"] = field(repr=False)
+    centred_draws: Float[np.ndarray, "sigma loose_draw layer head kind"] = field(repr=False)
     table: RowTable = field(repr=False)
 
     # -- rates ------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class ScoreParts:
     mask: Bool[Tensor, "batch head query key"]
     soft_cap: float
 
-    def scores(self, factor: Scores | None = None) -> Scores:
+    def scores(self, factor: Float[Tensor, "#batch #head #query #key"] | None = None) -> Scores:
         """w = cap(factor s + bias), -inf where masked.
 
         Args:
@@ -50,7 +50,7 @@ class ScoreParts:
         return w.masked_fill(~self.mask, -torch.inf)
 
 
-def visible(scores: Scores) -> Bool[Tensor, "batch head query key"]:
+def visible(scores: Float[Tensor, "*rows key"]) -> Bool[Tensor, "*rows key"]:
     """True where a key is not masked, whether masks are -inf or the dtype's least number."""
     return scores > torch.finfo(scores.dtype).min / 2
 
@@ -103,9 +103,9 @@ def expand_factors(
     sites: LayerSites,
     q: Float[Tensor, "batch query head"] | None,
     k: Float[Tensor, "batch key kv_head"] | None,
-) -> Float[Tensor, "batch head _ __"]:
+) -> Float[Tensor, "#batch #head #query #key"]:
     """(1 + kq)(1 + k_t) as a factor on the scores, from factors per vector; None stands for 1."""
-    factor = torch.ones(())
+    factor = torch.ones(1, 1, 1, 1)
     if q is not None:
         factor = q.transpose(1, 2)[:, :, :, None]
     if k is not None:
