@@ -385,3 +385,43 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         finally:
             for scale in scales:
                 scale.measuring = False
+
+
+@torch.no_grad()
+def fold_gains(model: QKVNormTransformer) -> QKVNormTransformer:
+    """The same function with Pre-Norm's gains multiplied into the weights: ``W (g * n) = (W g) n``.
+
+    Exact in front of a projection; behind one (QKV-Norm) the norm would take it away again.
+
+    Args:
+        model: left as it is.
+
+    Returns:
+        A new model, whose configuration says ``gains="none"``.
+
+    Raises:
+        ValueError: gains that stand behind a projection.
+    """
+    norm = model.cfg.norm
+    if model.cfg.placement == "qkv" and norm is not None and norm.gains != "none":
+        raise ValueError(
+            "gains behind a projection (QKV-Norm) cannot be folded into its weights; wanted "
+            f'placement "pre" or "none", got {norm!r}'
+        )
+    bare = None if norm is None else dataclasses.replace(norm, gains="none")
+    cfg = QKVNormConfig.from_json(
+        {**model.cfg.to_json(), "norm": None if bare is None else dataclasses.asdict(bare)}
+    )
+    folded = QKVNormTransformer(cfg)
+    weights = dict(model.state_dict())
+    for layer in range(cfg.n_layers):
+        at = f"layers.{layer}."
+        common = weights.pop(f"{at}ln1.weight", None)
+        for site in "qkv":
+            gain = weights.pop(f"{at}attn.{site}_gain.weight", common)
+            if gain is not None:
+                name = f"{at}attn.{site}.weight"
+                weights[name] = weights[name] * gain
+    folded.load_state_dict(weights)
+    folded.tokenizer = model.tokenizer
+    return folded.to(next(model.parameters()).device).train(model.training)

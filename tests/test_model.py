@@ -15,10 +15,20 @@ from transformer_lens.model_bridge import TransformerBridge
 from qkvnorm_lens.adapter import from_pretrained, save_pretrained, to_bridge, to_plain
 from qkvnorm_lens.addition import build_tokenizer
 from qkvnorm_lens.config import NormSpec, QKVNormConfig, named_config
-from qkvnorm_lens.model import CachedOutput, QKVNormTransformer
+from qkvnorm_lens.model import CachedOutput, QKVNormTransformer, fold_gains, rotation_at
 from qkvnorm_lens.norms import Calibrated, Norm
 
 PLACEMENTS = ("none", "pre", "qkv")
+SIZES: dict[str, Any] = {
+    "d_model": 24,
+    "d_head": 8,
+    "n_heads": 4,
+    "n_layers": 2,
+    "n_ctx": 32,
+    "d_vocab": 17,
+    "d_mlp": 20,
+    "default_prepend_bos": False,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"placement": "none"},
     "pre": {"placement": "pre"},
@@ -55,8 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def make(seed: int = 0, **options: Any) -> QKVNormTransformer:
     """A tiny model with weights large enough that attention is not flat, and gains not one."""
-    sizes = {"d_model": 24, "d_head": 8, "n_heads": 4, "n_layers": 2, "n_ctx": 32, "d_vocab": 17}
-    cfg = QKVNormConfig(**{"d_mlp": 20, "default_prepend_bos": False, **sizes, **options})
+    cfg = QKVNormConfig(**{**SIZES, **options})
     model = QKVNormTransformer(cfg).eval()
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -211,49 +220,99 @@ def test_equals_transformer_lens_own_model(
     torch.testing.assert_close(model(tokens()), wanted, atol=1e-6, rtol=1e-6)
 
 
-def test_qk_norm_equals_qwen3s_attention() -> None:
+def qwen3_attention() -> Any:
     from transformers import Qwen3Config
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-    hf_config = Qwen3Config(
-        hidden_size=24,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    cfg = Qwen3Config(**sizes, rms_norm_eps=1e-5, attn_implementation="eager")
+    return Qwen3Attention(cfg, layer_idx=0)
+
+
+def gemma4_attention() -> Any:
+    from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention
+
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    cfg = Gemma4TextConfig(
+        **sizes,
         rms_norm_eps=1e-5,
+        num_hidden_layers=2,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
         attn_implementation="eager",
     )
-    theirs = Qwen3Attention(hf_config, layer_idx=0).eval()
+    return Gemma4TextAttention(cfg, layer_idx=0)
+
+
+@pytest.mark.parametrize(
+    ("build", "on", "score_scale", "extra"),
+    [
+        (qwen3_attention, "qk", "inv_sqrt", {}),
+        (gemma4_attention, "qkv", "none", {"shared_kv_states": {}}),
+    ],
+)
+def test_equals_attention_from_transformers(
+    build: Callable[[], Any], on: str, score_scale: str, extra: dict[str, Any]
+) -> None:
+    theirs = build().eval()
     model = make(
         placement="qkv",
-        norm=NormSpec(on="qk"),
+        norm=NormSpec(on=on),
+        score_scale=score_scale,
         n_key_value_heads=2,
         positional_embedding_type="rotary",
-        normalization_type=None,
-        attn_only=True,
         n_layers=1,
     )
     ours = model.layers[0].attn
-    names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     with torch.no_grad():
-        for mine, name in names.items():
-            getattr(theirs, name).weight.copy_(getattr(ours, mine).weight)
-        for site in "qk":
-            gain = torch.rand(8) + 0.5  # Qwen3's gain is the same for all heads
-            getattr(theirs, f"{site}_norm").weight.copy_(gain)
-            getattr(ours, f"{site}_norm").weight.copy_(
-                gain.expand_as(getattr(ours, f"{site}_norm").weight)
-            )
+        for name in "qkvo":
+            getattr(theirs, f"{name}_proj").weight.copy_(getattr(ours, name).weight)
+        for site in on:
+            weight = getattr(ours, f"{site}_norm").weight
+            gain = torch.rand(8) + 0.5 if site != "v" else torch.ones(8)  # Gemma's v has no gain
+            weight.copy_(gain.expand_as(weight))  # theirs is the same for all heads
+            if site != "v":
+                getattr(theirs, f"{site}_norm").weight.copy_(gain)
     x = torch.randn(2, 7, 24)
-    positions = torch.arange(7)[None]
+    rotation = rotation_at(model.cfg, torch.arange(7)[None])
+    cos, sin = (torch.cat((t, t), -1)[:, :, 0] for t in (rotation.cos, rotation.sin))
     visible = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
     additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    embedded = Qwen3RotaryEmbedding(hf_config)(x, positions)
-    wanted = theirs(x, embedded, additive)[0]
-    from qkvnorm_lens.model import rotation_at
-
-    got = ours(x, visible=visible, rotation=rotation_at(model.cfg, positions))
+    wanted = theirs(x, position_embeddings=(cos, sin), attention_mask=additive, **extra)[0]
+    got = ours(x, visible=visible, rotation=rotation)
+    assert wanted.abs().max() > 0.1
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_rotary_angles_are_hugging_faces() -> None:
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    cfg = QKVNormConfig(placement="none", **{**SIZES, "positional_embedding_type": "rotary"})
+    positions = torch.arange(7)[None]
+    cos, sin = Qwen3RotaryEmbedding(Qwen3Config(head_dim=8))(torch.zeros(1), positions)
+    rotation = rotation_at(cfg, positions)
+    torch.testing.assert_close(rotation.cos[:, :, 0], cos[..., :4])
+    torch.testing.assert_close(rotation.sin[:, :, 0], sin[..., :4])
+
+
+@pytest.mark.parametrize("variant", ["none", "pre", "pre-shared", "pre-layer", "attn-only"])
+def test_folding_the_gains_changes_the_weights_and_not_the_model(variant: str) -> None:
+    model = make(**VARIANTS[variant], dtype=torch.float64)
+    wanted = model(tokens())
+    folded = fold_gains(model)
+    torch.testing.assert_close(folded(tokens()), wanted)
+    assert not [n for n, _ in folded.named_parameters() if "gain" in n or "ln1" in n]
+    assert torch.equal(model(tokens()), wanted), "the model itself is left as it was"
+    if variant != "none":
+        assert far(folded.layers[0].attn.k.weight, model.layers[0].attn.k.weight)
+
+
+@pytest.mark.parametrize("variant", ["qkv", "qkv-shared", "qk-gqa"])
+def test_gains_behind_a_projection_are_not_folded(variant: str) -> None:
+    with pytest.raises(ValueError, match="cannot be folded"):
+        fold_gains(make(**VARIANTS[variant]))
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
