@@ -25,33 +25,39 @@ _MIN_ROWS = 20  # a head with fewer sparse rows is not named in the summary
 
 
 def rate_of_rows(
-    report: CollapseReport, sigma: float, rows: Int[np.ndarray, "row"], with_rest: bool
+    report: CollapseReport,
+    sigma: Float[np.ndarray, "row"],
+    rows: Int[np.ndarray, "row"],
+    with_rest: bool,
 ) -> Float[np.ndarray, "row"]:
     """Collapse probability of rows of the table (see :meth:`CollapseReport.exact_rate`)."""
-    table, settings = report.table, report.settings
-    law = get_law(settings.law)
+    table = report.table
     out = np.zeros(len(rows))
-    reach = math.sqrt(3) * sigma if law.name == "uniform" else math.inf
+    reach = math.sqrt(3) * sigma if report.settings.law == "uniform" else math.inf
     within = np.flatnonzero(table.half_width[rows] < reach)
-    for part in np.array_split(within, max(1, len(within) // _ROWS_AT_ONCE)):
+    for part in np.array_split(within, len(within) // _ROWS_AT_ONCE + 1):
         picked = rows[part]
         s, beta = table.competitors(picked)
-        p = _probability(report, table.s_star[picked], s, beta, sigma)
+        p = _probability(report, table.s_star[picked], s, beta, sigma[part])
         if with_rest and table.rest[picked].any():
-            each = _bound_of_left_out(report, table.s_star[picked], s, beta, sigma)
+            each = _bound_of_left_out(report, table.s_star[picked], s, beta, sigma[part])
             p = np.minimum(p + each * table.rest[picked], 1)
         out[part] = p
     return out
 
 
 def _probability(
-    report: CollapseReport, s_star: np.ndarray, s: np.ndarray, beta: np.ndarray | None, sigma: float
+    report: CollapseReport,
+    s_star: np.ndarray,
+    s: np.ndarray,
+    beta: np.ndarray | None,
+    sigma: np.ndarray,
 ) -> np.ndarray:
     valid = ~np.isnan(s)
     p = collapse_probability(
         torch.tensor(s_star, dtype=torch.float64),
         torch.tensor(np.where(valid, s, 0.0)),
-        torch.full((len(s_star),), sigma, dtype=torch.float64),
+        torch.tensor(sigma, dtype=torch.float64),
         get_law(report.settings.law),
         valid=torch.tensor(valid),
         beta=None if beta is None else torch.tensor(beta),
@@ -63,7 +69,11 @@ def _probability(
 
 
 def _bound_of_left_out(
-    report: CollapseReport, s_star: np.ndarray, s: np.ndarray, beta: np.ndarray | None, sigma: float
+    report: CollapseReport,
+    s_star: np.ndarray,
+    s: np.ndarray,
+    beta: np.ndarray | None,
+    sigma: np.ndarray,
 ) -> np.ndarray:
     """At most this probably does one competitor win that is further away than those listed."""
     last = s[:, -1:]
@@ -77,7 +87,7 @@ def _bound_of_left_out(
         noise_on_k="k" in report.settings.on,
     )[:, 0].numpy()
     # With a bias distance orders who is able to win, not how probably.
-    reach = math.sqrt(3) * sigma if report.settings.law == "uniform" else 1.0
+    reach = math.sqrt(3) * sigma if report.settings.law == "uniform" else np.ones_like(sigma)
     return (far < reach).astype(float)
 
 
@@ -93,12 +103,9 @@ def solve_sigma_at(
 
     def pooled(sigma: np.ndarray, upper: bool) -> np.ndarray:
         """Mean collapse probability of each group at its own sigma."""
-        total = np.zeros(n_groups)
-        for value in np.unique(sigma[counts > 0]):
-            mine = np.flatnonzero(keep & (sigma[group] == value))
-            if len(mine):
-                p = report.exact_rate(float(value), mine, with_rest=upper)
-                total += np.bincount(group[mine], p, n_groups)
+        mine = np.flatnonzero(keep & (sigma[group] > 0))
+        p = report.exact_rate(sigma[group[mine]], mine, with_rest=upper)
+        total = np.bincount(group[mine], p, n_groups)
         mean: np.ndarray = total / np.maximum(counts, 1)
         return mean
 

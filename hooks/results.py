@@ -143,7 +143,7 @@ class CollapseReport:
             return x.sum(axis=tuple(first + a - 1 for a in drop)) if drop else x
 
         rows = pool(self.rows, 0)  # [..., prompt, kind]
-        total, sinks = rows.sum((-1, -2)), rows[..., SINK].sum(-1)
+        total, sinks = np.asarray(rows.sum((-1, -2))), np.asarray(rows[..., SINK].sum(-1))
         content = rows[..., CONTENT].sum(-1)
         sums = {n: pool(getattr(self, n), 1) for n in ("loose", "strict", "centred")}
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -328,16 +328,22 @@ class CollapseReport:
         )
 
     def exact_rate(
-        self, sigma: float, rows: np.ndarray, *, with_rest: bool = False
+        self,
+        sigma: float | Float[np.ndarray, "row"],
+        rows: Int[np.ndarray, "row"],
+        *,
+        with_rest: bool = False,
     ) -> Float[np.ndarray, "row"]:
-        """Collapse probability at sigma of some rows of the table, from their kept competitors.
+        """Collapse probability of rows of the table, from the competitors that it lists.
 
-        A lower bound where competitors were left out; with ``with_rest`` their union bound is
+        ``sigma`` is one number or one for each row. A lower bound where
+        competitors were left out; with ``with_rest`` their union bound is
         added, which makes it an upper bound.
         """
         from hooks._thresholds import rate_of_rows
 
-        return rate_of_rows(self, sigma, rows, with_rest)
+        each = np.broadcast_to(np.asarray(sigma, dtype=float), rows.shape)
+        return rate_of_rows(self, each, rows, with_rest)
 
 
 _ARRAYS = tuple(

@@ -1,8 +1,8 @@
 """Does noise do on this model what the noise model says? Asked of the model itself.
 
 One forward pass over copies of one short prompt. Copy 0 is clean; for each layer there is one copy
-in which only that layer's q is noised, one for k, one for v, one with q set to zero (what remains
-of the scores is the bias), one with edited scores, and one noised at the projection. So every
+in which only that layer's q is noised, one for k, one for v (its scores edited too), and one with q
+set to zero (what remains of the scores is the bias; noised at the projection too). So every
 layer is judged on its clean inputs, in one pass, and its prediction
 
     softmax(cap((1 + kq)(1 + k_t) s_t + b_t))
@@ -12,6 +12,7 @@ from the clean copy is held against the pattern that the noised copy shows.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ _MARGIN = 8.0  # an effect must exceed its tolerance this many times to prove an
 _ATTEMPTS = 3
 _LAYERS_PER_PASS = 8  # bounds the logits of the copies, which nobody reads
 _HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
-_KINDS = ("q", "k", "v", "zero", "edit", "projection")
+_KINDS = ("q", "k", "v", "zero")
 
 _remembered: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], AttentionSites]] = (
     weakref.WeakKeyDictionary()
@@ -152,12 +153,18 @@ def _check_some(
     eps = torch.finfo(_state.model_dtype(model)).eps
     checks = [_LayerCheck(s, i, tokens, generator, eps) for i, s in enumerate(layers)]
     fwd_hooks = [hook for check in checks for hook in check.hooks()]
+    if checks[-1].sites.z is not None:
+        fwd_hooks.append((checks[-1].sites.z.hook, _finish))  # nothing later is looked at
     with warnings.catch_warnings():
         # TransformerLens warns where an edit of the scores is discarded: that is what we test.
         warnings.filterwarnings("ignore", message=".*has already consumed the original values")
-        with model.hooks(fwd_hooks=fwd_hooks):
+        with contextlib.suppress(_state.Finished), model.hooks(fwd_hooks=fwd_hooks):
             model(tokens)  # type: ignore[operator]
     return checks
+
+
+def _finish(tensor: Tensor, hook: Any) -> None:
+    raise _state.Finished
 
 
 class _LayerCheck:
@@ -211,7 +218,7 @@ class _LayerCheck:
 
     def _at_projection(self, role: Role, site: VectorSite) -> Any:
         def hook(tensor: Tensor, hook: Any) -> Tensor:
-            return self._multiply(tensor, role, site.projection, {self.copy["projection"]: 1.0})
+            return self._multiply(tensor, role, site.projection, {self.copy["zero"]: 1.0})
 
         return hook
 
@@ -219,8 +226,6 @@ class _LayerCheck:
         copies = {self.copy[role]: 1.0}
         if role == "q":
             copies[self.copy["zero"]] = 0.0
-        if site.projection == site.dot:
-            copies[self.copy["projection"]] = 1.0
 
         def hook(tensor: Tensor, hook: Any) -> Tensor:
             if tensor.shape[0] != self.batch:
@@ -241,8 +246,8 @@ class _LayerCheck:
         self.seen.firings += 1
         # Turned upside down where visible: no softmax can miss that.
         edited = tensor.clone()
-        row = tensor[self.copy["edit"]]
-        edited[self.copy["edit"]] = torch.where(visible(row), -row, row)
+        row = tensor[self.copy["v"]]
+        edited[self.copy["v"]] = torch.where(visible(row), -row, row)
         return edited
 
     def _at_pattern(self, tensor: Tensor, hook: Any) -> None:
@@ -440,9 +445,9 @@ class _LayerCheck:
     def _editable(self, clean: ScoreParts, pattern: Tensor, tolerance: Tensor) -> bool:
         upside_down = (-clean.scores()).masked_fill(~clean.mask, -torch.inf)
         predicted = torch.softmax(upside_down, dim=-1)
-        error = (predicted - pattern[self._at("edit")]).abs()
+        error = (predicted - pattern[self._at("v")]).abs()
         allowed = 2 * predicted * (1 - predicted) * tolerance.expm1() + self.eps * predicted + 1e-6
-        acts = (pattern[self._at("edit")] - pattern[:1]).abs() > _MARGIN * allowed
+        acts = (pattern[self._at("v")] - pattern[:1]).abs() > _MARGIN * allowed
         return bool((error <= allowed).all() and acts.any())
 
     def _shielded(self, role: Role, vectors: Tensor) -> VectorSite:
@@ -451,7 +456,7 @@ class _LayerCheck:
         if site.projection == site.dot:
             return site
         before = vectors[:1].norm(dim=-1)
-        after = vectors[self._at("projection")].norm(dim=-1)
+        after = vectors[self._at("zero")].norm(dim=-1)
         drawn = self.factor[role][None, :, : site.dot.n_heads].double()
         alive = before > 0
         ratio = (after / before)[alive]

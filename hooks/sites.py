@@ -300,7 +300,7 @@ def short_tokens(
         )
     vocabulary = int(model.cfg.d_vocab)
     generator = torch.Generator().manual_seed(1 + attempt)
-    length = lengths[min(attempt + 1, len(lengths) - 1)]
+    length = lengths[min(attempt, len(lengths) - 1)]
     row = torch.randint(0, vocabulary, (1, length), generator=generator)
     return row.expand(batch, -1).to(input_device(model))
 
