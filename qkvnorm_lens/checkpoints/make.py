@@ -26,9 +26,10 @@ from qkvnorm_lens.model import QKVNormTransformer
 from qkvnorm_lens.training import TEST_SEED, Run, describe, evaluate, get_recipe, train
 
 RUNS: Final[dict[str, Run]] = {
-    "addition-pre": Run(
-        named_config("small", "pre"), "small-train", "modern", steps=10_000, seed=0, bf16=True
-    ),
+    f"addition-{placement}": Run(
+        named_config("small", placement), "small-train", "modern", steps=10_000, seed=0, bf16=True
+    )
+    for placement in ("none", "pre", "qkv")
 }
 TESTS: Final = {
     "in distribution": "small-train",
