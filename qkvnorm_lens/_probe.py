@@ -1,0 +1,319 @@
+"""``qkvnorm-lens probe``: which heads of a model lose their token at which noise."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkvnorm_lens import _tables, loading, text
+from qkvnorm_lens.checkpoints import DEFAULT
+
+if TYPE_CHECKING:
+    from hooks import CollapseReport
+
+HELP = "find the heads and tokens whose sparse attention collapses under norm noise"
+DESCRIPTION = """\
+Put noise on the L2 norms of queries and keys, one layer at a time, and find the sparse attention
+rows whose arg max moves: for the model, for the most fragile heads, and row by row.
+
+MODEL is a shipped model (`qkvnorm-lens models`), a Hugging Face id such as gpt2, or a directory."""
+EPILOG = """\
+examples:
+  qkvnorm-lens probe
+  qkvnorm-lens probe gpt2 --file story.txt --out runs/gpt2
+  zcat corpus.gz | qkvnorm-lens probe gpt2 --file - --prompts 64 --json > gpt2.json
+  qkvnorm-lens probe --text '[12+34-N5=51'
+"""
+TOKENS_AT_ONCE = 1024
+WINDOWS, SUMS = 8, 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=DEFAULT, help=f"[{DEFAULT}]")
+    _reading(parser.add_argument_group("what the model reads"))
+    _noise(parser.add_argument_group("noise"))
+    where = parser.add_argument_group("how it runs")
+    where.add_argument("--batch-size", type=int, metavar="N", help="prompts per forward pass")
+    where.add_argument("--device", help="cpu, cuda, cuda:1, ... [an accelerator, else cpu]")
+    where.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="[as saved; else float32]"
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "--fragile", type=_count, default=10, metavar="N", help="heads and rows to list [10]"
+    )
+    out.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
+    out.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="also write report.safetensors, frame.csv, summary.txt and two figures there",
+    )
+
+
+def _reading(group: argparse._ArgumentGroup) -> None:
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--text", help="the text itself (an addition model: a sum on each line)")
+    which.add_argument("--file", metavar="PATH", help="a UTF-8 file; - for standard input")
+    which.add_argument(
+        "--split", help="addition models: draw sums of this kind [the one it was trained on]"
+    )
+    group.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="long text is cut into windows of N tokens [128, or the context]",
+    )
+    group.add_argument(
+        "--prompts",
+        type=_positive,
+        metavar="N",
+        help=f"at most N windows, or N sums [{WINDOWS} windows, {SUMS} sums]",
+    )
+
+
+def _noise(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--sigmas",
+        type=sigmas,
+        metavar="LIST",
+        help="RMS of the relative change, as 0.01,0.05 or 1%%,5%% or start:stop:count [16 from 1%% "
+        "to 50%%]",
+    )
+    group.add_argument("--on", default="qk", help="any of q, k, v [qk]")
+    group.add_argument(
+        "--law", choices=("uniform", "gaussian", "lognormal"), default="uniform", help="[uniform]"
+    )
+    group.add_argument(
+        "--shared",
+        choices=("none", "heads", "kv", "token"),
+        default="none",
+        help="which vectors share a factor in sampled rates [none]",
+    )
+    group.add_argument(
+        "--method",
+        choices=("exact", "sample"),
+        default="exact",
+        help="collapse computed, or counted over draws [exact]",
+    )
+    group.add_argument(
+        "--draws",
+        type=int,
+        default=16,
+        metavar="N",
+        help="samples, of the strict rate at least [16]",
+    )
+    group.add_argument("--layers", type=layers, metavar="LIST", help="as 0,3,5-7 [all]")
+    group.add_argument(
+        "--sparse",
+        type=float,
+        default=0.95,
+        metavar="A",
+        help="least maximum of a sparse row [0.95]",
+    )
+    group.add_argument(
+        "--seed", type=_count, default=0, metavar="N", help="of the noise, and of drawn sums [0]"
+    )
+
+
+def _positive(value: str) -> int:
+    return _at_least(value, 1)
+
+
+def _count(value: str) -> int:
+    return _at_least(value, 0)
+
+
+def _at_least(value: str, least: int) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"wanted an integer >= {least}; got {value!r}")
+    return number
+
+
+def sigmas(value: str) -> list[float]:
+    """``0.01,0.05``, ``1%,5%`` or ``start:stop:count`` (evenly spaced, both ends included)."""
+    try:
+        if ":" not in value:
+            return [_share(part) for part in value.split(",")]
+        start, stop, count = value.split(":")
+        low, high, steps = _share(start), _share(stop), int(count)
+        if steps < 2:
+            raise ValueError
+        return [low + (high - low) * i / (steps - 1) for i in range(steps)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"wanted 0.01,0.05 or 1%,5% or start:stop:count; got {value!r}"
+        ) from None
+
+
+def _share(value: str) -> float:
+    value = value.strip()
+    return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+
+
+def layers(value: str) -> list[int]:
+    """``0,3,5-7``: block indices, ranges with both ends."""
+    try:
+        picked: list[int] = []
+        for part in value.split(","):
+            first, _, last = part.partition("-")
+            span = range(int(first), int(last or first) + 1)
+            if not span:
+                raise ValueError
+            picked += span
+        return picked
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"wanted block indices as 0,3,5-7; got {value!r}"
+        ) from None
+
+
+def run(args: argparse.Namespace) -> str:
+    """Load, probe, write; returns what goes to standard output."""
+    source = loading.find(args.model)  # what can fail early fails before torch is imported
+    given = read(args)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+    if sys.stderr.isatty():
+        _say(f"loading {args.model}")
+    device, dtype = _where(args)
+    model = loading.load_model(args.model, device=device, dtype=dtype)
+    prompts = choose(args, source, model, given)
+    if prompts.left_out:
+        _say(f"{prompts.left_out}: --prompts takes more")
+    report = probe(args, model, prompts)
+    if args.out is not None:
+        write(report, prompts, args.out, fragile=args.fragile)
+    show = _tables.as_json if args.json else _tables.render
+    return show(report, prompts, fragile=args.fragile)
+
+
+def read(args: argparse.Namespace) -> str | None:
+    """The text that the user gave, or None.
+
+    Raises:
+        ValueError: not a text file, or ``--text`` with the name of one.
+        OSError: no such file.
+    """
+    if args.text is not None:
+        if len(args.text) < 256 and os.path.isfile(args.text):
+            raise ValueError(
+                f"--text: wanted the text itself; got the name of a file, which --file {args.text} "
+                "reads"
+            )
+        return str(args.text)
+    if args.file is None:
+        return None
+    try:
+        return sys.stdin.read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file {args.file}: wanted UTF-8 text; got {error}") from error
+    except OSError as error:
+        raise ValueError(f"--file {args.file}: {error.strerror}") from error
+
+
+def _where(args: argparse.Namespace) -> tuple[str | None, Any]:
+    """Device and dtype, tried before anything is loaded."""
+    import torch
+
+    if args.device is not None:
+        try:
+            torch.empty(1, device=args.device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).split(". ")[0].splitlines()[0]
+            raise ValueError(f"--device {args.device}: {reason}") from error
+    return args.device, None if args.dtype is None else getattr(torch, args.dtype)
+
+
+def choose(
+    args: argparse.Namespace, source: loading.Source, model: Any, given: str | None
+) -> text.Prompts:
+    """What this model reads: sums for an addition model, windows of a text for others.
+
+    Raises:
+        ValueError: text that does not fit the model, or options that do not.
+    """
+    if not loading.adds_integers(model):
+        if args.split is not None:
+            raise ValueError(f"--split: wanted an addition model; got {args.model}")
+        passage = text.passage() if given is None else given
+        cut = text.windows(model, passage, length=args.length, limit=args.prompts or WINDOWS)
+        if given is not None:
+            return cut
+        built_in = f"{cut.source} of the built-in passage (Pride and Prejudice, chapter 1)"
+        return text.Prompts(cut.ids, built_in, cut.left_out)
+    if args.length is not None:
+        raise ValueError("--length: sums are not cut; wanted --prompts or --split")
+    if given is not None:
+        return text.lines(model, given, limit=args.prompts or SUMS)
+    split = args.split or loading.trained_on(source)
+    if split is None:
+        raise ValueError(
+            f"{args.model}: no card.json says which sums it was trained on: wanted --split, such "
+            "as small-train, or --text"
+        )
+    return text.sums(split, args.prompts or SUMS, seed=args.seed)
+
+
+def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> CollapseReport:
+    """Run :func:`hooks.collapse_probe` with the options.
+
+    Raises:
+        ValueError: whatever the library refuses, or too little memory.
+    """
+    import torch
+
+    import hooks
+
+    longest = max(map(len, prompts.ids))
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = max(1, TOKENS_AT_ONCE // longest)
+    try:
+        return hooks.collapse_probe(
+            model,
+            prompts.ids,
+            sigmas=args.sigmas,
+            on=args.on,
+            method=args.method,
+            law=args.law,
+            shared=args.shared,
+            layers=args.layers,
+            sparse=args.sparse,
+            draws=args.draws,
+            seed=args.seed,
+            batch_size=batch_size,
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ValueError(
+            f"out of memory with {batch_size} prompts of {longest} tokens at once: wanted a "
+            "smaller --batch-size, --length or --dtype"
+        ) from error
+
+
+def write(report: CollapseReport, prompts: text.Prompts, folder: Path, *, fragile: int) -> None:
+    """Report, frame, summary and figures into a directory that exists."""
+    report.save(folder / "report.safetensors")
+    report.to_frame().to_csv(folder / "frame.csv", index=False)
+    summary = _tables.render(report, prompts, fragile=fragile)
+    (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is None:
+        _say("no figures: they want matplotlib, pip install 'qkvnorm-lens[plots]'")
+        return
+    from qkvnorm_lens import plots
+
+    plots.collapse_curve(report).savefig(folder / "collapse.png")
+    plots.head_map(report, rate=_tables.RATE).savefig(folder / "heads.png")
+
+
+def _say(words: str) -> None:
+    sys.stderr.write(f"qkvnorm-lens: {words}\n")

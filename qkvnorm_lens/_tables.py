@@ -1,0 +1,210 @@
+"""A report as text that people can read, and as JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hooks import CollapseReport
+    from qkvnorm_lens.text import Prompts
+
+RATE = 0.01
+MIN_ROWS = 20  # a head with fewer sparse rows is not ranked: one row would decide
+_TOKEN, _CONTEXT = 24, 32  # characters shown
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Columns under their names, right-aligned but for those in ``left``."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def percent(x: float) -> str:
+    """A sigma in percent."""
+    if math.isnan(x):
+        return "-"
+    return "never" if math.isinf(x) else f"{100 * x:.3g}%"
+
+
+def share(x: float, error: float = math.nan) -> str:
+    """A share of rows in percent, with its standard error where there is one."""
+    if 0 < x < 1e-4:
+        return "<0.01%"
+    if math.isnan(x) or math.isnan(error) or error == 0:
+        return percent(x)
+    return f"{100 * x:.3g} ± {100 * error:.1g}%"
+
+
+def render(report: CollapseReport, prompts: Prompts, *, fragile: int) -> str:
+    """Summary, rates by sigma, the most fragile heads, the rows that go first."""
+    read = f"Read: {prompts.source}{'; ' if prompts.left_out else ''}{prompts.left_out}."
+    parts = [f"{report.summary()}\n{read}"]
+    if report.n_sparse:
+        parts.append(_rates(report))
+        parts += [part for part in (_heads(report, fragile), _rows(report, fragile)) if part]
+    return "\n\n".join(parts)
+
+
+def _rates(report: CollapseReport) -> str:
+    sampled = report.settings.method == "sample"
+    frame = report.to_frame("model")
+    rows = [
+        [
+            percent(row["sigma"]),
+            share(row["loose"], row["se"] if sampled else row["se_prompts"]),
+            share(row["loose_content"]),
+            share(row["loose_centred"]),
+            share(row["strict"], row["se_strict"]),
+        ]
+        for row in frame.to_dict("records")
+    ]
+    error = "the draws" if sampled else "the prompts"
+    return (
+        "Share of sparse rows whose arg max moves, by noise (RMS):\n"
+        + table(["sigma", "collapse", "sinks left out", "centred gauge", "strict"], rows, left=())
+        + f"\n± is one standard error: of collapse over {error}, of strict (onto another sparse "
+        f"maximum) over {report.settings.draws} draws."
+    )
+
+
+def heads(report: CollapseReport) -> pd.DataFrame:
+    """One row per head: sparse rows, sinks, score level, sigma at 1% with and without sinks.
+
+    Raises:
+        ValueError: the report keeps too little for ``sigma_at``.
+    """
+    import pandas as pd
+
+    columns = ["layer", "head", "rows", "sinks", "score_level"]
+    frame: pd.DataFrame = report.to_frame().groupby(["layer", "head"], as_index=False).first()
+    frame = frame.loc[:, columns]
+    for name, content in (("sigma_at", False), ("sigma_at_content", True)):
+        by_head = report.sigma_at(RATE, by="head", content=content)
+        assert isinstance(by_head, pd.DataFrame)
+        layer = by_head.index.get_indexer(pd.Index(frame["layer"]))
+        frame[name] = by_head.to_numpy()[layer, frame["head"]]
+    return frame
+
+
+def _heads(report: CollapseReport, n: int) -> str:
+    try:
+        frame = heads(report)
+    except ValueError as error:
+        return str(error)
+    ranked = frame[frame["rows"] >= MIN_ROWS]
+    finite = ranked[ranked["sigma_at"] < math.inf].sort_values("sigma_at").head(n)
+    if finite.empty:
+        return ""
+    rows = [
+        [
+            f"L{row['layer']:.0f}H{row['head']:.0f}",
+            percent(row["sigma_at"]),
+            percent(row["sigma_at_content"]),
+            f"{row['rows']:.0f}",
+            share(row["sinks"] / row["rows"]),
+            f"{row['score_level']:.3g}",
+        ]
+        for row in finite.to_dict("records")
+    ]
+    names = ["head", "1% at sigma", "sinks left out", "sparse rows", "sinks", "score level"]
+    return (
+        f"Heads, most fragile first ({len(ranked)} of {len(frame)} have {MIN_ROWS} sparse rows or "
+        f"more):\n{table(names, rows)}"
+    )
+
+
+def _rows(report: CollapseReport, n: int) -> str:
+    """The rows that go first; equal ones (prompts that begin alike) are counted, not repeated."""
+    everything = report.fragile(len(report.table))
+    same = [column for column in everything.columns if column != "prompt"]
+    times = everything.groupby(same, sort=False)["prompt"].agg(["first", "size"]).reset_index()
+    shown = times.head(n)
+    if shown.empty:
+        return ""
+    rows = [
+        [
+            percent(row["sigma"]),
+            f"L{row['layer']}H{row['head']}",
+            f"{row['query_pos']} {quoted(row['query_token'])}",
+            f"{row['key_pos']} {quoted(row['key_token'])}" + (" sink" if row["sink"] else ""),
+            f"{row['jump_pos']} {quoted(row['jump_token'])}",
+            context(report.tokens[row["first"]][: row["query_pos"] + 1])
+            + (f"  (and {row['size'] - 1} more)" if row["size"] > 1 else ""),
+        ]
+        for row in shown.to_dict("records")
+    ]
+    names = ["from sigma", "head", "token", "attends to", "jumps to", "in"]
+    return "Rows that go first, and the smallest uniform noise that can move them:\n" + table(
+        names, rows, left=(1, 2, 3, 4, 5)
+    )
+
+
+def quoted(token: str) -> str:
+    """A token in quotes, its blanks and line ends visible."""
+    shown = json.dumps(token, ensure_ascii=False)
+    return shown if len(shown) <= _TOKEN else f'{shown[: _TOKEN - 2]}…"'
+
+
+def context(tokens: Sequence[str]) -> str:
+    """The end of a prompt, on one line."""
+    text = json.dumps("".join(tokens), ensure_ascii=False)[1:-1]
+    return text if len(text) <= _CONTEXT else f"…{text[-_CONTEXT:]}"
+
+
+def as_json(report: CollapseReport, prompts: Prompts, *, fragile: int) -> str:
+    """The report for machines; ``null`` stands for no rows and for a rate never reached."""
+    thresholds: dict[str, Any] = {"rate": RATE, "model": None, "content": None, "refused": None}
+    by_head: list[dict[str, Any]] = []
+    try:
+        thresholds["model"] = _number(report.sigma_at(RATE))
+        thresholds["content"] = _number(report.sigma_at(RATE, content=True))
+        by_head = _records(heads(report))
+    except ValueError as error:
+        thresholds["refused"] = str(error)
+    told = {
+        "model": dict(report.model),
+        "settings": asdict(report.settings),
+        "read": {
+            "source": prompts.source,
+            "left_out": prompts.left_out,
+            "prompts": len(report.tokens),
+            "tokens": sum(map(len, report.tokens)),
+        },
+        "rows": {
+            "examined": int(report.examined.sum()),
+            "sparse": report.n_sparse,
+            "sinks": int(report.rows[..., 1].sum()),
+            "single_key": int(report.single_key.sum()),
+            "ties": int(report.ties.sum()),
+        },
+        "sigma_at": thresholds,
+        "rates": _records(report.to_frame("model")),
+        "heads": by_head,
+        "fragile": _records(report.fragile(fragile)),
+        "summary": report.summary(),
+    }
+    return json.dumps(told, indent=2, allow_nan=False)
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {str(name): _number(value) for name, value in row.items()}
+        for row in frame.to_dict("records")
+    ]
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

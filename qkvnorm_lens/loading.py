@@ -1,0 +1,178 @@
+"""One name for every model: a shipped one, a directory, or a Hugging Face id."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qkvnorm_lens.checkpoints import DEFAULT, checkpoint_path, checkpoints
+
+if TYPE_CHECKING:
+    import torch
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from qkvnorm_lens.addition import Split
+
+_OURS = "QKVNormTransformer"  # config.ARCHITECTURE, without importing torch
+_HOW = (
+    "a local directory works without a network: `qkvnorm-lens probe path/to/model`, holding "
+    "config.json, the weights and the tokenizer as save_pretrained writes them (where there is a "
+    "network: `hf download ID --local-dir path/to/model`)"
+)
+
+
+class LoadError(ValueError):
+    """A model that can't be loaded; the message says what was looked for and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: ``ours`` and ``directory`` have a path, ``hub`` has none."""
+
+    name: str
+    kind: Literal["ours", "directory", "hub"]
+    path: Path | None = None
+
+
+def find(name: str) -> Source:
+    """What a name stands for: a shipped model first, then a directory, then a hub id.
+
+    Reads no weights and imports neither torch nor TransformerLens.
+
+    Raises:
+        LoadError: a path that is no model directory.
+    """
+    if name in checkpoints():
+        return Source(name, "ours", checkpoint_path(name))
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        is_path = path.exists() or name.startswith((".", "~")) or path.is_absolute()
+        if is_path or not name.strip() or len(path.parts) > 2:
+            raise LoadError(
+                f"model: wanted one of {checkpoints()}, a directory or a Hugging Face id; got "
+                f"{name!r}, which is {'a file' if path.is_file() else 'none of these'}"
+            )
+        return Source(name, "hub")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(f"{path}: wanted config.json, which save_pretrained writes") from None
+    except ValueError as error:
+        raise LoadError(f"{path / 'config.json'}: wanted JSON; got {error}") from error
+    ours = isinstance(config, dict) and config.get("architecture") == _OURS
+    return Source(name, "ours" if ours else "directory", path)
+
+
+def load_model(
+    name: str = DEFAULT,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> TransformerBridge:
+    """A model by name, in eval mode, with attention that shows its scores and pattern.
+
+    Args:
+        name: a shipped model (see :func:`qkvnorm_lens.checkpoints.checkpoints`), a directory that
+            ``save_pretrained`` wrote (of ours or Hugging Face's), or a Hugging Face id.
+        device: default: an accelerator that TransformerLens trusts, else the CPU.
+        dtype: default: as saved for our models, float32 for others.
+
+    Raises:
+        LoadError: no such model, or one that can't be loaded.
+    """
+    source = find(name)
+    from transformer_lens.utilities.devices import get_device
+
+    where = device if device is not None else get_device()
+    try:
+        with _quiet():
+            return _load(source, where, dtype)
+    except Exception as error:  # third parties raise whatever they like
+        raise LoadError(_why(source, error)) from error
+
+
+def _load(source: Source, device: Any, dtype: torch.dtype | None) -> TransformerBridge:
+    if source.kind == "ours":
+        from qkvnorm_lens.adapter import from_pretrained
+
+        assert source.path is not None
+        ours = from_pretrained(source.path, device=device, dtype=dtype, attn_implementation="eager")
+        ours.cfg.model_name = source.name
+        return ours
+    import torch
+    from transformer_lens.model_bridge import TransformerBridge
+
+    given = source.name if source.path is None else str(source.path)
+    model: TransformerBridge = TransformerBridge.boot_transformers(
+        given, device=device, dtype=torch.float32 if dtype is None else dtype
+    )
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar for reading weights, no word on retries; warnings about weights stay."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    transformers_logging.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _why(source: Source, error: Exception) -> str:
+    """One line: what was asked for and why it failed."""
+    if source.kind == "hub" and _unreachable(error):
+        return (
+            f"{source.name!r} is no shipped model ({', '.join(checkpoints()) or 'none'}) and no "
+            "directory here; the Hugging Face cache does not hold it and the hub can't be reached. "
+            f"{_HOW[0].upper()}{_HOW[1:]}"
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[0] if lines else type(error).__name__
+    return f"{source.name}: could not be loaded: {said}"
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# -- addition models ------------------------------------------------------------------------------
+
+
+def adds_integers(model: TransformerBridge) -> bool:
+    """Whether the model reads the 17 characters of the addition task."""
+    from qkvnorm_lens.addition import VOCAB
+
+    tokenizer = getattr(model, "tokenizer", None)
+    return tokenizer is not None and tokenizer.get_vocab() == {c: i for i, c in enumerate(VOCAB)}
+
+
+def trained_on(source: Source) -> Split | None:
+    """The kind of sums that a model was trained on, from its card; None without a card."""
+    from qkvnorm_lens.addition import Split
+
+    if source.path is None or not os.path.isfile(source.path / "card.json"):
+        return None
+    card = json.loads((source.path / "card.json").read_text(encoding="utf-8"))
+    split = card.get("run", {}).get("split")
+    return None if split is None else Split(tuple(split["counts"]), tuple(split["digits"]))

@@ -1,0 +1,139 @@
+"""What a model is to read: windows of a text, lines of sums, or sums drawn for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from qkvnorm_lens.addition import Split
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids for :func:`hooks.collapse_probe`, and what was read and left out, in words."""
+
+    ids: list[list[int]]
+    source: str
+    left_out: str = ""
+
+
+def passage() -> str:
+    """The built-in passage: the first chapter of Pride and Prejudice (see ``data/README.md``)."""
+    return (Path(__file__).parent / "data" / "austen.txt").read_text(encoding="utf-8")
+
+
+def windows(
+    model: TransformerBridge, text: str, *, length: int | None = None, limit: int = 8
+) -> Prompts:
+    """Cut a text into windows of tokens; each begins as the model's prompts do (bos).
+
+    Args:
+        model: its tokenizer reads the text.
+        text: any length.
+        length: tokens of a window, bos included; default: 128, or the context where that is
+            shorter. The last window may be shorter.
+        limit: at most so many windows.
+
+    Raises:
+        ValueError: empty text, a length outside the context, or no tokenizer.
+    """
+    if not text.strip():
+        raise ValueError("text: wanted some; got an empty one")
+    context = int(getattr(model.cfg, "n_ctx", 0) or 0)
+    length = min(128, context or 128) if length is None else length
+    if length < 2 or (context and length > context):
+        raise ValueError(
+            f"length: wanted 2 to {context or 'any number of'} tokens, the model's context; got "
+            f"{length}"
+        )
+    if limit < 1:
+        raise ValueError(f"prompts: wanted an integer >= 1; got {limit}")
+    bos, ids = _tokens(model, text)
+    step = length - len(bos)
+    if step < 1:
+        raise ValueError(f"length: wanted more than the {len(bos)} tokens of bos; got {length}")
+    cut = [bos + ids[at : at + step] for at in range(0, len(ids), step)]
+    # A lone token has no second key to lose its attention to.
+    kept = [window for window in cut[:limit] if len(window) > 1]
+    if not kept:
+        raise ValueError("text: wanted at least 2 tokens; got 1")
+    used = sum(len(window) - len(bos) for window in kept)
+    left_out = ""
+    if used < len(ids):
+        left_out = f"{len(ids) - used} of {len(ids)} tokens of the text left out"
+        if len(cut) > limit:
+            left_out += f" ({len(cut)} windows in all)"
+    return Prompts(kept, f"{len(kept)} windows of at most {length} tokens", left_out)
+
+
+def _tokens(model: TransformerBridge, text: str) -> tuple[list[int], list[int]]:
+    """(bos or nothing, the text's own ids), however long the text is."""
+    tokenizer = model.tokenizer
+    # A directory without tokenizer files gives a tokenizer that knows special tokens only.
+    if tokenizer is None or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError("text: wanted a model with its tokenizer; got one without a vocabulary")
+    log = logging.getLogger("transformers.tokenization_utils_base")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it would warn of a text longer than the context
+    try:
+        bare = model.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()
+        whole = model.to_tokens(text, truncate=False)[0].tolist()
+    finally:
+        log.setLevel(level)
+    n_bos = len(whole) - len(bare)
+    if n_bos < 0 or whole[n_bos:] != bare:
+        n_bos = 0
+    return whole[:n_bos], bare
+
+
+def lines(model: TransformerBridge, text: str, *, limit: int) -> Prompts:
+    """Each line a sum such as ``[12+N3=9``, one token per character.
+
+    Raises:
+        ValueError: no line, a character that is not in the vocabulary, a sum that does not begin
+            with ``[`` or is longer than the context.
+    """
+    from qkvnorm_lens.addition import VOCAB
+
+    rows = [line.strip() for line in text.splitlines() if line.strip()]
+    if not rows:
+        raise ValueError("text: wanted a sum on each line, such as [12+N3=9; got no line")
+    for number, row in enumerate(rows, 1):
+        strange = sorted(set(row) - set(VOCAB[:-1]))
+        if strange or not row.startswith("[") or len(row) > model.cfg.n_ctx:
+            raise ValueError(
+                f"line {number}: wanted a sum such as [12+N3=9 of at most {model.cfg.n_ctx} "
+                f"characters, of {VOCAB[:-1]}; got {row!r}"
+            )
+    left_out = f"{len(rows) - limit} of {len(rows)} lines left out" if len(rows) > limit else ""
+    ids = [[VOCAB.index(c) for c in row] for row in rows[:limit]]
+    return Prompts(ids, f"{len(ids)} sums", left_out)
+
+
+def sums(split: str | Split, n: int, *, seed: int) -> Prompts:
+    """Draw sums for an addition model, with their answers (teacher forcing).
+
+    Raises:
+        ValueError: an unknown split, or n < 1.
+    """
+    from qkvnorm_lens.addition import PAD, draw, get_split
+
+    chosen = get_split(split)
+    rows = draw(chosen, n, seed=seed).tokens.tolist()
+    ids = [[token for token in row if token != PAD] for row in rows]
+    return Prompts(
+        ids,
+        f"{n} sums of {_some(chosen.counts)} integers of {_some(chosen.digits)} digits, drawn with "
+        f"seed {seed}",
+    )
+
+
+def _some(values: Sequence[int]) -> str:
+    first = ", ".join(map(str, values[:-1]))
+    return f"{first} or {values[-1]}" if first else str(values[-1])
