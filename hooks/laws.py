@@ -126,7 +126,8 @@ class LogNormal:
     limit = math.inf
     limit_included = False
     reason = "it must be finite"
-    _z = Gaussian._z
+    # Close together: the density stretches by exp(s) for each unit of z.
+    _z = (-8.5, -7.0, -5.5, -4.25, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.25, 5.5, 7.0, 8.5)
 
     @staticmethod
     def _s(sigma: Tensor) -> Tensor:

@@ -25,10 +25,12 @@ from hooks.laws import Law
 
 _NODES = 10  # Gauss-Legendre nodes per panel: exact for polynomials of degree 19
 _MANY = 16  # up to so many linear factors a panel's rule is exact, beyond it panels get finer
-_DYADIC = 10  # extra panels towards an end where many competitors together fall steeply
+_TURNS = 96  # nearest competitors whose turns split panels, where there are many
+_FEW_NODES = 6  # nodes of the many short panels then
+_DYADIC = 12  # extra panels towards an end where many competitors together fall steeply
 _Q_PANELS = 12  # panels of the outer integral over f_q
 _GRID_PANELS = 24  # per axis of the quick rule, two nodes each
-_BUDGET = 1 << 22  # elements of the largest intermediate tensor
+_BUDGET = 1 << 19  # elements of the largest intermediate tensor
 
 
 def critical_half_width(
@@ -153,7 +155,7 @@ def collapse_probability(
         block = rows[(counts[rows] <= size) & (counts[rows] > size // 2)]
         per_row = _elements_per_row(size, law, beta is not None, noise_on_q, quick)
         for part in block.split(max(1, _BUDGET // per_row)):
-            first = valid[part].to(torch.int8).argsort(1, descending=True)[:, :size]
+            first = a_star[part].topk(min(size, s.shape[1]), dim=1, largest=False).indices
             out[part] = _integrate(
                 s_star[part],
                 s[part].gather(1, first),
@@ -177,9 +179,10 @@ def _powers_of_two(top: int) -> list[int]:
 def _elements_per_row(size: int, law: Law, biased: bool, noise_on_q: bool, quick: bool) -> int:
     if biased and noise_on_q and quick:
         return size * (2 * _GRID_PANELS) ** 2
-    knots = 2 if law.name == "uniform" else 8
-    splits = size * knots if biased else size if law.name == "uniform" else 0
-    panels = knots + splits + (2 * _DYADIC if size > _MANY else 0)
+    knots = 2 if law.name == "uniform" else 15
+    turns = min(size, _TURNS)
+    splits = turns * knots if biased else turns if law.name == "uniform" else 0
+    panels = knots + splits + (_DYADIC if size > _MANY else 0)
     outer = (_Q_PANELS + 4 * size) * _NODES if biased and noise_on_q else 1
     return panels * _NODES * size * outer
 
@@ -256,8 +259,10 @@ def _query_edges(
     """
     own = law.knots(sigma)
     lo, hi = own[:, :1], own[:, -1:]
-    pieces = torch.linspace(0, 1, _Q_PANELS + 1, dtype=own.dtype, device=own.device)
-    edges = [lo + (hi - lo) * pieces]
+    each = -(-_Q_PANELS // (own.shape[1] - 1))
+    pieces = torch.arange(each, dtype=own.dtype, device=own.device) / each
+    fine = own[:, :-1, None] + own.diff(dim=1)[:, :, None] * pieces
+    edges = [fine.flatten(1), hi]
     if law.name == "uniform":
         corners = (
             own[:, None, :, None] * s[:, :, None, None] - (own * s_star[:, None])[:, None, None, :]
@@ -278,9 +283,10 @@ def _stays(
         # f_* at which a competitor's distribution function changes its form. Without a bias
         # only one of the support's two ends can do that inside the support.
         ends = own if beta is not None else torch.where(s_star > 0, own[:, -1], own[:, 0])[:, None]
-        shift = 0 if beta is None else beta[:, :, None]
-        turns = (ends[:, None, :] * s[:, :, None] - shift) / s_star[:, None, None]
-        turns = torch.where(valid[:, :, None] & turns.isfinite(), turns, own[:, :1, None])
+        near, shift = s[:, :_TURNS], 0 if beta is None else beta[:, :_TURNS, None]
+        turns = (ends[:, None, :] * near[:, :, None] - shift) / s_star[:, None, None]
+        usable = valid[:, :_TURNS, None] & turns.isfinite()
+        turns = torch.where(usable, turns, own[:, :1, None])
         edges.append(turns.flatten(1))
     grid = torch.cat(edges, 1).clamp(own[:, :1], own[:, -1:]).sort(1).values
     n_t, nodes = s.shape[1], _NODES
@@ -288,8 +294,10 @@ def _stays(
         # Where many competitors act at once their product falls within a fraction of a panel.
         span = 0.5 ** torch.arange(1, _DYADIC + 1, dtype=grid.dtype, device=grid.device)
         active = _active_end(s_star, s, valid, own, beta)
-        towards = active[:, None] + (grid.mean(1) - active)[:, None] * span
+        far = torch.where(active > own.mean(1), own[:, 0], own[:, -1])
+        towards = active[:, None] + (far - active)[:, None] * span
         grid = torch.cat([grid, towards.clamp(own[:, :1], own[:, -1:])], 1).sort(1).values
+        nodes = _FEW_NODES if law.name == "uniform" else _NODES
     elif law.name == "uniform":
         nodes = n_t // 2 + 1  # a product of n_t linear factors: exact
     f, weight = _panels(grid, nodes)
