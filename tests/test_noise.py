@@ -19,9 +19,15 @@ import hooks.noise
 from hooks import NormNoise, attention_sites
 from hooks.sites import AttentionSites
 from tests import models
-from tests.watching import Found, attn, shape_checks_off, tiny_gemma2, watch
+from tests.watching import Found, attn, one_thread, shape_checks_off, tiny_gemma2, watch
 
 ids = models.tokens()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module", params=models.TINY)

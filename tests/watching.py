@@ -88,6 +88,17 @@ def shape_checks_off() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from a second thread, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _all_modules(model: Any) -> list[Any]:
     return [*model.modules(), *model.original_model.modules()]
 
