@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._prompts import encode
 from hooks._rows import LayerReducer, Tally
+from hooks.errors import UnsupportedModelError
 from hooks.laws import check_sigma, get_law
 from hooks.noise import SPARSE, NormNoise, Shared
 from hooks.results import CollapseReport, ProbeSettings
@@ -98,6 +99,14 @@ def collapse_probe(
     _check_numbers(draws, method, sparse, batch_size, competitors)
     sites = attention_sites(model)
     chosen = _layers(sites, layers)
+    fused = [s.layer for s in chosen if s.fused]
+    if fused:
+        raise UnsupportedModelError(
+            "scores to probe",
+            wanted="eager attention, which shows its scores",
+            got="fused attention (sdpa)",
+            layer=fused[0],
+        )
     prompts = encode(model, tokens, attention_mask=attention_mask, prepend_bos=prepend_bos)
     settings = ProbeSettings(
         sigmas=values,

@@ -234,7 +234,7 @@ class NormNoise:
         entries: HookList = []
         for layer in chosen:
             entries += self._layer_hooks(sites.layer(layer), clock)
-        if chosen:
+        if chosen and not sites.layer(chosen[0]).fused:
             entries.append((sites.layer(chosen[0]).pattern, clock.guard))
         self._tell_shields([sites.layer(layer) for layer in chosen])
         return entries
@@ -296,9 +296,10 @@ class NormNoise:
 
     def _row_hooks(self, sites: LayerSites, clock: _Clock) -> HookList:
         if not sites.scores_editable:
+            got = "no scores (fused attention)" if sites.fused else f"{sites.scores}, whose do not"
             raise ValueError(
                 f"rows={self.rows!r}: layer {sites.layer}: wanted scores whose edits change the "
-                f"pattern; got {sites.scores}, whose edits do not"
+                f"pattern; got {got}"
             )
         kept: dict[str, Tensor] = {}
 

@@ -37,7 +37,9 @@ _CANDIDATES: dict[Role, tuple[str, ...]] = {
     )
     for role in ROLES
 }
-_SCORES = re.compile(r"^(?P<prefix>blocks\.(?P<layer>\d+)\.\w*attn\w*)\.hook_attn_scores$")
+_ATTENTION = re.compile(
+    r"^(?P<prefix>blocks\.(?P<layer>\d+)\.\w*attn\w*)\.(?P<hook>hook_attn_scores|hook_z)$"
+)
 _PRIMES = (5, 7, 11, 13, 17)
 
 
@@ -114,8 +116,9 @@ class LayerSites:
     Attributes:
         layer: block index, as in ``blocks.{layer}``.
         q, k, v: vector sites; k and v carry key/value heads (grouped-query attention).
-        scores: hook of the pre-softmax scores ``[batch, head, query, key]``.
-        pattern: hook of the attention pattern, same shape.
+        scores: hook of the pre-softmax scores ``[batch, head, query, key]``; empty where the
+            attention is fused (sdpa) and keeps none.
+        pattern: hook of the attention pattern, same shape; empty likewise.
         z: hook of the per-head average of v, or None where the model has none.
         soft_cap: c of the soft cap c tanh(w / c) on the scores, 0 without one.
         has_bias: whether something is added to the q.k part (ALiBi, relative positions).
@@ -134,6 +137,11 @@ class LayerSites:
     has_bias: bool = False
     score_scale: float = 1.0
     scores_editable: bool = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether the attention keeps neither scores nor pattern (sdpa)."""
+        return not self.scores
 
     @property
     def n_heads(self) -> int:
@@ -248,7 +256,7 @@ def _sharing(sites: LayerSites) -> str:
 
 
 def prefixes(model: HookedModel) -> dict[int, str]:
-    """``blocks.{l}.attn`` of every layer that has a scores hook, by layer.
+    """``blocks.{l}.attn`` of every layer that has a scores hook or, fused, a z hook, by layer.
 
     Raises:
         UnsupportedModelError: no layer has one, or a block has several.
@@ -256,7 +264,7 @@ def prefixes(model: HookedModel) -> dict[int, str]:
     found: dict[int, str] = {}
     names = list(model.hook_dict)
     for name in names:
-        match = _SCORES.match(name)
+        match = _ATTENTION.match(name)
         if match is None:
             continue
         layer = int(match["layer"])
@@ -360,17 +368,11 @@ def _layer_sites(
     model: HookedModel, layer: int, prefix: str, firings: list[_Firing], n_pos: int
 ) -> LayerSites:
     mine = [f for f in firings if f.name.startswith(f"{prefix}.")]
-    scores = _fired_once(mine, f"{prefix}.hook_attn_scores", layer)
-    pattern = _fired_once(mine, f"{prefix}.hook_pattern", layer)
-    n_heads = scores.shape[1] if len(scores.shape) == 4 else 0
-    if scores.shape[2:] != (n_pos, n_pos) or pattern.shape != scores.shape:
-        raise UnsupportedModelError(
-            "shape of scores and pattern",
-            wanted=f"[batch, head, {n_pos}, {n_pos}] for both",
-            got=f"{list(scores.shape)} and {list(pattern.shape)}",
-            layer=layer,
-        )
-    before = mine[: mine.index(scores)]
+    fused = f"{prefix}.hook_attn_scores" not in model.hook_dict
+    before = mine
+    if not fused:
+        scores = _scores_and_pattern(mine, prefix, n_pos, layer)
+        before = mine[: mine.index(scores)]
     # v may fire after the scores; q and k must fire before them.
     vectors = {
         role: _vector_site(role, mine if role == "v" else before, prefix, n_pos, layer)
@@ -378,6 +380,7 @@ def _layer_sites(
     }
     for firing in mine:
         _fired_once(mine, firing.name, layer)
+    n_heads = int(model.cfg.n_heads) if fused else scores.shape[1]
     k_heads, v_heads = vectors["k"].dot.n_heads, vectors["v"].dot.n_heads
     if vectors["q"].dot.n_heads != n_heads or n_heads % k_heads or k_heads != v_heads:
         raise UnsupportedModelError(
@@ -392,11 +395,24 @@ def _layer_sites(
         q=vectors["q"],
         k=vectors["k"],
         v=vectors["v"],
-        scores=scores.name,
-        pattern=pattern.name,
+        scores="" if fused else f"{prefix}.hook_attn_scores",
+        pattern="" if fused else f"{prefix}.hook_pattern",
         z=_site(z[0], n_pos, layer) if len(z) == 1 else None,
         soft_cap=max(float(getattr(model.cfg, "attn_scores_soft_cap", 0) or 0), 0.0),
     )
+
+
+def _scores_and_pattern(mine: list[_Firing], prefix: str, n_pos: int, layer: int) -> _Firing:
+    scores = _fired_once(mine, f"{prefix}.hook_attn_scores", layer)
+    pattern = _fired_once(mine, f"{prefix}.hook_pattern", layer)
+    if scores.shape[2:] != (n_pos, n_pos) or pattern.shape != scores.shape:
+        raise UnsupportedModelError(
+            "shape of scores and pattern",
+            wanted=f"[batch, head, {n_pos}, {n_pos}] for both",
+            got=f"{list(scores.shape)} and {list(pattern.shape)}",
+            layer=layer,
+        )
+    return scores
 
 
 def _fired_once(firings: list[_Firing], name: str, layer: int) -> _Firing:
