@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from hooks import CollapseReport
 from scipy import stats
+
+from hooks import CollapseReport
 
 MIN_EVENTFUL_DRAWS = 10  # fewer, and the mean over draws is far from normal
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hooks
 import numpy as np
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+import hooks
 from tests.agreement import compare
 
 SIGMAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)

@@ -1,0 +1,108 @@
+"""Peak memory of an exact collapse probe against a plain forward pass, by number of layers.
+
+    python benchmarks/memory.py [--length 1024] [--layers 2 8 24] [--json FILE]
+
+One process each, so that a peak is one run's own: the same random GPT-2-shaped model (queries and
+keys enlarged, so that sparse rows exist), the same tokens, once a plain forward pass of the bridge,
+once the probe. What grows with the probe must be a layer's scores, not the number of layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+N_HEADS, D_HEAD, VOCAB = 8, 32, 512
+MIB = 2**20
+
+
+def work(kind: str, n_layers: int, length: int) -> dict[str, float]:
+    """One run in this process; its peak resident memory in MiB."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    import hooks
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=n_layers,
+        n_embd=N_HEADS * D_HEAD,
+        n_head=N_HEADS,
+        vocab_size=VOCAB,
+        n_positions=length,
+        attn_implementation="eager",
+    )
+    config.architectures = ["GPT2LMHeadModel"]
+    inner = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for block in inner.transformer.h:
+            block.attn.c_attn.weight *= 10
+    model = build_bridge_from_module(inner, "GPT2LMHeadModel", hf_config=config).eval()
+    tokens = torch.randint(VOCAB, (1, length))
+    hooks.attention_sites(model)  # both kinds, so that it is in neither difference
+    out: dict[str, float] = {}
+    if kind == "probe":
+        report = hooks.collapse_probe(model, tokens, progress=False)
+        out["sparse share"] = report.n_sparse / int(report.examined.sum())
+        out["rows kept"] = len(report.table)
+        out["report MiB"] = sum(v.nbytes for v in vars(report.table).values()) / MIB
+    else:
+        with torch.no_grad():
+            model(tokens)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out["peak MiB"] = peak / 1024 if sys.platform != "darwin" else peak / MIB
+    return out
+
+
+def child(kind: str, n_layers: int, length: int) -> dict[str, float]:
+    arguments = [sys.executable, __file__, "--child", kind, str(n_layers), str(length)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 24])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    one_layer = N_HEADS * options.length**2 * 4 / MIB
+    rows = []
+    for n_layers in options.layers:
+        plain, probe = (child(kind, n_layers, options.length) for kind in ("plain", "probe"))
+        extra = probe["peak MiB"] - plain["peak MiB"]
+        rows.append(
+            {
+                "layers": n_layers,
+                "plain MiB": round(plain["peak MiB"], 1),
+                "probe MiB": round(probe["peak MiB"], 1),
+                "extra MiB": round(extra, 1),
+                "extra / one layer's scores": round(extra / one_layer, 2),
+                "sparse share": round(probe["sparse share"], 3),
+                "rows kept": int(probe["rows kept"]),
+                "report MiB": round(probe["report MiB"], 2),
+            }
+        )
+    print(f"one layer's scores: {one_layer:.0f} MiB ({N_HEADS} heads, {options.length} tokens)")
+    print("  ".join(rows[0]))
+    for row in rows:
+        print("  ".join(f"{value!s:>{len(name)}}" for name, value in row.items()))
+    if options.json:
+        options.json.write_text(json.dumps({"one layer MiB": one_layer, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1] == "--child":
+        print(json.dumps(work(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    else:
+        main()
