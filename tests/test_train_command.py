@@ -1,0 +1,229 @@
+"""``qkvnorm-lens train``: what it writes, that it goes on where it stopped, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qkvnorm_lens import _train, loading
+from qkvnorm_lens.addition import SPLITS, draw, get_split
+from qkvnorm_lens.cli import build_parser, main
+from qkvnorm_lens.config import NAMED, NormSpec, named_config
+from qkvnorm_lens.training import RECIPES, TEST_SEED, Trainer, evaluate, get_recipe
+
+TINY: dict[str, Any] = {"n_layers": 1, "d_model": 16, "d_head": 8, "n_heads": 2, "d_mlp": 16}
+SMALL = ["--steps", "12", "--batch-size", "8", "--threads", "1", "--test-rows", "50"]
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """The command sets their number for its process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A tiny configuration, as save_pretrained writes it."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(named_config("study", "qkv", **TINY).to_json()))
+    return path
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> Command:
+    """Exit code, standard output and standard error of ``train``, tiny unless told otherwise."""
+
+    def call(*argv: str, out: str = "run") -> tuple[int, str, str]:
+        capsys.readouterr()
+        given = ["--config", str(file), "--split", "small-train", *SMALL, *argv]
+        code = main(["train", "--out", str(tmp_path / out), *given])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def plan(*argv: str) -> Any:
+    return _train.plan(build_parser().parse_args(["train", "--out", "x", *argv]))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_run_writes_state_log_model_and_card(command: Command, tmp_path: Path) -> None:
+    code, out, err = command()
+    assert code == 0, err
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {"state.pt", "run.json", "log.csv", "model"}
+    card = json.loads((folder / "model" / "card.json").read_text())
+    assert card["sequences"] == 12 * 8
+    assert card["run"] == json.loads((folder / "run.json").read_text())
+    assert (folder / "model" / "log.csv").read_text() == (folder / "log.csv").read_text()
+    bridge = loading.load_model(str(folder / "model"))
+    assert loading.adds_integers(bridge)
+    assert loading.trained_on(loading.find(str(folder / "model"))) == SPLITS["small-train"]
+    assert bridge.cfg.placement == "qkv"
+    for kind, split in _train.tests_of("small-train", 32).items():
+        wanted = dataclasses.asdict(evaluate(bridge, split, rows=50))
+        got = card["accuracy"][kind]
+        assert {key: got[key] for key in wanted} == wanted, kind
+        assert got["seed"] == TEST_SEED
+        line = next(line for line in out.splitlines() if line.startswith(kind))
+        shares = [f"{100 * v:.2f}%" for k, v in wanted.items() if k != "rows"]
+        assert line.removeprefix(kind).split() == [*shares, "50"]
+    assert "12/12" in err  # the progress bar
+
+
+def test_a_stopped_run_goes_on_by_itself(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(out="whole")[0] == 0
+    step = Trainer.one_step
+
+    def interrupted(self: Trainer) -> float:
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "one_step", interrupted)
+    assert command("--save-every", "5", out="cut")[0] == 130
+    assert not (tmp_path / "cut" / "model").exists()
+    first: list[int] = []
+
+    def noted(self: Trainer) -> float:
+        first.append(self.step)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "one_step", noted)
+    code, out, _ = command(out="cut")
+    assert code == 0
+    assert first == list(range(5, 12))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    again = command(out="cut")  # a finished run is measured again, and not trained
+    assert again[:2] == (0, out)
+    assert len(first) == 7
+
+
+def test_another_run_in_the_directory_is_refused(command: Command, tmp_path: Path) -> None:
+    assert command()[0] == 0
+    before = weights(tmp_path / "run")
+    code, out, err = command("--seed", "3", "--lr", "0.5")
+    assert (code, out) == (1, "")
+    assert "holds another run" in err
+    for part in ("config.seed = 3, got 100", "seed = 3, got 0", "recipe.lr = 0.5, got 0.004"):
+        assert part in err
+    assert "steps" not in err  # what agrees is not said
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--config", "huge"], "--config: wanted one of ['alternate'"),
+        (["--config", "absent.json"], "--config absent.json: No such file"),
+        (["--split", "hard"], "--split: wanted one of ['easy-train'"),
+        (["--recipe", "old"], "--recipe: wanted one of ['modern'"),
+        (["--split", "paper-train"], "n_ctx: these sums want at least"),
+        (["--device", "gpu"], "--device gpu:"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    command: Command, tmp_path: Path, argv: list[str], said: str
+) -> None:
+    code, out, err = command(*argv)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"qkvnorm-lens: error: {said}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "wanted JSON"), ("[]", "wanted an object; got list"), ("{}", 'wanted "placement"')],
+)
+def test_a_bad_configuration_file_is_named(
+    command: Command, file: Path, text: str, said: str
+) -> None:
+    file.write_text(text)
+    code, _, err = command()
+    assert code == 1
+    assert str(file) in err
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--steps", "0"],
+        ["--batch-size", "many"],
+        ["--lr", "nan"],
+        ["--lr", "-1"],
+        ["--seed", "-1"],
+        ["--placement", "post"],
+        ["--threads", "0"],
+    ],
+)
+def test_wrong_usage(command: Command, argv: list[str]) -> None:
+    code, _, err = command(*argv)
+    assert code == 2
+    assert argv[0] in err
+    assert repr(argv[1]) in err
+
+
+def test_a_file_wants_a_split(file: Path) -> None:
+    with pytest.raises(ValueError, match=r"--split: wanted one of .* from a file"):
+        plan("--config", str(file))
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_named_configurations_have_sums_recipe_and_budget(name: str) -> None:
+    run = plan("--config", name)
+    default = _train.DEFAULTS[name]
+    assert run.config.to_json() == named_config(name, "pre").to_json()
+    assert (run.split, get_recipe(run.recipe), run.steps) == (
+        default.split,
+        RECIPES[default.recipe],
+        default.steps,
+    )
+    assert get_split(run.split).max_length <= run.config.n_ctx
+    paper = name in ("baseline", "alternate", "large")
+    assert (run.steps * get_recipe(run.recipe).batch_size > 109_000_000) == paper
+    assert len(_train.tests_of(run.split, run.config.n_ctx)) == (1 if name == "study" else 3)
+
+
+def test_options_change_what_they_name(file: Path) -> None:
+    given = "--recipe paper --lr 1e-4 --batch-size 64 --seed 5 --bf16 --steps 7 --split pairs-train"
+    run = plan("--config", "study", "--placement", "none", *given.split())
+    recipe = dataclasses.replace(RECIPES["paper"], lr=1e-4, batch_size=64)
+    assert (run.recipe, run.seed, run.bf16, run.steps) == (recipe, 5, True, 7)
+    assert run.config.to_json() == named_config("study", "none", seed=5).to_json()
+    assert draw(run.split, 3, seed=0).tokens.shape == draw("pairs-train", 3, seed=0).tokens.shape
+    assert plan("--config", str(file), "--split", "easy-train").config.placement == "qkv"
+    moved = plan("--config", str(file), "--split", "easy-train", "--placement", "pre").config
+    assert (moved.placement, moved.norm) == ("pre", NormSpec(over="input"))
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys; from qkvnorm_lens.cli import main; main(['train', '--help']);"
+        "sys.exit(', '.join({'torch', 'numpy', 'transformer_lens'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--placement {none,pre,qkv}" in done.stdout
