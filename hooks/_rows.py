@@ -20,7 +20,7 @@ from hooks.results import CONTENT, SINK, CollapseReport, ProbeSettings, RowTable
 from hooks.scores import split
 from hooks.sites import LayerSites
 
-_CHUNK = 1 << 20  # score elements worked on at once
+_CHUNK = 1 << 18  # score elements worked on at once
 _NEGLIGIBLE = 1.0  # competitors with a critical half-width of 1 or more never win
 
 

@@ -30,7 +30,7 @@ _FEW_NODES = 6  # nodes of the many short panels then
 _DYADIC = 12  # extra panels towards an end where many competitors together fall steeply
 _Q_PANELS = 12  # panels of the outer integral over f_q
 _GRID_PANELS = 24  # per axis of the quick rule, two nodes each
-_BUDGET = 1 << 19  # elements of the largest intermediate tensor
+_BUDGET = 1 << 18  # elements of the largest intermediate tensor
 
 
 def critical_half_width(
