@@ -10,12 +10,14 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := .venv/installed
+LEGACY := .venv-legacy
 
-.PHONY: help setup probe test slow lint format real-model benchmarks clean
+.PHONY: help setup probe test test-legacy slow lint format real-model benchmarks clean
 
 help:
 	@echo "make probe       which heads of the shipped model lose their token at which noise"
 	@echo "make test        fast tests and a real-model smoke test"
+	@echo "make test-legacy a HookedTransformer of TransformerLens 3.9, in its own .venv-legacy"
 	@echo "make slow        the slow tests"
 	@echo "make lint        ruff and mypy;  make format rewrites"
 	@echo "make real-model  fetch and convert the models that the tests read"
@@ -35,6 +37,17 @@ probe: $(SETUP)
 
 test: real-model
 	$(BIN)/pytest -m "not slow" --durations=5 $(ARGS)
+
+# The main environment writes weights and results, which the other compares with its own.
+test-legacy: $(SETUP) $(LEGACY)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.legacy.reference $(LEGACY)/reference
+	HF_HUB_OFFLINE=1 $(LEGACY)/bin/pytest --confcutdir=tests/legacy tests/legacy $(ARGS)
+
+$(LEGACY)/installed: pyproject.toml constraints-legacy.txt
+	test -x $(LEGACY)/bin/python || $(PYTHON) -m venv $(LEGACY)
+	$(LEGACY)/bin/python -m pip --disable-pip-version-check install -q --no-compile \
+		$(if $(PINS),-c constraints-legacy.txt) "$(TORCH)" transformer-lens==3.9.0 pytest -e .
+	touch $@
 
 slow: real-model
 	$(BIN)/pytest -m slow --durations=10 $(ARGS)
@@ -56,4 +69,4 @@ benchmarks: real-model
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

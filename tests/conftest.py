@@ -29,6 +29,8 @@ from tests import models, real_models
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+collect_ignore = ["legacy"]  # TransformerLens 3.9: `make test-legacy`
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 settings.register_profile(
