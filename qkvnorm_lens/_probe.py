@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--fragile", type=_count, default=10, metavar="N", help="heads and rows to list [10]"
     )
+    out.add_argument(
+        "--no-sinks",
+        action="store_true",
+        help="list heads and rows by attention that does not go to the first token",
+    )
     out.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
     out.add_argument(
         "--out",
@@ -192,9 +197,9 @@ def run(args: argparse.Namespace) -> str:
         _say(f"{prompts.left_out}: --prompts takes more")
     report = probe(args, model, prompts)
     if args.out is not None:
-        write(report, prompts, args.out, fragile=args.fragile)
+        write(args, report, prompts)
     show = _tables.as_json if args.json else _tables.render
-    return show(report, prompts, fragile=args.fragile)
+    return show(report, prompts, fragile=args.fragile, content=args.no_sinks)
 
 
 def read(args: argparse.Namespace) -> str | None:
@@ -300,11 +305,12 @@ def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> Collap
         ) from error
 
 
-def write(report: CollapseReport, prompts: text.Prompts, folder: Path, *, fragile: int) -> None:
-    """Report, frame, summary and figures into a directory that exists."""
+def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompts) -> None:
+    """Report, frame, summary and figures into the directory ``--out``, which exists."""
+    folder, content = args.out, args.no_sinks
     report.save(folder / "report.safetensors")
     report.to_frame().to_csv(folder / "frame.csv", index=False)
-    summary = _tables.render(report, prompts, fragile=fragile)
+    summary = _tables.render(report, prompts, fragile=args.fragile, content=content)
     (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         _say("no figures: they want matplotlib, pip install 'qkvnorm-lens[plots]'")
@@ -312,7 +318,7 @@ def write(report: CollapseReport, prompts: text.Prompts, folder: Path, *, fragil
     from qkvnorm_lens import plots
 
     plots.collapse_curve(report).savefig(folder / "collapse.png")
-    plots.head_map(report, rate=_tables.RATE).savefig(folder / "heads.png")
+    plots.head_map(report, rate=_tables.RATE, content=content).savefig(folder / "heads.png")
 
 
 def _say(words: str) -> None:

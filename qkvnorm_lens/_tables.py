@@ -48,13 +48,14 @@ def share(x: float, error: float = math.nan) -> str:
     return f"{100 * x:.3g} ± {100 * error:.1g}%"
 
 
-def render(report: CollapseReport, prompts: Prompts, *, fragile: int) -> str:
+def render(report: CollapseReport, prompts: Prompts, *, fragile: int, content: bool = False) -> str:
     """Summary, rates by sigma, the most fragile heads, the rows that go first."""
     read = f"Read: {prompts.source}{'; ' if prompts.left_out else ''}{prompts.left_out}."
     parts = [f"{report.summary()}\n{read}"]
     if report.n_sparse:
         parts.append(_rates(report))
-        parts += [part for part in (_heads(report, fragile), _rows(report, fragile)) if part]
+        lists = (_heads(report, fragile, content), _rows(report, fragile, content))
+        parts += [part for part in lists if part]
     return "\n\n".join(parts)
 
 
@@ -99,13 +100,15 @@ def heads(report: CollapseReport) -> pd.DataFrame:
     return frame
 
 
-def _heads(report: CollapseReport, n: int) -> str:
+def _heads(report: CollapseReport, n: int, content: bool) -> str:
     try:
         frame = heads(report)
     except ValueError as error:
         return str(error)
-    ranked = frame[frame["rows"] >= MIN_ROWS]
-    finite = ranked[ranked["sigma_at"] < math.inf].sort_values("sigma_at").head(n)
+    by = "sigma_at_content" if content else "sigma_at"
+    counted = frame["rows"] - frame["sinks"] if content else frame["rows"]
+    ranked = frame[counted >= MIN_ROWS]
+    finite = ranked[ranked[by] < math.inf].sort_values(by).head(n)
     if finite.empty:
         return ""
     rows = [
@@ -122,13 +125,13 @@ def _heads(report: CollapseReport, n: int) -> str:
     names = ["head", "1% at sigma", "sinks left out", "sparse rows", "sinks", "score level"]
     return (
         f"Heads, most fragile first ({len(ranked)} of {len(frame)} have {MIN_ROWS} sparse rows or "
-        f"more):\n{table(names, rows)}"
+        f"more{', sinks left out' if content else ''}):\n{table(names, rows)}"
     )
 
 
-def _rows(report: CollapseReport, n: int) -> str:
+def _rows(report: CollapseReport, n: int, content: bool) -> str:
     """The rows that go first; equal ones (prompts that begin alike) are counted, not repeated."""
-    everything = report.fragile(len(report.table))
+    everything = report.fragile(len(report.table), content=content)
     same = [column for column in everything.columns if column != "prompt"]
     times = everything.groupby(same, sort=False)["prompt"].agg(["first", "size"]).reset_index()
     shown = times.head(n)
@@ -147,24 +150,32 @@ def _rows(report: CollapseReport, n: int) -> str:
         for row in shown.to_dict("records")
     ]
     names = ["from sigma", "head", "token", "attends to", "jumps to", "in"]
-    return "Rows that go first, and the smallest uniform noise that can move them:\n" + table(
-        names, rows, left=(1, 2, 3, 4, 5)
+    return (
+        f"Rows that go first{', sinks left out' if content else ''}, and the smallest uniform "
+        f"noise that can move them:\n{table(names, rows, left=(1, 2, 3, 4, 5))}"
     )
 
 
 def quoted(token: str) -> str:
-    """A token in quotes, its blanks and line ends visible."""
-    shown = json.dumps(token, ensure_ascii=False)
-    return shown if len(shown) <= _TOKEN else f'{shown[: _TOKEN - 2]}…"'
+    """A token in quotes, what can't be printed escaped."""
+    shown = _visible(token)
+    shown = shown if len(shown) <= _TOKEN else f"{shown[: _TOKEN - 1]}…"
+    return f"'{shown}'" if '"' in shown else f'"{shown}"'
 
 
 def context(tokens: Sequence[str]) -> str:
     """The end of a prompt, on one line."""
-    text = json.dumps("".join(tokens), ensure_ascii=False)[1:-1]
+    text = _visible("".join(tokens))
     return text if len(text) <= _CONTEXT else f"…{text[-_CONTEXT:]}"
 
 
-def as_json(report: CollapseReport, prompts: Prompts, *, fragile: int) -> str:
+def _visible(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def as_json(
+    report: CollapseReport, prompts: Prompts, *, fragile: int, content: bool = False
+) -> str:
     """The report for machines; ``null`` stands for no rows and for a rate never reached."""
     thresholds: dict[str, Any] = {"rate": RATE, "model": None, "content": None, "refused": None}
     by_head: list[dict[str, Any]] = []
@@ -193,7 +204,7 @@ def as_json(report: CollapseReport, prompts: Prompts, *, fragile: int) -> str:
         "sigma_at": thresholds,
         "rates": _records(report.to_frame("model")),
         "heads": by_head,
-        "fragile": _records(report.fragile(fragile)),
+        "fragile": _records(report.fragile(fragile, content=content)),
         "summary": report.summary(),
     }
     return json.dumps(told, indent=2, allow_nan=False)

@@ -8,6 +8,7 @@ inline``).
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ _MOST_CELLS = 256  # beyond this a number in each cell can't be read
 
 
 def collapse_curve(
-    report: CollapseReport, ax: Axes | None = None, *, by: Literal["model", "layer"] = "model"
+    report: CollapseReport, ax: Axes | None = None, *, by: Literal["model", "layer"] | str = "model"
 ) -> Figure:
     """Share of sparse rows that collapse against sigma, both in percent on log axes.
 
@@ -58,9 +59,7 @@ def collapse_curve(
         _model_lines(report, ax)
     else:
         _layer_lines(report, figure, ax)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_ylim(_LEAST_SHARE, 100)
+    _log_scales(ax)
     ax.axhline(1, color=_GREY, linewidth=0.8, linestyle=":", zorder=0)
     ax.set_xlabel("RMS of the relative change of norms, σ (%)")
     ax.set_ylabel("sparse rows whose arg max moves (%)")
@@ -106,11 +105,12 @@ def head_map(
     assert isinstance(sigma, pd.DataFrame)
     values = 100 * sigma.to_numpy()
     n_layers, n_heads = values.shape
-    size = (min(3.0 + 0.45 * n_heads, 12.0), min(1.8 + 0.36 * n_layers, 12.0))
-    figure, ax = _axes(ax, (max(size[0], 5.6), max(size[1], 2.8)))
+    size = (min(3.0 + 0.45 * n_heads, 12.0), min(1.6 + 0.25 * n_layers, 10.0))
+    figure, ax = _axes(ax, (max(size[0], 5.6), max(size[1], 3.2)))
     counts = (report.rows[..., 0] if content else report.rows.sum(-1)).sum(-1)
     image = _cells(ax, values)
-    _marks(ax, values, counts, min_rows, image)
+    few = _marks(ax, values, counts < min_rows, image)
+    _key(ax, values, f"{few}  fewer than {min_rows} sparse rows" if few else "")
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
     _integer_ticks(ax, n_heads, [str(layer) for layer in sigma.index])
@@ -142,11 +142,12 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _title(report: CollapseReport, ax: Axes) -> None:
-    settings = report.settings
-    prompts = f"{len(report.tokens)} prompt{'s' * (len(report.tokens) != 1)}"
+    settings, n = report.settings, len(report.tokens)
+    name = str(report.model["name"])
+    name = Path(name).name if Path(name).is_absolute() else name
     ax.set_title(
-        f"{report.model['name']}: {settings.law} noise on {', '.join(settings.on)}; "
-        f"{report.n_sparse:,} sparse rows of {prompts}",
+        f"{name}\n{settings.law} noise on {', '.join(settings.on)}; {report.n_sparse:,} sparse "
+        f"rows, {n} prompt{'s' * (n != 1)}",
         fontsize=9,
         loc="left",
     )
@@ -156,20 +157,35 @@ def _model_lines(report: CollapseReport, ax: Axes) -> None:
     frame = report.to_frame("model")
     x = 100 * frame["sigma"].to_numpy()
     shown = {name: 100 * frame[name].to_numpy() for name in frame.columns if name != "sigma"}
-    sampled = report.settings.method == "sample"
-    if sampled and report.n_sparse:
-        dense = np.geomspace(x[x > 0].min(), x.max(), _CURVE_POINTS) if (x > 0).any() else x
-        rows = np.arange(len(report.table))
-        exact = [100 * report.exact_rate(s / 100, rows).sum() / report.n_sparse for s in dense]
-        ax.plot(dense, exact, color=_BLUE, linewidth=1, label="collapse, exact")
-    label = f"collapse, {report.settings.draws} draws" if sampled else "collapse"
-    _points(ax, x, shown["loose"], shown["se"] if sampled else None, _BLUE, label, line=not sampled)
-    ax.plot(x, shown["loose_content"], color=_GREEN, linestyle="--", label="sinks left out")
-    ax.plot(x, shown["loose_centred"], color=_GREY, linestyle=":", label="centred gauge (control)")
-    if report.settings.draws:
-        strict = "strict: onto another sparse maximum"
-        _points(ax, x, shown["strict"], shown["se_strict"], _ORANGE, strict, line=True)
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    draws = report.settings.draws
+    handles: list[Any] = []
+    if report.settings.method == "sample":
+        handles += _exact_line(report, ax, x)
+        handles.append(
+            _points(ax, x, shown["loose"], shown["se"], _BLUE, f"collapse, {draws} draws", "none")
+        )
+    else:
+        handles.append(_points(ax, x, shown["loose"], None, _BLUE, "collapse", "-"))
+    for name, style, colour, label in (
+        ("loose_content", "--", _GREEN, "sinks left out"),
+        ("loose_centred", ":", _GREY, "centred gauge (control)"),
+    ):
+        handles += ax.plot(x, shown[name], color=colour, linestyle=style, label=label)
+    if draws:
+        label = f"strict: onto another sparse maximum, {draws} draws"
+        handles.append(_points(ax, x, shown["strict"], shown["se_strict"], _ORANGE, label, "-"))
+    ax.legend(handles=handles, frameon=False, fontsize=8, loc="upper left")
+
+
+def _exact_line(report: CollapseReport, ax: Axes, x: np.ndarray) -> list[Any]:
+    """The computed curve from the rows that a sampled report keeps."""
+    positive = x[x > 0]
+    if not report.n_sparse or not len(positive):
+        return []
+    dense = np.geomspace(positive.min(), positive.max(), _CURVE_POINTS)
+    rows = np.arange(len(report.table))
+    exact = [100 * report.exact_rate(s / 100, rows).sum() / report.n_sparse for s in dense]
+    return ax.plot(dense, exact, color=_BLUE, linewidth=1, label="collapse, exact")
 
 
 def _points(
@@ -179,16 +195,20 @@ def _points(
     error: np.ndarray | None,
     colour: str,
     label: str,
-    *,
-    line: bool,
-) -> None:
-    ax.errorbar(
+    line: str,
+) -> Any:
+    """Points with error bars; on a log axis a bar that reaches zero ends below the axis."""
+    bars = None
+    if error is not None:
+        error = np.nan_to_num(error)
+        bars = np.stack([np.clip(error, 0, np.maximum(y - _LEAST_SHARE / 10, 0)), error])
+    return ax.errorbar(
         x,
         y,
-        yerr=error,
+        yerr=bars,
         color=colour,
         label=label,
-        linestyle="-" if line else "none",
+        linestyle=line,
         linewidth=1.2,
         marker="o",
         markersize=3.5,
@@ -200,10 +220,10 @@ def _points(
 def _layer_lines(report: CollapseReport, figure: Figure, ax: Axes) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import ListedColormap, Normalize
 
     chosen = report.settings.layers
-    colours = colormaps[_MAP]
+    colours = ListedColormap(colormaps[_MAP](np.linspace(0, 0.9, 256)))  # yellow is lost on white
     scale = Normalize(min(chosen), max(max(chosen), min(chosen) + 1))
     frames = report.to_frame("layer")
     for layer in chosen:
@@ -225,10 +245,9 @@ def _layer_lines(report: CollapseReport, figure: Figure, ax: Axes) -> None:
 
 
 def _cells(ax: Axes, values: np.ndarray) -> Any:
-    """The image; never and no rows are colours of their own, named under the map."""
+    """The image; never and no rows are colours of their own."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
-    from matplotlib.patches import Patch
 
     finite = values[np.isfinite(values) & (values > 0)]
     low, high = (finite.min(), finite.max()) if finite.size else (1.0, 50.0)
@@ -247,6 +266,41 @@ def _cells(ax: Axes, values: np.ndarray) -> Any:
         ax.axvline(at - 0.5, color="white", linewidth=0.5)
     for at in range(1, values.shape[0]):
         ax.axhline(at - 0.5, color="white", linewidth=0.5)
+    return image
+
+
+def _marks(ax: Axes, values: np.ndarray, few: np.ndarray, image: Any) -> str:
+    """Sigma as a number in each cell where there is room; few rows in brackets, or a dot.
+
+    Returns the mark of few rows, if there is one.
+    """
+    written = values.size <= _MOST_CELLS
+    mark = ""
+    for (layer, head), value in np.ndenumerate(values):
+        if not math.isfinite(value) or not (written or few[layer, head]):
+            continue
+        dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
+        text = (f"{value:.2g}" if value < 9.95 else f"{value:.0f}") if written else "·"
+        if few[layer, head]:
+            mark = "(5)" if written else "·"
+            text = f"({text})" if written else text
+        ax.text(
+            head,
+            layer,
+            text,
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if dark else "black",
+        )
+    return mark
+
+
+def _key(ax: Axes, values: np.ndarray, few: str) -> None:
+    """What grey, pale and marked cells mean, under the map."""
+    from matplotlib.patches import Patch
+    from matplotlib.transforms import ScaledTranslation
+
     handles = [
         Patch(facecolor=colour, edgecolor=_GREY, linewidth=0.5, label=label)
         for colour, label, there in (
@@ -255,43 +309,43 @@ def _cells(ax: Axes, values: np.ndarray) -> Any:
         )
         if there
     ]
-    if handles:
-        ax.legend(
-            handles=handles,
-            frameon=False,
-            fontsize=8,
-            ncols=2,
-            loc="upper left",
-            bbox_to_anchor=(0, -0.16),
-            borderaxespad=0,
-        )
-    return image
-
-
-def _marks(ax: Axes, values: np.ndarray, counts: np.ndarray, min_rows: int, image: Any) -> None:
-    """Sigma as a number in each cell where there is room; few rows in brackets, or a dot."""
-    written = values.size <= _MOST_CELLS
-    for (layer, head), value in np.ndenumerate(values):
-        few = counts[layer, head] < min_rows
-        if not math.isfinite(value) or not (written or few):
-            continue
-        dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
-        text = f"{value:.2g}" if value < 9.95 else f"{value:.0f}"
-        ax.text(
-            head,
-            layer,
-            (f"({text})" if few else text) if written else "·",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if dark else "black",
-        )
+    if few:
+        handles.append(Patch(facecolor="none", edgecolor="none", label=few))
+    if not handles:
+        return
+    top: Any = ax.figure
+    below = ScaledTranslation(0, -0.42, top.dpi_scale_trans)  # inches: clear of the axis label
+    ax.legend(
+        handles=handles,
+        frameon=False,
+        fontsize=8,
+        ncols=3,
+        handlelength=1.5,
+        columnspacing=1.2,
+        loc="upper left",
+        bbox_to_anchor=(0, 0),
+        bbox_transform=ax.transAxes + below,
+        borderaxespad=0,
+    )
 
 
 def _integer_ticks(ax: Axes, n_heads: int, layers: list[str]) -> None:
     across, up = (1 + (n - 1) // 16 for n in (n_heads, len(layers)))
     ax.set_xticks(range(0, n_heads, across))
     ax.set_yticks(range(0, len(layers), up), layers[::up])
+
+
+def _log_scales(ax: Axes) -> None:
+    """Log axes around what can be shown there: no sigma of zero, no share below 0.01%."""
+    x, y = (
+        np.array([v for line in ax.lines for v in np.asarray(line.get_data()[i], float)])
+        for i in (0, 1)
+    )
+    x = x[x > 0] if (x > 0).any() else np.array([1.0, 50.0])
+    ax.set_xlim(x.min() / 1.15, x.max() * 1.15)
+    ax.set_ylim(_LEAST_SHARE, 100 if (y > 10).any() else 10)
+    ax.set_xscale("log")
+    ax.set_yscale("log", nonpositive="mask")
 
 
 def _log_ticks(axis: Any) -> None:
@@ -303,5 +357,5 @@ def _log_ticks(axis: Any) -> None:
     axis.set_major_formatter(_plain)
 
 
-def _plain(value: float, position: float) -> str:
+def _plain(value: float, position: Any = None) -> str:
     return f"{value:g}"

@@ -69,7 +69,7 @@ def windows(
         left_out = f"{len(ids) - used} of {len(ids)} tokens of the text left out"
         if len(cut) > limit:
             left_out += f" ({len(cut)} windows in all)"
-    return Prompts(kept, f"{len(kept)} windows of at most {length} tokens", left_out)
+    return Prompts(kept, f"{_many(len(kept), 'window')} of at most {length} tokens", left_out)
 
 
 def _tokens(model: TransformerBridge, text: str) -> tuple[list[int], list[int]]:
@@ -113,7 +113,7 @@ def lines(model: TransformerBridge, text: str, *, limit: int) -> Prompts:
             )
     left_out = f"{len(rows) - limit} of {len(rows)} lines left out" if len(rows) > limit else ""
     ids = [[VOCAB.index(c) for c in row] for row in rows[:limit]]
-    return Prompts(ids, f"{len(ids)} sums", left_out)
+    return Prompts(ids, _many(len(ids), "sum"), left_out)
 
 
 def sums(split: str | Split, n: int, *, seed: int) -> Prompts:
@@ -129,9 +129,13 @@ def sums(split: str | Split, n: int, *, seed: int) -> Prompts:
     ids = [[token for token in row if token != PAD] for row in rows]
     return Prompts(
         ids,
-        f"{n} sums of {_some(chosen.counts)} integers of {_some(chosen.digits)} digits, drawn with "
-        f"seed {seed}",
+        f"{_many(n, 'sum')} of {_some(chosen.counts)} integers of {_some(chosen.digits)} digits, "
+        f"drawn with seed {seed}",
     )
+
+
+def _many(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _some(values: Sequence[int]) -> str:

@@ -1,0 +1,610 @@
+"""The command line: what it prints and writes is what Python gives, and errors are one line."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+
+import hooks
+import qkvnorm_lens
+from hooks import noise
+from qkvnorm_lens import _probe, _tables, loading, text
+from qkvnorm_lens.addition import VOCAB
+from qkvnorm_lens.checkpoints import checkpoint_card, checkpoints, load_checkpoint
+from qkvnorm_lens.cli import build_parser, main
+from tests import models
+
+QUICK = ["--sigmas", "0.4,0.5", "--draws", "2", "--layers", "0"]
+SUMS = ["probe", "--prompts", "4", *QUICK]
+CHARACTERS = "".join(chr(c) for c in range(32, 126)) + "\n"  # with the unknown and bos: VOCAB
+PROSE = "It is a truth universally acknowledged, that a single man must be in want of a wife. "
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Exit code, standard output and standard error of a command."""
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(argv)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """What `SUMS` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(SUMS) == 0
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def wanted() -> hooks.CollapseReport:
+    """What Python gives for `SUMS`."""
+    split = loading.trained_on(loading.find("addition-pre"))
+    assert split is not None
+    ids = text.sums(split, 4, seed=0).ids
+    model = loading.load_model("addition-pre")
+    return hooks.collapse_probe(model, ids, sigmas=[0.4, 0.5], draws=2, layers=[0])
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a command gives to `collapse_probe`, which then refuses to go on."""
+    given: dict[str, Any] = {}
+
+    def probe(model: Any, tokens: Any, **options: Any) -> None:
+        given.update(options, tokens=tokens)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(hooks, "collapse_probe", probe)
+    return given
+
+
+def characters() -> Any:
+    """A tokenizer of single characters with a bos of its own, 97 tokens in all."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<bos>", "<unk>", *CHARACTERS]
+    words = kinds.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
+    backend = Tokenizer(words)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<bos>",
+        unk_token="<unk>",
+        pad_token="<bos>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny GPT-2 as Hugging Face saves it, context 64."""
+    folder = tmp_path_factory.mktemp("tiny-gpt2")
+    models.tiny_hf(GPT2LMHeadModel, models.tiny_gpt2_config()).save_pretrained(folder)
+    characters().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def neo_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A family whose scores hook carries the pattern, so that no number can be trusted."""
+    folder = tmp_path_factory.mktemp("tiny-gpt-neo")
+    config = GPTNeoConfig(
+        vocab_size=models.VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global"], 2]],
+        max_position_embeddings=models.N_CTX,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    models.tiny_hf(GPTNeoForCausalLM, config).save_pretrained(folder)
+    characters().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def ours_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One of our models saved by a user: no card."""
+    folder = tmp_path_factory.mktemp("ours")
+    qkvnorm_lens.save_pretrained(load_checkpoint(), folder)
+    return str(folder)
+
+
+# -- the package ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", qkvnorm_lens.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(qkvnorm_lens, name) is not None
+    assert name in dir(qkvnorm_lens)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        qkvnorm_lens.nothing  # noqa: B018
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = "import sys, qkvnorm_lens.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "transformer_lens", "numpy", "pandas", "matplotlib", "hooks"}
+    assert not heavy & set(done.stdout.split())
+
+
+# -- the parser agrees with the library -----------------------------------------------------------
+
+
+def _action(name: str) -> Any:
+    args = build_parser()
+    (commands,) = (a for a in args._actions if a.choices and "probe" in a.choices)
+    probe = commands.choices["probe"]
+    return next(a for a in probe._actions if a.dest == name)
+
+
+def test_choices_are_the_librarys() -> None:
+    assert set(_action("law").choices) == set(hooks.LAWS)
+    assert set(_action("shared").choices) == set(get_args(noise.Shared))
+    assert set(_action("method").choices) == {"exact", "sample"}
+
+
+@pytest.mark.parametrize("name", ["on", "method", "law", "shared", "sparse", "draws", "seed"])
+def test_defaults_are_the_librarys(name: str) -> None:
+    assert _action(name).default == inspect.signature(hooks.collapse_probe).parameters[name].default
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("0.01,0.05", [0.01, 0.05]),
+        ("1%, 5%", [0.01, 0.05]),
+        ("0.1:0.3:3", [0.1, 0.2, 0.3]),
+        ("0%:50%:2", [0, 0.5]),
+    ],
+)
+def test_sigmas(given: str, wanted: list[float]) -> None:
+    assert _probe.sigmas(given) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("3", [3]), ("0,5-7", [0, 5, 6, 7])])
+def test_layers(given: str, wanted: list[int]) -> None:
+    assert _probe.layers(given) == wanted
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nothing"],
+        ["probe", "--sigmas", "much"],
+        ["probe", "--sigmas", "0.1:0.2"],
+        ["probe", "--layers", "7-5"],
+        ["probe", "--layers", "first"],
+        ["probe", "--law", "cauchy"],
+        ["probe", "--prompts", "0"],
+        ["probe", "--seed", "-1"],
+        ["probe", "--text", "a", "--file", "b"],
+        ["models", "addition-pre"],
+    ],
+)
+def test_wrong_usage_is_2(run: Run, argv: list[str]) -> None:
+    code, out, err = run(*argv)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("usage: ")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["probe", "--help"], ["models", "--help"]])
+def test_help(run: Run, argv: list[str]) -> None:
+    code, out, err = run(*argv)
+    assert code == 0
+    assert out.startswith("usage: ")
+    assert err == ""
+
+
+def test_version_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qkvnorm_lens", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert done.stdout == f"qkvnorm-lens {qkvnorm_lens.__version__}\n"
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+def test_models_lists_every_shipped_model(run: Run) -> None:
+    code, out, err = run("models")
+    assert (code, err) == (0, "")
+    for name in checkpoints():
+        (line,) = (line for line in out.splitlines() if line.startswith(f"{name} "))
+        card = checkpoint_card(name)
+        assert f"{card['parameters']:,}" in line
+        for measured in card["accuracy"].values():
+            assert f"{100 * measured['per_token']:.1f}%" in line
+    assert json.loads(run("models", "--json")[1]) == {n: checkpoint_card(n) for n in checkpoints()}
+
+
+# -- an addition model ----------------------------------------------------------------------------
+
+
+def test_probe_prints_tables(printed: str, wanted: hooks.CollapseReport) -> None:
+    assert wanted.n_sparse > 50
+    assert printed.startswith(wanted.summary())
+    rates, rest = printed.split("Share of sparse rows")[1].split("Heads, most fragile first")
+    lines = [line.split() for line in rates.splitlines()]
+    assert [line[0] for line in lines[2:4]] == ["40%", "50%"]
+    loose = wanted.to_frame("model")["loose"].iloc[1]
+    assert lines[3][1] == f"{100 * loose:.3g}"
+    heads = _tables.heads(wanted)
+    first = heads[heads["rows"] >= _tables.MIN_ROWS].nsmallest(1, "sigma_at").iloc[0]
+    assert rest.splitlines()[2].split()[:2] == [
+        f"L{first['layer']:.0f}H{first['head']:.0f}",
+        _tables.percent(first["sigma_at"]),
+    ]
+    row = wanted.fragile(1).iloc[0]
+    listed = rest.split("Rows that go first")[1].splitlines()[2]
+    assert listed.split()[0] == _tables.percent(row["sigma"])
+    assert f'{row["jump_pos"]} "{row["jump_token"]}"' in listed
+    assert "".join(wanted.tokens[row["prompt"]][: row["query_pos"] + 1]) in listed
+
+
+def test_json_is_what_python_gives(run: Run, wanted: hooks.CollapseReport) -> None:
+    code, out, err = run(*SUMS, "--json", "--fragile", "7")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    for key, frame in (("rates", wanted.to_frame("model")), ("fragile", wanted.fragile(7))):
+        given = pd.DataFrame(told[key], columns=list(frame.columns))
+        pd.testing.assert_frame_equal(given.astype(frame.dtypes), frame)
+    by_head = wanted.sigma_at(0.01, by="head")
+    assert isinstance(by_head, pd.DataFrame)
+    for head in told["heads"]:
+        value = by_head.loc[head["layer"], head["head"]]
+        if head["sigma_at"] is None:  # never, or no rows
+            assert not np.isfinite(value)
+            assert np.isinf(value) == (head["rows"] > 0)
+        else:
+            assert head["sigma_at"] == value
+    assert told["sigma_at"]["model"] == wanted.sigma_at(0.01)
+    assert told["sigma_at"]["content"] == wanted.sigma_at(0.01, content=True)
+    assert told["rows"]["sparse"] == wanted.n_sparse
+    assert told["settings"]["sigmas"] == [0.4, 0.5]
+    assert told["model"] == wanted.model
+    assert told["summary"] == wanted.summary()
+
+
+def test_out_writes_everything_and_the_report_loads(
+    run: Run, tmp_path: Path, printed: str, wanted: hooks.CollapseReport
+) -> None:
+    folder = tmp_path / "new" / "folder"
+    assert run(*SUMS, "--out", str(folder)) == (0, printed, "")
+    assert {p.name for p in folder.iterdir()} == {
+        "report.safetensors",
+        "frame.csv",
+        "summary.txt",
+        "collapse.png",
+        "heads.png",
+    }
+    report = hooks.CollapseReport.load(folder / "report.safetensors")
+    pd.testing.assert_frame_equal(report.to_frame(), wanted.to_frame())
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "frame.csv"), wanted.to_frame())
+    assert (folder / "summary.txt").read_text(encoding="utf-8") == printed
+    assert (folder / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_only_the_figures_are_missing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_probe.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run(*SUMS, "--out", str(tmp_path))
+    assert code == 0
+    assert "pip install 'qkvnorm-lens[plots]'" in err
+    assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".csv", ".txt"}
+
+
+def test_lines_of_sums(run: Run, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = "[12+34-N5=51\n\n  [7-9=N2\n"
+    ids = [[VOCAB.index(c) for c in row] for row in ("[12+34-N5=51", "[7-9=N2")]
+    _refused(run("probe", "--text", sums), "enough")
+    assert seen["tokens"] == ids
+    monkeypatch.setattr(sys, "stdin", io.StringIO(sums))
+    run("probe", "--file", "-")
+    assert seen["tokens"] == ids
+    _, _, err = run("probe", "--text", sums, "--prompts", "1")
+    assert "1 of 2 lines left out" in err
+    assert seen["tokens"] == ids[:1]
+
+
+def test_a_directory_of_ours(run: Run, ours_dir: str, printed: str) -> None:
+    argv = ["probe", ours_dir, *SUMS[1:]]
+    _refused(run(*argv), "--split")
+    code, out, _ = run(*argv, "--split", "small-train")
+    assert code == 0
+    assert out.splitlines()[1:] == printed.splitlines()[1:]  # but the name
+
+
+def test_every_option_reaches_the_probe(run: Run, seen: dict[str, Any]) -> None:
+    argv = ["--method", "sample", "--layers", "0,2-3", "--law", "lognormal", "--shared", "heads"]
+    argv += ["--on", "k", "--sparse", "0.9", "--seed", "3", "--draws", "5", "--sigmas", "1%"]
+    _refused(run("probe", *argv, "--batch-size", "2", "--prompts", "9"), "enough")
+    assert len(seen.pop("tokens")) == 9
+    assert seen == {
+        "sigmas": [0.01],
+        "on": "k",
+        "law": "lognormal",
+        "method": "sample",
+        "shared": "heads",
+        "sparse": 0.9,
+        "layers": [0, 2, 3],
+        "draws": 5,
+        "seed": 3,
+        "batch_size": 2,
+    }
+    run("probe")
+    assert len(seen["tokens"]) == 128
+    assert seen["batch_size"] > 8
+
+
+def test_noise_that_never_moves_an_arg_max(run: Run) -> None:
+    code, out, _ = run(*SUMS, "--on", "v")
+    assert code == 0
+    assert "never moves an arg max" in out
+    assert "most fragile" not in out
+
+
+def test_no_sparse_rows_is_said(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run(*SUMS, "--sparse", "1", "--out", str(tmp_path))
+    assert code == 0
+    assert "No sparse row" in out
+    assert "Share of sparse rows" not in out
+    assert (tmp_path / "heads.png").exists()
+
+
+def test_bfloat16(run: Run) -> None:
+    code, out, _ = run(*SUMS, "--dtype", "bfloat16", "--json")
+    assert code == 0
+    assert json.loads(out)["model"]["dtype"] == "bfloat16"
+
+
+# -- a language model -----------------------------------------------------------------------------
+
+
+def test_long_text_is_cut_and_the_rest_is_named(run: Run, gpt2_dir: str) -> None:
+    argv = ["probe", gpt2_dir, *QUICK, "--text", 3 * PROSE, "--length", "33", "--prompts", "3"]
+    code, out, err = run(*argv, "--json")
+    assert code == 0
+    left_out = f"{len(3 * PROSE) - 3 * 32} of {len(3 * PROSE)} tokens of the text left out"
+    assert err.startswith(f"qkvnorm-lens: {left_out}")
+    assert len(err.splitlines()) == 1
+    read = json.loads(out)["read"]
+    assert read["tokens"] == 3 * 33  # with bos
+    assert read["left_out"].startswith(left_out)
+
+
+def test_windows_hold_the_whole_text_behind_bos(gpt2_dir: str) -> None:
+    model = loading.load_model(gpt2_dir)
+    given = 2 * PROSE
+    cut = text.windows(model, given, length=20, limit=100)
+    assert all(window[0] == model.tokenizer.bos_token_id for window in cut.ids)
+    assert max(map(len, cut.ids)) == 20
+    joined = [token for window in cut.ids for token in window[1:]]
+    assert joined == model.to_tokens(given, prepend_bos=False, truncate=False)[0].tolist()
+    assert cut.left_out == ""
+    assert text.windows(model, given).ids[0] == model.to_tokens(given)[0].tolist()[: models.N_CTX]
+
+
+def test_a_file_and_standard_input_and_text_are_the_same(
+    run: Run,
+    gpt2_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seen: dict[str, Any],
+) -> None:
+    (tmp_path / "story.txt").write_text(PROSE, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROSE))
+    read = []
+    for given in (["--text", PROSE], ["--file", str(tmp_path / "story.txt")], ["--file", "-"]):
+        _refused(run("probe", gpt2_dir, *given), "enough")
+        read.append(seen["tokens"])
+    assert read[0] == read[1] == read[2]
+    assert sum(map(len, read[0])) == len(PROSE) + 2  # a window for 63 characters, with bos
+
+
+def test_the_built_in_passage_is_long_enough_and_named(run: Run, gpt2_dir: str) -> None:
+    code, out, err = run("probe", gpt2_dir, *QUICK, "--prompts", "2", "--no-sinks")
+    assert code == 0
+    assert "of the built-in passage (Pride and Prejudice, chapter 1)" in out
+    assert "sinks left out" in out.split("Rows that go first")[1].splitlines()[0]
+    assert " sink " not in out.split("Rows that go first")[1]
+    assert len(text.passage().split()) > 800
+    assert "left out" in err
+
+
+def test_third_parties_are_quiet(gpt2_dir: str) -> None:
+    """Nothing but what we say, on either stream of a real process."""
+    argv = ["probe", gpt2_dir, *QUICK, "--text", PROSE, "--length", "30", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qkvnorm_lens", *argv], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"]["sparse"] > 0
+    assert done.stderr == ""
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def _refused(answer: tuple[int, str, str], *words: str) -> None:
+    code, out, err = answer
+    assert code == 1
+    assert out == ""
+    assert err.startswith("qkvnorm-lens: error: ")
+    assert len(err.splitlines()) == 1
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["./nowhere"], ["'./nowhere'", "addition-pre"]),
+        (["a/b/c"], ["'a/b/c'"]),
+        ([__file__], ["a file"]),
+        ([os.path.dirname(__file__)], ["config.json"]),
+        (["--sigmas", "0.9"], ["sigma", "0.9"]),
+        (["--sigmas=-0.1"], ["sigma"]),
+        (["--sigmas", "0.25", "--law", "gaussian"], ["0.2"]),
+        (["--on", "x"], ["'x'"]),
+        (["--layers", "9"], ["9"]),
+        (["--draws", "-1"], ["draws"]),
+        (["--batch-size", "0"], ["batch_size"]),
+        (["--sparse", "2"], ["sparse"]),
+        (["--device", "nonsense"], ["--device nonsense"]),
+        (["--device", "cuda:77"], ["--device cuda:77"]),
+        (["--split", "huge"], ["'huge'", "small-train"]),
+        (["--length", "5"], ["--length"]),
+        (["--text", ""], ["text"]),
+        (["--text", "[1+2=\nwhat"], ["line 2"]),
+        (["--text", "[1+2=*"], ["line 1"]),
+        (["--text", "1+2="], ["line 1"]),
+        (["--text", "[" + 40 * "1"], ["line 1", "32"]),
+        (["--text", "["], ["2 tokens"]),
+        (["--text", __file__], ["--file"]),
+        (["--file", "nowhere.txt"], ["nowhere.txt", "No such file"]),
+        (["--file", sys.executable], ["UTF-8"]),
+        (["--out", __file__], ["exists"]),
+    ],
+)
+def test_expected_errors_are_one_line(run: Run, argv: list[str], words: list[str]) -> None:
+    _refused(run("probe", *argv), *words)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--text", "  \n"], ["text", "empty"]),
+        (["--length", "65"], ["64"]),
+        (["--length", "1"], ["length"]),
+        (["--split", "small-train"], ["addition model"]),
+    ],
+)
+def test_expected_errors_of_language_models(
+    run: Run, gpt2_dir: str, argv: list[str], words: list[str]
+) -> None:
+    _refused(run("probe", gpt2_dir, *argv), *words)
+
+
+def test_an_unsupported_family_is_refused_by_name(run: Run, neo_dir: str) -> None:
+    _refused(run("probe", neo_dir, "--text", PROSE), "layer 0", "softmaxed pattern")
+
+
+def test_an_id_that_is_not_cached_says_how_to_go_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    answer = run("probe", "some/model")
+    _refused(answer, "'some/model'", "path/to/model", "save_pretrained", "addition-pre")
+
+
+def test_a_directory_that_lacks_weights_or_tokenizer(
+    run: Run, gpt2_dir: str, tmp_path: Path
+) -> None:
+    config = (Path(gpt2_dir) / "config.json").read_bytes()
+    (tmp_path / "config.json").write_bytes(config)
+    _refused(run("probe", str(tmp_path)), "model.safetensors")
+    weights = (Path(gpt2_dir) / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    _refused(run("probe", str(tmp_path)), "tokenizer")
+    (tmp_path / "config.json").write_text("{")
+    _refused(run("probe", str(tmp_path)), "config.json", "JSON")
+
+
+def test_an_error_can_be_traced(run: Run) -> None:
+    with pytest.raises(ValueError, match="sigma"):
+        run("probe", "--sigmas", "0.9", "--traceback")
+
+
+def test_interrupted_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hooks, "collapse_probe", interrupted)
+    assert run(*SUMS) == (130, "", "qkvnorm-lens: interrupted\n")
+
+
+def test_too_little_memory_says_what_helps(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(hooks, "collapse_probe", full)
+    _refused(run(*SUMS), "out of memory", "--batch-size")
+
+
+def test_a_terminal_without_the_characters_still_gets_an_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", plain)
+    assert main(SUMS) == 0
+    assert b"\\xb1" in plain.buffer.getvalue()  # the plus-minus sign
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    argv = [sys.executable, "-m", "qkvnorm_lens", "models", "--json"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate()
+    assert (process.returncode, err) == (0, b"")
+
+
+# -- gpt2, by its name, offline -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_probe_gpt2_end_to_end_offline(gpt2_hub_cache: Path, tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("qkvnorm-lens")
+    argv = ["probe", "gpt2", "--json", "--out", str(tmp_path), "--length", "64", "--prompts", "2"]
+    done = subprocess.run(
+        [command, *argv, *QUICK],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_CACHE": str(gpt2_hub_cache), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == 1  # what was left out
+    told = json.loads(done.stdout)
+    report = hooks.CollapseReport.load(tmp_path / "report.safetensors")
+    assert report.n_sparse > 1000
+    assert told["model"]["name"] == "gpt2"
+    assert told["rates"][-1]["loose"] == report.to_frame("model")["loose"].iloc[-1] > 0
+    assert report.tokens[0][:4] == ("<|endoftext|>", "It", " is", " a")
