@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _rows(
     items = list(tokens)
     if not items:
         raise ValueError("tokens: wanted one prompt or more; got none")
-    if all(isinstance(item, int) for item in items):
+    if all(isinstance(item, Integral) for item in items):
         items = [items]
     rows = []
     for index, item in enumerate(items):

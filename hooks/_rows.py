@@ -21,7 +21,6 @@ from hooks.scores import split
 from hooks.sites import LayerSites
 
 _CHUNK = 1 << 18  # score elements worked on at once
-_NEGLIGIBLE = 1.0  # competitors with a critical half-width of 1 or more never win
 
 
 class Tally:
@@ -142,10 +141,7 @@ class _Field:
     s: Float[Tensor, "row competitor"]
     beta: Float[Tensor, "row competitor"] | None
     half_width: Float[Tensor, "row competitor"]
-
-    @property
-    def valid(self) -> Bool[Tensor, "row competitor"]:
-        return self.half_width < _NEGLIGIBLE
+    valid: Bool[Tensor, "row competitor"]
 
     def __getitem__(self, index: Tensor) -> _Field:
         return _Field(
@@ -155,6 +151,7 @@ class _Field:
             self.s[index],
             None if self.beta is None else self.beta[index],
             self.half_width[index],
+            self.valid[index],
         )
 
 
@@ -259,10 +256,13 @@ class LayerReducer:
             s_star, rows.s, beta, noise_on_q=self.on_q, noise_on_k=self.on_k
         ).masked_fill(~rows.mask, math.inf)
         a.scatter_(1, rows.star[:, None], math.inf)
-        able = int((a < _NEGLIGIBLE).sum(1).max()) if len(a) else 0
-        half_width, index = (
-            a.topk(able, dim=1, largest=False) if able else (a[:, :0], a[:, :0].long())
-        )
+        able = a < math.inf
+        if beta is not None and self.law.name != "uniform":
+            # A half-width never exceeds 1, but these laws' factors may exceed 2.
+            able = rows.mask.scatter(1, rows.star[:, None], False)
+        most = int(able.sum(1).max()) if len(a) else 0
+        half_width, index = a.masked_fill(~able, math.nan).sort(1)
+        half_width, index = half_width[:, :most], index[:, :most]
         return _Field(
             rows,
             s_star,
@@ -270,13 +270,14 @@ class LayerReducer:
             rows.s.gather(1, index),
             None if beta is None else beta.gather(1, index),
             half_width,
+            able.gather(1, index),
         )
 
     def _keep(self, field: _Field) -> None:
         """Rows that can collapse at all go into the table."""
         if field.index.shape[1] == 0:
             return
-        field = field[field.half_width[:, 0] < _NEGLIGIBLE]
+        field = field[field.valid[:, 0]]
         if not len(field.s_star):
             return
         n = self.tally.competitors
@@ -340,7 +341,7 @@ class LayerReducer:
     def _within_reach(self, field: _Field) -> Tensor:
         if field.index.shape[1] == 0:
             return torch.zeros(len(field.s_star), dtype=torch.bool, device=field.s_star.device)
-        return field.half_width[:, 0] < min(self.reach, _NEGLIGIBLE)
+        return field.valid[:, 0] & (field.half_width[:, 0] <= self.reach)
 
     def _sample_draw(self, name: str, field: _Field, draw: int, count_loose: bool) -> None:
         rows = field.rows

@@ -34,7 +34,7 @@ def rate_of_rows(
     table = report.table
     out = np.zeros(len(rows))
     reach = math.sqrt(3) * sigma if report.settings.law == "uniform" else math.inf
-    within = np.flatnonzero(table.half_width[rows] < reach)
+    within = np.flatnonzero(table.half_width[rows] <= reach)
     for part in np.array_split(within, len(within) // _ROWS_AT_ONCE + 1):
         picked = rows[part]
         s, beta = table.competitors(picked)

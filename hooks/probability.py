@@ -26,7 +26,7 @@ from hooks.laws import Law
 _NODES = 10  # Gauss-Legendre nodes per panel: exact for polynomials of degree 19
 _MANY = 16  # up to so many linear factors a panel's rule is exact, beyond it panels get finer
 _TURNS = 96  # nearest competitors whose turns split panels, where there are many
-_FEW_NODES = 6  # nodes of the many short panels then
+_FEW_NODES = 4  # nodes of the many short panels then
 _DYADIC = 12  # extra panels towards an end where many competitors together fall steeply
 _Q_PANELS = 12  # panels of the outer integral over f_q
 _GRID_PANELS = 24  # per axis of the quick rule, two nodes each
@@ -155,7 +155,9 @@ def collapse_probability(
         block = rows[(counts[rows] <= size) & (counts[rows] > size // 2)]
         per_row = _elements_per_row(size, law, beta is not None, noise_on_q, quick)
         for part in block.split(max(1, _BUDGET // per_row)):
-            first = a_star[part].topk(min(size, s.shape[1]), dim=1, largest=False).indices
+            # Nearest first; never-winning competitors of an unbounded law before padding.
+            near = a_star[part].clamp(max=2).masked_fill(~valid[part], math.inf)
+            first = near.topk(min(size, s.shape[1]), dim=1, largest=False).indices
             out[part] = _integrate(
                 s_star[part],
                 s[part].gather(1, first),
@@ -297,17 +299,34 @@ def _stays(
         far = torch.where(active > own.mean(1), own[:, 0], own[:, -1])
         towards = active[:, None] + (far - active)[:, None] * span
         grid = torch.cat([grid, towards.clamp(own[:, :1], own[:, -1:])], 1).sort(1).values
-        nodes = _FEW_NODES if law.name == "uniform" else _NODES
+        if law.name == "uniform" and n_t > _TURNS // 2:
+            nodes = _FEW_NODES  # so many turns that every panel is short
     elif law.name == "uniform":
         nodes = n_t // 2 + 1  # a product of n_t linear factors: exact
     f, weight = _panels(grid, nodes)
     weight = weight * law.density(f, sigma[:, None])
-    threshold = (f * s_star[:, None])[:, :, None]
-    if beta is not None:
-        threshold = threshold + beta[:, None, :]
-    stays = _not_winning(threshold, s[:, None, :], valid[:, None, :], sigma, law)
+    if law.name == "uniform" and not bool((valid & (s == 0)).any()):
+        stays = _clipped_lines(f, s_star, s, sigma, valid, beta)
+    else:
+        threshold = (f * s_star[:, None])[:, :, None]
+        if beta is not None:
+            threshold = threshold + beta[:, None, :]
+        stays = _not_winning(threshold, s[:, None, :], valid[:, None, :], sigma, law)
     # The law's truncated tail is normalised away.
     return (stays.prod(2) * weight).sum(1) / weight.sum(1)
+
+
+def _clipped_lines(
+    f: Tensor, s_star: Tensor, s: Tensor, sigma: Tensor, valid: Tensor, beta: Tensor | None
+) -> Tensor:
+    """:func:`_not_winning` of the uniform law, a clipped line in f_*, in three passes."""
+    a = math.sqrt(3) * sigma[:, None]
+    slope = s_star[:, None] / (2 * a * s)
+    level = 0.5 - 0.5 / a + (0 if beta is None else beta / (2 * a * s))
+    slope, level = torch.where(s > 0, slope, -slope), torch.where(s > 0, level, 1 - level)
+    slope, level = slope.masked_fill(~valid, 0.0), level.masked_fill(~valid, 1.0)
+    lines = torch.baddbmm(level[:, None, :], f[:, :, None], slope[:, None, :])
+    return lines.clamp_(0, 1)
 
 
 def _not_winning(threshold: Tensor, s: Tensor, valid: Tensor, sigma: Tensor, law: Law) -> Tensor:
