@@ -43,7 +43,7 @@ class Defaults:
 PAPER_STEPS: Final = 110_000_000 // 128  # Menary et al. 2024, appendix on training
 DEFAULTS: Final = {
     "small": Defaults("small-train", "modern", 10_000),
-    "study": Defaults("easy-train", "modern", 6_000),
+    "study": Defaults("pairs-train", "modern", 6_000),
     "baseline": Defaults("paper-train", "paper", PAPER_STEPS),
     "alternate": Defaults("paper-train", "paper", PAPER_STEPS),
     "large": Defaults("large-train", "paper", PAPER_STEPS),
@@ -68,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument(
         "--save-every", type=_positive, default=500, metavar="N", help="steps between states [500]"
+    )
+    where.add_argument(
+        "--eval-rows",
+        type=_positive,
+        default=4000,
+        metavar="N",
+        help="sums to measure accuracy on for the log, every 1000 steps and at the last [4000]",
     )
     where.add_argument(
         "--test-rows",
@@ -189,6 +196,7 @@ def plan(args: argparse.Namespace) -> Run:
         seed=args.seed or 0,
         bf16=args.bf16,
         length_parts=min(2, args.batch_size or 2),
+        eval_rows=args.eval_rows,
     )
 
 

@@ -21,7 +21,18 @@ from qkvnorm_lens.config import NAMED, NormSpec, named_config
 from qkvnorm_lens.training import RECIPES, TEST_SEED, Trainer, evaluate, get_recipe
 
 TINY: dict[str, Any] = {"n_layers": 1, "d_model": 16, "d_head": 8, "n_heads": 2, "d_mlp": 16}
-SMALL = ["--steps", "12", "--batch-size", "8", "--threads", "1", "--test-rows", "50"]
+SMALL = [
+    "--steps",
+    "12",
+    "--batch-size",
+    "8",
+    "--threads",
+    "1",
+    "--test-rows",
+    "50",
+    "--eval-rows",
+    "20",
+]
 Command = Callable[..., tuple[int, str, str]]
 
 
