@@ -130,6 +130,27 @@ def _integral(
     )
 
 
+def unbiased_uniform(s_star: float, s: np.ndarray, sigma: float) -> float:
+    """Collapse probability without a bias under uniform noise, for any number of competitors.
+
+    Between the points where a competitor's distribution function has a corner the integrand is a
+    polynomial of degree len(s): one Gauss-Legendre rule is exact.
+    """
+    if s_star == 0:
+        return 0.0
+    a = math.sqrt(3) * sigma
+    edges = np.unique(
+        np.clip(np.r_[1 - a, 1 + a, (1 - a) * s / s_star, (1 + a) * s / s_star], 1 - a, 1 + a)
+    )
+    x, w = np.polynomial.legendre.leggauss(len(s) // 2 + 1)
+    half, centre = np.diff(edges)[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
+    bound = (centre + half * x)[..., None] * s_star
+    with np.errstate(divide="ignore", invalid="ignore"):
+        below = np.clip((bound / s - 1 + a) / (2 * a), 0, 1)
+    stays = np.where(s > 0, below, np.where(s < 0, 1 - below, bound >= 0)).prod(-1)
+    return 1 - float((stays * w * half).sum() / (2 * a))
+
+
 def drawn_rate(
     s_star: float,
     s: Sequence[float],
