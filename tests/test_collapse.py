@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -153,7 +152,7 @@ def test_factors_above_two_count(on: str, method: Any) -> None:
     of 0.5 and less, and what the probe counts is held against the definition.
     """
     sites = attention_sites(models.tiny_bloom()).layer(0)
-    n_pos, draws, sigma = 12, 200, 2.5
+    n_pos, draws, sigma = 6, 200, 2.5
     generator = torch.Generator().manual_seed(0)
     s = 0.1 * torch.randn(1, 4, n_pos, n_pos, generator=generator)
     bias = torch.zeros_like(s)
@@ -177,7 +176,7 @@ def test_factors_above_two_count(on: str, method: Any) -> None:
             f = f * at.factors(role="k", **how).transpose(1, 2)[:, :, None, :]
         noisy = (f * s + bias).masked_fill(~mask, -torch.inf)
         moved += int((noisy.argmax(-1) != 0).sum())
-    assert moved > 100
+    assert moved > 400
     rate = float(tally.sums["loose"].sum()) / int(tally.rows.sum())
     wanted = moved / draws / int(tally.rows.sum())
     assert rate == pytest.approx(wanted, abs=1e-9 if method == "sample" else 0.15 * wanted)
@@ -695,16 +694,22 @@ def test_sabotage_is_noticed_although_another_hook_was_fine() -> None:
     """A hook that came and went must not vouch for one that happens to lie at its address."""
     model = models.tiny_gpt2()
     point = model.hook_dict[attn(0, "attn_scores")]
-    for _ in range(5):
+    vouched = set()
+    for _ in range(20):
         point.add_hook(lambda w, hook: w)
+        vouched.add(id(point.fwd_hooks[0]))
         attention_sites(model)
         model.reset_hooks()
-        gc.collect()  # and its address is free
+    met = 0
+    for _ in range(2000):
         point.add_hook(lambda w, hook: _bent(w))
-        with pytest.raises(UnsupportedModelError):
-            attention_sites(model)
+        if id(point.fwd_hooks[0]) in vouched:
+            met += 1
+            with pytest.raises(UnsupportedModelError):
+                attention_sites(model)
         model.reset_hooks()
-        gc.collect()
+        if met == 3:
+            break
 
 
 def test_doubled_scores_are_another_model_not_a_broken_one() -> None:

@@ -16,11 +16,15 @@ import torch
 
 from hooks import CollapseReport, attention_sites, collapse_probe
 from tests import models
-from tests.watching import attn, one_thread, tiny_gemma2, watch
+from tests.watching import attn, one_thread, shape_checks_off, watch
 
 ids = models.tokens()
 SIGMAS = [0.05, 0.1, 0.2, 0.3, 0.5]
-ALL = {**models.TINY, "gemma2": tiny_gemma2}
+ALL = {  # plain, with a bias, with a shield
+    "llama": models.tiny_llama,
+    "bloom": models.tiny_bloom,
+    "qwen3": models.tiny_qwen3,
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -126,8 +130,6 @@ def test_without_draws_the_strict_rate_is_unknown_not_zero(llama: Any) -> None:
 
 
 def test_an_unknown_pooling_is_refused(llama: Any) -> None:
-    from tests.watching import shape_checks_off
-
     report = probe(llama)
     with shape_checks_off():
         for call in (report.to_frame, lambda by: report.sigma_at(by=by)):
