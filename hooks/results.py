@@ -124,7 +124,7 @@ class CollapseReport:
 
         Columns:
             rows, sinks: sparse rows; those that attend to the first token.
-            loose, strict: share of the sparse rows that collapse.
+            loose, strict: share of the sparse rows that collapse (strict: NaN without draws).
             loose_content: the loose share with the sinks left out.
             loose_centred: the loose share in the centred gauge.
             score_level: mean q.k part of the attended score.
@@ -157,6 +157,9 @@ class CollapseReport:
                 "se_prompts": _se_prompts(sums["loose"].sum(-1), rows.sum(-1)),
             }
             level = pool(self.level, 0).sum((-1, -2)) / total
+        if self.settings.draws == 0:  # the strict rate is only ever sampled
+            for name in ("strict", "se_strict"):
+                columns[name] = np.full_like(columns["loose"], np.nan)
         shape = columns["loose"].shape
         grids = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
         frame = pd.DataFrame({"sigma": np.asarray(self.settings.sigmas)[grids[0].ravel()]})
