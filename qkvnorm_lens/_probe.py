@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _noise(parser.add_argument_group("noise"))
     where = parser.add_argument_group("how it runs")
     where.add_argument("--batch-size", type=int, metavar="N", help="prompts per forward pass")
+    where.add_argument(
+        "--competitors",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="tokens to remember of each row, for the sigma at which 1%% collapse [128]",
+    )
     where.add_argument("--device", help="cpu, cuda, cuda:1, ... [an accelerator, else cpu]")
     where.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="[as saved; else float32]"
@@ -297,6 +304,7 @@ def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> Collap
             draws=args.draws,
             seed=args.seed,
             batch_size=batch_size,
+            competitors=args.competitors,
         )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(

@@ -117,20 +117,27 @@ def _load(source: Source, device: Any, dtype: torch.dtype | None) -> Transformer
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bar for reading weights, no word on retries; warnings about weights stay."""
+    """No bar for reading weights, no word on retries or old names; warnings on weights stay."""
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")
+    root, hub = logging.getLogger(), logging.getLogger("huggingface_hub")
     level = hub.level
     transformers_logging.disable_progress_bar()
     hub.setLevel(logging.ERROR)
+    root.addFilter(_not_an_old_name)
     try:
         yield
     finally:
+        root.removeFilter(_not_an_old_name)
         hub.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _not_an_old_name(record: logging.LogRecord) -> bool:
+    """TransformerLens's own aliases, such as gpt2-small, are welcome here."""
+    return not record.getMessage().startswith("DEPRECATED: You are using a deprecated, model_name")
 
 
 def _why(source: Source, error: Exception) -> str:

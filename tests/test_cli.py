@@ -33,6 +33,9 @@ SUMS = ["probe", "--prompts", "4", *QUICK]
 CHARACTERS = "".join(chr(c) for c in range(32, 126)) + "\n"  # with the unknown and bos: VOCAB
 PROSE = "It is a truth universally acknowledged, that a single man must be in want of a wife. "
 
+# One thread: of several, those that wait for a busy core would spin.
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -174,7 +177,9 @@ def test_choices_are_the_librarys() -> None:
     assert set(_action("method").choices) == {"exact", "sample"}
 
 
-@pytest.mark.parametrize("name", ["on", "method", "law", "shared", "sparse", "draws", "seed"])
+@pytest.mark.parametrize(
+    "name", ["on", "method", "law", "shared", "sparse", "draws", "seed", "competitors"]
+)
 def test_defaults_are_the_librarys(name: str) -> None:
     assert _action(name).default == inspect.signature(hooks.collapse_probe).parameters[name].default
 
@@ -352,7 +357,8 @@ def test_a_directory_of_ours(run: Run, ours_dir: str, printed: str) -> None:
 def test_every_option_reaches_the_probe(run: Run, seen: dict[str, Any]) -> None:
     argv = ["--method", "sample", "--layers", "0,2-3", "--law", "lognormal", "--shared", "heads"]
     argv += ["--on", "k", "--sparse", "0.9", "--seed", "3", "--draws", "5", "--sigmas", "1%"]
-    _refused(run("probe", *argv, "--batch-size", "2", "--prompts", "9"), "enough")
+    rest = ["--batch-size", "2", "--prompts", "9", "--competitors", "7"]
+    _refused(run("probe", *argv, *rest), "enough")
     assert len(seen.pop("tokens")) == 9
     assert seen == {
         "sigmas": [0.01],
@@ -365,6 +371,7 @@ def test_every_option_reaches_the_probe(run: Run, seen: dict[str, Any]) -> None:
         "draws": 5,
         "seed": 3,
         "batch_size": 2,
+        "competitors": 7,
     }
     run("probe")
     assert len(seen["tokens"]) == 128
@@ -450,7 +457,7 @@ def test_third_parties_are_quiet(gpt2_dir: str) -> None:
     """Nothing but what we say, on either stream of a real process."""
     argv = ["probe", gpt2_dir, *QUICK, "--text", PROSE, "--length", "30", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "qkvnorm_lens", *argv], capture_output=True, text=True
+        [sys.executable, "-m", "qkvnorm_lens", *argv], capture_output=True, text=True, env=ALONE
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"]["sparse"] > 0
@@ -524,14 +531,15 @@ def test_an_unsupported_family_is_refused_by_name(run: Run, neo_dir: str) -> Non
     _refused(run("probe", neo_dir, "--text", PROSE), "layer 0", "softmaxed pattern")
 
 
+@pytest.mark.parametrize("name", ["some/model", "unheard-of", "bert-base-uncased"])
 def test_an_id_that_is_not_cached_says_how_to_go_on(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    answer = run("probe", "some/model")
-    _refused(answer, "'some/model'", "path/to/model", "save_pretrained", "addition-pre")
+    answer = run("probe", name)
+    _refused(answer, f"'{name}'", "path/to/model", "save_pretrained", "addition-pre")
 
 
 def test_a_directory_that_lacks_weights_or_tokenizer(
@@ -598,7 +606,7 @@ def test_probe_gpt2_end_to_end_offline(gpt2_hub_cache: Path, tmp_path: Path) -> 
         [command, *argv, *QUICK],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_CACHE": str(gpt2_hub_cache), "HF_HUB_OFFLINE": "1"},
+        env={**ALONE, "HF_HUB_CACHE": str(gpt2_hub_cache), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == 1  # what was left out
