@@ -95,10 +95,30 @@ def _rows(
         if isinstance(item, str):
             if not item.strip():
                 raise ValueError(f"prompt {index}: wanted text; got an empty one")
-            rows.append(model.to_tokens(item, prepend_bos=prepend_bos)[0].cpu())
+            rows.append(_from_text(model, item, index, prepend_bos))
         else:
             rows.append(_integers(torch.as_tensor(item).cpu(), 1))
     return rows, [0] * len(rows)
+
+
+def _from_text(model: Any, text: str, index: int, prepend_bos: bool | None) -> Tensor:
+    # Without truncate=False a long text is cut to the context, and nobody is told.
+    ids: Tensor = model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].cpu()
+    pad = _own_pad_token(model)
+    if pad is not None and bool((ids == pad).any()):
+        raise ValueError(
+            f"prompt {index}: wanted text of the tokenizer's vocabulary; got {text!r}, of which a "
+            "part becomes the pad token"
+        )
+    return ids
+
+
+def _own_pad_token(model: Any) -> int | None:
+    """The pad token's id, where it is not also the first or the last token of a text."""
+    tokenizer = getattr(model, "tokenizer", None)
+    pad: int | None = getattr(tokenizer, "pad_token_id", None)
+    ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")}
+    return None if pad in ends else pad
 
 
 def _integers(ids: Tensor, n_dims: int) -> Tensor:
@@ -131,10 +151,8 @@ def _from_tensor(
 
 def _pad_mask(model: Any, ids: Tensor) -> Tensor:
     """1 for real tokens: the tokenizer's own pad token at either end of a row is padding."""
-    tokenizer = getattr(model, "tokenizer", None)
-    pad = getattr(tokenizer, "pad_token_id", None)
-    ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")}
-    if pad is None or pad in ends:
+    pad = _own_pad_token(model)
+    if pad is None:
         return torch.ones_like(ids)
     real = ids != pad
     after_first = real.cumsum(1) > 0

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 collect_ignore = ["legacy"]  # TransformerLens 3.9: `make test-legacy`
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the quadrature's many small operations lose by more
 
 settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

@@ -64,6 +64,8 @@ def load_checkpoint(
     """
     from qkvnorm_lens.adapter import from_pretrained
 
-    return from_pretrained(
+    bridge = from_pretrained(
         checkpoint_path(name), device=device, dtype=dtype, attn_implementation=attn_implementation
     )
+    bridge.cfg.model_name = name  # reports name the model by it
+    return bridge
