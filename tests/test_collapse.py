@@ -176,7 +176,7 @@ def test_factors_above_two_count(on: str, method: Any) -> None:
             f = f * at.factors(role="k", **how).transpose(1, 2)[:, :, None, :]
         noisy = (f * s + bias).masked_fill(~mask, -torch.inf)
         moved += int((noisy.argmax(-1) != 0).sum())
-    assert moved > 400
+    assert moved > 200
     rate = float(tally.sums["loose"].sum()) / int(tally.rows.sum())
     wanted = moved / draws / int(tally.rows.sum())
     assert rate == pytest.approx(wanted, abs=1e-9 if method == "sample" else 0.15 * wanted)
@@ -221,8 +221,10 @@ def test_exact_and_sampled_agree_under_other_laws(name: str, law: str, sigmas: l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("law", "sigma"), [("gaussian", 0.2), ("lognormal", 1.5)])
-@pytest.mark.parametrize("on", ["q", "qk"])
+@pytest.mark.parametrize(
+    ("law", "sigma", "on"),
+    [("gaussian", 0.2, "qk"), ("lognormal", 1.5, "qk"), ("lognormal", 1.5, "q")],
+)
 def test_exact_and_sampled_agree_with_a_bias_under_other_laws(
     law: str, sigma: float, on: str
 ) -> None:
