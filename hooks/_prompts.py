@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -77,6 +78,8 @@ def _rows(
 ) -> tuple[list[Tensor], list[int]]:
     if isinstance(tokens, str):
         tokens = [tokens]
+    if isinstance(tokens, np.ndarray):
+        tokens = torch.as_tensor(tokens)
     if isinstance(tokens, Tensor):
         return _from_tensor(model, tokens, attention_mask)
     if attention_mask is not None:
@@ -102,6 +105,10 @@ def _rows(
 
 
 def _from_text(model: Any, text: str, index: int, prepend_bos: bool | None) -> Tensor:
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError(
+            f"prompt {index}: wanted token ids, as the model has no tokenizer; got text"
+        )
     # Without truncate=False a long text is cut to the context, and nobody is told.
     ids: Tensor = model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].cpu()
     pad = _own_pad_token(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 import torch
@@ -20,6 +22,37 @@ def modules(model: Any) -> list[nn.Module]:
         for module in root.modules():
             seen.setdefault(id(module), module)
     return list(seen.values())
+
+
+_checking: ContextVar[bool] = ContextVar("checking", default=False)
+_OURS = "_hooks_noise"
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Inside, the noise that is on the model rests: a self-check looks at the model itself."""
+    token = _checking.set(True)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
+def resting(hook_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of ours that does nothing during a self-check."""
+
+    @wraps(hook_fn)
+    def wrapper(tensor: Any, hook: Any) -> Any:
+        return None if _checking.get() else hook_fn(tensor, hook)
+
+    setattr(wrapper, _OURS, True)
+    return wrapper
+
+
+def foreign_hooks(point: Any) -> list[Any]:
+    """Handles of the hooks on a hook point that are not ours."""
+    handles = getattr(point, "fwd_hooks", ())
+    return [h for h in handles if not hasattr(getattr(h, "user_hook", None), _OURS)]
 
 
 class Finished(Exception):

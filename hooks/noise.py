@@ -99,6 +99,10 @@ class NormNoise:
         for name, number in (("seed", self.seed), ("draw", self.draw)):
             if number < 0:
                 raise ValueError(f"{name}: wanted an integer >= 0; got {number}")
+        if self.layers is not None and (
+            not self.layers or len(set(self.layers)) != len(self.layers)
+        ):
+            raise ValueError(f"layers: wanted one or more, each once; got {self.layers!r}")
         if self.rows != "all" and ("v" in self.on or self.at != "dot"):
             raise ValueError(
                 "rows: noise on some rows only acts on their scores: wanted on='q', 'k' or 'qk' "
@@ -237,7 +241,7 @@ class NormNoise:
         if chosen and not sites.layer(chosen[0]).fused:
             entries.append((sites.layer(chosen[0]).pattern, clock.guard))
         self._tell_shields([sites.layer(layer) for layer in chosen])
-        return entries
+        return [(name, _state.resting(hook_fn)) for name, hook_fn in entries]
 
     def _tell_shields(self, layers: list[LayerSites]) -> None:
         if self.at != "projection":
@@ -311,6 +315,8 @@ class NormNoise:
 
         def scale_rows(scores: Tensor, hook: Any) -> Tensor:
             clock.guard(scores, hook)
+            if self.sigma == 0:
+                return scores
             if sites.has_bias and clock.cached:
                 raise ValueError(
                     f"rows={self.rows!r} on layer {sites.layer}, which adds a bias to its scores: "

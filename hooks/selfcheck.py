@@ -40,8 +40,8 @@ def attention_sites(model: HookedModel) -> AttentionSites:
     Runs a self-check (a few short tokens, some forward passes): every hook point fires once per
     forward; scaling q, k and v there changes what follows; the pattern predicted from the clean
     scores under a drawn noise equals the pattern observed under that noise, in every layer. The
-    result is remembered per model, attention implementation, compatibility mode, dtype, device and
-    hooks on the sites, and made again when one of them changes.
+    result is remembered per model, attention implementation, compatibility mode, dtype and device,
+    and made again when one of them changes, or while hooks of the user's are on the attention.
 
     Args:
         model: a TransformerBridge or anything with ``cfg``, ``hook_dict``, ``hooks`` and
@@ -61,13 +61,19 @@ def attention_sites(model: HookedModel) -> AttentionSites:
         )
     key = _configuration(model)
     known = _remembered.setdefault(model, {})
-    if key not in known:
-        with _state.evaluating(model):
-            known[key] = _verify(model)
+    # A hook of the user's on attention may change what a site carries: look again each time.
+    hooked = any("attn" in n and _state.foreign_hooks(p) for n, p in model.hook_dict.items())
+    if hooked or key not in known:
+        with _state.evaluating(model), _state.checking():
+            sites = _verify(model)
+        if hooked:
+            return sites
+        known[key] = sites
     return known[key]
 
 
 def _configuration(model: HookedModel) -> tuple[Any, ...]:
+    """What a verdict hangs on."""
     inner = getattr(model, "original_model", None)
     implementations = (
         getattr(getattr(inner, "config", None), "_attn_implementation", None),
@@ -75,16 +81,12 @@ def _configuration(model: HookedModel) -> tuple[Any, ...]:
         getattr(model.cfg, "attention_implementation", None),
     )
     flags = tuple(getattr(model.cfg, name, None) for name in ("use_split_qkv_input", "use_attn_in"))
-    points = {id(p): p for n, p in model.hook_dict.items() if "attn" in n}
-    # A hook of the user's own may change what a site carries.
-    user_hooks = tuple(sorted(id(h) for p in points.values() for h in getattr(p, "fwd_hooks", ())))
     return (
         *implementations,
         bool(getattr(model, "compatibility_mode", False)),
         _state.model_dtype(model),
         str(next(iter(p.device for m in _state.modules(model) for p in m.parameters()), "cpu")),
         flags,
-        user_hooks,
     )
 
 

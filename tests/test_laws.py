@@ -90,8 +90,9 @@ def test_knots_ascend_and_hold_the_mass(case: tuple[Law, float]) -> None:
     assert knots.shape[0] == 2
     assert (knots.diff(dim=1) > 0).all()
     below = law.cdf(knots[0, [0, -1]], f64([sigma]))
-    assert float(below[0]) < 1e-15
-    assert float(1 - below[1]) < 1e-15
+    # Near 1 a narrow law's own factors are rounded: (1 + a) - 1 is a to 1e-16.
+    assert float(below[0]) < 1e-13
+    assert float(1 - below[1]) < 1e-13
 
 
 @given(law_and_sigma(), st.lists(st.floats(-5, 5), min_size=2, max_size=20))
