@@ -77,14 +77,13 @@ class Tally:
         count = joined("count", np.int64)
         # Batches end in any order: the table's order is that of the model and the prompts.
         order = np.lexsort([rows[n] for n in ("query", "prompt", "head", "layer")])
-        first = np.concatenate([[0], np.cumsum(count)])
-        entry = np.concatenate(
-            [np.arange(first[i], first[i + 1]) for i in order] or [np.zeros(0, dtype=np.int64)]
-        )
+        start = np.concatenate([[0], np.cumsum(count[order])])
+        before = (np.cumsum(count) - count)[order]  # where each row's entries stood
+        entry = np.arange(start[-1]) + np.repeat(before - start[:-1], count[order])
         beta = joined("beta", np.float32)
         return RowTable(
             **{name: values[order] for name, values in rows.items()},
-            start=np.concatenate([[0], np.cumsum(count[order])]),
+            start=start,
             s=joined("s", np.float32)[entry],
             beta=beta[entry] if len(beta) else beta,
         )
