@@ -78,15 +78,26 @@ class Tally:
         # Batches end in any order: the table's order is that of the model and the prompts.
         order = np.lexsort([rows[n] for n in ("query", "prompt", "head", "layer")])
         start = np.concatenate([[0], np.cumsum(count[order])])
-        before = (np.cumsum(count) - count)[order]  # where each row's entries stood
-        entry = np.arange(start[-1]) + np.repeat(before - start[:-1], count[order])
-        beta = joined("beta", np.float32)
         return RowTable(
             **{name: values[order] for name, values in rows.items()},
             start=start,
-            s=joined("s", np.float32)[entry],
-            beta=beta[entry] if len(beta) else beta,
+            s=self._entries("s", start, order),
+            beta=self._entries("beta", start, order) if self.biased else np.zeros(0, np.float32),
         )
+
+    def _entries(self, name: str, start: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """Every row's competitors at the row's place; a part is let go once it is copied."""
+        out = np.empty(start[-1], dtype=np.float32)
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = start[:-1]
+        done = 0
+        for part in self.table:
+            count = part["count"]
+            mine = place[done : done + len(count)]
+            inside = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+            out[np.repeat(mine, count) + inside] = part.pop(name)
+            done += len(count)
+        return out
 
 
 _COLUMNS: dict[str, Any] = {
