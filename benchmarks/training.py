@@ -38,7 +38,8 @@ from qkvnorm_lens.adapter import to_bridge, to_plain
 from qkvnorm_lens.addition import END, PAD, Batch, draw
 from qkvnorm_lens.config import named_config
 from qkvnorm_lens.model import QKVNormTransformer
-from qkvnorm_lens.training import RECIPES, Recipe, Run, train
+from qkvnorm_lens.recipes import RECIPES, Recipe
+from qkvnorm_lens.training import Run, train
 
 SPLIT, BATCH, WANTED = "small-train", 128, 1.5
 SAME = Recipe("adamw", lr=1e-3, schedule="plateau", batch_size=BATCH, decay_all=True, clip=1.0)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from qkvnorm_lens.config import QKVNormConfig
     from qkvnorm_lens.model import QKVNormTransformer
-    from qkvnorm_lens.training import Recipe, Run
+    from qkvnorm_lens.recipes import Recipe
+    from qkvnorm_lens.training import Run
 
 HELP = "train a model on addition"
 DESCRIPTION = """\
@@ -152,22 +153,26 @@ def run(args: argparse.Namespace) -> str:
     _check_device(args.device)
     import torch
 
-    from qkvnorm_lens.training import train
+    from qkvnorm_lens.training import Stopped, processes, train
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate starts
-    _claim(args.out, wanted, write=first)
-    model = train(
-        wanted,
-        args.out,
-        device=args.device,
-        compile_model=args.compile,
-        save_every=args.save_every,
-    )
+    shared_by = processes(args.device)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that share the work
+    _claim(args.out, wanted, shared_by, write=first)
+    try:
+        model = train(
+            wanted,
+            args.out,
+            device=args.device,
+            compile_model=args.compile,
+            save_every=args.save_every,
+        )
+    except Stopped as stop:
+        raise Stopped(f"{stop}; the same command goes on from there", stop.signal) from stop
     if not first:
         return ""
-    made = finish(args, wanted, model)
+    made = finish(args, wanted, model, shared_by)
     return report(made, args.out / "model")
 
 
@@ -235,7 +240,7 @@ def _splits() -> list[str]:
 
 
 def _recipe(args: argparse.Namespace, default: str) -> Recipe:
-    from qkvnorm_lens.training import RECIPES, get_recipe
+    from qkvnorm_lens.recipes import RECIPES, get_recipe
 
     name = args.recipe or default
     if name not in RECIPES:
@@ -255,7 +260,7 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device {device}: {reason}") from error
 
 
-def _claim(out: Path, wanted: Run, *, write: bool) -> None:
+def _claim(out: Path, wanted: Run, processes: int, *, write: bool) -> None:
     """Note in the directory which run it holds.
 
     Raises:
@@ -263,7 +268,7 @@ def _claim(out: Path, wanted: Run, *, write: bool) -> None:
     """
     from qkvnorm_lens.training import describe
 
-    run = json.loads(json.dumps(describe(wanted)))
+    run = json.loads(json.dumps(describe(wanted, processes)))
     note = out / "run.json"
     if note.exists():
         held = json.loads(note.read_text(encoding="utf-8"))
@@ -274,7 +279,9 @@ def _claim(out: Path, wanted: Run, *, write: bool) -> None:
             )
     elif write:
         out.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        draft = note.with_suffix(".part")  # whole or not at all: other processes read it
+        draft.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, note)
 
 
 def _differences(wanted: dict[str, Any], got: dict[str, Any], at: str = "") -> list[str]:
@@ -302,19 +309,20 @@ def tests_of(split: str, n_ctx: int) -> dict[str, str]:
     return {"in distribution": split, **fit}
 
 
-def finish(args: argparse.Namespace, run: Run, model: QKVNormTransformer) -> dict[str, Any]:
+def finish(
+    args: argparse.Namespace, run: Run, model: QKVNormTransformer, processes: int
+) -> dict[str, Any]:
     """Measure a trained model, and write it with its card and log; gives back the card."""
     from qkvnorm_lens.adapter import save_pretrained
     from qkvnorm_lens.addition import build_tokenizer, get_split
-    from qkvnorm_lens.training import TEST_SEED, describe, evaluate, get_recipe
+    from qkvnorm_lens.training import TEST_SEED, describe, evaluate, sequences
 
     assert isinstance(run.split, str)
     device = next(model.parameters()).device
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     card = {
         "name": args.out.name,
-        "run": describe(run),
-        "sequences": run.steps * get_recipe(run.recipe).batch_size * processes,
+        "run": describe(run, processes),
+        "sequences": sequences(run, processes),
         "parameters": sum(p.numel() for p in model.parameters()),
         "accuracy": {
             kind: {

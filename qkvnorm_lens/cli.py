@@ -17,7 +17,7 @@ from qkvnorm_lens import __version__, _models, _probe, _train
 
 PROG = "qkvnorm-lens"
 _COMMANDS = {"probe": _probe, "models": _models, "train": _train}
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_SIGINT = 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
     0: done. 1: an error that has a message (standard error; nothing on standard output).
-    2: wrong usage. 130: interrupted.
+    2: wrong usage. 130: interrupted. 143: terminated, where that is caught.
     """
     try:
         args = build_parser().parse_args(argv)
@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):  # third parties print
             answer = args.run(args)
         _answer(answer)
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+    except KeyboardInterrupt as stop:
+        print(f"{PROG}: {_one_line(stop) if stop.args else 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", _SIGINT)  # as shells have it
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -78,7 +78,7 @@ def _answer(text: str) -> None:
     print(text, flush=True)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

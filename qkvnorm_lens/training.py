@@ -3,7 +3,7 @@
     loss = - sum over scored positions of log p(target) / their number
 
 Menary et al. 2024 (arXiv 2406.17837), appendix on training. A run is a pure function of its `Run`:
-the rows of a step are drawn from (seed, process, step), so a run that was killed and goes on ends
+the rows of a step are drawn from (seed, process, step), so a run that was stopped and goes on ends
 with the same bits as one that was not, and no global random state matters.
 """
 
@@ -14,8 +14,11 @@ import csv
 import dataclasses
 import math
 import os
+import signal
+import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, cast
 
 import numpy as np
@@ -28,6 +31,7 @@ from tqdm import tqdm
 from qkvnorm_lens.addition import Accuracy, AccuracyCounter, Batch, Split, draw, get_split
 from qkvnorm_lens.config import QKVNormConfig
 from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.recipes import LearningRate, Recipe, get_recipe, make_optimizers
 
 TEST_SEED: Final = 2406_17837
 _TRAIN_STREAM, _SHIFT_STREAM, _CALIBRATION_STREAM = 1, 2, 3
@@ -41,54 +45,6 @@ _FIELDS: Final = (
     "per_token_without_end",
     "exact",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How the weights are moved.
-
-    Args:
-        optimizer: ``"adamw"``, or ``"muon"`` (orthogonalised momentum for the matrices inside the
-            blocks, AdamW for the rest).
-        lr: the highest learning rate.
-        schedule: ``"plateau"`` halves it after `patience` epochs of `epoch` steps without a better
-            training loss; ``"cosine"`` warms up over `warmup` steps and falls to a hundredth at the
-            end.
-        batch_size: sums per step and process.
-        weight_decay: on every parameter (``decay_all``) or on matrices only.
-        betas: of AdamW.
-        clip: largest norm of the gradient; 0 for none.
-    """
-
-    optimizer: str
-    lr: float
-    schedule: str
-    batch_size: int = 128
-    weight_decay: float = 0.01
-    decay_all: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 0.0
-    warmup: int = 200
-    epoch: int = 2000
-    patience: int = 3
-
-    def __post_init__(self) -> None:
-        for name, value, valid in (
-            ("optimizer", self.optimizer, ("adamw", "muon")),
-            ("schedule", self.schedule, ("plateau", "cosine")),
-        ):
-            if value not in valid:
-                raise ValueError(f"{name}: wanted one of {valid}, got {value!r}")
-        for number in ("lr", "batch_size", "warmup", "epoch", "patience"):
-            if getattr(self, number) <= 0:
-                raise ValueError(f"{number}: wanted more than 0, got {getattr(self, number)}")
-
-
-RECIPES: Final[dict[str, Recipe]] = {
-    "paper": Recipe("adamw", lr=3e-4, schedule="plateau", decay_all=True),
-    "modern": Recipe("muon", lr=4e-3, schedule="cosine", betas=(0.9, 0.98), clip=1.0),
-    "modern-adamw": Recipe("adamw", lr=2e-3, schedule="cosine", betas=(0.9, 0.98), clip=1.0),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,93 +93,6 @@ class Run:
             )
 
 
-def get_recipe(recipe: str | Recipe) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-        ValueError: no such name; the message lists them.
-    """
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe: wanted one of {sorted(RECIPES)}, got {recipe!r}")
-    return RECIPES[recipe]
-
-
-def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """The recipe's optimizers.
-
-    Raises:
-        ValueError: ``"muon"`` with a torch that lacks it.
-    """
-    matrices = {
-        id(m.weight)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and "layers." in name
-    }
-    if recipe.optimizer == "adamw":
-        by_muon = set[int]()
-    elif not hasattr(torch.optim, "Muon"):
-        raise ValueError(
-            f'optimizer: "muon" wants torch 2.9 or later, got {torch.__version__}; '
-            'the recipe "modern-adamw" does without'
-        )
-    else:
-        by_muon = matrices
-    params = list(model.parameters())
-    rest = [p for p in params if id(p) not in by_muon]
-    decayed = [p for p in rest if recipe.decay_all or id(p) in matrices]
-    plain = [p for p in rest if not (recipe.decay_all or id(p) in matrices)]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, recipe.weight_decay), (plain, 0.0))
-        if group
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
-    ]
-    if by_muon:
-        muon = torch.optim.Muon(
-            [p for p in params if id(p) in by_muon],
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        optimizers.append(muon)
-    return optimizers
-
-
-class LearningRate:
-    """The schedule: cosine with warm-up, or halving on a plateau of the training loss."""
-
-    def __init__(self, recipe: Recipe, steps: int) -> None:
-        self.recipe = recipe
-        self.steps = steps
-        self.state = {"factor": 1.0, "best": math.inf, "bad": 0.0, "sum": 0.0, "n": 0.0}
-
-    def at(self, step: int) -> float:
-        """The learning rate of this step."""
-        if self.recipe.schedule == "plateau":
-            return self.recipe.lr * self.state["factor"]
-        up = min(1.0, (step + 1) / self.recipe.warmup)
-        down = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.recipe.lr * up * (0.01 + 0.99 * down)
-
-    def saw(self, loss: float) -> None:
-        """Take note of one step's loss."""
-        s = self.state
-        s["sum"], s["n"] = s["sum"] + loss, s["n"] + 1
-        if s["n"] < self.recipe.epoch:
-            return
-        mean, s["sum"], s["n"] = s["sum"] / s["n"], 0.0, 0.0
-        if mean < s["best"]:
-            s["best"], s["bad"] = mean, 0.0
-            return
-        s["bad"] += 1
-        if s["bad"] >= self.recipe.patience:
-            s["factor"], s["bad"] = s["factor"] / 2, 0.0
-
-
 def positions_for(
     config: QKVNormConfig, tokens: Int[torch.Tensor, "batch pos"], seed: tuple[int, ...]
 ) -> Int[torch.Tensor, "#batch pos"]:
@@ -266,6 +135,55 @@ def evaluate(
         model.train(was_training)
 
 
+class Stopped(KeyboardInterrupt):
+    """A run was interrupted; the text says where, and from where it goes on.
+
+    Attributes:
+        signal: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class _Signals:
+    """SIGINT and SIGTERM are noted, to be obeyed between two steps; a second one does not wait.
+
+    Args:
+        patient: the second one waits too (`torchrun` repeats what it is sent).
+    """
+
+    def __init__(self, patient: bool) -> None:
+        self.patient = patient
+        self.asked = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if before is not None and before != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.asked = bool(self.asked), number
+        if again and not self.patient:
+            raise KeyboardInterrupt
+
+
+def processes(device: str) -> int:
+    """How many processes share the work: 1, unless accelerate or torchrun started more."""
+    from accelerate import PartialState
+
+    return int(PartialState(cpu=torch.device(device).type == "cpu").num_processes)
+
+
 class Trainer:
     """A `Run` on its way; `train` is the usual door."""
 
@@ -279,14 +197,18 @@ class Trainer:
         self.split = get_split(run.split)
         self.out = out
         self.accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
-        several = self.accelerator.num_processes > 1
+        self.processes: int = self.accelerator.num_processes
+        several = self.processes > 1
         self.device = self.accelerator.device if several else torch.device(device)
+        if self.device.type == "cpu":  # accelerate's "cpu:0" cannot be read from a file again
+            self.device = torch.device("cpu")
         self.model = QKVNormTransformer(run.config).to(self.device)
         self.optimizers = make_optimizers(self.model, self.recipe)
         self.rate = LearningRate(self.recipe, run.steps)
         self.step = 0
         self.seconds = 0.0
-        self.loss_sum = 0.0
+        self.loss_sum, self.losses = 0.0, 0
+        self.whole = True  # nothing of a step is done, or all of it and its row of the log
         forward: nn.Module = self.model
         if several:
             forward = self.accelerator.prepare_model(self.model)
@@ -318,8 +240,11 @@ class Trainer:
         with self.model.calibrating():
             self.model(batch.tokens, position_ids=positions.to(self.device))
 
-    def one_step(self) -> float:
-        """Draw the rows of this step, and move the weights."""
+    def one_step(self, stop: bool = False) -> bool:
+        """Draw the rows of this step, and move the weights.
+
+        Gives back whether any process wants to stop: they must all do so behind the same step.
+        """
         run, rank = self.run, self.accelerator.process_index
         self.model.train()
         lr = self.rate.at(self.step)
@@ -340,17 +265,24 @@ class Trainer:
             loss += part_loss.detach()
         if self.recipe.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.whole = False
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        value = float(self.accelerator.reduce(loss, "mean"))
+        ours = torch.stack([loss, torch.full_like(loss, stop)])
+        value, stops = self.accelerator.reduce(ours, "mean").tolist()
         self.rate.saw(value)
-        self.loss_sum += value
+        self.loss_sum, self.losses = self.loss_sum + value, self.losses + 1
         self.step += 1
-        return value
+        return bool(stops)
+
+    @property
+    def mean_loss(self) -> float:
+        """Over the steps since the last row of the log."""
+        return self.loss_sum / self.losses
 
     def _no_sync(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
-        if wanted and self.accelerator.num_processes > 1:
+        if wanted and self.processes > 1:
             return cast(
                 contextlib.AbstractContextManager[None], self.accelerator.no_sync(self.forward)
             )
@@ -370,12 +302,12 @@ class Trainer:
         run = self.run
         row: dict[str, Any] = {
             "step": self.step,
-            "sequences": self.step * self.recipe.batch_size * self.accelerator.num_processes,
+            "sequences": self.step * self.recipe.batch_size * self.processes,
             "seconds": round(self.seconds, 1),
             "lr": self.rate.at(self.step - 1),
-            "loss": self.loss_sum / ((self.step - 1) % run.log_every + 1),
+            "loss": self.mean_loss,
         }
-        self.loss_sum = 0.0
+        self.loss_sum, self.losses = 0.0, 0
         if self.step % run.eval_every == 0 or self.step == run.steps:
             accuracy = evaluate(self.model, self.split, rows=run.eval_rows, device=self.device)
             row |= {k: v for k, v in dataclasses.asdict(accuracy).items() if k in _FIELDS}
@@ -389,13 +321,14 @@ class Trainer:
     def save(self) -> None:
         """Write the state, whole or not at all."""
         state = {
-            "run": repr(describe(self.run)),
+            "run": repr(describe(self.run, self.processes)),
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "rate": self.rate.state,
             "step": self.step,
             "seconds": self.seconds,
             "loss_sum": self.loss_sum,
+            "losses": self.losses,
         }
         draft = self.state_path.with_suffix(".part")
         torch.save(state, draft)
@@ -403,18 +336,20 @@ class Trainer:
 
     def _load(self) -> None:
         state = torch.load(self.state_path, map_location=self.device, weights_only=True)
-        if state["run"] != repr(describe(self.run)):
+        wanted = repr(describe(self.run, self.processes))
+        if state["run"] != wanted:
             raise ValueError(
-                f"{self.out} holds another run: wanted {describe(self.run)!r}, got {state['run']}; "
-                "choose another directory"
+                f"{self.out} holds another run: wanted {wanted}, got {state['run']}; choose "
+                "another directory"
             )
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.rate.state = state["rate"]
         self.step, self.seconds = state["step"], state["seconds"]
-        self.loss_sum = state["loss_sum"]
-        if self.log_path.exists():  # rows written after that state was saved are made again
+        self.loss_sum, self.losses = state["loss_sum"], state["losses"]
+        if self.accelerator.is_main_process and self.log_path.exists():
+            # rows written after that state was saved are made again
             with self.log_path.open(newline="") as file:
                 rows = [r for r in csv.DictReader(file) if int(r["step"]) <= self.step]
             with self.log_path.open("w", newline="") as file:
@@ -423,8 +358,8 @@ class Trainer:
                 writer.writerows(rows)
 
 
-def describe(run: Run) -> dict[str, Any]:
-    """What makes a run this run, in JSON types."""
+def describe(run: Run, processes: int = 1) -> dict[str, Any]:
+    """What makes a run this run, in JSON types; a batch is each of the `processes`' own."""
     return {
         "config": run.config.to_json(),
         "split": dataclasses.asdict(get_split(run.split)),
@@ -433,7 +368,13 @@ def describe(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "bf16": run.bf16,
         "length_parts": run.length_parts,
+        "processes": processes,
     }
+
+
+def sequences(run: Run, processes: int = 1) -> int:
+    """How many sums a run trains on."""
+    return run.steps * get_recipe(run.recipe).batch_size * processes
 
 
 def train(
@@ -449,8 +390,9 @@ def train(
     """Train, or go on with the run that a directory holds; gives back the model, in eval mode.
 
     The directory gets ``log.csv`` (loss, learning rate, accuracy) and ``state.pt``, from which a
-    killed run goes on, with the same result as one that was not killed. Under ``accelerate launch``
-    the processes share the work.
+    stopped run goes on, with the same result as one that was not stopped. Under ``accelerate
+    launch`` or ``torchrun`` the processes share the work. On Ctrl-C or SIGTERM the step is
+    finished and the state saved; a second Ctrl-C does not wait for that (several processes do).
 
     Args:
         run: what to train.
@@ -463,22 +405,40 @@ def train(
 
     Raises:
         ValueError: the directory holds another run.
+        Stopped: interrupted; a ``KeyboardInterrupt``.
     """
     trainer = Trainer(run, Path(out), device=device, compile_model=compile_model)
     main = trainer.accelerator.is_main_process
     last = run.steps if stop_at is None else min(stop_at, run.steps)
     bar = tqdm(total=run.steps, initial=trainer.step, unit="step", disable=not (progress and main))
     began = time.monotonic() - trainer.seconds
-    with bar:
-        while trainer.step < last:
-            trainer.one_step()
-            bar.update()
-            trainer.seconds = time.monotonic() - began
-            if not main:
-                continue
-            if trainer.step % run.log_every == 0 or trainer.step == run.steps:
-                bar.set_postfix(loss=f"{trainer.loss_sum / run.log_every:.3f}")
-                trainer.write_log()
-            if trainer.step % save_every == 0 or trainer.step == last:
-                trainer.save()
+    stop = False
+    alone = trainer.processes == 1
+    with bar, _Signals(patient=not alone) as signals:
+        try:
+            while trainer.step < last and not stop:
+                stop = trainer.one_step(bool(signals.asked))
+                bar.update()
+                trainer.seconds = time.monotonic() - began
+                if main and (trainer.step % run.log_every == 0 or trainer.step == run.steps):
+                    bar.set_postfix(loss=f"{trainer.mean_loss:.3f}")
+                    trainer.write_log()
+                trainer.whole = True
+                stop = stop or (alone and bool(signals.asked))
+                if main and (trainer.step % save_every == 0 or trainer.step == last):
+                    trainer.save()
+        except KeyboardInterrupt as error:
+            raise _stopped(trainer, signals.asked or signal.SIGINT) from error
+        if stop or signals.asked:
+            raise _stopped(trainer, signals.asked or signal.SIGINT)
     return trainer.model.eval()
+
+
+def _stopped(trainer: Trainer, number: int) -> Stopped:
+    """Save what is whole, and say where the run stands."""
+    if not trainer.whole:
+        return Stopped(f"stopped within a step, back to the last state in {trainer.out}", number)
+    if trainer.accelerator.is_main_process:
+        trainer.save()
+    where = f"after step {trainer.step} of {trainer.run.steps}"
+    return Stopped(f"stopped {where}, saved in {trainer.out}", number)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,8 @@ from qkvnorm_lens import _train, loading
 from qkvnorm_lens.addition import SPLITS, draw, get_split
 from qkvnorm_lens.cli import build_parser, main
 from qkvnorm_lens.config import NAMED, NormSpec, named_config
-from qkvnorm_lens.training import RECIPES, TEST_SEED, Trainer, evaluate, get_recipe
+from qkvnorm_lens.recipes import RECIPES, get_recipe
+from qkvnorm_lens.training import TEST_SEED, Trainer, evaluate
 
 TINY: dict[str, Any] = {"n_layers": 1, "d_model": 16, "d_head": 8, "n_heads": 2, "d_mlp": 16}
 SMALL = [
@@ -104,30 +109,103 @@ def test_a_stopped_run_goes_on_by_itself(
     assert command(out="whole")[0] == 0
     step = Trainer.one_step
 
-    def interrupted(self: Trainer) -> float:
+    def interrupted(self: Trainer, stop: bool = False) -> bool:
         if self.step == 7:
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, stop)
 
     monkeypatch.setattr(Trainer, "one_step", interrupted)
-    assert command("--save-every", "5", out="cut")[0] == 130
+    code, out, err = command("--save-every", "5", out="cut")
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == (
+        f"qkvnorm-lens: stopped after step 7 of 12, saved in {tmp_path / 'cut'}; "
+        "the same command goes on from there"
+    )
     assert not (tmp_path / "cut" / "model").exists()
     first: list[int] = []
 
-    def noted(self: Trainer) -> float:
+    def noted(self: Trainer, stop: bool = False) -> bool:
         first.append(self.step)
-        return step(self)
+        return step(self, stop)
 
     monkeypatch.setattr(Trainer, "one_step", noted)
     code, out, _ = command(out="cut")
     assert code == 0
-    assert first == list(range(5, 12))
+    assert first == list(range(7, 12))
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     again = command(out="cut")  # a finished run is measured again, and not trained
     assert again[:2] == (0, out)
-    assert len(first) == 7
+    assert len(first) == 5
+
+
+def test_termination_is_143(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.one_step
+
+    def terminated(self: Trainer, stop: bool = False) -> bool:
+        signal.raise_signal(signal.SIGTERM)
+        return step(self, stop)
+
+    monkeypatch.setattr(Trainer, "one_step", terminated)
+    code, out, err = command()
+    assert (code, out) == (143, "")
+    assert "stopped after step 1 of 12" in err
+    assert (tmp_path / "run" / "state.pt").exists()
+
+
+def test_the_number_of_processes_is_part_of_the_run(command: Command, tmp_path: Path) -> None:
+    assert command()[0] == 0
+    note = tmp_path / "run" / "run.json"
+    held = json.loads(note.read_text())
+    assert held["processes"] == 1
+    note.write_text(json.dumps({**held, "processes": 2}))
+    code, _, err = command()
+    assert code == 1
+    assert "wanted processes = 1, got 2; choose another --out" in err
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(file: Path, tmp_path: Path) -> None:
+    """Each has a batch of its own; terminated, they stop behind one step and lose nothing."""
+
+    def start(out: str) -> subprocess.Popen[str]:
+        launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+        asked = f"-m qkvnorm_lens train --config {file} --split small-train --out {tmp_path / out}"
+        sizes = "--steps 200 --batch-size 8 --save-every 5 --test-rows 50 --eval-rows 20"
+        return subprocess.Popen(
+            f"{launch} {asked} {sizes} --threads 1".split(),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    whole = start("whole")
+    out, err = whole.communicate(timeout=500)
+    assert whole.returncode == 0, err
+    assert out.count("in distribution") == 1
+    card = json.loads((tmp_path / "whole" / "model" / "card.json").read_text())
+    assert (card["run"]["processes"], card["sequences"]) == (2, 2 * 8 * 200)
+    with (tmp_path / "whole" / "log.csv").open(newline="") as log:
+        assert [row["sequences"] for row in csv.DictReader(log)] == ["1600", "3200"]
+    cut = start("cut")
+    try:
+        while not (tmp_path / "cut" / "state.pt").exists():
+            assert cut.poll() is None
+            time.sleep(0.01)
+    finally:
+        cut.terminate()
+    _, err = cut.communicate(timeout=500)
+    assert "stopped after step" in err
+    assert not (tmp_path / "cut" / "model").exists()
+    again = start("cut")
+    _, err = again.communicate(timeout=500)
+    assert again.returncode == 0, err
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_another_run_in_the_directory_is_refused(command: Command, tmp_path: Path) -> None:

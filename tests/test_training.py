@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from qkvnorm_lens import training
 from qkvnorm_lens.addition import VOCAB, draw
 from qkvnorm_lens.checkpoints import (
     checkpoint_card,
@@ -23,16 +26,8 @@ from qkvnorm_lens.checkpoints import (
 from qkvnorm_lens.config import named_config
 from qkvnorm_lens.model import QKVNormTransformer
 from qkvnorm_lens.norms import Calibrated
-from qkvnorm_lens.training import (
-    RECIPES,
-    LearningRate,
-    Recipe,
-    Run,
-    evaluate,
-    make_optimizers,
-    positions_for,
-    train,
-)
+from qkvnorm_lens.recipes import RECIPES, LearningRate, Recipe, make_optimizers
+from qkvnorm_lens.training import Run, Stopped, Trainer, evaluate, positions_for, train
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +39,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+ONE_STEP = Trainer.one_step
 TINY: dict[str, Any] = {"n_layers": 1, "d_model": 16, "d_head": 8, "n_heads": 2, "d_mlp": 16}
 PAPER: dict[str, Any] = {
     "score_scale": "calibrated",
@@ -95,6 +91,89 @@ def test_rows_logged_after_the_last_state_are_made_again(tmp_path: Path) -> None
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
 
 
+def leaving(number: int, step: int) -> Callable[[Trainer, bool], bool]:
+    """`Trainer.one_step`, in the midst of which a signal arrives."""
+
+    def one_step(self: Trainer, stop: bool = False) -> bool:
+        if self.step == step:
+            signal.raise_signal(number)
+        return ONE_STEP(self, stop)
+
+    return one_step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("recipe", ["paper", "modern"])
+def test_a_signal_loses_nothing(
+    number: int, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, before = tiny_run(recipe), signal.getsignal(number)
+    whole = train(run, tmp_path / "whole", progress=False)
+    monkeypatch.setattr(Trainer, "one_step", leaving(number, 6))
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(run, tmp_path / "cut", progress=False)
+    assert isinstance(stop.value, Stopped)
+    assert stop.value.signal == number
+    assert str(stop.value) == f"stopped after step 7 of 13, saved in {tmp_path / 'cut'}"
+    assert signal.getsignal(number) == before
+    seen: list[int] = []
+
+    def noted(self: Trainer, stop: bool = False) -> bool:
+        seen.append(self.step)
+        return ONE_STEP(self, stop)
+
+    monkeypatch.setattr(Trainer, "one_step", noted)
+    assert same(train(run, tmp_path / "cut", progress=False), whole)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert seen == list(range(7, 13))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_last_is_not_forgotten(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run()
+    whole = train(run, tmp_path / "whole", progress=False)
+    monkeypatch.setattr(Trainer, "one_step", leaving(number, 12))
+    with pytest.raises(Stopped, match="stopped after step 13 of 13"):
+        train(run, tmp_path / "cut", progress=False)
+    assert same(train(run, tmp_path / "cut", progress=False), whole)
+
+
+@pytest.mark.parametrize("where", ["draw", "optimizer", "log"])
+def test_an_impatient_interrupt_leaves_a_state_to_go_on_from(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a second Ctrl-C cuts in two is done again from the state before it."""
+    run = tiny_run()
+    whole = train(run, tmp_path / "whole", progress=False)
+    train(run, tmp_path / "cut", progress=False, stop_at=5)
+
+    def twice(*args: Any, **kwargs: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        if where == "draw":
+            patch.setattr(training, "draw", twice)
+        elif where == "optimizer":
+            patch.setattr(torch.optim.Muon, "step", twice)
+        else:
+            patch.setattr(Trainer, "write_log", twice)
+        with pytest.raises(Stopped, match="saved" if where == "draw" else "back to the last"):
+            train(run, tmp_path / "cut", progress=False)
+    assert same(train(run, tmp_path / "cut", progress=False), whole)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+def test_training_beside_the_main_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(train, tiny_run(), tmp_path / "there", progress=False).result()
+    assert same(there, train(tiny_run(), tmp_path / "here", progress=False))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_seeds_decide(tmp_path: Path) -> None:
     one, two = (train(tiny_run(), tmp_path / str(i), progress=False) for i in (1, 2))
     assert same(one, two)
@@ -114,6 +193,38 @@ def test_log_holds_loss_rate_and_accuracy(tmp_path: Path) -> None:
     assert [r["per_token"] != "" for r in rows] == [False, True, False, True]
     assert [int(r["sequences"]) for r in rows] == [16 * s for s in (4, 8, 12, 13)]
     assert 0.0 <= float(rows[1]["per_token"]) <= 1.0
+
+
+def test_a_loss_is_the_mean_over_the_steps_since_the_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the last stretch is short, and where a run goes on with another stretch."""
+    every = dataclasses.replace(tiny_run(), log_every=1)
+    train(every, tmp_path / "each", progress=False)
+    each = [float(row["loss"]) for row in log_of(tmp_path / "each")]
+    capsys.readouterr()
+    train(tiny_run(), tmp_path / "four")
+    bar = capsys.readouterr().err
+    train(tiny_run(), tmp_path / "other", progress=False, stop_at=6)
+    train(dataclasses.replace(tiny_run(), log_every=5), tmp_path / "other", progress=False)
+    for folder, ends in (("four", [4, 8, 12, 13]), ("other", [4, 10, 13])):
+        rows = log_of(tmp_path / folder)
+        assert [int(row["step"]) for row in rows] == ends
+        for row, start, end in zip(rows, [0, *ends], ends, strict=False):
+            assert float(row["loss"]) == pytest.approx(sum(each[start:end]) / (end - start))
+    assert f"loss={each[12]:.3f}" in bar
+    assert f"loss={each[12] / 4:.3f}" not in bar
+
+
+@pytest.mark.parametrize("rows", [7, 30])
+def test_the_log_measures_as_many_sums_as_it_is_told(rows: int, tmp_path: Path) -> None:
+    run = dataclasses.replace(tiny_run(), eval_rows=rows)
+    model = train(run, tmp_path, progress=False)
+    last = log_of(tmp_path)[-1]
+    wanted = evaluate(model, run.split, rows=rows)
+    assert float(last["exact"]) == wanted.exact
+    assert float(last["per_token"]) == wanted.per_token
+    assert wanted.per_token != evaluate(model, run.split, rows=4000).per_token
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -23,7 +23,7 @@ import torch
 from qkvnorm_lens.addition import build_tokenizer, get_split
 from qkvnorm_lens.config import named_config
 from qkvnorm_lens.model import QKVNormTransformer
-from qkvnorm_lens.training import TEST_SEED, Run, describe, evaluate, get_recipe, train
+from qkvnorm_lens.training import TEST_SEED, Run, describe, evaluate, sequences, train
 
 RUNS: Final[dict[str, Run]] = {
     f"addition-{placement}": Run(
@@ -44,7 +44,7 @@ def card(name: str, run: Run, model: QKVNormTransformer, *, rows: int = 20_000) 
         "name": name,
         "command": f"python -m qkvnorm_lens.checkpoints.make {name} --out runs/{name}",
         "run": describe(run),
-        "sequences": run.steps * get_recipe(run.recipe).batch_size,
+        "sequences": sequences(run),
         "parameters": sum(p.numel() for p in model.parameters()),
         "accuracy": {
             kind: {
