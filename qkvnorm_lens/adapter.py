@@ -9,7 +9,8 @@ A bridge made here has TransformerLens's hook points and shapes, and in each att
     hook_pattern                                    edits land
     hook_z                                          the heads' outputs
 
-On sdpa no scores and pattern exist; asking for a hook there raises.
+On sdpa no scores and pattern exist; asking for a hook there raises, and so it does for those of
+TransformerLens's hooks that no attention of ours has.
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ if TYPE_CHECKING:
     from qkvnorm_lens.model import QKVNormTransformer
 
 _EAGER_ONLY: Final = ("hook_attn_scores", "hook_pattern")
+_ABSENT: Final = {  # by the end of the name
+    "hook_result": "no head's result is made; wanted attn.hook_z, times the head's W_O",
+    "hook_attn_in": "no head has an input of its own; wanted attn.hook_in or hook_resid_pre",
+    **{
+        f"hook_{s}_input": f"no head has an input of its own; wanted attn.{s}.hook_in"
+        for s in "qkv"
+    },
+}
 
 
 class QKVNormAttentionBridge(AttentionBridge):
@@ -57,7 +66,8 @@ class QKVNormAttentionBridge(AttentionBridge):
         parts: dict[str, GeneralizedComponent] = {n: LinearBridge(name=n) for n in "qkvo"}
         parts |= {n: GeneralizedComponent(name=n) for n in _parts_with_state(cfg)}
         super().__init__(name="attn", config=cfg, submodules=parts)
-        self._drop("hook_hidden_states")  # fires in no attention of ours
+        for name in ("hook_hidden_states", "hook_result"):  # fire in no attention of ours
+            self._drop(name)
         if cfg.attn_implementation == "sdpa":
             for name in _EAGER_ONLY:
                 self._drop(name)
@@ -104,8 +114,9 @@ class QKVNormArchitectureAdapter(ArchitectureAdapter):
     def __init__(self, cfg: Any) -> None:
         if int(version("transformer-lens").split(".")[0]) < 4:
             raise ImportError(
-                f"{ARCHITECTURE} wants transformer-lens 4.3 or later, got "
-                f"{version('transformer-lens')}; on 3.9 build a HookedTransformer instead"
+                f"a TransformerBridge of {ARCHITECTURE} wants transformer-lens 4 (tested with 4.0 "
+                f"to 4.3), got {version('transformer-lens')}; on 3.9 make a HookedTransformer: "
+                "qkvnorm_lens.hooked_transformer.to_hooked_transformer"
             )
         if not isinstance(cfg, QKVNormConfig):
             raise TypeError(f"cfg: wanted a QKVNormConfig, got {type(cfg).__name__}")
@@ -122,17 +133,19 @@ class QKVNormArchitectureAdapter(ArchitectureAdapter):
             raise TypeError(f"model: wanted a QKVNormTransformer, got {type(model).__name__}")
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
-        """On sdpa, answer a request for scores or pattern with the reason."""
-        if self.cfg.attn_implementation != "sdpa":
-            return
+        """Answer a request for a hook that a model of ours does not have with the reason."""
+        sdpa = self.cfg.attn_implementation == "sdpa"
 
         def check(*names: str) -> None:
             for name in names:
-                if name.endswith(_EAGER_ONLY):
+                if sdpa and name.endswith(_EAGER_ONLY):
                     raise ValueError(
                         f"{name}: sdpa makes no scores and no pattern; wanted a model with "
                         'attn_implementation="eager"'
                     )
+                reason = _ABSENT.get(name.rpartition(".")[2])
+                if reason is not None:
+                    raise ValueError(f"{name}: {reason}")
 
         object.__setattr__(bridge, "_check_hook_fireable", check)
 
