@@ -44,7 +44,7 @@ class Defaults:
 PAPER_STEPS: Final = 110_000_000 // 128  # Menary et al. 2024, appendix on training
 DEFAULTS: Final = {
     "small": Defaults("small-train", "modern", 10_000),
-    "study": Defaults("pairs-train", "modern", 6_000),
+    "study": Defaults("small-train", "study", 16_000),
     "baseline": Defaults("paper-train", "paper", PAPER_STEPS),
     "alternate": Defaults("paper-train", "paper", PAPER_STEPS),
     "large": Defaults("large-train", "paper", PAPER_STEPS),
@@ -105,7 +105,8 @@ def _training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--recipe",
         metavar="NAME",
-        help="paper, modern (Muon, cosine) or modern-adamw [the configuration's; a file: modern]",
+        help="paper, modern (Muon, cosine), study (the same, faster) or modern-adamw [the "
+        "configuration's; a file: modern]",
     )
     group.add_argument("--steps", type=_positive, metavar="N", help="[the configuration's]")
     group.add_argument(

@@ -54,6 +54,7 @@ class Recipe:
 RECIPES: Final[dict[str, Recipe]] = {
     "paper": Recipe("adamw", lr=3e-4, schedule="plateau", decay_all=True),
     "modern": Recipe("muon", lr=4e-3, schedule="cosine", betas=(0.9, 0.98), clip=1.0),
+    "study": Recipe("muon", lr=1e-2, schedule="cosine", betas=(0.9, 0.98), clip=1.0),
     "modern-adamw": Recipe("adamw", lr=2e-3, schedule="cosine", betas=(0.9, 0.98), clip=1.0),
 }
 

@@ -293,7 +293,13 @@ def test_named_configurations_have_sums_recipe_and_budget(name: str) -> None:
     assert get_split(run.split).max_length <= run.config.n_ctx
     paper = name in ("baseline", "alternate", "large")
     assert (run.steps * get_recipe(run.recipe).batch_size > 109_000_000) == paper
-    assert len(_train.tests_of(run.split, run.config.n_ctx)) == (1 if name == "study" else 3)
+    kinds = _train.tests_of(run.split, run.config.n_ctx)
+    assert list(kinds) == ["in distribution", "interpolation", "extrapolation"]
+    counts = [set(SPLITS[split].counts) for split in kinds.values()]
+    assert not set.intersection(*counts), "a kind of sums is of one count only"
+    trained, between, beyond = counts
+    assert min(trained) < min(between) <= max(between) < max(trained) < min(beyond)
+    assert not trained & between
 
 
 def test_options_change_what_they_name(file: Path) -> None:

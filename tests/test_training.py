@@ -336,6 +336,16 @@ def test_there_are_shipped_models_and_each_can_be_made_again() -> None:
         load_checkpoint("no-such")
 
 
+def test_a_shipped_model_is_made_by_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(make, "processes", lambda device: 2)
+    with pytest.raises(SystemExit):
+        make.main(["addition-pre", "--out", str(tmp_path / "run")])
+    assert "wanted one process; got 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", checkpoints())
 def test_shipped_model_is_as_good_as_its_card_says(name: str) -> None:
     bridge = load_checkpoint(name)

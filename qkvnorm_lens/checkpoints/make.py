@@ -23,7 +23,15 @@ import torch
 from qkvnorm_lens.addition import build_tokenizer, get_split
 from qkvnorm_lens.config import named_config
 from qkvnorm_lens.model import QKVNormTransformer
-from qkvnorm_lens.training import TEST_SEED, Run, describe, evaluate, sequences, train
+from qkvnorm_lens.training import (
+    TEST_SEED,
+    Run,
+    describe,
+    evaluate,
+    processes,
+    sequences,
+    train,
+)
 
 RUNS: Final[dict[str, Run]] = {
     f"addition-{placement}": Run(
@@ -79,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
+    started = processes(options.device)
+    if started > 1:  # each would have a batch of its own
+        parser.error(f"wanted one process; got {started}")
     torch.set_num_threads(options.threads)
     run = RUNS[options.name]
     model = train(run, options.out, device=options.device).cpu()
