@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooks._tap import AttentionTap
 from hooks.errors import UnsupportedModelError
 from hooks.scores import ScoreParts, expand_factors, qk_product, split, visible
-from hooks.sites import ROLES, LayerSites, Role, Shield, VectorSite
+from hooks.sites import ROLES, LayerSites, Role, Shield, Site, Values, VectorSite
 
 KINDS = ("q", "k", "v", "zero")
 """A layer's own copies of the prompt: noise on q; on k; on v, and scores edited; q set to zero."""
@@ -21,6 +22,7 @@ KINDS = ("q", "k", "v", "zero")
 _HALF_WIDTH = 0.5  # of the check's own noise: large, so that its effect stands above rounding
 _MARGIN = 8.0  # an effect must exceed its tolerance this many times to prove anything
 _HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
+_SUM_TO_ONE = 1e-5  # a row of a pattern sums to one up to this
 
 
 class Undecided(Exception):
@@ -51,29 +53,22 @@ class LayerCheck:
         self,
         sites: LayerSites,
         index: int,
-        tokens: Tensor,
+        batch: int,
         generator: torch.Generator,
         eps: float,
-        *,
-        causal: bool = True,
-        window: int = 0,
+        tap: AttentionTap | None,
     ) -> None:
         self.sites = sites
         self.eps = eps
-        self.causal = causal
-        self.window = window
+        self.batch = batch
+        self.tap = tap
+        self.generator = generator
         first = 1 + index * len(KINDS)
         self.copy = {kind: first + i for i, kind in enumerate(KINDS)}
         self.rows = [0, *self.copy.values()]
-        self.batch, self.n_pos = tokens.shape
         self.seen = _Seen()
         self.table: list[dict[str, Any]] = []
-        self.factor = {}
-        for role in ROLES:
-            site = sites.vector(role)
-            shape = (self.n_pos, max(site.dot.n_heads, site.projection.n_heads))
-            noise = 2 * torch.rand(shape, generator=generator) - 1
-            self.factor[role] = (1 + _HALF_WIDTH * noise).to(tokens.device)
+        self.factor: dict[Role, Tensor] = {}
 
     # -- hooks ------------------------------------------------------------------------------
 
@@ -85,17 +80,30 @@ class LayerCheck:
             if site.projection != site.dot:
                 entries.append((site.projection.hook, self._at_projection(role, site)))
             entries.append((site.dot.hook, self._at_dot(role, site)))
-        if not self.sites.fused:
+        if not self.sites.tapped:
             entries.append((self.sites.scores, self._at_scores))
             entries.append((self.sites.pattern, self._at_pattern))
         if self.sites.z is not None:
             entries.append((self.sites.z.hook, self._at_z))
         return entries
 
-    def _multiply(self, tensor: Tensor, role: Role, site: Any, copies: dict[int, float]) -> Tensor:
-        factor = torch.ones(self.batch, self.n_pos, site.n_heads, device=tensor.device)
+    def _drawn(self, role: Role, site: Site, tensor: Tensor) -> Tensor:
+        """This role's factors ``[pos, head]``, drawn when its number of positions is known."""
+        if role not in self.factor:
+            vector = self.sites.vector(role)
+            n_heads = max(vector.dot.n_heads, vector.projection.n_heads)
+            noise = 2 * torch.rand(site.n_pos(tensor), n_heads, generator=self.generator) - 1
+            self.factor[role] = (1 + _HALF_WIDTH * noise).to(tensor.device)
+        return self.factor[role][:, : site.n_heads].to(tensor.device)
+
+    def at_dot(self, role: Role) -> Tensor:
+        """This role's factors on the vectors that enter the dot product, ``[1, pos, head]``."""
+        return self.factor[role][None, :, : self.sites.vector(role).dot.n_heads].double()
+
+    def _multiply(self, tensor: Tensor, role: Role, site: Site, copies: dict[int, float]) -> Tensor:
+        drawn = self._drawn(role, site, tensor)
+        factor = torch.ones(self.batch, *drawn.shape, device=tensor.device)
         for copy, strength in copies.items():
-            drawn = self.factor[role][:, : site.n_heads].to(tensor.device)
             factor[copy] = drawn if strength else 0.0
         scaled: Tensor = site.scale(tensor, factor)
         return scaled
@@ -142,6 +150,11 @@ class LayerCheck:
         assert self.sites.z is not None
         self.seen.z = self.sites.z.by_position(tensor)[self.rows].clone()
         self.seen.firings += 1
+        taken = self.tap.take(self.batch) if self.tap is not None and self.sites.tapped else None
+        if taken is not None:
+            self.seen.scores = taken.scores[self.rows].clone()
+            self.seen.pattern = taken.pattern[self.rows].clone()
+            self.seen.firings += 2
 
     # -- verdict ----------------------------------------------------------------------------
 
@@ -159,32 +172,33 @@ class LayerCheck:
         self._refuse_pattern_as_scores(scores, seen.scores)
         sites = self._measure_bias(seen.scores, q, k)
         clean = split(sites, seen.scores[:1], q[:1], k[:1], dtype=torch.float64)
-        tolerance = self._score_tolerance(clean, q, k)
+        sites = replace(sites, sink=self._measure_sink(clean, pattern[:1]))
+        clean = split(sites, seen.scores[:1], q[:1], k[:1], dtype=torch.float64)
+        tolerance = self._score_tolerance(clean, q, k, sites)
         self._compare(
             "pattern = softmax(scores)",
-            clean.scores(),
+            clean.pattern(),
             pattern[:1],
             pattern[:1],
             tolerance,
             must_act=False,
         )
         for role, factors in (
-            ("q", (self.factor["q"], None)),
-            ("k", (None, self.factor["k"])),
+            ("q", (self.at_dot("q"), None)),
+            ("k", (None, self.at_dot("k"))),
         ):
-            fq, fk = (None if f is None else f[None].double() for f in factors)
-            factor = expand_factors(sites, fq, fk)
+            factor = expand_factors(sites, *factors)
             self._compare(
                 f"pattern under {role}-noise, predicted from clean scores",
-                clean.scores(factor),
-                pattern[self._at(role)],
+                clean.pattern(factor),
+                pattern[self.at(role)],
                 pattern[:1],
                 tolerance * (1 + _HALF_WIDTH),
             )
-        self._check_values(sites, pattern, v)
         return replace(
             sites,
-            scores_editable=self._editable(clean, pattern, tolerance),
+            values=ValueCheck(self, pattern, v).verdict(),
+            scores_editable=not sites.tapped and self._editable(clean, pattern, tolerance),
             q=self._shielded("q", q),
             k=self._shielded("k", k),
             v=self._shielded("v", v),
@@ -199,11 +213,11 @@ class LayerCheck:
                 layer=self.sites.layer,
             )
 
-    def _at(self, kind: str) -> slice:
+    def at(self, kind: str) -> slice:
         index = 1 + KINDS.index(kind)
         return slice(index, index + 1)
 
-    def _record(self, check: str, error: float, effect: float, tolerance: float) -> None:
+    def record(self, check: str, error: float, effect: float, tolerance: float) -> None:
         self.table.append(
             {
                 "layer": self.sites.layer,
@@ -231,44 +245,65 @@ class LayerCheck:
         """What is left of the scores with q at zero is what noise does not scale."""
         shown = visible(scores)
         plain = replace(self.sites, has_bias=False)
-        bias = split(plain, scores[self._at("zero")], dtype=torch.float64).s
+        bias = split(plain, scores[self.at("zero")], dtype=torch.float64).s
         s = split(plain, scores[:1], dtype=torch.float64).s - bias
         product = qk_product(self.sites, q[:1], k[:1])
-        where = shown[:1] & shown[self._at("zero")]
-        x, y = product[where], s[where]
-        scale = float((x * y).sum() / (x * x).sum()) if bool((x != 0).any()) else 0.0
-        level = float(y.abs().max()) if y.numel() else 0.0
+        where = shown[:1] & shown[self.at("zero")]
+        x, y = product * where, s * where
+        squares = (x * x).sum((0, 2, 3))
+        scale = (x * y).sum((0, 2, 3)) / squares.where(squares > 0, torch.ones_like(squares))
+        level = float(y.abs().max())
         return replace(
             self.sites,
             has_bias=bool(bias.abs().max() > 8 * self.eps * max(level, float(bias.abs().max()))),
-            score_scale=scale,
+            score_scale=tuple(scale.tolist()),
         )
 
-    def _score_tolerance(self, clean: ScoreParts, q: Tensor, k: Tensor) -> Tensor:
+    def _measure_sink(self, clean: ScoreParts, pattern: Tensor) -> tuple[float, ...]:
+        """Score of each head's sink: what its rows lack in weight, e^sink / (e^sink + sum_t e^w_t).
+
+        Read from the row where it weighs neither nothing nor everything.
+        """
+        seen = clean.mask.any(-1)
+        total = pattern.sum(-1).where(seen, torch.ones(()).double())
+        if bool(((total - 1).abs() < max(8 * self.eps, _SUM_TO_ONE)).all()):
+            return ()
+        room = total * (1 - total)
+        best = room.amax((0, 2))
+        if bool((best < _MARGIN * max(self.eps, _SUM_TO_ONE)).any()):
+            self.undecided("weight of the attention sink", float(best.min()), _SUM_TO_ONE)
+        sink = torch.logsumexp(clean.scores(), dim=-1) + torch.log1p(-total) - torch.log(total)
+        at = room.flatten(2).argmax(-1, keepdim=True)
+        return tuple(sink.flatten(2).gather(2, at)[0, :, 0].tolist())
+
+    def _score_tolerance(
+        self, clean: ScoreParts, q: Tensor, k: Tensor, sites: LayerSites
+    ) -> Tensor:
         """Rounding of one score: of the terms of the dot product and of their sum."""
-        lengths = torch.einsum("bqh,bkh->bhqk", q[:1].norm(dim=-1), self._keys(k[:1].norm(dim=-1)))
-        terms = lengths * abs(self.sites.score_scale or 1.0) * 4 / q.shape[-1] ** 0.5
+        lengths = torch.einsum("bqh,bkh->bhqk", q[:1].norm(dim=-1), self.keys(k[:1].norm(dim=-1)))
+        scale = lengths.new_tensor(sites.score_scale)[:, None, None].abs()
+        terms = lengths * scale * 4 / q.shape[-1] ** 0.5
         whole = clean.scores().masked_fill(~clean.mask, 0).abs()
-        generous = (
-            0.5 if self.eps > _HALF_PRECISION else 64.0
-        )  # half precision has no room for more
+        # Half precision has no room for more.
+        generous = 0.5 if self.eps > _HALF_PRECISION else 64.0
         rounding: Tensor = generous * self.eps * (whole + terms).masked_fill(~clean.mask, 0)
         return rounding.amax(-1, keepdim=True)
 
-    def _keys(self, per_kv_head: Tensor) -> Tensor:
+    def keys(self, per_kv_head: Tensor) -> Tensor:
+        """Keys or values ``[batch, pos, kv_head, ...]`` for each query head."""
         return per_kv_head[:, :, list(self.sites.kv_head_of)]
 
     def _compare(
         self,
         check: str,
-        predicted_scores: Tensor,
+        predicted: Tensor,
         observed: Tensor,
         clean: Tensor,
         tolerance: Tensor,
         *,
         must_act: bool = True,
     ) -> None:
-        predicted = torch.softmax(predicted_scores, dim=-1)
+        predicted, observed, clean = (x.nan_to_num(0.0) for x in (predicted, observed, clean))
         p = torch.maximum(predicted, observed)
         # An error delta of every score moves p by at most about 2 p (1 - p) delta.
         allowed = 2 * p * (1 - p) * tolerance.expm1() + self.eps * p + 1e-6
@@ -276,9 +311,9 @@ class LayerCheck:
         effect = (observed - clean).abs()
         at = int((error - allowed).argmax())
         worst, limit = float(error.flatten()[at]), float(allowed.flatten()[at])
-        self._record(check, float(error.max()), float(effect.max()), limit)
+        self.record(check, float(error.max()), float(effect.max()), limit)
         if not worst <= limit:  # NaN fails too
-            head, row = divmod(at // self.n_pos, self.n_pos)
+            head, row = divmod(at // observed.shape[-1], observed.shape[-2])
             raise UnsupportedModelError(
                 check,
                 wanted=f"a difference of at most {limit:.2g}",
@@ -288,9 +323,9 @@ class LayerCheck:
         if must_act and not bool((effect > _MARGIN * allowed).any()):
             at = int((effect - _MARGIN * allowed).argmax())
             needed = _MARGIN * float(allowed.flatten()[at])
-            self._undecided(check, float(effect.flatten()[at]), needed)
+            self.undecided(check, float(effect.flatten()[at]), needed)
 
-    def _undecided(self, check: str, effect: float, needed: float) -> None:
+    def undecided(self, check: str, effect: float, needed: float) -> None:
         raise Undecided(
             UnsupportedModelError(
                 f"{check}: not verifiable",
@@ -300,47 +335,12 @@ class LayerCheck:
             )
         )
 
-    def _check_values(self, sites: LayerSites, pattern: Tensor, v: Tensor) -> None:
-        if self.seen.z is None:
-            raise UnsupportedModelError(
-                "v-noise changes what follows",
-                wanted="hook_z to fire once",
-                got="none",
-                layer=sites.layer,
-            )
-        z = self.seen.z.double()
-        values = self._keys(v[:1] * self.factor["v"][None, :, :, None].double())
-        predicted = torch.einsum("bhqk,bkhd->bqhd", pattern[self._at("v")], values)
-        size = torch.einsum("bhqk,bkhd->bqhd", pattern[self._at("v")], values.abs())
-        allowed = (2.0 if self.eps > _HALF_PRECISION else 64.0) * self.eps * size + 1e-12
-        check = "z under v-noise, predicted from pattern and clean v"
-        self._compare_values(check, predicted, z[self._at("v")], z[:1], allowed)
-
-    def _compare_values(
-        self, check: str, predicted: Tensor, observed: Tensor, clean: Tensor, allowed: Tensor
-    ) -> None:
-        error, effect = (predicted - observed).abs(), (observed - clean).abs()
-        at = int((error - allowed).argmax())
-        worst, limit = float(error.flatten()[at]), float(allowed.flatten()[at])
-        self._record(check, float(error.max()), float(effect.max()), limit)
-        if not worst <= limit:  # NaN fails too
-            raise UnsupportedModelError(
-                check,
-                wanted=f"a difference of at most {limit:.2g}",
-                got=f"{worst:.2g}",
-                layer=self.sites.layer,
-            )
-        if not bool((effect > _MARGIN * allowed).any()):
-            at = int((effect - _MARGIN * allowed).argmax())
-            needed = _MARGIN * float(allowed.flatten()[at])
-            self._undecided(check, float(effect.flatten()[at]), needed)
-
     def _editable(self, clean: ScoreParts, pattern: Tensor, tolerance: Tensor) -> bool:
         upside_down = (-clean.scores()).masked_fill(~clean.mask, -torch.inf)
-        predicted = torch.softmax(upside_down, dim=-1)
-        error = (predicted - pattern[self._at("v")]).abs()
+        predicted = clean.pattern_of(upside_down)
+        error = (predicted - pattern[self.at("v")]).abs()
         allowed = 2 * predicted * (1 - predicted) * tolerance.expm1() + self.eps * predicted + 1e-6
-        acts = (pattern[self._at("v")] - pattern[:1]).abs() > _MARGIN * allowed
+        acts = (pattern[self.at("v")] - pattern[:1]).abs() > _MARGIN * allowed
         return bool((error <= allowed).all() and acts.any())
 
     def _shielded(self, role: Role, vectors: Tensor) -> VectorSite:
@@ -349,8 +349,10 @@ class LayerCheck:
         if site.projection == site.dot:
             return site
         before = vectors[:1].norm(dim=-1)
-        after = vectors[self._at("zero")].norm(dim=-1)
-        drawn = self.factor[role][None, :, : site.dot.n_heads].double()
+        after = vectors[self.at("zero")].norm(dim=-1)
+        drawn = self.at_dot(role)
+        if site.projection.n_heads != site.dot.n_heads:
+            drawn = torch.full_like(before, torch.nan)  # each factor is of something else
         alive = before > 0
         ratio = (after / before)[alive]
         wanted = drawn.expand_as(before)[alive]
@@ -363,78 +365,86 @@ class LayerCheck:
         return replace(site, shield=shield)
 
 
-class FusedLayerCheck(LayerCheck):
-    """The same for an attention that keeps no scores (sdpa): z is predicted instead.
+class ValueCheck:
+    """Is z the pattern's average of v, under noise on v as well?
 
-    z = softmax(c (1 + kq)(1 + k_t) q.k) (1 + v_t) v from the clean q, k and v, with c measured at
-    the second position, where the pattern is a single number.
+    z = g * sum_t p_t (1 + v_t) v_t with g = 1, or with any g that noise on v leaves alone (a gate
+    that is computed from the residual stream), read from the clean copy.
     """
 
-    def judge(self) -> LayerSites:
-        """The layer's sites with what was measured, or the refusal."""
-        seen = self.seen
-        self._fired(len(ROLES) + 1)
-        assert seen.q is not None
-        assert seen.k is not None
-        assert seen.v is not None
-        assert seen.z is not None
-        q, k, v, z = (x.double() for x in (seen.q, seen.k, seen.v, seen.z))
-        scale = self._measure_scale(q[:1], k[:1], v[:1], z[:1])
-        for role in ROLES:
-            factors: dict[Role, Tensor] = {role: self.factor[role][None].double()}
-            predicted, size = self._predict(q[:1], k[:1], v[:1], scale, factors)
-            # A score's rounding moves p, and with it z, by about as much relative to |v|.
-            rounding = 64.0 * self.eps * (1 + abs(scale) * float(q.norm(dim=-1).max()))
-            rounding *= float(k.norm(dim=-1).max())
-            allowed = size * min(rounding, 1.0) + 1e-12
-            self._compare_values(
-                f"z under {role}-noise, predicted from clean q, k and v",
-                predicted,
-                z[self._at(role)],
-                z[:1],
-                allowed,
+    def __init__(self, check: LayerCheck, pattern: Tensor, v: Tensor) -> None:
+        if check.seen.z is None:
+            raise UnsupportedModelError(
+                "v-noise changes what follows",
+                wanted="hook_z to fire once",
+                got="none",
+                layer=check.sites.layer,
             )
-        return replace(
-            self.sites,
-            score_scale=scale,
-            q=self._shielded("q", q),
-            k=self._shielded("k", k),
-            v=self._shielded("v", v),
+        self.check = check
+        self.pattern = pattern
+        self.z = check.seen.z.double()
+        self.clean = self._average("q", v[:1], row=0)
+        self.noisy = {
+            role: self._average(role, v[:1] * (check.at_dot("v")[..., None] if role == "v" else 1))
+            for role in ROLES
+        }
+        # A fused attention shows no pattern: there z must bear out the noise on q and k too.
+        self.roles: tuple[Role, ...] = ROLES if check.sites.tapped else ("v",)
+
+    def _average(self, role: Role, v: Tensor, row: int | None = None) -> tuple[Tensor, Tensor]:
+        """The pattern's average of v, and the size of what was added up."""
+        at = self.check.at(role) if row is None else slice(row, row + 1)
+        values = self.check.keys(v.double())
+        pattern = self.pattern[at].nan_to_num(0.0)
+        return (
+            torch.einsum("bhqk,bkhd->bqhd", pattern, values),
+            torch.einsum("bhqk,bkhd->bqhd", pattern, values.abs()),
         )
 
-    def _measure_scale(self, q: Tensor, k: Tensor, v: Tensor, z: Tensor) -> float:
-        """Scale c, from the row with two keys: z = p v_0 + (1 - p) v_1, logit p = c (s_0 - s_1)."""
-        values = self._keys(v)[0]
-        if not self.causal:
-            raise UnsupportedModelError(
-                "scale of the scores",
-                wanted="causal attention, whose second row shows it, or eager attention",
-                got="bidirectional attention without a scores hook",
-                layer=self.sites.layer,
-            )
-        apart = values[0] - values[1]
-        p = ((z[0, 1] - values[1]) * apart).sum(-1) / (apart * apart).sum(-1)
-        product = qk_product(self.sites, q, k)[0, :, 1]
-        gap = product[:, 0] - product[:, 1]
-        logit = torch.logit(p.clamp(1e-12, 1 - 1e-12))
-        # Least squares over heads; a saturated p says nothing.
-        clear = (p > 1e-4) & (p < 1 - 1e-4)
-        if not bool(clear.any()):
-            self._undecided("scale of the scores", 0.0, 1e-4)
-        return float((logit * gap)[clear].sum() / (gap * gap)[clear].sum())
+    def verdict(self) -> Values:
+        """``plain``, ``gated`` or ``unverified``.
 
-    def _predict(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, factors: dict[Role, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        scores = qk_product(self.sites, q, k) * scale
-        scores = scores * expand_factors(self.sites, factors.get("q"), factors.get("k"))
-        at = torch.arange(self.n_pos, device=scores.device)
-        behind = at[:, None] - at[None, :]
-        hidden = behind < 0
-        if self.window:
-            hidden |= behind >= self.window
-        pattern = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
-        noisy = v * factors["v"][..., None] if "v" in factors else v
-        values = self._keys(noisy)
-        average = torch.einsum("bhqk,bkhd->bqhd", pattern, values)
-        return average, torch.einsum("bhqk,bkhd->bqhd", pattern, values.abs())
+        Raises:
+            UnsupportedModelError: noise on v changes nothing, or nothing bears out a fused
+                attention.
+        """
+        rounding = (2.0 if self.check.eps > _HALF_PRECISION else 64.0) * self.check.eps
+        plain = all(self._holds(role, torch.ones(()), rounding) for role in self.roles)
+        if plain:
+            return self._acting("plain", rounding)
+        average, size = self.clean
+        gate = self.z[:1] / average
+        # Where the terms nearly cancel, the gate is a quotient of rounding errors.
+        clear = average.abs() > 1e-2 * size
+        gated = gate.where(clear, torch.full_like(gate, torch.nan))
+        if bool(clear.any()) and all(self._holds(r, gated, 100 * rounding) for r in self.roles):
+            return self._acting("gated", rounding)
+        if self.check.sites.tapped:
+            predicted, observed = self.noisy["v"][0], self.z[self.check.at("v")]
+            raise UnsupportedModelError(
+                "z under v-noise, predicted from pattern and clean v",
+                wanted=f"a difference of at most {rounding * float(size.max()):.2g}",
+                got=f"{float((predicted - observed).abs().max()):.2g}",
+                layer=self.check.sites.layer,
+            )
+        return self._acting("unverified", rounding)
+
+    def _holds(self, role: Role, gate: Tensor, rounding: float) -> bool:
+        average, size = self.noisy[role]
+        allowed = rounding * size * gate.abs().clamp(min=1) + 1e-12
+        error = (average * gate - self.z[self.check.at(role)]).abs()
+        known = gate.isfinite().expand_as(error)
+        return bool((error <= allowed)[known].all())  # NaN fails
+
+    def _acting(self, values: Values, rounding: float) -> Values:
+        check = "z under v-noise, predicted from pattern and clean v"
+        effect = (self.z[self.check.at("v")] - self.z[:1]).abs()
+        error = (self.noisy["v"][0] - self.z[self.check.at("v")]).abs()
+        allowed = rounding * torch.maximum(self.noisy["v"][1], self.z[:1].abs()) + 1e-12
+        self.check.record(check, float(error.max()), float(effect.max()), float(allowed.max()))
+        if not bool((effect > _MARGIN * allowed).any()):
+            at = int((effect - _MARGIN * allowed).argmax())
+            self.check.undecided(
+                check, float(effect.flatten()[at]), _MARGIN * float(allowed.flatten()[at])
+            )
+        return values

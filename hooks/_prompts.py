@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
@@ -13,64 +13,161 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooks.noise import real_spans
-from hooks.sites import input_device
+from hooks import _state
+from hooks._inputs import ModelInput, has_decoder, input_device, real_spans
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids without padding, the padding that was cut off, and the tokens as strings."""
+    """What the model is given, prompt by prompt: without padding, which is cut off and counted.
 
-    ids: tuple[Int[Tensor, "_"], ...]
+    Attributes:
+        first: each prompt's token ids ``[pos]``, image or wave form.
+        padding: padding positions that were cut off.
+        strings: the tokens as strings; empty for images and sound.
+        decoder: token ids that an encoder-decoder's decoder is given; empty for other models.
+        decoder_strings: the same as strings.
+        named: other inputs, the prompts along their first axis.
+    """
+
+    first: tuple[Tensor, ...]
     padding: tuple[int, ...]
     strings: tuple[tuple[str, ...], ...]
+    decoder: tuple[Int[Tensor, "_"], ...] = ()
+    decoder_strings: tuple[tuple[str, ...], ...] = ()
+    named: Mapping[str, Any] = field(default_factory=dict)
 
-    def batches(self, batch_size: int) -> list[tuple[list[int], Int[Tensor, "batch pos"]]]:
-        """Prompts of one length together, at most ``batch_size``: (their indices, their ids)."""
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, ids in enumerate(self.ids):
-            by_length[len(ids)].append(index)
-        out = []
-        for indices in by_length.values():
-            for at in range(0, len(indices), batch_size):
-                part = indices[at : at + batch_size]
-                out.append((part, torch.stack([self.ids[i] for i in part])))
-        return out
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def batches(self, batch_size: int) -> list[tuple[list[int], ModelInput]]:
+        """Prompts of one shape together, at most ``batch_size``: (their indices, the input)."""
+        by_shape: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for index, first in enumerate(self.first):
+            decoder = len(self.decoder[index]) if self.decoder else 0
+            by_shape[(tuple(first.shape), decoder)].append(index)
+        return [
+            (indices[at : at + batch_size], self.batch(indices[at : at + batch_size]))
+            for indices in by_shape.values()
+            for at in range(0, len(indices), batch_size)
+        ]
+
+    def batch(self, indices: Sequence[int]) -> ModelInput:
+        """Prompts of one shape as a model takes them."""
+        at = torch.as_tensor(indices)
+        named = {n: v[at] if isinstance(v, Tensor) else v for n, v in self.named.items()}
+        if self.decoder:
+            named["decoder_input_ids"] = torch.stack([self.decoder[i] for i in indices])
+        return ModelInput(torch.stack([self.first[i] for i in indices]), named)
 
 
 def encode(
     model: Any,
-    tokens: str | Sequence[Any] | Tensor,
+    tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
     *,
+    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     prepend_bos: bool | None = None,
 ) -> Prompts:
-    """Prompts from a text, texts, ids ``[pos]`` or ``[batch, pos]``, or a list of ids.
+    """Prompts from a text, texts, ids ``[pos]`` or ``[batch, pos]``, a list of ids, or inputs.
 
     Raises:
         ValueError: nothing to probe, an id outside the vocabulary, one token only, or more tokens
             than the context holds.
         TypeError: something that is neither text nor integer ids.
     """
+    named: dict[str, Any] = {}
+    if isinstance(tokens, Mapping):
+        named = dict(tokens)
+        attention_mask = named.pop("attention_mask", attention_mask)
+        decoder_tokens = named.pop("decoder_input_ids", decoder_tokens)
+        name = _first_name(model)
+        if name not in named:
+            raise ValueError(f"inputs: wanted {name!r} among them; got {sorted(named)}")
+        tokens = named.pop(name)
+    if isinstance(tokens, Tensor) and tokens.is_floating_point():
+        return _signals(model, tokens, named)
     rows, padding = _rows(model, tokens, attention_mask, prepend_bos)
+    for index, row in enumerate(rows):
+        _check_ids(model, row, f"prompt {index}", least=2)
+    strings = tuple(_strings(model, row) for row in rows)
+    if not has_decoder(model):
+        if decoder_tokens is not None:
+            raise ValueError(
+                f"decoder_tokens: wanted an encoder-decoder model; got {type(model).__name__} "
+                "without a decoder of its own"
+            )
+        return Prompts(tuple(rows), tuple(padding), strings, named=named)
+    decoder = _decoder_rows(model, rows, decoder_tokens)
+    for index, row in enumerate(decoder):
+        _check_ids(model, row, f"decoder's prompt {index}", least=1)
+    return Prompts(
+        tuple(rows),
+        tuple(padding),
+        strings,
+        tuple(decoder),
+        tuple(_strings(model, row) for row in decoder),
+        named,
+    )
+
+
+def _first_name(model: Any) -> str:
+    if getattr(model.cfg, "is_visual_model", False):
+        return "pixel_values"
+    return "input_values" if getattr(model.cfg, "is_audio_model", False) else "input_ids"
+
+
+def _signals(model: Any, signals: Tensor, named: Mapping[str, Any]) -> Prompts:
+    """Images ``[batch, channel, height, width]``, wave forms ``[batch, time]`` or spectrograms."""
+    if _first_name(model) == "input_ids":
+        raise TypeError(
+            f"tokens: wanted integer ids (this model reads tokens); got {signals.dtype} of shape "
+            f"{list(signals.shape)}"
+        )
+    n_dims = (4,) if _first_name(model) == "pixel_values" else (2, 3)
+    if signals.ndim not in n_dims or not signals.numel():
+        raise ValueError(
+            f"{_first_name(model)}: wanted {n_dims[-1]} axes, the prompts first; got shape "
+            f"{list(signals.shape)}"
+        )
+    signals = signals.to(_state.model_dtype(model)).cpu()
+    n = len(signals)
+    return Prompts(tuple(signals), (0,) * n, ((),) * n, named=named)
+
+
+def _check_ids(model: Any, row: Tensor, name: str, *, least: int) -> None:
     n_ctx = int(getattr(model.cfg, "n_ctx", 0) or 0)
     vocabulary = int(model.cfg.d_vocab)
-    for index, row in enumerate(rows):
-        if len(row) < 2:
+    if len(row) < least:
+        raise ValueError(
+            f"{name}: wanted at least {least} tokens (the first sees one key and can't collapse); "
+            f"got {len(row)}"
+        )
+    if n_ctx and len(row) > n_ctx:
+        raise ValueError(f"{name}: wanted at most {n_ctx} tokens (the context); got {len(row)}")
+    if vocabulary > 0 and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
+        raise ValueError(
+            f"{name}: wanted token ids from 0 to {vocabulary - 1}; got {int(row.min())} to "
+            f"{int(row.max())}"
+        )
+
+
+def _decoder_rows(model: Any, rows: list[Tensor], given: Any) -> list[Tensor]:
+    """The decoder's ids; by default the prompt itself after the start token, as in denoising."""
+    start = getattr(model.original_model.config, "decoder_start_token_id", None)
+    if given is None:
+        if start is None:
             raise ValueError(
-                f"prompt {index}: wanted at least 2 tokens (the first sees one key and can't "
-                f"collapse); got {len(row)}"
+                "decoder_tokens: wanted some, as the model's configuration has no "
+                "decoder_start_token_id; got None"
             )
-        if n_ctx and len(row) > n_ctx:
-            raise ValueError(
-                f"prompt {index}: wanted at most {n_ctx} tokens (the context); got {len(row)}"
-            )
-        if vocabulary > 0 and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
-            raise ValueError(
-                f"prompt {index}: wanted token ids from 0 to {vocabulary - 1}; got "
-                f"{int(row.min())} to {int(row.max())}"
-            )
-    return Prompts(tuple(rows), tuple(padding), tuple(_strings(model, row) for row in rows))
+        return [torch.cat([row.new_tensor([start]), row[:-1]]) for row in rows]
+    decoder, _ = _rows(model, given, None, False)
+    if len(decoder) != len(rows):
+        raise ValueError(
+            f"decoder_tokens: wanted one for each of {len(rows)} prompts; got {len(decoder)}"
+        )
+    return decoder
 
 
 def _rows(

@@ -17,7 +17,7 @@ from hooks.laws import Law, get_law
 from hooks.noise import NormNoise
 from hooks.probability import collapse_probability, critical_half_width
 from hooks.results import CONTENT, SINK, CollapseReport, ProbeSettings, RowTable
-from hooks.scores import split
+from hooks.scores import softmax_with_sink, split, visible
 from hooks.sites import LayerSites
 
 _CHUNK = 1 << 18  # score elements worked on at once
@@ -59,6 +59,7 @@ class Tally:
             settings=self.settings,
             model=model,
             tokens=prompts.strings,
+            decoder_tokens=prompts.decoder_strings,
             padding=np.asarray(prompts.padding, dtype=np.int64),
             rows=self.rows,
             level=self.level,
@@ -187,7 +188,8 @@ class LayerReducer:
         top = max(tally.settings.sigmas)
         # Beyond this half-width no factor of the largest sigma can move a row.
         self.reach = math.sqrt(3) * top if self.law.name == "uniform" else math.inf
-        self.n_pos, self.device = 0, torch.device("cpu")
+        self.n_pos = {"q": 0, "k": 0}
+        self.device = torch.device("cpu")
         self._drawn: dict[tuple[int, str], Tensor] = {}
 
     def add(
@@ -203,8 +205,9 @@ class LayerReducer:
             pattern: the model's own softmax of them.
             s: the q.k part, where the layer adds a bias; None where it is the scores.
         """
-        self.n_pos, self.device = scores.shape[-1], scores.device
-        n_visible = (scores > torch.finfo(scores.dtype).min / 2).sum(-1)
+        self.n_pos = {"q": scores.shape[-2], "k": scores.shape[-1]}
+        self.device = scores.device
+        n_visible = visible(scores).sum(-1)
         top = pattern.amax(-1)
         eligible = n_visible >= 2
         found = (eligible & (top >= self.settings.sparse)).nonzero()
@@ -397,7 +400,8 @@ class LayerReducer:
             w = w + rows.bias
         if self.sites.soft_cap > 0:
             w = self.sites.soft_cap * torch.tanh(w / self.sites.soft_cap)
-        top = torch.softmax(w.masked_fill(~rows.mask, -math.inf), dim=1).amax(1)
+        sink = w.new_tensor(self.sites.sink)[rows.head] if self.sites.sink else None
+        top = softmax_with_sink(w.masked_fill(~rows.mask, -math.inf), sink).amax(1)
         return (top >= self.settings.sparse).double()
 
     def _uniforms(self, draw: int, role: str) -> Float[Tensor, "batch pos head"]:
@@ -413,7 +417,7 @@ class LayerReducer:
                     role="q" if role == "q" else "k",
                     prompt=int(p),
                     start=0,
-                    n_pos=self.n_pos,
+                    n_pos=self.n_pos[role],
                     n_heads=n_heads,
                 )
                 for p in self.prompts

@@ -258,7 +258,7 @@ def _first_head(report: CollapseReport) -> str:
     if not np.isfinite(values).any():
         return ""
     layer, head = np.unravel_index(int(np.nanargmin(values)), values.shape)
-    name = f"L{report.settings.layers[layer]}H{head}"
+    name = f"{report.model['labels'][layer]}H{head}"
     return (
         f"First head (of those with {_MIN_ROWS} sparse rows or more): {name}, 1% of its "
         f"{int(counts[layer, head])} at sigma = {percent(float(values[layer, head]))}."

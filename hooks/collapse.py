@@ -9,7 +9,7 @@ counts while its scores exist and is let go of.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxtyping import Int
@@ -17,15 +17,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._inputs import input_device
 from hooks._prompts import encode
 from hooks._rows import LayerReducer, Tally
-from hooks.errors import UnsupportedModelError
+from hooks._tap import AttentionTap
 from hooks.laws import check_sigma, get_law
 from hooks.noise import SPARSE, NormNoise, Shared
 from hooks.results import CollapseReport, ProbeSettings
-from hooks.scores import qk_product
+from hooks.scores import qk_part
 from hooks.selfcheck import attention_sites
-from hooks.sites import AttentionSites, HookedModel, LayerSites, input_device
+from hooks.sites import AttentionSites, HookedModel, LayerSites
 
 DEFAULT_SIGMAS = (
     0.01, 0.015, 0.02, 0.03, 0.04, 0.055, 0.075, 0.1, 0.11, 0.14, 0.17, 0.2, 0.25, 0.3, 0.4, 0.5,
@@ -36,8 +37,9 @@ Method = Literal["exact", "sample"]
 
 def collapse_probe(
     model: HookedModel,
-    tokens: str | Sequence[str] | Int[Tensor, "pos"] | Int[Tensor, "batch pos"] | Sequence[Any],
+    tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],
     *,
+    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
     sigmas: Sequence[float] | None = None,
     on: str = "qk",
     method: Method = "exact",
@@ -64,7 +66,11 @@ def collapse_probe(
     Args:
         model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and
             ``run_with_hooks``). Left as found; probed in eval mode.
-        tokens: a text, several texts, token ids ``[pos]`` or ``[batch, pos]``, or a list of ids.
+        tokens: a text, several texts, token ids ``[pos]`` or ``[batch, pos]``, or a list of ids;
+            pixel values or wave forms where the model reads those; or named inputs, such as
+            ``{"input_ids": ..., "pixel_values": ...}``.
+        decoder_tokens: what an encoder-decoder's decoder is given, one for each prompt; default:
+            its start token and the prompt itself, as in denoising.
         sigmas: RMS of the relative change of a norm; default: 16 from 1% to 50%, as far as the law
             goes.
         on: noised vectors, any of ``"q"``, ``"k"``, ``"v"``.
@@ -97,17 +103,16 @@ def collapse_probe(
         raise ValueError(f"method: wanted 'exact' or 'sample'; got {method!r}")
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
     _check_numbers(draws, method, sparse, batch_size, competitors)
-    sites = attention_sites(model)
+    unusual = tokens if isinstance(tokens, Mapping) else None
+    sites = attention_sites(model, unusual)
     chosen = _layers(sites, layers)
-    fused = [s.layer for s in chosen if s.fused]
-    if fused:
-        raise UnsupportedModelError(
-            "scores to probe",
-            wanted="eager attention, which shows its scores",
-            got="fused attention (sdpa)",
-            layer=fused[0],
-        )
-    prompts = encode(model, tokens, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    prompts = encode(
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+    )
     settings = ProbeSettings(
         sigmas=values,
         on="".join(noise.roles),
@@ -119,23 +124,26 @@ def collapse_probe(
         draws=draws,
         seed=seed,
     )
-    tally = Tally(settings, chosen, len(prompts.ids), competitors)
+    tally = Tally(settings, chosen, len(prompts), competitors)
     batches = prompts.batches(batch_size)
-    device = input_device(model)
     with (
         _state.evaluating(model),
         tqdm(
-            total=len(prompts.ids),
+            total=len(prompts),
             desc="collapse probe",
             unit="prompt",
             disable=None if progress is None else not progress,
             leave=False,
         ) as bar,
     ):
-        for indices, ids in batches:
+        for indices, given in batches:
             watch = _Watch(chosen, tally, noise, indices)
-            with contextlib.suppress(_state.Finished), model.hooks(fwd_hooks=watch.hooks()):
-                model(ids.to(device))  # type: ignore[operator]
+            with (
+                contextlib.suppress(_state.Finished),
+                watch.tap or contextlib.nullcontext(),
+                model.hooks(fwd_hooks=watch.hooks()),
+            ):
+                given.run(model)
             bar.update(len(indices))
     return tally.report(model=_facts(model, sites, chosen), prompts=prompts)
 
@@ -192,6 +200,7 @@ class _Watch:
         self.tally = tally
         self.noise = noise
         self.indices = indices
+        self.tap = AttentionTap() if any(s.tapped for s in layers) else None
 
     def hooks(self) -> list[tuple[str, Callable[..., None]]]:
         entries: list[tuple[str, Callable[..., None]]] = []
@@ -209,21 +218,31 @@ class _Watch:
 
             return hook_fn
 
-        def reduce(pattern: Tensor, hook: Any) -> None:
-            scores = kept.pop("scores")
+        def reduce(scores: Tensor, pattern: Tensor) -> None:
             s = None
             if sites.has_bias:
                 q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
-                s = qk_product(sites, q.float(), k.float()) * sites.score_scale
+                s = qk_part(sites, q.float(), k.float())
             LayerReducer(self.tally, index, sites, self.noise, self.indices).add(scores, pattern, s)
             if index == len(self.layers) - 1:
                 raise _state.Finished  # what follows, the unembedding above all, is not needed
 
+        def at_pattern(pattern: Tensor, hook: Any) -> None:
+            reduce(kept.pop("scores"), pattern)
+
+        def at_z(z: Tensor, hook: Any) -> None:
+            assert self.tap is not None
+            taken = self.tap.take(z.shape[0])
+            if taken is None:  # the self-check saw it happen
+                raise RuntimeError(f"layer {sites.layer}: no softmax was seen before {hook.name}")
+            reduce(taken.scores, taken.pattern)
+
         if sites.has_bias:
             entries += [(sites.vector(r).dot.hook, keep(r)) for r in ("q", "k")]
-        entries.append((sites.scores, keep("scores")))
-        entries.append((sites.pattern, reduce))
-        return entries
+        if sites.tapped:
+            assert sites.z is not None
+            return [*entries, (sites.z.hook, at_z)]
+        return [*entries, (sites.scores, keep("scores")), (sites.pattern, at_pattern)]
 
 
 def _facts(
@@ -242,6 +261,7 @@ def _facts(
         ),
         "dtype": str(_state.model_dtype(model)).removeprefix("torch."),
         "device": str(input_device(model)),
+        "labels": [s.label for s in chosen],
         "heads": [s.n_heads for s in chosen],
         "kv_heads": [s.n_kv_heads for s in chosen],
         "sites": sites.describe(),

@@ -7,7 +7,7 @@ Menary et al. 2024, Sec. "noise on the L2 norms", Fig. 2 and 3.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,10 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks import _state
+from hooks._inputs import has_decoder, real_spans
+from hooks.errors import UnsupportedModelError
 from hooks.laws import check_sigma, get_law
 from hooks.scores import expand_factors, split
 from hooks.selfcheck import attention_sites
-from hooks.sites import ROLES, HookedModel, LayerSites, Role, Site
+from hooks.sites import ROLES, HookedModel, LayerSites, Role, Site, Stream
 
 Shared = Literal["none", "heads", "kv", "token"]
 At = Literal["dot", "projection"]
@@ -182,6 +184,7 @@ class NormNoise:
         *,
         first_prompt: int = 0,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
+        decoder_attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> HookList:
         """TransformerLens hooks for ``model.run_with_hooks(tokens, fwd_hooks=...)``.
 
@@ -191,16 +194,20 @@ class NormNoise:
                 continue each other's noise.
             attention_mask: 1 for real tokens, where the batch is padded: positions count from each
                 prompt's first real token. Without it no token is padding.
+            decoder_attention_mask: the same for the decoder's tokens of an encoder-decoder, where
+                ``attention_mask`` is of the encoder's.
 
         Raises:
-            UnsupportedModelError: the self-check failed.
+            UnsupportedModelError: the self-check failed, or noise on v where what it does could not
+                be verified.
             ValueError: unknown layer, active dropout, a mask with gaps, or rows-only noise on a
                 model whose scores can't be edited.
 
         These hooks take every forward pass for a whole sequence; for ``generate`` with a cache use
         :meth:`applied` (a cached step under these hooks raises).
         """
-        return self._hooks(model, _Clock(first_prompt, attention_mask))
+        masks = _masks(model, attention_mask, decoder_attention_mask)
+        return self._hooks(model, _Clock(first_prompt, masks))
 
     @contextmanager
     def applied(
@@ -209,17 +216,19 @@ class NormNoise:
         *,
         first_prompt: int = 0,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
+        decoder_attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> Iterator[NormNoise]:
         """The same as a context manager; inside ``generate`` each token keeps its factor.
 
         Arguments and errors as :meth:`hooks`. The hooks that were on the model stay.
         """
-        clock = _Clock(first_prompt, attention_mask)
+        clock = _Clock(first_prompt, _masks(model, attention_mask, decoder_attention_mask))
         inner = getattr(model, "original_model", None)
         handle = None
         with model.hooks(fwd_hooks=self._hooks(model, clock)):
             if inner is not None:
                 handle = inner.register_forward_pre_hook(clock.read_cache, with_kwargs=True)
+                clock.follows = True
             try:
                 yield self
             finally:
@@ -236,11 +245,14 @@ class NormNoise:
             )
         chosen = self.layers if self.layers is not None else [s.layer for s in sites]
         entries: HookList = []
-        for layer in chosen:
-            entries += self._layer_hooks(sites.layer(layer), clock)
-        if chosen and not sites.layer(chosen[0]).fused:
-            entries.append((sites.layer(chosen[0]).pattern, clock.guard))
-        self._tell_shields([sites.layer(layer) for layer in chosen])
+        layers = [sites.layer(layer) for layer in chosen]
+        for layer in layers:
+            entries += self._layer_hooks(layer, clock)
+        shown = [s for s in layers if not s.tapped and s.sequence("k") == "target"]
+        if shown:
+            clock.guarded = True
+            entries.append((shown[0].pattern, clock.guard))
+        self._tell_shields(layers)
         return [(name, _state.resting(hook_fn)) for name, hook_fn in entries]
 
     def _tell_shields(self, layers: list[LayerSites]) -> None:
@@ -262,26 +274,42 @@ class NormNoise:
         if self.rows != "all":
             return self._row_hooks(sites, clock)
         entries: HookList = []
+        if "v" in self.roles and sites.values == "unverified":
+            raise UnsupportedModelError(
+                "noise on v",
+                wanted="a z that is the pattern's average of v, up to a gate",
+                got="another; q and k can be noised",
+                layer=sites.layer,
+            )
         for role in self.roles:
             vector = sites.vector(role)
             site = vector.dot if self.at == "dot" else vector.projection
-            entries.append((site.hook, self._scaling_hook(sites.layer, role, site, clock)))
+            if site.n_heads != vector.dot.n_heads:
+                raise UnsupportedModelError(
+                    f"noise at the projection of {role}",
+                    wanted=f"{vector.dot.n_heads} vectors at {site.hook}",
+                    got=f"{site.n_heads}: it holds something else beside them",
+                    layer=sites.layer,
+                )
+            entries.append((site.hook, self._scaling_hook(sites, role, site, clock)))
         return entries
 
     def _scaling_hook(
-        self, layer: int, role: Role, site: Site, clock: _Clock
+        self, sites: LayerSites, role: Role, site: Site, clock: _Clock
     ) -> Callable[..., Tensor]:
         def scale_norms(tensor: Tensor, hook: Any) -> Tensor:
-            n_pos = site.n_pos(tensor)
-            clock.check_new(n_pos, site.hook)
-            factor = self._drawn(layer, role, site, tensor.shape[0], n_pos, clock.cached, clock)
+            n_pos, first = site.n_pos(tensor), 0
+            if sites.sequence(role) == "target":
+                clock.check_new(n_pos, site.hook)
+                first = clock.cached
+            factor = self._drawn(sites, role, site, tensor.shape[0], n_pos, first, clock)
             return site.scale(tensor, factor.to(tensor.device))
 
         return scale_norms
 
     def _drawn(
         self,
-        layer: int,
+        sites: LayerSites,
         role: Role,
         site: Site,
         batch: int,
@@ -289,18 +317,19 @@ class NormNoise:
         first: int,
         clock: _Clock,
     ) -> Tensor:
+        padding = clock.padding_of(batch, sites.sequence(role))
         return self.factors(
-            layer=layer,
+            layer=sites.layer,
             role=role,
             n_heads=site.n_heads,
             prompts=clock.prompts(batch),
             n_pos=n_pos,
-            start=[first - padding for padding in clock.padding_of(batch)],
+            start=[first - before for before in padding],
         )
 
     def _row_hooks(self, sites: LayerSites, clock: _Clock) -> HookList:
         if not sites.scores_editable:
-            got = "no scores (fused attention)" if sites.fused else f"{sites.scores}, whose do not"
+            got = f"{sites.scores}, whose do not" if sites.scores else "no hook with scores"
             raise ValueError(
                 f"rows={self.rows!r}: layer {sites.layer}: wanted scores whose edits change the "
                 f"pattern; got {got}"
@@ -329,12 +358,12 @@ class NormNoise:
             spans = {"q": (n_query, clock.cached), "k": (n_key, 0)}  # (length, first position)
             drawn = {
                 role: self._drawn(
-                    sites.layer, role, sites.vector(role).dot, scores.shape[0], *spans[role], clock
+                    sites, role, sites.vector(role).dot, scores.shape[0], *spans[role], clock
                 ).to(scores.device)
                 for role in self.roles
             }
             factor = expand_factors(sites, drawn.get("q"), drawn.get("k"))
-            top = torch.softmax(parts.scores(), dim=-1).amax(-1, keepdim=True)
+            top = parts.pattern().amax(-1, keepdim=True)
             chosen = top >= SPARSE if self.rows == "sparse" else top < NON_SPARSE
             noisy = parts.scores(factor).to(scores.dtype)
             return torch.where(chosen & parts.mask, noisy, scores)
@@ -350,29 +379,46 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _masks(
+    model: HookedModel, mask: Tensor | None, decoder_mask: Tensor | None
+) -> dict[Stream, Tensor]:
+    """Attention masks by the sequence they belong to."""
+    if decoder_mask is not None and not has_decoder(model):
+        raise ValueError(
+            "decoder_attention_mask: wanted an encoder-decoder model; got "
+            f"{type(model).__name__} without a decoder of its own"
+        )
+    of_mask: Stream = "source" if has_decoder(model) else "target"
+    given: dict[Stream, Tensor | None] = {"target": decoder_mask, of_mask: mask}
+    return {stream: tensor for stream, tensor in given.items() if tensor is not None}
+
+
 class _Clock:
     """Which prompts and positions the running forward pass holds."""
 
-    def __init__(self, first_prompt: int, attention_mask: Tensor | None) -> None:
+    def __init__(self, first_prompt: int, masks: Mapping[Stream, Tensor]) -> None:
         if first_prompt < 0:
             raise ValueError(f"first_prompt: wanted an integer >= 0; got {first_prompt}")
         self.first_prompt = first_prompt
         self.cached = 0
         self.new: int | None = None
-        self.padding: list[int] | None = None
-        if attention_mask is not None:
-            self.padding = [first for first, _ in real_spans(attention_mask)]
+        self.follows = False  # whether it is told what the cache holds
+        self.guarded = False  # whether a pattern will show that there is a cache
+        self.padding = {
+            stream: [first for first, _ in real_spans(mask)] for stream, mask in masks.items()
+        }
 
     def prompts(self, batch: int) -> range:
-        if self.padding is not None and len(self.padding) != batch:
-            raise ValueError(
-                f"attention_mask: wanted one row for each of {batch} prompts; got "
-                f"{len(self.padding)}"
-            )
+        for padding in self.padding.values():
+            if len(padding) != batch:
+                raise ValueError(
+                    f"attention_mask: wanted one row for each of {batch} prompts; got "
+                    f"{len(padding)}"
+                )
         return range(self.first_prompt, self.first_prompt + batch)
 
-    def padding_of(self, batch: int) -> list[int]:
-        return self.padding if self.padding is not None else [0] * batch
+    def padding_of(self, batch: int, stream: Stream) -> list[int]:
+        return self.padding.get(stream, [0] * batch)
 
     def check_new(self, n_pos: int, name: str) -> None:
         """Refuse a hook that also carries cached vectors: they would be scaled again."""
@@ -381,6 +427,11 @@ class _Clock:
                 f"noise on a cached step: wanted the {self.new} new positions at {name}; got "
                 f"{n_pos}"
             )
+        if not self.follows and not self.guarded and n_pos == 1:
+            raise ValueError(
+                f"noise on one position at {name}, as in a cached step: wanted a whole sequence. "
+                "Use NormNoise.applied(model) around generate"
+            )
 
     def read_cache(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -388,7 +439,9 @@ class _Clock:
             cache = kwargs.get("layer_past")
         length = getattr(cache, "get_seq_length", None)
         self.cached = int(length()) if callable(length) else 0
-        tokens = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs.get("decoder_input_ids")
+        if tokens is None:
+            tokens = kwargs.get("input_ids", args[0] if args else None)
         self.new = int(tokens.shape[1]) if isinstance(tokens, Tensor) else None
 
     def guard(self, matrix: Tensor, hook: Any) -> None:
@@ -399,24 +452,3 @@ class _Clock:
                 f"noise on a cached step: wanted {self.cached} cached positions; got "
                 f"{n_key - n_query}. Use NormNoise.applied(model) around generate"
             )
-
-
-def real_spans(attention_mask: Int[Tensor, "batch pos"]) -> list[tuple[int, int]]:
-    """First and one-past-last real position of each row.
-
-    Raises:
-        ValueError: a row without a real token, or with padding between real tokens.
-    """
-    spans = []
-    for row, real in enumerate(attention_mask.bool().cpu()):
-        where = real.nonzero().flatten()
-        if not len(where):
-            raise ValueError(f"attention_mask: wanted a real token in every row; got none in {row}")
-        first, end = int(where[0]), int(where[-1]) + 1
-        if end - first != len(where):
-            raise ValueError(
-                f"attention_mask: wanted padding only before or after the real tokens; got a gap "
-                f"in row {row}"
-            )
-        spans.append((first, end))
-    return spans

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 By = Literal["head", "layer", "model"]
 CONTENT, SINK = 0, 1
-_FORMAT = "qkvnorm-lens collapse report 1"
+_FORMAT = "qkvnorm-lens collapse report 2"
 _BOOTSTRAPS = 400
 
 
@@ -87,7 +87,8 @@ class CollapseReport:
     Attributes:
         settings: how the probe was run.
         model: facts of the model and what noise means there (``sites``), versions.
-        tokens: each prompt's tokens as strings.
+        tokens: each prompt's tokens as strings; none for images and sound.
+        decoder_tokens: the same of an encoder-decoder's decoder; empty for other models.
         examined: rows looked at (two or more visible keys, no tie), sparse or not.
         single_key, ties: rows left out: one visible key; two keys share the maximum.
         padding: padding positions of each prompt, left out.
@@ -103,6 +104,7 @@ class CollapseReport:
     settings: ProbeSettings
     model: Mapping[str, Any]
     tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    decoder_tokens: tuple[tuple[str, ...], ...] = field(repr=False)
     examined: Int[np.ndarray, "layer head prompt"] = field(repr=False)
     single_key: Int[np.ndarray, "layer head prompt"] = field(repr=False)
     ties: Int[np.ndarray, "layer head prompt"] = field(repr=False)
@@ -123,6 +125,7 @@ class CollapseReport:
         """One row per sigma, layer and head (or sigma and layer, or sigma): rates pool rows.
 
         Columns:
+            layer, head, label: block index; head; ``L5H1`` (``L5`` by layer).
             rows, sinks: sparse rows; those that attend to the first token.
             loose, strict: share of the sparse rows that collapse (strict: NaN without draws).
             loose_content: the loose share with the sinks left out.
@@ -165,8 +168,12 @@ class CollapseReport:
         frame = pd.DataFrame({"sigma": np.asarray(self.settings.sigmas)[grids[0].ravel()]})
         if by != "model":
             frame["layer"] = np.asarray(self.settings.layers, dtype=int)[grids[1].ravel()]
+            label = np.asarray(self.model["labels"])[grids[1].ravel()]
         if by == "head":
             frame["head"] = grids[2].ravel()
+        if by != "model":
+            heads = [f"H{head}" for head in grids[2].ravel()] if by == "head" else ""
+            frame["label"] = np.char.add(label, heads)
         for name, values in (("rows", total), ("sinks", sinks)):
             frame[name] = np.broadcast_to(values, shape).ravel()
         for name in ("loose", "strict", "loose_content", "loose_centred"):
@@ -184,6 +191,14 @@ class CollapseReport:
     def n_sparse(self) -> int:
         """Sparse rows found, over all layers, heads and prompts."""
         return int(self.rows.sum())
+
+    def read_by(self, label: str, prompt: int) -> tuple[str, ...]:
+        """Tokens at the query positions of a layer, by its label: a decoder's own in ``D``, ``X``.
+
+        Empty for images and sound.
+        """
+        decoded = bool(self.decoder_tokens) and label[0] in "DX"
+        return (self.decoder_tokens if decoded else self.tokens)[prompt]
 
     # -- thresholds -------------------------------------------------------------------------
 
@@ -252,20 +267,31 @@ class CollapseReport:
         order = order[:n]
         prompts = t.prompt[order]
 
-        def token(at: np.ndarray) -> list[str]:
-            return [self.tokens[p][i] for p, i in zip(prompts, at[order], strict=True)]
+        labels = [self.model["labels"][layer] for layer in t.layer[order]]
 
+        def token(at: np.ndarray, decoded: str) -> list[str]:
+            """Tokens at these positions: the decoder's in layers whose label starts so."""
+            return [
+                _token(self.decoder_tokens if label[0] in decoded else self.tokens, int(p), int(i))
+                for label, p, i in zip(labels, prompts, at[order], strict=True)
+            ]
+
+        # A decoder's queries look at its own tokens, those of cross-attention at the encoder's.
+        query, key = ("DX", "D") if self.decoder_tokens else ("", "")
         return pd.DataFrame(
             {
                 "layer": np.asarray(self.settings.layers, dtype=int)[t.layer[order]],
                 "head": t.head[order],
+                "label": [
+                    f"{label}H{head}" for label, head in zip(labels, t.head[order], strict=True)
+                ],
                 "prompt": prompts,
                 "query_pos": t.query[order],
-                "query_token": token(t.query),
+                "query_token": token(t.query, query),
                 "key_pos": t.key[order],
-                "key_token": token(t.key),
+                "key_token": token(t.key, key),
                 "jump_pos": t.rival[order],
-                "jump_token": token(t.rival),
+                "jump_token": token(t.rival, key),
                 "half_width": t.half_width[order].astype(float),
                 "sigma": t.half_width[order].astype(float) / math.sqrt(3),
                 "sink": t.key[order] == 0,
@@ -299,6 +325,7 @@ class CollapseReport:
             "settings": json.dumps(asdict(self.settings)),
             "model": json.dumps(dict(self.model)),
             "tokens": json.dumps(self.tokens),
+            "decoder_tokens": json.dumps(self.decoder_tokens),
         }
         save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, path, metadata=head)
         return path
@@ -326,6 +353,7 @@ class CollapseReport:
             settings=ProbeSettings(**settings),
             model=json.loads(head["model"]),
             tokens=tuple(tuple(prompt) for prompt in json.loads(head["tokens"])),
+            decoder_tokens=tuple(tuple(p) for p in json.loads(head["decoder_tokens"])),
             table=table,
             **{name: arrays[name] for name in _ARRAYS},
         )
@@ -350,8 +378,16 @@ class CollapseReport:
 
 
 _ARRAYS = tuple(
-    f.name for f in fields(CollapseReport) if f.name not in ("settings", "model", "tokens", "table")
+    f.name
+    for f in fields(CollapseReport)
+    if f.name not in ("settings", "model", "tokens", "decoder_tokens", "table")
 )
+
+
+def _token(prompts: tuple[tuple[str, ...], ...], prompt: int, position: int) -> str:
+    """A token as a string; its position where the input is no text."""
+    tokens = prompts[prompt]
+    return tokens[position] if position < len(tokens) else str(position)
 
 
 def _se_draws(

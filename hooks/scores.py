@@ -4,7 +4,8 @@ The one place that knows score arithmetic: for every supported layer
 
     w_qt = c tanh(((1 + kq)(1 + k_t) s_qt + b_qt) / c)    (without a soft cap c: no tanh)
 
-where s is the q.k part that norm noise scales and b what it does not.
+where s is the q.k part that norm noise scales and b what it does not. The pattern is the softmax
+of w, over the keys and, where a head has a sink, over the sink's score beside them.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ class ScoreParts:
         bias: what is added to it, same shape, or None where nothing is.
         mask: True where the key is visible.
         soft_cap: c of the soft cap, 0 without one.
+        sink: score of each head's sink, or None.
     """
 
     s: Scores
     bias: Scores | None
     mask: Bool[Tensor, "batch head query key"]
     soft_cap: float
+    sink: Float[Tensor, "head"] | None = None
 
     def scores(self, factor: Float[Tensor, "#batch #head #query #key"] | None = None) -> Scores:
         """w = cap(factor s + bias), -inf where masked.
@@ -49,10 +52,33 @@ class ScoreParts:
             w = self.soft_cap * torch.tanh(w / self.soft_cap)
         return w.masked_fill(~self.mask, -torch.inf)
 
+    def pattern(self, factor: Float[Tensor, "#batch #head #query #key"] | None = None) -> Scores:
+        """softmax(w) over the keys and the sink; factor as in :meth:`scores`."""
+        return self.pattern_of(self.scores(factor))
+
+    def pattern_of(self, w: Scores) -> Scores:
+        """The pattern of other scores in this layer."""
+        return softmax_with_sink(w, None if self.sink is None else self.sink[:, None])
+
+
+_MASKED = (
+    -3e4
+)  # masks in use: -inf, -1e9 and the least number of a dtype, float16's -65504 the last
+
 
 def visible(scores: Float[Tensor, "*rows key"]) -> Bool[Tensor, "*rows key"]:
-    """True where a key is not masked, whether masks are -inf or the dtype's least number."""
-    return scores > torch.finfo(scores.dtype).min / 2
+    """True where a key is not masked, whatever number the model masks with."""
+    return scores > _MASKED
+
+
+def softmax_with_sink(
+    w: Float[Tensor, "*rows key"], sink: Float[Tensor, "*#rows"] | None
+) -> Float[Tensor, "*rows key"]:
+    """exp(w_t) / (exp(sink) + sum_t exp(w_t)): a sink takes its share and is no key."""
+    if sink is None:
+        return torch.softmax(w, dim=-1)
+    beside = sink.to(w).expand(w.shape[:-1])[..., None]
+    return torch.softmax(torch.cat([w, beside], dim=-1), dim=-1)[..., :-1]
 
 
 def split(
@@ -81,12 +107,23 @@ def split(
         # A saturated score has lost its q.k part: keep it just below the cap.
         edge = 1 - torch.finfo(w.dtype).eps
         w = sites.soft_cap * torch.atanh((w / sites.soft_cap).clamp(-edge, edge))
+    sink = w.new_tensor(sites.sink) if sites.sink else None
     if not sites.has_bias:
-        return ScoreParts(w, None, mask, sites.soft_cap)
+        return ScoreParts(w, None, mask, sites.soft_cap, sink)
     if q is None or k is None:
         raise ValueError(f"layer {sites.layer} adds a bias to its scores: wanted q and k; got None")
-    s = (qk_product(sites, q.to(w.dtype), k.to(w.dtype)) * sites.score_scale).masked_fill(~mask, 0)
-    return ScoreParts(s, w - s, mask, sites.soft_cap)
+    s = qk_part(sites, q.to(w.dtype), k.to(w.dtype)).masked_fill(~mask, 0)
+    return ScoreParts(s, w - s, mask, sites.soft_cap, sink)
+
+
+def qk_part(
+    sites: LayerSites,
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "batch key kv_head d_head"],
+) -> Scores:
+    """c q . k with each head's scale c: the part of the scores that noise scales."""
+    product = qk_product(sites, q, k)
+    return product * product.new_tensor(sites.score_scale)[:, None, None]
 
 
 def qk_product(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -22,9 +23,13 @@ import torch
 from torch import Tensor
 
 from hooks import _state
-from hooks._layercheck import KINDS, FusedLayerCheck, LayerCheck, Undecided
+from hooks._inputs import ModelInput, short_input
+from hooks._layercheck import KINDS, LayerCheck, Undecided
+from hooks._locate import locate
+from hooks._prompts import encode
+from hooks._tap import AttentionTap
 from hooks.errors import UnsupportedModelError
-from hooks.sites import AttentionSites, HookedModel, LayerSites, locate, short_tokens
+from hooks.sites import AttentionSites, HookedModel, LayerSites
 
 _ATTEMPTS = 3
 _LAYERS_PER_PASS = 8  # bounds the logits of the copies, which nobody reads
@@ -34,7 +39,9 @@ _remembered: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], AttentionSites
 )
 
 
-def attention_sites(model: HookedModel) -> AttentionSites:
+def attention_sites(
+    model: HookedModel, inputs: Mapping[str, Any] | Tensor | None = None
+) -> AttentionSites:
     """Where q, k, v, scores and pattern are in each attention layer, verified on the model.
 
     Runs a self-check (a few short tokens, some forward passes): every hook point fires once per
@@ -46,6 +53,9 @@ def attention_sites(model: HookedModel) -> AttentionSites:
     Args:
         model: a TransformerBridge or anything with ``cfg``, ``hook_dict``, ``hooks`` and
             ``run_with_hooks``.
+        inputs: one example to check with, for a model that a few random tokens (an image, a wave
+            form) do not run: pixel values, or named inputs such as
+            ``{"input_ids": ..., "pixel_values": ...}``. The first prompt is taken.
 
     Returns:
         :class:`AttentionSites`, one :class:`LayerSites` per attention layer.
@@ -63,9 +73,9 @@ def attention_sites(model: HookedModel) -> AttentionSites:
     known = _remembered.setdefault(model, {})
     # A hook of the user's on attention may change what a site carries: look again each time.
     hooked = any("attn" in n and _state.foreign_hooks(p) for n, p in model.hook_dict.items())
-    if hooked or key not in known:
+    if hooked or key not in known or inputs is not None:
         with _state.evaluating(model), _state.checking():
-            sites = _verify(model)
+            sites = _verify(model, inputs)
         if hooked:
             return sites
         known[key] = sites
@@ -90,51 +100,70 @@ def _configuration(model: HookedModel) -> tuple[Any, ...]:
     )
 
 
-def _verify(model: HookedModel) -> AttentionSites:
-    layers = locate(model)
+class _Example:
+    """Makes the copies of a check's prompt: random ones, or the user's example."""
+
+    def __init__(self, model: HookedModel, inputs: Mapping[str, Any] | Tensor | None) -> None:
+        self.model = model
+        self.example = None if inputs is None else encode(model, inputs).batch([0])
+
+    def copies(self, batch: int, avoid: set[int], attempt: int = 0) -> ModelInput:
+        """A batch of one prompt, another one at each attempt where there is a choice."""
+        if self.example is not None:
+            return self.example.rows([0] * batch)
+        return short_input(self.model, batch, avoid, attempt)
+
+
+def _verify(model: HookedModel, inputs: Mapping[str, Any] | Tensor | None) -> AttentionSites:
+    cfg = model.cfg
+    counts = {int(cfg.n_heads), int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)}
+    example = _Example(model, inputs)
+    layers = locate(model, example.copies(2, counts | {2}))
     undecided: UnsupportedModelError | None = None
     for attempt in range(_ATTEMPTS):
         try:
-            return _check_all(model, layers, attempt)
+            return _check_all(example, layers, attempt)
         except Undecided as error:  # another prompt may show more
             undecided = error.refusal
     assert undecided is not None
     raise undecided
 
 
-def _check_all(model: HookedModel, layers: tuple[LayerSites, ...], attempt: int) -> AttentionSites:
+def _check_all(example: _Example, layers: tuple[LayerSites, ...], attempt: int) -> AttentionSites:
     verified: list[LayerSites] = []
     table: list[dict[str, Any]] = []
     for at in range(0, len(layers), _LAYERS_PER_PASS):
-        checks = _check_some(model, layers[at : at + _LAYERS_PER_PASS], attempt)
+        checks = _check_some(example, layers[at : at + _LAYERS_PER_PASS], attempt)
         verified += [check.judge() for check in checks]
         table += [row for check in checks for row in check.table]
     return AttentionSites(tuple(verified), pd.DataFrame(table))
 
 
 def _check_some(
-    model: HookedModel, layers: tuple[LayerSites, ...], attempt: int
+    example: _Example, layers: tuple[LayerSites, ...], attempt: int
 ) -> list[LayerCheck]:
+    model = example.model
     heads = {n for s in layers for n in (s.n_heads, s.n_kv_heads)}
-    tokens = short_tokens(model, 1 + len(KINDS) * len(layers), heads, attempt)
+    batch = 1 + len(KINDS) * len(layers)
+    given = example.copies(batch, heads, attempt)
     generator = torch.Generator().manual_seed(2 + attempt)
     eps = torch.finfo(_state.model_dtype(model)).eps
-    causal = getattr(model.cfg, "attention_dir", "causal") == "causal"
-    window = int(getattr(model.cfg, "window_size", None) or 0)
+    tap = AttentionTap() if any(sites.tapped for sites in layers) else None
     checks = [
-        (FusedLayerCheck if sites.fused else LayerCheck)(
-            sites, index, tokens, generator, eps, causal=causal, window=window
-        )
-        for index, sites in enumerate(layers)
+        LayerCheck(sites, index, batch, generator, eps, tap) for index, sites in enumerate(layers)
     ]
     fwd_hooks = [hook for check in checks for hook in check.hooks()]
     if checks[-1].sites.z is not None:
         fwd_hooks.append((checks[-1].sites.z.hook, _finish))  # nothing later is looked at
-    with warnings.catch_warnings():
+    with (
+        warnings.catch_warnings(),
+        contextlib.suppress(_state.Finished),
+        tap or contextlib.nullcontext(),
+        model.hooks(fwd_hooks=fwd_hooks),
+    ):
         # TransformerLens warns where an edit of the scores is discarded: that is what we test.
         warnings.filterwarnings("ignore", message=".*has already consumed the original values")
-        with contextlib.suppress(_state.Finished), model.hooks(fwd_hooks=fwd_hooks):
-            model(tokens)  # type: ignore[operator]
+        given.run(model)
     return checks
 
 

@@ -1,13 +1,11 @@
 """Where a model keeps q, k, v, the pre-softmax scores and the pattern, layer by layer.
 
-Nothing here is a table of architectures: the hook points are found by running a few short tokens
-and looking at what fires, in which order and with which shape. :mod:`hooks.selfcheck` then proves
-on the same model that writes there do what the noise model says.
+Nothing here is a table of architectures: :mod:`hooks.selfcheck` finds the sites by running the
+model, and proves on it that writes there do what the noise model says.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,32 +13,15 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-
-from hooks.errors import UnsupportedModelError
 
 Role = Literal["q", "k", "v"]
 Shield = Literal["none", "removed", "mixed"]
+Values = Literal["plain", "gated", "unverified"]
+Stream = Literal["source", "target"]
 
 ROLES: tuple[Role, ...] = ("q", "k", "v")
-_CANDIDATES: dict[Role, tuple[str, ...]] = {
-    role: tuple(
-        name.format(role)
-        for name in (
-            "hook_{}",
-            "{}.hook_out",
-            "{}_norm.hook_out",
-            "hook_{}_normed",
-            "hook_rot_{}",
-        )
-    )
-    for role in ROLES
-}
-_ATTENTION = re.compile(
-    r"^(?P<prefix>blocks\.(?P<layer>\d+)\.\w*attn\w*)\.(?P<hook>hook_attn_scores|hook_z)$"
-)
-_PRIMES = (5, 7, 11, 13, 17)
 
 
 @runtime_checkable
@@ -66,7 +47,8 @@ class HookedModel(Protocol):
 class Site:
     """One TransformerLens hook point that carries one vector per token and head.
 
-    ``head_axis`` is 2 for ``[batch, pos, head, d_head]`` and 1 for ``[batch, head, pos, d_head]``.
+    ``head_axis`` is 2 for ``[batch, pos, head, d_head]``, 1 for ``[batch, head, pos, d_head]`` and
+    -1 for ``[batch, pos, head * d_head]``.
     """
 
     hook: str
@@ -74,22 +56,26 @@ class Site:
     head_axis: int
 
     def scale(
-        self, vectors: Float[Tensor, "batch _ __ d_head"], factor: Float[Tensor, "batch pos head"]
-    ) -> Float[Tensor, "batch _ __ d_head"]:
+        self, vectors: Float[Tensor, "batch *_"], factor: Float[Tensor, "batch pos head"]
+    ) -> Float[Tensor, "batch *_"]:
         """A new tensor with each vector times its factor; multiplied in float32, then cast."""
-        aligned = factor if self.head_axis == 2 else factor.transpose(1, 2)
         wide = torch.promote_types(vectors.dtype, factor.dtype)
-        return (vectors.to(wide) * aligned[..., None].to(wide)).to(vectors.dtype)
+        apart = self.by_position(vectors)
+        scaled: Tensor = (apart.to(wide) * factor[..., None].to(wide)).to(vectors.dtype)
+        if self.head_axis == 1:
+            return scaled.transpose(1, 2)
+        return scaled if self.head_axis == 2 else scaled.flatten(2)
 
-    def by_position(
-        self, vectors: Float[Tensor, "batch _ __ d_head"]
-    ) -> Float[Tensor, "batch pos head d_head"]:
+    def by_position(self, vectors: Float[Tensor, "batch *_"]) -> Float[Tensor, "batch pos head d"]:
         """The vectors as ``[batch, pos, head, d_head]``, whatever the hook's own layout."""
+        if self.head_axis == -1:
+            apart: Tensor = vectors.unflatten(-1, (self.n_heads, -1))
+            return apart
         return vectors if self.head_axis == 2 else vectors.transpose(1, 2)
 
-    def n_pos(self, vectors: Float[Tensor, "batch _ __ d_head"]) -> int:
+    def n_pos(self, vectors: Float[Tensor, "batch *_"]) -> int:
         """Number of positions in a tensor of this hook."""
-        return int(vectors.shape[1 if self.head_axis == 2 else 2])
+        return int(vectors.shape[2 if self.head_axis == 1 else 1])
 
 
 @dataclass(frozen=True)
@@ -114,15 +100,24 @@ class LayerSites:
     """The hook points of one attention layer.
 
     Attributes:
-        layer: block index, as in ``blocks.{layer}``.
+        layer: block index, as in ``blocks.{layer}``; in a model with several stacks or several
+            attentions to a block, index of the attention in the order of the forward pass.
         q, k, v: vector sites; k and v carry key/value heads (grouped-query attention).
-        scores: hook of the pre-softmax scores ``[batch, head, query, key]``; empty where the
-            attention is fused (sdpa) and keeps none.
+        scores: hook of the pre-softmax scores ``[batch, head, query, key]``; empty where no hook
+            shows them, and they are read where the model takes its softmax.
         pattern: hook of the attention pattern, same shape; empty likewise.
         z: hook of the per-head average of v, or None where the model has none.
+        prefix: the attention's name, ``blocks.{layer}.attn``.
+        label: short name: ``L5``; ``E5``, ``D5``, ``X5`` for an encoder, a decoder and its
+            cross-attention.
         soft_cap: c of the soft cap c tanh(w / c) on the scores, 0 without one.
         has_bias: whether something is added to the q.k part (ALiBi, relative positions).
-        score_scale: factor between q.k and the q.k part of the scores (1/sqrt(d_head), usually).
+        score_scale: factor between q.k and the q.k part of each head's scores (1/sqrt(d_head),
+            usually).
+        sink: score of each head's attention sink, a column of the softmax that is no token; empty
+            without one.
+        values: ``plain`` where z is the pattern's average of v, ``gated`` where each of its
+            components is then scaled, ``unverified`` where it is neither.
         scores_editable: whether an edit of ``scores`` changes the pattern.
     """
 
@@ -133,15 +128,24 @@ class LayerSites:
     scores: str
     pattern: str
     z: Site | None
+    prefix: str = ""
+    label: str = ""
     soft_cap: float = 0.0
     has_bias: bool = False
-    score_scale: float = 1.0
+    score_scale: tuple[float, ...] = ()
+    sink: tuple[float, ...] = ()
+    values: Values = "plain"
     scores_editable: bool = False
 
     @property
-    def fused(self) -> bool:
-        """Whether the attention keeps neither scores nor pattern (sdpa)."""
+    def tapped(self) -> bool:
+        """Whether no hook shows the scores: they are read where the model takes its softmax."""
         return not self.scores
+
+    def sequence(self, role: Role) -> Stream:
+        """Whose positions a vector has: the ``source``, an encoder's, or else the ``target``."""
+        encoded = self.label.startswith("E") or (self.label.startswith("X") and role != "q")
+        return "source" if encoded else "target"
 
     @property
     def n_heads(self) -> int:
@@ -249,203 +253,4 @@ def _sharing(sites: LayerSites) -> str:
     return (
         f"{sites.n_heads} query heads share {sites.n_kv_heads} key/value heads: noise on one key "
         f"or value vector reaches {group} query heads."
-    )
-
-
-# --- finding the sites -----------------------------------------------------------------------
-
-
-def prefixes(model: HookedModel) -> dict[int, str]:
-    """``blocks.{l}.attn`` of every layer that has a scores hook or, fused, a z hook, by layer.
-
-    Raises:
-        UnsupportedModelError: no layer has one, or a block has several.
-    """
-    found: dict[int, str] = {}
-    names = list(model.hook_dict)
-    for name in names:
-        match = _ATTENTION.match(name)
-        if match is None:
-            continue
-        layer = int(match["layer"])
-        if found.setdefault(layer, match["prefix"]) != match["prefix"]:
-            raise UnsupportedModelError(
-                "one attention per block",
-                wanted="a single attention module",
-                got=f"{found[layer]} and {match['prefix']}",
-                layer=layer,
-            )
-    if not found:
-        stacks = sorted(
-            {n.split(".")[0] for n in names if n.endswith(("hook_attn_scores", "hook_pattern"))}
-        )
-        got = f"attention only in {stacks}" if stacks else "no attention layer"
-        raise UnsupportedModelError(
-            "attention sites", wanted="hook points blocks.{l}.attn.hook_attn_scores", got=got
-        )
-    return dict(sorted(found.items()))
-
-
-@dataclass
-class _Firing:
-    name: str
-    shape: tuple[int, ...]
-
-
-def short_tokens(
-    model: HookedModel, batch: int, avoid: set[int], attempt: int = 0
-) -> Int[Tensor, "batch pos"]:
-    """The same few random tokens in each row; their number equals no head count in ``avoid``.
-
-    Raises:
-        UnsupportedModelError: the context is too short for a check.
-    """
-    n_ctx = int(getattr(model.cfg, "n_ctx", 0) or 10**9)
-    lengths = [p for p in _PRIMES if p not in avoid and p <= n_ctx]
-    if not lengths:
-        raise UnsupportedModelError(
-            "short prompt", wanted=f"a context of at least {_PRIMES[0]} tokens", got=f"{n_ctx}"
-        )
-    vocabulary = int(model.cfg.d_vocab)
-    generator = torch.Generator().manual_seed(1 + attempt)
-    length = lengths[min(attempt, len(lengths) - 1)]
-    row = torch.randint(0, vocabulary, (1, length), generator=generator)
-    return row.expand(batch, -1).to(input_device(model))
-
-
-def input_device(model: HookedModel) -> torch.device:
-    """Device on which the model takes its tokens."""
-    parameters = getattr(model, "parameters", None)
-    first = next(iter(parameters()), None) if callable(parameters) else None
-    if first is not None:
-        return torch.device(first.device)
-    return torch.device(getattr(model.cfg, "device", None) or "cpu")
-
-
-def locate(model: HookedModel) -> tuple[LayerSites, ...]:
-    """Find every layer's hook points by one short forward pass; nothing is verified yet.
-
-    Raises:
-        UnsupportedModelError: a hook point is missing, fires never or more than once, or has an
-            unknown shape.
-    """
-    where = prefixes(model)
-    cfg = model.cfg
-    counts = {int(cfg.n_heads), int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)}
-    tokens = short_tokens(model, 2, counts | {2})
-    firings = _record(model, where, tokens)
-    return tuple(
-        _layer_sites(model, layer, prefix, firings, tokens.shape[1])
-        for layer, prefix in where.items()
-    )
-
-
-def _record(model: HookedModel, where: Mapping[int, str], tokens: Tensor) -> list[_Firing]:
-    wanted = ["hook_attn_scores", "hook_pattern", "hook_z"]
-    wanted += [name for names in _CANDIDATES.values() for name in names]
-    firings: list[_Firing] = []
-    by_point: dict[int, str] = {}
-    hook_dict = model.hook_dict
-    for prefix in where.values():
-        for name in wanted:
-            point = hook_dict.get(f"{prefix}.{name}")
-            if point is not None:  # one name per hook point: aliases would record it twice
-                by_point.setdefault(id(point), f"{prefix}.{name}")
-
-    def recorder(name: str) -> Any:
-        def record(tensor: Any, hook: Any) -> None:
-            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
-            firings.append(_Firing(name, shape))
-
-        return record
-
-    with torch.no_grad(), model.hooks(fwd_hooks=[(n, recorder(n)) for n in by_point.values()]):
-        model(tokens)  # type: ignore[operator]
-    return firings
-
-
-def _layer_sites(
-    model: HookedModel, layer: int, prefix: str, firings: list[_Firing], n_pos: int
-) -> LayerSites:
-    mine = [f for f in firings if f.name.startswith(f"{prefix}.")]
-    fused = f"{prefix}.hook_attn_scores" not in model.hook_dict
-    before = mine
-    if not fused:
-        scores = _scores_and_pattern(mine, prefix, n_pos, layer)
-        before = mine[: mine.index(scores)]
-    # v may fire after the scores; q and k must fire before them.
-    vectors = {
-        role: _vector_site(role, mine if role == "v" else before, prefix, n_pos, layer)
-        for role in ROLES
-    }
-    for firing in mine:
-        _fired_once(mine, firing.name, layer)
-    n_heads = int(model.cfg.n_heads) if fused else scores.shape[1]
-    k_heads, v_heads = vectors["k"].dot.n_heads, vectors["v"].dot.n_heads
-    if vectors["q"].dot.n_heads != n_heads or n_heads % k_heads or k_heads != v_heads:
-        raise UnsupportedModelError(
-            "head counts",
-            wanted="query heads as in the scores, a divisor of that for both keys and values",
-            got=f"q {vectors['q'].dot.n_heads}, k {k_heads}, v {v_heads}, scores {n_heads}",
-            layer=layer,
-        )
-    z = [f for f in mine if f.name == f"{prefix}.hook_z" and len(f.shape) == 4]
-    return LayerSites(
-        layer=layer,
-        q=vectors["q"],
-        k=vectors["k"],
-        v=vectors["v"],
-        scores="" if fused else f"{prefix}.hook_attn_scores",
-        pattern="" if fused else f"{prefix}.hook_pattern",
-        z=_site(z[0], n_pos, layer) if len(z) == 1 else None,
-        soft_cap=max(float(getattr(model.cfg, "attn_scores_soft_cap", 0) or 0), 0.0),
-    )
-
-
-def _scores_and_pattern(mine: list[_Firing], prefix: str, n_pos: int, layer: int) -> _Firing:
-    scores = _fired_once(mine, f"{prefix}.hook_attn_scores", layer)
-    pattern = _fired_once(mine, f"{prefix}.hook_pattern", layer)
-    if scores.shape[2:] != (n_pos, n_pos) or pattern.shape != scores.shape:
-        raise UnsupportedModelError(
-            "shape of scores and pattern",
-            wanted=f"[batch, head, {n_pos}, {n_pos}] for both",
-            got=f"{list(scores.shape)} and {list(pattern.shape)}",
-            layer=layer,
-        )
-    return scores
-
-
-def _fired_once(firings: list[_Firing], name: str, layer: int) -> _Firing:
-    found = [f for f in firings if f.name == name]
-    if len(found) != 1:
-        raise UnsupportedModelError(
-            f"{name} fires once per forward", wanted="1 firing", got=str(len(found)), layer=layer
-        )
-    return found[0]
-
-
-def _vector_site(
-    role: Role, firings: list[_Firing], prefix: str, n_pos: int, layer: int
-) -> VectorSite:
-    names = [f"{prefix}.{name}" for name in _CANDIDATES[role]]
-    found = [f for f in firings if f.name in names]
-    if not found:
-        raise UnsupportedModelError(
-            f"{role} fires before it is used", wanted=f"one of {names}", got="none", layer=layer
-        )
-    # In the order of the forward pass: the first is the projection, the last is what is used.
-    return VectorSite(_site(found[0], n_pos, layer), _site(found[-1], n_pos, layer), "none")
-
-
-def _site(firing: _Firing, n_pos: int, layer: int) -> Site:
-    shape = firing.shape
-    if len(shape) == 4 and shape[1] == n_pos and shape[2] != n_pos:
-        return Site(firing.name, shape[2], 2)
-    if len(shape) == 4 and shape[2] == n_pos and shape[1] != n_pos:
-        return Site(firing.name, shape[1], 1)
-    raise UnsupportedModelError(
-        f"shape of {firing.name}",
-        wanted="[batch, pos, head, d_head] or [batch, head, pos, d_head]",
-        got=str(list(shape)),
-        layer=layer,
     )

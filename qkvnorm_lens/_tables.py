@@ -89,7 +89,7 @@ def heads(report: CollapseReport) -> pd.DataFrame:
     """
     import pandas as pd
 
-    columns = ["layer", "head", "rows", "sinks", "score_level"]
+    columns = ["layer", "head", "label", "rows", "sinks", "score_level"]
     frame: pd.DataFrame = report.to_frame().groupby(["layer", "head"], as_index=False).first()
     frame = frame.loc[:, columns]
     for name, content in (("sigma_at", False), ("sigma_at_content", True)):
@@ -113,7 +113,7 @@ def _heads(report: CollapseReport, n: int, content: bool) -> str:
         return ""
     rows = [
         [
-            f"L{row['layer']:.0f}H{row['head']:.0f}",
+            row["label"],
             percent(row["sigma_at"]),
             percent(row["sigma_at_content"]),
             f"{row['rows']:.0f}",
@@ -140,11 +140,11 @@ def _rows(report: CollapseReport, n: int, content: bool) -> str:
     rows = [
         [
             percent(row["sigma"]),
-            f"L{row['layer']}H{row['head']}",
+            row["label"],
             f"{row['query_pos']} {quoted(row['query_token'])}",
             f"{row['key_pos']} {quoted(row['key_token'])}" + (" sink" if row["sink"] else ""),
             f"{row['jump_pos']} {quoted(row['jump_token'])}",
-            context(report.tokens[row["first"]][: row["query_pos"] + 1])
+            context(report.read_by(row["label"], row["first"])[: row["query_pos"] + 1])
             + (f"  (and {row['size'] - 1} more)" if row["size"] > 1 else ""),
         ]
         for row in shown.to_dict("records")

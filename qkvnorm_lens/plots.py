@@ -113,7 +113,8 @@ def head_map(
     _key(ax, values, f"{few}  fewer than {min_rows} sparse rows" if few else "")
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
-    _integer_ticks(ax, n_heads, [str(layer) for layer in sigma.index])
+    # Block numbers alone, but for stacks: E, D and X for encoder, decoder and cross-attention.
+    _integer_ticks(ax, n_heads, [label.removeprefix("L") for label in report.model["labels"]])
     rows = "sparse rows without sinks" if content else "sparse rows"
     bar = figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
     bar.set_label(f"σ at which {100 * rate:g}% of a head's\n{rows} collapse (%)")

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 import hooks
 import qkvnorm_lens
@@ -114,20 +114,11 @@ def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def neo_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A family whose scores hook carries the pattern, so that no number can be trusted."""
-    folder = tmp_path_factory.mktemp("tiny-gpt-neo")
-    config = GPTNeoConfig(
-        vocab_size=models.VOCAB,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global"], 2]],
-        max_position_embeddings=models.N_CTX,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    models.tiny_hf(GPTNeoForCausalLM, config).save_pretrained(folder)
+def mamba_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A family without attention."""
+    folder = tmp_path_factory.mktemp("tiny-mamba")
+    config = MambaConfig(vocab_size=models.VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    models.tiny_hf(MambaForCausalLM, config).save_pretrained(folder)
     characters().save_pretrained(folder)
     return str(folder)
 
@@ -527,8 +518,8 @@ def test_expected_errors_of_language_models(
     _refused(run("probe", gpt2_dir, *argv), *words)
 
 
-def test_an_unsupported_family_is_refused_by_name(run: Run, neo_dir: str) -> None:
-    _refused(run("probe", neo_dir, "--text", PROSE), "layer 0", "softmaxed pattern")
+def test_an_unsupported_family_is_refused_by_name(run: Run, mamba_dir: str) -> None:
+    _refused(run("probe", mamba_dir, "--text", PROSE), "attention", "no attention layer")
 
 
 @pytest.mark.parametrize("name", ["some/model", "unheard-of", "bert-base-uncased"])

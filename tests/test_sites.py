@@ -67,8 +67,8 @@ def test_sites_of_known_architectures(
         assert (site.q.shield, site.k.shield, site.v.shield) == shields
         assert site.has_bias is bias
         assert site.scores_editable
-        assert not site.fused
-        assert site.score_scale == pytest.approx(8**-0.5, rel=1e-3)
+        assert not site.tapped
+        assert site.score_scale == pytest.approx([8**-0.5] * 4, rel=1e-3)
         group = site.n_heads // site.n_kv_heads
         assert site.kv_head_of == tuple(h // group for h in range(4))
     frame = sites.to_frame()
@@ -87,11 +87,11 @@ def test_our_placements(placement: str, kv_heads: int, implementation: str) -> N
     )
     sites = hooks.attention_sites(model)
     for site in sites:
-        assert site.fused is (implementation == "sdpa")
+        assert site.tapped is (implementation == "sdpa")
         assert site.n_kv_heads == kv_heads
         wanted = "removed" if placement == "qkv" else "none"
         assert {site.q.shield, site.k.shield, site.v.shield} == {wanted}
-        assert site.score_scale == pytest.approx(8**-0.5, rel=1e-3)
+        assert site.score_scale == pytest.approx([8**-0.5] * 4, rel=1e-3)
         assert site.scores_editable is (implementation == "eager")
 
 
@@ -107,15 +107,21 @@ def test_noise_on_sdpa_is_the_noise_on_eager(placement: str) -> None:
             outputs.append(model(tokens))
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
     assert (outputs[0] - eager(tokens)).abs().max() > 1e-2
-    with pytest.raises(hooks.UnsupportedModelError, match="wanted eager attention"):
-        hooks.collapse_probe(sdpa, tokens)
-    with pytest.raises(ValueError, match="fused attention"):
+    reports = [
+        hooks.collapse_probe(m, tokens, sigmas=[0.1, 0.3], sparse=0.4) for m in (eager, sdpa)
+    ]
+    assert (reports[0].rows == reports[1].rows).all()
+    assert reports[0].rows.sum() > 20
+    for name in ("loose", "strict", "centred"):
+        one, other = (getattr(report, name) for report in reports)
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="no hook with scores"):
         hooks.NormNoise(sigma=0.1, on="k", rows="sparse").hooks(sdpa)
 
 
 def test_sdpa_with_a_sliding_window() -> None:
     model = ours(placement="pre", window_size=3, attn_implementation="sdpa")
-    assert all(site.fused for site in hooks.attention_sites(model))
+    assert all(site.tapped for site in hooks.attention_sites(model))
 
 
 def test_norm_over_all_heads_is_mixed() -> None:

@@ -1,0 +1,131 @@
+"""What a model is run on: token ids, an encoder's and a decoder's, or images and sound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooks import _state
+from hooks.errors import UnsupportedModelError
+from hooks.sites import HookedModel
+
+_PRIMES = (5, 7, 11, 13, 17)
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A batch as a model takes it: the first argument of its call, and named ones beside it."""
+
+    first: Tensor
+    named: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """Number of prompts."""
+        return int(self.first.shape[0])
+
+    def run(self, model: HookedModel) -> None:
+        """One forward pass."""
+        device = input_device(model)
+        named = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.named.items()}
+        model(self.first.to(device), **named)  # type: ignore[operator]
+
+    def rows(self, index: Sequence[int]) -> ModelInput:
+        """Some of the prompts, in this order; a prompt may be asked for several times."""
+        at = torch.as_tensor(index)
+        named = {n: v[at] if isinstance(v, Tensor) else v for n, v in self.named.items()}
+        return ModelInput(self.first[at], named)
+
+
+def short_input(model: HookedModel, batch: int, avoid: set[int], attempt: int = 0) -> ModelInput:
+    """The same few random tokens in each row; their number equals no head count in ``avoid``.
+
+    Raises:
+        UnsupportedModelError: the context is too short for a check, or the model is of a kind whose
+            inputs are not known.
+    """
+    generator = torch.Generator().manual_seed(1 + attempt)
+    signal = _signal(model, generator)
+    if signal is not None:
+        return ModelInput(_copies(signal, batch).to(_state.model_dtype(model)))
+    n_ctx = int(getattr(model.cfg, "n_ctx", 0) or 10**9)
+    lengths = [p for p in _PRIMES if p not in avoid and p <= n_ctx]
+    if not lengths:
+        raise UnsupportedModelError(
+            "short prompt", wanted=f"a context of at least {_PRIMES[0]} tokens", got=f"{n_ctx}"
+        )
+    length = lengths[min(attempt, len(lengths) - 1)]
+    row = torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)
+    if not has_decoder(model):
+        return ModelInput(_copies(row, batch))
+    # Another length, so that the axes of cross-attention can be told apart.
+    other = next((p for p in lengths if p != length), length)
+    ids = torch.randint(0, int(model.cfg.d_vocab), (1, other), generator=generator)
+    return ModelInput(_copies(row, batch), {"decoder_input_ids": _copies(ids, batch)})
+
+
+def has_decoder(model: Any) -> bool:
+    """Whether the model has an encoder and a decoder, each with a sequence of its own."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _copies(row: Tensor, batch: int) -> Tensor:
+    return row.expand(batch, *row.shape[1:])
+
+
+def _signal(model: HookedModel, generator: torch.Generator) -> Tensor | None:
+    """A random image or wave form for models that take one; None for models of tokens."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    if getattr(model.cfg, "is_visual_model", False):
+        side, channels = (getattr(config, n, None) for n in ("image_size", "num_channels"))
+        if not isinstance(side, int) or not isinstance(channels, int):
+            raise UnsupportedModelError(
+                "an image to check with",
+                wanted="image_size and num_channels in the configuration",
+                got=f"{side!r} and {channels!r}",
+            )
+        return torch.randn(1, channels, side, side, generator=generator)
+    if getattr(model.cfg, "is_audio_model", False):
+        frames, bands = (getattr(config, n, None) for n in ("max_length", "num_mel_bins"))
+        if isinstance(frames, int) and isinstance(bands, int):
+            return torch.randn(1, frames, bands, generator=generator)  # a spectrogram
+        strides = getattr(config, "conv_stride", None) or (320,)
+        frame = int(torch.tensor(list(strides)).prod())
+        return torch.randn(1, 20 * frame, generator=generator)
+    return None
+
+
+def input_device(model: HookedModel) -> torch.device:
+    """Device on which the model takes its tokens."""
+    parameters = getattr(model, "parameters", None)
+    first = next(iter(parameters()), None) if callable(parameters) else None
+    if first is not None:
+        return torch.device(first.device)
+    return torch.device(getattr(model.cfg, "device", None) or "cpu")
+
+
+def real_spans(attention_mask: Int[Tensor, "batch pos"]) -> list[tuple[int, int]]:
+    """First and one-past-last real position of each row.
+
+    Raises:
+        ValueError: a row without a real token, or with padding between real tokens.
+    """
+    spans = []
+    for row, real in enumerate(attention_mask.bool().cpu()):
+        where = real.nonzero().flatten()
+        if not len(where):
+            raise ValueError(f"attention_mask: wanted a real token in every row; got none in {row}")
+        first, end = int(where[0]), int(where[-1]) + 1
+        if end - first != len(where):
+            raise ValueError(
+                f"attention_mask: wanted padding only before or after the real tokens; got a gap "
+                f"in row {row}"
+            )
+        spans.append((first, end))
+    return spans

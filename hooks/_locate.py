@@ -1,0 +1,293 @@
+"""Find every attention's hook points by running the model and looking at what fires.
+
+Nothing here is a table of architectures: names are only candidates, and the order and the shape in
+which they fire say what they are. Nothing is verified here; :mod:`hooks.selfcheck` does that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooks._inputs import ModelInput
+from hooks._tap import AttentionTap, Taken
+from hooks.errors import UnsupportedModelError
+from hooks.scores import visible
+from hooks.sites import ROLES, HookedModel, LayerSites, Role, Site, VectorSite
+
+_CANDIDATES: dict[Role, tuple[str, ...]] = {
+    role: tuple(
+        name.format(role)
+        for name in (
+            "hook_{}",
+            "{}.hook_out",
+            "{}_norm.hook_out",
+            "hook_{}_normed",
+            "hook_rot_{}",
+        )
+    )
+    for role in ROLES
+}
+_ATTENTION = re.compile(
+    r"^(?P<prefix>(?P<stack>\w*blocks)\.(?P<block>\d+)\.(?P<module>\w+))"
+    r"\.(?:hook_attn_scores|hook_z)$"
+)
+_CLOSE = 1e-2  # enough to tell a pattern from scores; the self-check is strict
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One attention module, by its names."""
+
+    prefix: str
+    stack: str
+    block: int
+    name: str
+
+
+@dataclass(frozen=True)
+class _Firing:
+    name: str
+    tensor: Tensor | None  # None: something else than a tensor
+
+
+def locate(model: HookedModel, given: ModelInput) -> tuple[LayerSites, ...]:
+    """The hook points of each attention that runs, in the order of the forward pass.
+
+    Raises:
+        UnsupportedModelError: the model has no attention, or a hook point is missing, fires more
+            than once, or has an unknown shape.
+    """
+    modules = attention_modules(model)
+    if not modules:
+        _refuse_without_modules(model, given)
+    firings, taken = _record(model, modules, given)
+    ran = [prefix for prefix in modules if any(_of(prefix, f) for f in firings)]
+    if not ran:
+        raise UnsupportedModelError(
+            "attention fires", wanted="hooks of an attention to fire", got=f"none of {len(modules)}"
+        )
+    first = {p: next(i for i, f in enumerate(firings) if _of(p, f)) for p in ran}
+    ordered = [modules[prefix] for prefix in sorted(ran, key=first.__getitem__)]
+    several = len({m.stack for m in ordered}) > 1 or len({m.block for m in ordered}) < len(ordered)
+    return tuple(
+        _Finder(
+            module,
+            index if several else module.block,
+            [f for f in firings if _of(module.prefix, f)],
+            taken.get(module.prefix),
+            float(getattr(model.cfg, "attn_scores_soft_cap", 0) or 0),
+        ).sites()
+        for index, module in enumerate(ordered)
+    )
+
+
+def attention_modules(model: HookedModel) -> dict[str, _Module]:
+    """Every module with a scores hook or a z hook, by its prefix such as ``blocks.0.attn``."""
+    found: dict[str, _Module] = {}
+    for name in model.hook_dict:
+        match = _ATTENTION.match(name)
+        if match is not None:
+            module = _Module(match["prefix"], match["stack"], int(match["block"]), match["module"])
+            found[module.prefix] = module
+    return found
+
+
+def _refuse_without_modules(model: HookedModel, given: ModelInput) -> None:
+    tap = AttentionTap()
+    with torch.no_grad(), tap:
+        given.run(model)
+    hidden = "attention of which TransformerLens shows no hook"
+    raise UnsupportedModelError(
+        "attention sites",
+        wanted="a layer with attention (hook points blocks.{l}.attn.hook_attn_scores)",
+        got=hidden if tap.attentions else "no attention layer",
+    )
+
+
+def _label(module: _Module) -> str:
+    kind = {"blocks": "L", "encoder_blocks": "E", "decoder_blocks": "D"}.get(module.stack)
+    if "cross" in module.name:
+        kind = "X"
+    return f"{kind or module.stack.removesuffix('_blocks')}{module.block}"
+
+
+def _of(prefix: str, firing: _Firing) -> bool:
+    return firing.name.startswith(f"{prefix}.")
+
+
+def _record(
+    model: HookedModel, modules: Mapping[str, _Module], given: ModelInput
+) -> tuple[list[_Firing], dict[str, Taken]]:
+    """What fires in one forward pass, and the softmax each attention took before its z."""
+    names = ["hook_attn_scores", "hook_pattern", "hook_z"]
+    names += [name for candidates in _CANDIDATES.values() for name in candidates]
+    hook_dict = model.hook_dict
+    by_point: dict[int, str] = {}
+    for prefix in modules:
+        for name in names:
+            point = hook_dict.get(f"{prefix}.{name}")
+            if point is not None:  # one name per hook point: aliases would record it twice
+                by_point.setdefault(id(point), f"{prefix}.{name}")
+    firings: list[_Firing] = []
+    taken: dict[str, Taken] = {}
+    tap = AttentionTap()
+
+    def recorder(name: str) -> Any:
+        prefix = name.rsplit(".", 1)[0]
+
+        def record(tensor: Any, hook: Any) -> None:
+            firings.append(_Firing(name, tensor.clone() if isinstance(tensor, Tensor) else None))
+            if name == f"{prefix}.hook_z":
+                latest = tap.take(given.batch)
+                if latest is not None:
+                    taken[prefix] = latest
+
+        return record
+
+    fwd_hooks = [(name, recorder(name)) for name in by_point.values()]
+    with torch.no_grad(), tap, model.hooks(fwd_hooks=fwd_hooks):
+        given.run(model)
+    return firings, taken
+
+
+class _Finder:
+    """Tells the hook points of one attention apart."""
+
+    def __init__(
+        self,
+        module: _Module,
+        layer: int,
+        firings: list[_Firing],
+        taken: Taken | None,
+        soft_cap: float,
+    ) -> None:
+        self.module = module
+        self.layer = layer
+        self.firings = firings
+        self.taken = taken
+        self.soft_cap = max(soft_cap, 0.0)
+
+    def sites(self) -> LayerSites:
+        """The sites, not yet verified."""
+        prefix = self.module.prefix
+        scores, pattern = (self._only(f"hook_{n}") for n in ("attn_scores", "pattern"))
+        hooked = self._hooks_show(scores, pattern)
+        matrix = scores if hooked else None if self.taken is None else self.taken.scores
+        if matrix is None:
+            self._refuse_blind()
+        assert matrix is not None
+        n_heads, n_query, n_key = matrix.shape[1:]
+        names = [f.name for f in self.firings]
+        early = self.firings[: names.index(f"{prefix}.hook_attn_scores") if hooked else None]
+        # v may fire after the scores; q and k must fire before them.
+        q = self._vector("q", early, n_query, n_heads)
+        width = self._width(q.dot)
+        k = self._vector("k", early, n_key, None, width)
+        v = self._vector("v", self.firings, n_key, None, width)
+        n_kv = k.dot.n_heads
+        if q.dot.n_heads != n_heads or n_heads % n_kv or n_kv != v.dot.n_heads:
+            self._refuse(
+                "head counts",
+                "query heads as in the scores, a divisor of that for both keys and values",
+                f"q {q.dot.n_heads}, k {n_kv}, v {v.dot.n_heads}, scores {n_heads}",
+            )
+        z = self._only("hook_z")
+        return LayerSites(
+            layer=self.layer,
+            q=q,
+            k=k,
+            v=v,
+            scores=f"{prefix}.hook_attn_scores" if hooked else "",
+            pattern=f"{prefix}.hook_pattern" if hooked else "",
+            z=None if z is None else self._site(_Firing(f"{prefix}.hook_z", z), n_query, n_heads),
+            prefix=prefix,
+            label=_label(self.module),
+            soft_cap=self.soft_cap,
+        )
+
+    def _only(self, name: str) -> Tensor | None:
+        """What fired under this name; None for nothing."""
+        found = [f for f in self.firings if f.name == f"{self.module.prefix}.{name}"]
+        if len(found) > 1:
+            self._refuse(f"{found[0].name} fires once per forward", "1 firing", str(len(found)))
+        return found[0].tensor if found else None
+
+    def _hooks_show(self, scores: Tensor | None, pattern: Tensor | None) -> bool:
+        """Whether the scores hook carries scores, as its pattern is their softmax."""
+        if scores is None or pattern is None or scores.ndim != 4 or scores.shape != pattern.shape:
+            return False
+        order = [f.name.removeprefix(f"{self.module.prefix}.") for f in self.firings]
+        if "hook_z" in order and order.index("hook_z") < order.index("hook_pattern"):
+            return False  # shown afterwards, when the attention is over
+        rows = pattern.double().sum(-1, keepdim=True)  # below 1 where a sink takes its share
+        w = scores.double().masked_fill(~visible(scores), -torch.inf)
+        apart = (torch.softmax(w, dim=-1) - pattern.double() / rows).abs()
+        return bool((apart.nan_to_num(0.0) < _CLOSE).all()) and bool((w != pattern).any())
+
+    def _vector(
+        self,
+        role: Role,
+        firings: list[_Firing],
+        n_pos: int,
+        n_heads: int | None,
+        width: int | None = None,
+    ) -> VectorSite:
+        names = [f"{self.module.prefix}.{name}" for name in _CANDIDATES[role]]
+        found = [f for f in firings if f.name in names]
+        if not found:
+            self._refuse(f"{role} fires before it is used", f"one of {names}", "none")
+        for name, times in Counter(f.name for f in found).items():
+            if times > 1:
+                self._refuse(f"{name} fires once per forward", "1 firing", str(times))
+        # In the order of the forward pass: the first is the projection, the last is what is used.
+        dot = self._site(found[-1], n_pos, n_heads, width)
+        # A projection may hold more than the vectors: a gate beside the queries.
+        return VectorSite(self._site(found[0], n_pos, None, width), dot, "none")
+
+    def _width(self, site: Site) -> int:
+        """d_head of a site."""
+        tensor = next(f.tensor for f in self.firings if f.name == site.hook)
+        assert tensor is not None
+        return int(tensor.shape[-1]) // (site.n_heads if site.head_axis == -1 else 1)
+
+    def _site(
+        self, firing: _Firing, n_pos: int, n_heads: int | None, width: int | None = None
+    ) -> Site:
+        """Which axis is which, from the number of positions and, if known, of heads or d_head."""
+        name, shape = firing.name, () if firing.tensor is None else tuple(firing.tensor.shape)
+        if len(shape) == 4:
+            axes = [
+                axis
+                for axis in (2, 1)
+                if shape[3 - axis] == n_pos and n_heads in (None, shape[axis])
+            ]
+            if len(axes) == 1:
+                return Site(name, shape[axes[0]], axes[0])
+        if len(shape) == 3 and shape[1] == n_pos:
+            n_heads = n_heads or (shape[2] // width if width else 0)
+            if n_heads and shape[2] % n_heads == 0:
+                return Site(name, n_heads, -1)
+        self._refuse(
+            f"shape of {name}",
+            f"[batch, {n_pos}, head, d_head], [batch, head, {n_pos}, d_head] or both in one axis",
+            str(list(shape)),
+        )
+        raise AssertionError
+
+    def _refuse_blind(self) -> None:
+        fired = sorted(f.name.removeprefix(f"{self.module.prefix}.") for f in self.firings)
+        self._refuse(
+            "scores of the attention",
+            "a hook that carries pre-softmax scores, or a softmax taken before hook_z fires",
+            f"neither; fired: {', '.join(fired) or 'nothing'}",
+        )
+
+    def _refuse(self, check: str, wanted: str, got: str) -> None:
+        raise UnsupportedModelError(check, wanted=wanted, got=got, layer=self.layer)
