@@ -12,13 +12,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := .venv/installed
 LEGACY := .venv-legacy
 
-.PHONY: help setup probe test test-legacy slow lint format real-model benchmarks clean
+.PHONY: help setup probe test test-legacy slow matrix lint format real-model benchmarks clean
 
 help:
 	@echo "make probe       which heads of the shipped model lose their token at which noise"
 	@echo "make test        fast tests and a real-model smoke test"
 	@echo "make test-legacy a HookedTransformer of TransformerLens 3.9, in its own .venv-legacy"
 	@echo "make slow        the slow tests"
+	@echo "make matrix      every architecture that TransformerLens knows"
 	@echo "make lint        ruff and mypy;  make format rewrites"
 	@echo "make real-model  fetch and convert the models that the tests read"
 	@echo "make benchmarks  time and memory"
@@ -36,7 +37,10 @@ probe: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens probe $(ARGS)
 
 test: real-model
-	$(BIN)/pytest -m "not slow" --durations=5 $(ARGS)
+	$(BIN)/pytest -m "not slow and not matrix" --durations=5 $(ARGS)
+
+matrix: $(SETUP)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m matrix --durations=5 $(ARGS)
 
 # The main environment writes weights and results, which the other compares with its own.
 test-legacy: $(SETUP) $(LEGACY)/installed

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks._tap import AttentionTap
+from hooks._tap import AttentionTap, Factors, Taken
+from hooks._valuecheck import HALF_PRECISION, MARGIN, ValueCheck
 from hooks.errors import UnsupportedModelError
 from hooks.scores import ScoreParts, expand_factors, qk_product, split, visible
-from hooks.sites import ROLES, LayerSites, Role, Shield, Site, Values, VectorSite
+from hooks.sites import ROLES, Averaging, LayerSites, Role, Shield, Site, VectorSite
 
 KINDS = ("q", "k", "v", "zero")
 """A layer's own copies of the prompt: noise on q; on k; on v, and scores edited; q set to zero."""
 
 _HALF_WIDTH = 0.5  # of the check's own noise: large, so that its effect stands above rounding
-_MARGIN = 8.0  # an effect must exceed its tolerance this many times to prove anything
-_HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
 _SUM_TO_ONE = 1e-5  # a row of a pattern sums to one up to this
 
 
@@ -31,6 +30,19 @@ class Undecided(Exception):
     def __init__(self, refusal: UnsupportedModelError) -> None:
         super().__init__(str(refusal))
         self.refusal = refusal
+
+
+class Unpredicted(UnsupportedModelError):
+    """The pattern under noise is not the one predicted from the clean scores."""
+
+
+def without_hooks(sites: LayerSites) -> LayerSites:
+    """The same layer with q and k taken where they enter the dot product, behind every hook."""
+    bare = {
+        role: replace(sites.vector(role), dot=Site("", sites.vector(role).dot.n_heads, 2))
+        for role in ROLES[:2]
+    }
+    return replace(sites, q=bare["q"], k=bare["k"])
 
 
 @dataclass
@@ -77,9 +89,13 @@ class LayerCheck:
         entries: list[tuple[str, Any]] = []
         for role in ROLES:
             site = self.sites.vector(role)
-            if site.projection != site.dot:
+            if site.projection != site.dot and site.projection.hooked:
                 entries.append((site.projection.hook, self._at_projection(role, site)))
-            entries.append((site.dot.hook, self._at_dot(role, site)))
+            if site.dot.hooked:
+                entries.append((site.dot.hook, self._at_dot(role, site)))
+        if self.bare:
+            first = self.sites.q.dot if self.sites.q.dot.hooked else self.sites.q.projection
+            entries.append((first.hook, self._arm(first)))
         if not self.sites.tapped:
             entries.append((self.sites.scores, self._at_scores))
             entries.append((self.sites.pattern, self._at_pattern))
@@ -87,21 +103,46 @@ class LayerCheck:
             entries.append((self.sites.z.hook, self._at_z))
         return entries
 
-    def _drawn(self, role: Role, site: Site, tensor: Tensor) -> Tensor:
+    @property
+    def bare(self) -> tuple[Role, ...]:
+        """Which of q and k have no hook where they enter the dot product."""
+        return tuple(r for r in ROLES[:2] if not self.sites.vector(r).dot.hooked)
+
+    def _drawn(self, role: Role, site: Site, n_pos: int, device: torch.device) -> Tensor:
         """This role's factors ``[pos, head]``, drawn when its number of positions is known."""
         if role not in self.factor:
             vector = self.sites.vector(role)
             n_heads = max(vector.dot.n_heads, vector.projection.n_heads)
-            noise = 2 * torch.rand(site.n_pos(tensor), n_heads, generator=self.generator) - 1
-            self.factor[role] = (1 + _HALF_WIDTH * noise).to(tensor.device)
-        return self.factor[role][:, : site.n_heads].to(tensor.device)
+            noise = 2 * torch.rand(n_pos, n_heads, generator=self.generator) - 1
+            self.factor[role] = (1 + _HALF_WIDTH * noise).to(device)
+        return self.factor[role][:, : site.n_heads].to(device)
+
+    def _arm(self, first: Site) -> Any:
+        """A hook that makes the tap multiply what no hook point carries."""
+
+        def hook(tensor: Tensor, hook: Any) -> None:
+            assert self.tap is not None
+            n_pos, n_heads = first.n_pos(tensor), self.sites.n_heads
+            factors: dict[Role, Tensor] = {}
+            for role in ROLES[:2]:
+                factors[role] = torch.ones(self.batch, n_pos, n_heads, device=tensor.device)
+            for role in self.bare:
+                site = self.sites.vector(role).dot
+                drawn = self._drawn(role, site, n_pos, tensor.device)
+                shared = drawn if role == "q" else drawn[:, list(self.sites.kv_head_of)]
+                factors[role][self.copy[role]] = shared
+            if "q" in self.bare:
+                factors["q"][self.copy["zero"]] = 0.0
+            self.tap.arm(Factors(factors["q"], factors["k"]))
+
+        return hook
 
     def at_dot(self, role: Role) -> Tensor:
         """This role's factors on the vectors that enter the dot product, ``[1, pos, head]``."""
         return self.factor[role][None, :, : self.sites.vector(role).dot.n_heads].double()
 
     def _multiply(self, tensor: Tensor, role: Role, site: Site, copies: dict[int, float]) -> Tensor:
-        drawn = self._drawn(role, site, tensor)
+        drawn = self._drawn(role, site, site.n_pos(tensor), tensor.device)
         factor = torch.ones(self.batch, *drawn.shape, device=tensor.device)
         for copy, strength in copies.items():
             factor[copy] = drawn if strength else 0.0
@@ -155,20 +196,29 @@ class LayerCheck:
             self.seen.scores = taken.scores[self.rows].clone()
             self.seen.pattern = taken.pattern[self.rows].clone()
             self.seen.firings += 2
+            self._see_operands(taken)
+
+    def _see_operands(self, taken: Taken) -> None:
+        group = self.sites.n_heads // self.sites.n_kv_heads
+        for role, operand in (("q", taken.q), ("k", taken.k)):
+            if role in self.bare and operand is not None:
+                shared = operand if role == "q" else operand[:, ::group]
+                setattr(self.seen, role, shared.transpose(1, 2)[self.rows].clone())
+                self.seen.firings += 1
 
     # -- verdict ----------------------------------------------------------------------------
 
     def judge(self) -> LayerSites:
         """The layer's sites with what was measured, or the refusal."""
         seen = self.seen
-        self._fired(len(ROLES) + 2 + (self.sites.z is not None))
+        own_values = self.sites.v.dot.hooked
+        self._fired(2 + own_values + 2 + (self.sites.z is not None))
         assert seen.scores is not None
         assert seen.pattern is not None
         assert seen.q is not None
         assert seen.k is not None
-        assert seen.v is not None
         scores, pattern = seen.scores.double(), seen.pattern.double()
-        q, k, v = seen.q.double(), seen.k.double(), seen.v.double()
+        q, k = seen.q.double(), seen.k.double()
         self._refuse_pattern_as_scores(scores, seen.scores)
         sites = self._measure_bias(seen.scores, q, k)
         clean = split(sites, seen.scores[:1], q[:1], k[:1], dtype=torch.float64)
@@ -197,12 +247,18 @@ class LayerCheck:
             )
         return replace(
             sites,
-            values=ValueCheck(self, pattern, v).verdict(),
+            averaging=self._averaging(pattern),
             scores_editable=not sites.tapped and self._editable(clean, pattern, tolerance),
             q=self._shielded("q", q),
             k=self._shielded("k", k),
-            v=self._shielded("v", v),
+            v=self.sites.v if seen.v is None else self._shielded("v", seen.v.double()),
         )
+
+    def _averaging(self, pattern: Tensor) -> Averaging:
+        if not self.sites.v.dot.hooked:
+            return "unverified"
+        assert self.seen.v is not None
+        return ValueCheck(self, pattern, self.seen.v.double()).verdict()
 
     def _fired(self, wanted: int) -> None:
         if self.seen.firings != wanted:
@@ -244,7 +300,7 @@ class LayerCheck:
     def _measure_bias(self, scores: Tensor, q: Tensor, k: Tensor) -> LayerSites:
         """What is left of the scores with q at zero is what noise does not scale."""
         shown = visible(scores)
-        plain = replace(self.sites, has_bias=False)
+        plain = replace(self.sites, has_bias=False, sink=())
         bias = split(plain, scores[self.at("zero")], dtype=torch.float64).s
         s = split(plain, scores[:1], dtype=torch.float64).s - bias
         product = qk_product(self.sites, q[:1], k[:1])
@@ -270,7 +326,7 @@ class LayerCheck:
             return ()
         room = total * (1 - total)
         best = room.amax((0, 2))
-        if bool((best < _MARGIN * max(self.eps, _SUM_TO_ONE)).any()):
+        if bool((best < MARGIN * max(self.eps, _SUM_TO_ONE)).any()):
             self.undecided("weight of the attention sink", float(best.min()), _SUM_TO_ONE)
         sink = torch.logsumexp(clean.scores(), dim=-1) + torch.log1p(-total) - torch.log(total)
         at = room.flatten(2).argmax(-1, keepdim=True)
@@ -285,7 +341,7 @@ class LayerCheck:
         terms = lengths * scale * 4 / q.shape[-1] ** 0.5
         whole = clean.scores().masked_fill(~clean.mask, 0).abs()
         # Half precision has no room for more.
-        generous = 0.5 if self.eps > _HALF_PRECISION else 64.0
+        generous = 0.5 if self.eps > HALF_PRECISION else 64.0
         rounding: Tensor = generous * self.eps * (whole + terms).masked_fill(~clean.mask, 0)
         return rounding.amax(-1, keepdim=True)
 
@@ -314,15 +370,15 @@ class LayerCheck:
         self.record(check, float(error.max()), float(effect.max()), limit)
         if not worst <= limit:  # NaN fails too
             head, row = divmod(at // observed.shape[-1], observed.shape[-2])
-            raise UnsupportedModelError(
+            raise Unpredicted(
                 check,
                 wanted=f"a difference of at most {limit:.2g}",
                 got=f"{worst:.2g} (head {head}, row {row})",
                 layer=self.sites.layer,
             )
-        if must_act and not bool((effect > _MARGIN * allowed).any()):
-            at = int((effect - _MARGIN * allowed).argmax())
-            needed = _MARGIN * float(allowed.flatten()[at])
+        if must_act and not bool((effect > MARGIN * allowed).any()):
+            at = int((effect - MARGIN * allowed).argmax())
+            needed = MARGIN * float(allowed.flatten()[at])
             self.undecided(check, float(effect.flatten()[at]), needed)
 
     def undecided(self, check: str, effect: float, needed: float) -> None:
@@ -340,7 +396,7 @@ class LayerCheck:
         predicted = clean.pattern_of(upside_down)
         error = (predicted - pattern[self.at("v")]).abs()
         allowed = 2 * predicted * (1 - predicted) * tolerance.expm1() + self.eps * predicted + 1e-6
-        acts = (pattern[self.at("v")] - pattern[:1]).abs() > _MARGIN * allowed
+        acts = (pattern[self.at("v")] - pattern[:1]).abs() > MARGIN * allowed
         return bool((error <= allowed).all() and acts.any())
 
     def _shielded(self, role: Role, vectors: Tensor) -> VectorSite:
@@ -363,88 +419,3 @@ class LayerCheck:
         elif ratio.numel() and bool(((ratio - 1).abs() < 0.05).all()):
             shield = "removed"
         return replace(site, shield=shield)
-
-
-class ValueCheck:
-    """Is z the pattern's average of v, under noise on v as well?
-
-    z = g * sum_t p_t (1 + v_t) v_t with g = 1, or with any g that noise on v leaves alone (a gate
-    that is computed from the residual stream), read from the clean copy.
-    """
-
-    def __init__(self, check: LayerCheck, pattern: Tensor, v: Tensor) -> None:
-        if check.seen.z is None:
-            raise UnsupportedModelError(
-                "v-noise changes what follows",
-                wanted="hook_z to fire once",
-                got="none",
-                layer=check.sites.layer,
-            )
-        self.check = check
-        self.pattern = pattern
-        self.z = check.seen.z.double()
-        self.clean = self._average("q", v[:1], row=0)
-        self.noisy = {
-            role: self._average(role, v[:1] * (check.at_dot("v")[..., None] if role == "v" else 1))
-            for role in ROLES
-        }
-        # A fused attention shows no pattern: there z must bear out the noise on q and k too.
-        self.roles: tuple[Role, ...] = ROLES if check.sites.tapped else ("v",)
-
-    def _average(self, role: Role, v: Tensor, row: int | None = None) -> tuple[Tensor, Tensor]:
-        """The pattern's average of v, and the size of what was added up."""
-        at = self.check.at(role) if row is None else slice(row, row + 1)
-        values = self.check.keys(v.double())
-        pattern = self.pattern[at].nan_to_num(0.0)
-        return (
-            torch.einsum("bhqk,bkhd->bqhd", pattern, values),
-            torch.einsum("bhqk,bkhd->bqhd", pattern, values.abs()),
-        )
-
-    def verdict(self) -> Values:
-        """``plain``, ``gated`` or ``unverified``.
-
-        Raises:
-            UnsupportedModelError: noise on v changes nothing, or nothing bears out a fused
-                attention.
-        """
-        rounding = (2.0 if self.check.eps > _HALF_PRECISION else 64.0) * self.check.eps
-        plain = all(self._holds(role, torch.ones(()), rounding) for role in self.roles)
-        if plain:
-            return self._acting("plain", rounding)
-        average, size = self.clean
-        gate = self.z[:1] / average
-        # Where the terms nearly cancel, the gate is a quotient of rounding errors.
-        clear = average.abs() > 1e-2 * size
-        gated = gate.where(clear, torch.full_like(gate, torch.nan))
-        if bool(clear.any()) and all(self._holds(r, gated, 100 * rounding) for r in self.roles):
-            return self._acting("gated", rounding)
-        if self.check.sites.tapped:
-            predicted, observed = self.noisy["v"][0], self.z[self.check.at("v")]
-            raise UnsupportedModelError(
-                "z under v-noise, predicted from pattern and clean v",
-                wanted=f"a difference of at most {rounding * float(size.max()):.2g}",
-                got=f"{float((predicted - observed).abs().max()):.2g}",
-                layer=self.check.sites.layer,
-            )
-        return self._acting("unverified", rounding)
-
-    def _holds(self, role: Role, gate: Tensor, rounding: float) -> bool:
-        average, size = self.noisy[role]
-        allowed = rounding * size * gate.abs().clamp(min=1) + 1e-12
-        error = (average * gate - self.z[self.check.at(role)]).abs()
-        known = gate.isfinite().expand_as(error)
-        return bool((error <= allowed)[known].all())  # NaN fails
-
-    def _acting(self, values: Values, rounding: float) -> Values:
-        check = "z under v-noise, predicted from pattern and clean v"
-        effect = (self.z[self.check.at("v")] - self.z[:1]).abs()
-        error = (self.noisy["v"][0] - self.z[self.check.at("v")]).abs()
-        allowed = rounding * torch.maximum(self.noisy["v"][1], self.z[:1].abs()) + 1e-12
-        self.check.record(check, float(error.max()), float(effect.max()), float(allowed.max()))
-        if not bool((effect > _MARGIN * allowed).any()):
-            at = int((effect - _MARGIN * allowed).argmax())
-            self.check.undecided(
-                check, float(effect.flatten()[at]), _MARGIN * float(allowed.flatten()[at])
-            )
-        return values

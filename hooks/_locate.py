@@ -189,9 +189,13 @@ class _Finder:
         # v may fire after the scores; q and k must fire before them.
         q = self._vector("q", early, n_query, n_heads)
         width = self._width(q.dot)
-        k = self._vector("k", early, n_key, None, width)
-        v = self._vector("v", self.firings, n_key, None, width)
-        n_kv = k.dot.n_heads
+        if self._shares_keys():
+            n_kv = self._distinct_keys()
+            k, v = (VectorSite(bare, bare, "none") for bare in [Site("", n_kv, 2)] * 2)
+        else:
+            k = self._vector("k", early, n_key, None, width)
+            v = self._vector("v", self.firings, n_key, None, width)
+            n_kv = k.dot.n_heads
         if q.dot.n_heads != n_heads or n_heads % n_kv or n_kv != v.dot.n_heads:
             self._refuse(
                 "head counts",
@@ -250,6 +254,19 @@ class _Finder:
         dot = self._site(found[-1], n_pos, n_heads, width)
         # A projection may hold more than the vectors: a gate beside the queries.
         return VectorSite(self._site(found[0], n_pos, None, width), dot, "none")
+
+    def _shares_keys(self) -> bool:
+        """Whether this layer reads another's keys and values: it has none, and was seen to."""
+        names = [f"{self.module.prefix}.{n}" for r in ROLES[1:] for n in _CANDIDATES[r]]
+        fired = any(f.name in names for f in self.firings)
+        return not fired and self.taken is not None and self.taken.k is not None
+
+    def _distinct_keys(self) -> int:
+        """Key/value heads, counted by comparing what the query heads read."""
+        assert self.taken is not None
+        assert self.taken.k is not None
+        k = self.taken.k
+        return 1 + sum(not torch.equal(k[:, h], k[:, h - 1]) for h in range(1, k.shape[1]))
 
     def _width(self, site: Site) -> int:
         """d_head of a site."""

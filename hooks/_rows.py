@@ -226,7 +226,7 @@ class LayerReducer:
         )
 
     def _gather(self, w: Tensor, s: Tensor | None, b: Tensor, h: Tensor, q: Tensor) -> _Rows:
-        plain = replace(self.sites, has_bias=False)
+        plain = replace(self.sites, has_bias=False, sink=())
         parts = split(plain, w[:, None, None, :], dtype=torch.float64)
         total, mask = parts.s[:, 0, 0], parts.mask[:, 0, 0]
         qk = total if s is None else s.double().masked_fill(~mask, 0)

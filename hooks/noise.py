@@ -274,7 +274,7 @@ class NormNoise:
         if self.rows != "all":
             return self._row_hooks(sites, clock)
         entries: HookList = []
-        if "v" in self.roles and sites.values == "unverified":
+        if "v" in self.roles and sites.averaging == "unverified":
             raise UnsupportedModelError(
                 "noise on v",
                 wanted="a z that is the pattern's average of v, up to a gate",
@@ -284,6 +284,13 @@ class NormNoise:
         for role in self.roles:
             vector = sites.vector(role)
             site = vector.dot if self.at == "dot" else vector.projection
+            if not site.hooked:
+                raise UnsupportedModelError(
+                    f"noise on {role}",
+                    wanted="a hook point where it enters the dot product",
+                    got="none of TransformerLens's; collapse_probe needs none",
+                    layer=sites.layer,
+                )
             if site.n_heads != vector.dot.n_heads:
                 raise UnsupportedModelError(
                     f"noise at the projection of {role}",

@@ -6,7 +6,7 @@ model, and proves on it that writes there do what the noise model says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -18,7 +18,7 @@ from torch import Tensor
 
 Role = Literal["q", "k", "v"]
 Shield = Literal["none", "removed", "mixed"]
-Values = Literal["plain", "gated", "unverified"]
+Averaging = Literal["plain", "gated", "unverified"]
 Stream = Literal["source", "target"]
 
 ROLES: tuple[Role, ...] = ("q", "k", "v")
@@ -48,12 +48,17 @@ class Site:
     """One TransformerLens hook point that carries one vector per token and head.
 
     ``head_axis`` is 2 for ``[batch, pos, head, d_head]``, 1 for ``[batch, head, pos, d_head]`` and
-    -1 for ``[batch, pos, head * d_head]``.
+    -1 for ``[batch, pos, head * d_head]``. ``hook`` is empty where TransformerLens has none.
     """
 
     hook: str
     n_heads: int
     head_axis: int
+
+    @property
+    def hooked(self) -> bool:
+        """Whether TransformerLens has a hook point there."""
+        return bool(self.hook)
 
     def scale(
         self, vectors: Float[Tensor, "batch *_"], factor: Float[Tensor, "batch pos head"]
@@ -116,7 +121,7 @@ class LayerSites:
             usually).
         sink: score of each head's attention sink, a column of the softmax that is no token; empty
             without one.
-        values: ``plain`` where z is the pattern's average of v, ``gated`` where each of its
+        averaging: ``plain`` where z is the pattern's average of v, ``gated`` where each of its
             components is then scaled, ``unverified`` where it is neither.
         scores_editable: whether an edit of ``scores`` changes the pattern.
     """
@@ -134,7 +139,7 @@ class LayerSites:
     has_bias: bool = False
     score_scale: tuple[float, ...] = ()
     sink: tuple[float, ...] = ()
-    values: Values = "plain"
+    averaging: Averaging = "plain"
     scores_editable: bool = False
 
     @property
@@ -203,14 +208,17 @@ class AttentionSites:
         rows = [
             {
                 "layer": sites.layer,
+                "label": sites.label,
                 "vector": role,
                 "projection": sites.vector(role).projection.hook,
                 "dot_product": sites.vector(role).dot.hook,
                 "heads": sites.vector(role).dot.n_heads,
                 "shield": sites.vector(role).shield,
-                "scores": sites.scores,
+                "scores": sites.scores or "softmax",
                 "bias": sites.has_bias,
                 "soft_cap": sites.soft_cap,
+                "sink": bool(sites.sink),
+                "averaging": sites.averaging,
                 "scores_editable": sites.scores_editable,
             }
             for sites in self.layers
@@ -220,20 +228,24 @@ class AttentionSites:
 
     def describe(self) -> str:
         """In sentences: what noise on q, k and v means in this model."""
-        first = self.layers[0]
-        parts = [_sharing(first)]
+        parts = _stacks(self.layers) + _sharing(self.layers)
         for shield, text in _SHIELD_TEXT.items():
-            roles = [r for r in ROLES if any(s.vector(r).shield == shield for s in self.layers)]
-            if roles:
-                shielded = sum(any(s.vector(r).shield == shield for r in roles) for s in self)
-                where = "" if shielded == len(self) else f" in {shielded} of {len(self)} layers"
-                parts.append(text.format(", ".join(roles), where))
-        if any(s.has_bias for s in self.layers):
-            parts.append(
-                "A position bias is added to the scores: noise scales only the q.k part, so noise "
-                "on q alone can move an arg max."
-            )
+            by_layers: dict[tuple[int, ...], list[str]] = {}
+            for role in ROLES:
+                mine = tuple(s.layer for s in self if s.vector(role).shield == shield)
+                by_layers.setdefault(mine, []).append(role)
+            for mine, roles in by_layers.items():
+                if mine:
+                    parts.append(text.format(", ".join(roles), self._where(len(mine))))
+        for holds, text in _FACTS:
+            found = sum(holds(s) for s in self)
+            if found:
+                parts.append(text.format(self._where(found)))
         return " ".join(parts)
+
+    def _where(self, n_layers: int) -> str:
+        """In how many layers, unless in all."""
+        return "" if n_layers == len(self) else f" in {n_layers} of {len(self)} layers"
 
 
 _SHIELD_TEXT = {
@@ -246,11 +258,55 @@ _SHIELD_TEXT = {
 }
 
 
-def _sharing(sites: LayerSites) -> str:
-    group = sites.n_heads // sites.n_kv_heads
-    if group == 1:
-        return f"{sites.n_heads} heads, each with keys and values of its own."
-    return (
-        f"{sites.n_heads} query heads share {sites.n_kv_heads} key/value heads: noise on one key "
-        f"or value vector reaches {group} query heads."
-    )
+_FACTS: tuple[tuple[Callable[[LayerSites], bool], str], ...] = (
+    (
+        lambda s: s.has_bias,
+        "A position bias is added to the scores{}: noise scales only the q.k part, so noise on q "
+        "alone can move an arg max.",
+    ),
+    (
+        lambda s: s.soft_cap > 0,
+        "A soft cap follows the scores{}: it keeps their order, and with it every arg max.",
+    ),
+    (
+        lambda s: bool(s.sink),
+        "Each head has a sink beside its keys{}: a row's weights sum to less than one.",
+    ),
+    (lambda s: s.averaging == "gated", "The average of v is gated{}."),
+    (
+        lambda s: s.averaging == "unverified",
+        "What noise on v does could not be verified{}: it is refused there.",
+    ),
+    (
+        lambda s: not (s.q.dot.hooked and s.k.dot.hooked),
+        "No hook carries q or k where they enter the dot product{}: the probe reads their scores, "
+        "NormNoise on them is refused there.",
+    ),
+    (
+        lambda s: s.tapped,
+        "No hook shows the scores{}: they are read where the model takes its softmax.",
+    ),
+)
+
+
+def _stacks(layers: tuple[LayerSites, ...]) -> list[str]:
+    """What the letters of the labels stand for, in a model with an encoder and a decoder."""
+    names = {"E": "encoder", "D": "decoder", "X": "cross-attention"}
+    kinds = {s.label[0]: names[s.label[0]] for s in layers if s.label[:1] in names}
+    if len(kinds) < 2:
+        return []
+    return [", ".join(f"{letter}: {name}" for letter, name in kinds.items()) + "."]
+
+
+def _sharing(layers: tuple[LayerSites, ...]) -> list[str]:
+    """One sentence for each geometry."""
+    out = []
+    for n_heads, n_kv_heads in dict.fromkeys((s.n_heads, s.n_kv_heads) for s in layers):
+        if n_heads == n_kv_heads:
+            out.append(f"{n_heads} heads, each with keys and values of its own.")
+            continue
+        out.append(
+            f"{n_heads} query heads share {n_kv_heads} key/value heads: noise on one key or value "
+            f"vector reaches {n_heads // n_kv_heads} query heads."
+        )
+    return out

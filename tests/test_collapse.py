@@ -700,7 +700,7 @@ def test_sabotage_is_noticed(how: str, name: str) -> None:
 def test_another_z_leaves_q_and_k_and_refuses_v(name: str) -> None:
     model = models.TINY[name]()
     model.hook_dict[attn(1, "z")].add_hook(lambda z, hook: z + 1.0)
-    assert [sites.values for sites in attention_sites(model)] == ["plain", "unverified"]
+    assert [sites.averaging for sites in attention_sites(model)] == ["plain", "unverified"]
     assert NormNoise(sigma=0.1, on="qk").hooks(model)
     assert NormNoise(sigma=0.1, on="v", layers=(0,)).hooks(model)
     with pytest.raises(UnsupportedModelError, match="layer 1: noise on v"):
@@ -712,7 +712,7 @@ def test_a_gate_on_z_is_known(name: str) -> None:
     model = models.TINY[name]()
     gate = torch.rand(8) + 0.5
     model.hook_dict[attn(0, "z")].add_hook(lambda z, hook: z * gate)
-    assert [sites.values for sites in attention_sites(model)] == ["gated", "plain"]
+    assert [sites.averaging for sites in attention_sites(model)] == ["gated", "plain"]
 
 
 def test_sabotage_is_noticed_although_another_hook_was_fine() -> None:

@@ -1,0 +1,102 @@
+"""Is z the pattern's average of v? The self-check's question on the values of one layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hooks.errors import UnsupportedModelError
+from hooks.sites import ROLES, Averaging, Role
+
+if TYPE_CHECKING:
+    from hooks._layercheck import LayerCheck
+
+MARGIN = 8.0  # an effect must exceed its tolerance this many times to prove anything
+HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
+
+
+class ValueCheck:
+    """Is z the pattern's average of v, under noise on v as well?
+
+    z = g * sum_t p_t (1 + v_t) v_t with g = 1, or with any g that noise on v leaves alone (a gate
+    that is computed from the residual stream), read from the clean copy.
+    """
+
+    def __init__(self, check: LayerCheck, pattern: Tensor, v: Tensor) -> None:
+        if check.seen.z is None:
+            raise UnsupportedModelError(
+                "v-noise changes what follows",
+                wanted="hook_z to fire once",
+                got="none",
+                layer=check.sites.layer,
+            )
+        self.check = check
+        self.pattern = pattern
+        self.z = check.seen.z.double()
+        self.clean = self._average("q", v[:1], row=0)
+        self.noisy = {
+            role: self._average(role, v[:1] * (check.at_dot("v")[..., None] if role == "v" else 1))
+            for role in ROLES
+        }
+        # A fused attention shows no pattern: there z must bear out the noise on q and k too.
+        self.roles: tuple[Role, ...] = ROLES if check.sites.tapped else ("v",)
+
+    def _average(self, role: Role, v: Tensor, row: int | None = None) -> tuple[Tensor, Tensor]:
+        """The pattern's average of v, and the size of what was added up."""
+        at = self.check.at(role) if row is None else slice(row, row + 1)
+        values = self.check.keys(v.double())
+        pattern = self.pattern[at].nan_to_num(0.0)
+        return (
+            torch.einsum("bhqk,bkhd->bqhd", pattern, values),
+            torch.einsum("bhqk,bkhd->bqhd", pattern, values.abs()),
+        )
+
+    def verdict(self) -> Averaging:
+        """``plain``, ``gated`` or ``unverified``.
+
+        Raises:
+            UnsupportedModelError: noise on v changes nothing, or nothing bears out a fused
+                attention.
+        """
+        rounding = (2.0 if self.check.eps > HALF_PRECISION else 64.0) * self.check.eps
+        plain = all(self._holds(role, torch.ones(()), rounding) for role in self.roles)
+        if plain:
+            return self._acting("plain", rounding)
+        average, size = self.clean
+        gate = self.z[:1] / average
+        # Where the terms nearly cancel, the gate is a quotient of rounding errors.
+        clear = average.abs() > 1e-2 * size
+        gated = gate.where(clear, torch.full_like(gate, torch.nan))
+        if bool(clear.any()) and all(self._holds(r, gated, 100 * rounding) for r in self.roles):
+            return self._acting("gated", rounding)
+        if self.check.sites.tapped:
+            predicted, observed = self.noisy["v"][0], self.z[self.check.at("v")]
+            raise UnsupportedModelError(
+                "z under v-noise, predicted from pattern and clean v",
+                wanted=f"a difference of at most {rounding * float(size.max()):.2g}",
+                got=f"{float((predicted - observed).abs().max()):.2g}",
+                layer=self.check.sites.layer,
+            )
+        return self._acting("unverified", rounding)
+
+    def _holds(self, role: Role, gate: Tensor, rounding: float) -> bool:
+        average, size = self.noisy[role]
+        allowed = rounding * size * gate.abs().clamp(min=1) + 1e-12
+        error = (average * gate - self.z[self.check.at(role)]).abs()
+        known = gate.isfinite().expand_as(error)
+        return bool((error <= allowed)[known].all())  # NaN fails
+
+    def _acting(self, averaging: Averaging, rounding: float) -> Averaging:
+        check = "z under v-noise, predicted from pattern and clean v"
+        effect = (self.z[self.check.at("v")] - self.z[:1]).abs()
+        error = (self.noisy["v"][0] - self.z[self.check.at("v")]).abs()
+        allowed = rounding * torch.maximum(self.noisy["v"][1], self.z[:1].abs()) + 1e-12
+        self.check.record(check, float(error.max()), float(effect.max()), float(allowed.max()))
+        if not bool((effect > MARGIN * allowed).any()):
+            at = int((effect - MARGIN * allowed).argmax())
+            self.check.undecided(
+                check, float(effect.flatten()[at]), MARGIN * float(allowed.flatten()[at])
+            )
+        return averaging

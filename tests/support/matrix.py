@@ -1,0 +1,390 @@
+"""The support matrix: what this library says of each architecture, and whether that is true.
+
+A row is made by the library's own self-check and then by recomputation: arg max shifts of sparse
+rows under drawn noise, counted by `hooks` on the bridge and by `reference.py` on the model as its
+authors wrote it, must be the same for every head.
+
+    python -m tests.support.matrix            # print the table
+    python -m tests.support.matrix --write    # and write docs/support.json and docs/support.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import hooks
+from hooks.sites import AttentionSites
+from tests.support import builders, reference
+
+DOCS = Path(__file__).parents[2] / "docs"
+SIGMA, DRAWS, POS = 0.4, 2, 21
+SPARSE = (0.95, 0.6, 0.35)
+LEAST_MOVES = 4  # fewer arg max shifts prove nothing: then rows of a smaller maximum are asked
+MARGIN = 1e-3  # of a row's logarithmic lead: closer ones may fall either way in float32
+ORDER = ("verified", "limited", "refused", "not tried")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One architecture with one kind of heads."""
+
+    name: str
+    heads: str
+    verdict: str
+    why: str
+    layers: str = ""
+    scores: str = ""
+    noise: str = ""
+    rows: int = 0
+    moved: int = 0
+    sparse: float = 0.0
+
+
+class Disagreement(AssertionError):
+    """The library counts what the model does not do."""
+
+
+def kinds() -> list[tuple[str, str]]:
+    """Every (architecture, kind of heads) that has a row; one row for names that are not tried."""
+    out = []
+    for name in builders.groups():
+        try:
+            out += [(name, heads) for heads in builders.variants(name)]
+        except builders.NotTried:
+            out.append((name, ""))
+    return out
+
+
+def judge(name: str, heads: str) -> Row:
+    """Build, check, recompute.
+
+    Raises:
+        Disagreement: the library's numbers are not the model's.
+    """
+    try:
+        built = builders.build(name, heads or None)
+    except builders.NotTried as error:
+        return Row(name, heads, "not tried", str(error))
+    try:
+        sites = hooks.attention_sites(built.model)
+    except hooks.UnsupportedModelError as error:
+        return Row(name, heads, "refused", str(error))
+    counted = _recompute(name, heads, built, sites)
+    limits = _limits(sites)
+    return Row(
+        name,
+        heads,
+        "limited" if limits else "verified",
+        limits,
+        layers=_ranges([s.label for s in sites]),
+        scores=_scores(sites),
+        noise=_noise(sites),
+        **counted,
+    )
+
+
+def _limits(sites: AttentionSites) -> str:
+    """Where noise is refused although the probe is right: by the vectors it is refused on."""
+    refused: dict[str, list[str]] = {}
+    for s in sites:
+        roles = [r for r in ("q", "k") if not s.vector(r).dot.hooked]  # type: ignore[arg-type]
+        roles += ["v"] if s.averaging == "unverified" else []
+        if roles:
+            refused.setdefault(", ".join(roles), []).append(s.label)
+    return "; ".join(
+        f"noise on {roles} is refused in {_ranges(labels)}" for roles, labels in refused.items()
+    )
+
+
+def _scores(sites: AttentionSites) -> str:
+    facts = {
+        "a hook": any(not s.tapped for s in sites),
+        "the softmax": any(s.tapped for s in sites),
+        "bias": any(s.has_bias for s in sites),
+        "soft cap": any(s.soft_cap for s in sites),
+        "sink": any(s.sink for s in sites),
+        "gate": any(s.averaging == "gated" for s in sites),
+    }
+    return ", ".join(fact for fact, holds in facts.items() if holds)
+
+
+def _noise(sites: AttentionSites) -> str:
+    """What becomes of noise at the projections, where that is not all of it."""
+    return ", ".join(
+        f"{role} {shield}"
+        for shield in ("removed", "mixed")
+        for role in "qkv"
+        if any(s.vector(role).shield == shield for s in sites)  # type: ignore[arg-type]
+    )
+
+
+def _ranges(labels: list[str]) -> str:
+    """L0-L3, X0: labels of one letter together."""
+    by_kind: dict[str, list[int]] = {}
+    for label in labels:
+        kind = label.rstrip("0123456789")
+        by_kind.setdefault(kind, []).append(int(label[len(kind) :]))
+    parts = []
+    for kind, numbers in by_kind.items():
+        run = numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 1
+        ends = [f"{kind}{numbers[0]}-{numbers[-1]}"] if run else [f"{kind}{n}" for n in numbers]
+        parts += ends
+    return " ".join(parts)
+
+
+# --- recomputation ---------------------------------------------------------------------------
+
+
+def _recompute(
+    name: str, heads: str, built: builders.Built, sites: AttentionSites
+) -> dict[str, Any]:
+    hf = builders.build_hf(name, heads or None, dtype=torch.float64)
+    inputs = built.inputs(1, POS, 0)
+    calls = reference.attentions(hf, inputs)
+    if len(calls) != len(sites):
+        raise Disagreement(f"{len(sites)} attentions found; the model takes {len(calls)}")
+    for layer, call in zip(sites, calls, strict=True):
+        if (layer.n_heads, layer.n_kv_heads) != (call.n_heads, call.n_kv_heads):
+            raise Disagreement(
+                f"{layer.label}: {layer.n_heads} heads on {layer.n_kv_heads}; the model has "
+                f"{call.n_heads} on {call.n_kv_heads}"
+            )
+        if list(layer.kv_head_of) != call.kv_head.tolist():
+            raise Disagreement(f"{layer.label}: heads read {layer.kv_head_of}; {call.kv_head}")
+    noisy = [_noised(hf, inputs, sites, calls, draw) for draw in range(DRAWS)]
+    for sparse in SPARSE:
+        report = _probe(built.model, inputs, sparse)
+        rows, moved = _compare(report, sites, calls, noisy, sparse)
+        if moved >= LEAST_MOVES:
+            return {"rows": rows, "moved": moved, "sparse": sparse}
+    raise Disagreement(f"only {moved} arg max shifts among {rows} rows: nothing is proven")
+
+
+def _probe(model: Any, inputs: reference.Inputs, sparse: float) -> hooks.CollapseReport:
+    (first,), named = inputs
+    decoder = named.get("decoder_input_ids")
+    return hooks.collapse_probe(
+        model,
+        first,
+        decoder_tokens=decoder,
+        sigmas=[SIGMA],
+        method="sample",
+        draws=DRAWS,
+        sparse=sparse,
+        progress=False,
+    )
+
+
+def _noised(
+    hf: Any,
+    inputs: reference.Inputs,
+    sites: AttentionSites,
+    calls: list[reference.AttentionCall],
+    draw: int,
+) -> list[torch.Tensor]:
+    noise = hooks.NormNoise(sigma=SIGMA, on="qk", draw=draw)
+    factors = []
+    for layer, call in zip(sites, calls, strict=True):
+        shapes = {"q": (call.n_query, call.n_heads), "k": (call.n_key, call.n_kv_heads)}
+        drawn = {
+            role: noise.factors(
+                layer=layer.layer,
+                role=role,  # type: ignore[arg-type]
+                n_heads=n_heads,
+                prompts=[0],
+                n_pos=n_pos,
+            )[0].double()
+            for role, (n_pos, n_heads) in shapes.items()
+        }
+        factors.append((drawn["q"], drawn["k"]))
+    return reference.noised(hf, inputs, factors, calls)
+
+
+def _compare(
+    report: hooks.CollapseReport,
+    sites: AttentionSites,
+    calls: list[reference.AttentionCall],
+    noisy: list[list[torch.Tensor]],
+    sparse: float,
+) -> tuple[int, int]:
+    """Sparse rows and arg max shifts, the same on both sides but for what rounding decides."""
+    rows = moved = 0
+    for i, (layer, call) in enumerate(zip(sites, calls, strict=True)):
+        n = layer.n_heads
+        mine = torch.as_tensor(report.rows[i, :n].sum((1, 2)))
+        _same(mine, *_bounds(call, sparse), f"{layer.label}: sparse rows")
+        rows += int(mine.sum())
+        for draw in range(DRAWS):
+            counted = torch.as_tensor(report.loose_draws[0, draw, i, :n].sum(-1)).round().long()
+            surely, maybe = _shift_bounds(call, noisy[draw][i], sparse)
+            _same(counted, surely, maybe, f"{layer.label}: shifts in draw {draw}")
+            moved += int(counted.sum())
+    return rows, moved
+
+
+def _bounds(call: reference.AttentionCall, sparse: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that are sparse for certain and perhaps, by head."""
+    low, high = (reference.sparse_rows(call, sparse * f) for f in (1 + MARGIN, 1 - MARGIN))
+    return low.sum(-1), high.sum(-1)
+
+
+def _shift_bounds(
+    call: reference.AttentionCall, noisy: torch.Tensor, sparse: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    star = call.pattern.argmax(-1, keepdim=True)
+    others = noisy.scatter(-1, star, 0.0).amax(-1)
+    lead = others.log() - noisy.gather(-1, star).squeeze(-1).log()
+    surely = reference.sparse_rows(call, sparse * (1 + MARGIN)) & (lead > MARGIN)
+    maybe = reference.sparse_rows(call, sparse * (1 - MARGIN)) & (lead > -MARGIN)
+    return surely.sum(-1), maybe.sum(-1)
+
+
+def _same(mine: torch.Tensor, least: torch.Tensor, most: torch.Tensor, what: str) -> None:
+    if not bool(((least <= mine) & (mine <= most)).all()):
+        raise Disagreement(
+            f"{what}: {mine.tolist()} by head; the model has {least.tolist()} to {most.tolist()}"
+        )
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def as_json(rows: list[Row]) -> str:
+    """One row a line, so that a change shows as one."""
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    return f"[\n{lines}\n]\n"
+
+
+def stored() -> dict[tuple[str, str], Row]:
+    """The committed table."""
+    rows = json.loads((DOCS / "support.json").read_text(encoding="utf-8"))
+    return {(row["name"], row["heads"]): Row(**row) for row in rows}
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """The page for people: one line per architecture, its kinds of heads together."""
+    groups = builders.groups()
+    merged: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        facts = (row.name, row.verdict, row.why, row.layers, row.scores, row.noise)
+        merged.setdefault(facts, []).append(row)
+    count = adapters(rows)
+    lines = [_HEAD.format(**count)]
+    for verdict, title in _TITLES.items():
+        mine = [same for same in merged.values() if same[0].verdict == verdict]
+        if not mine:
+            continue
+        lines += [f"\n## {title}\n", *_COLUMNS[verdict == "verified" or verdict == "limited"]]
+        for same in sorted(mine, key=lambda rows: rows[0].name.lower()):
+            lines.append(_line(same, groups[same[0].name]))
+    return "\n".join(lines) + "\n"
+
+
+_TITLES = {
+    "verified": "Verified",
+    "limited": "Verified, with a limit",
+    "refused": "Refused",
+    "not tried": "Not tried",
+}
+_COLUMNS = {
+    True: (
+        "| architecture | heads | attentions | scores from | noise at the projection | "
+        "rows/shifts compared | limit |",
+        "|---|---|---|---|---|---|---|",
+    ),
+    False: ("| architecture | heads | reason |", "|---|---|---|"),
+}
+_HEAD = """# Which models
+
+Written by `python -m tests.support.matrix --write`; `make matrix` makes every row again and fails
+where one got worse. Each architecture that TransformerLens {version} has an adapter for is built
+with random weights, offline, with multi-head (mha), grouped-query (gqa) and multi-query (mqa)
+attention where the family has them.
+
+*Verified* means: the self-check passed, and on {pos} positions the sparse rows and their arg max
+shifts under drawn noise are, head by head, those of the Hugging Face model itself in float64, in
+which the operands of the dot product are multiplied and nothing of this library runs. *Scores
+from*: `a hook` of TransformerLens, or `the softmax` that the model takes, where no hook shows its
+scores. *Noise at the projection*: `removed` by a norm over each head, `mixed` by a norm over all
+heads, else it arrives unchanged. The same is asked of your own model each time it is probed.
+
+Of {adapters} adapters {tried} could be built here; {attention} of these have attention, and
+{verified} of those are verified ({limited} with a limit)."""
+
+
+def adapters(rows: list[Row]) -> dict[str, Any]:
+    """Numbers of adapters: an adapter is verified if every row of it is."""
+    from importlib.metadata import version
+
+    by_adapter: dict[type, list[Row]] = {}
+    for row in rows:
+        by_adapter.setdefault(builders.adapter_of(row.name), []).append(row)
+    worst = {
+        a: max(mine, key=lambda row: ORDER.index(row.verdict)) for a, mine in by_adapter.items()
+    }
+    verdicts = Counter(row.verdict for row in worst.values())
+    without = sum("no attention layer" in row.why for row in worst.values())
+    return {
+        "version": version("transformer-lens"),
+        "pos": POS,
+        "adapters": len(by_adapter),
+        "tried": len(by_adapter) - verdicts["not tried"],
+        "attention": len(by_adapter) - verdicts["not tried"] - without,
+        "verified": verdicts["verified"] + verdicts["limited"],
+        "limited": verdicts["limited"],
+    }
+
+
+def _line(same: list[Row], names: tuple[str, ...]) -> str:
+    row = same[0]
+    others = [name for name in names if name != row.name]
+    title = f"`{row.name}`" + (f" ({', '.join(others)})" if others else "")
+    heads = ", ".join(r.heads for r in same)
+    if row.verdict in ("refused", "not tried"):
+        return f"| {title} | {heads} | {row.why.replace('|', '/')} |"
+    compared = ", ".join(f"{r.rows}/{r.moved}" for r in same)
+    cells = [title, heads, row.layers, row.scores, row.noise, compared, row.why]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.support.matrix")
+    parser.add_argument("--write", action="store_true", help="write docs/support.{json,md}")
+    parser.add_argument("names", nargs="*", help="only these (parts of names)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, started = [], time.perf_counter()
+    chosen = [
+        kind
+        for kind in kinds()
+        if not options.names or any(part.lower() in kind[0].lower() for part in options.names)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, heads in tqdm(chosen, leave=False):
+            try:
+                row = judge(name, heads)
+            except Disagreement as error:
+                row = Row(name, heads, "WRONG", str(error))
+            rows.append(row)
+            if row.verdict in ("WRONG", "refused") or options.names:
+                tqdm.write(f"{name} {heads}: {row.verdict} {row.why} {row.rows} {row.moved}")
+    print(Counter(row.verdict for row in rows), f"{time.perf_counter() - started:.0f} s")
+    if options.write:
+        assert all(row.verdict != "WRONG" for row in rows)
+        (DOCS / "support.json").write_text(as_json(rows), encoding="utf-8")
+        (DOCS / "support.md").write_text(as_markdown(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
