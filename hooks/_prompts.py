@@ -154,7 +154,10 @@ def _check_ids(model: Any, row: Tensor, name: str, *, least: int) -> None:
 
 def _decoder_rows(model: Any, rows: list[Tensor], given: Any) -> list[Tensor]:
     """The decoder's ids; by default the prompt itself after the start token, as in denoising."""
-    start = getattr(model.original_model.config, "decoder_start_token_id", None)
+    inner = model.original_model
+    known = (inner.config, getattr(inner, "generation_config", None))
+    starts = [getattr(config, "decoder_start_token_id", None) for config in known]
+    start = next((i for i in starts if i is not None), None)
     if given is None:
         if start is None:
             raise ValueError(

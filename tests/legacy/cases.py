@@ -55,3 +55,50 @@ def random_model(**options: Any) -> QKVNormTransformer:
 
 def tokens(batch: int = 4, pos: int = 20) -> torch.Tensor:
     return torch.randint(19, (batch, pos), generator=torch.Generator().manual_seed(3))
+
+
+OLD_SIZES: dict[str, Any] = {
+    "d_model": 32,
+    "d_head": 8,
+    "d_mlp": 64,
+    "n_heads": 4,
+    "n_layers": 2,
+    "n_ctx": 24,
+    "d_vocab": 19,
+    "act_fn": "gelu",
+    "normalization_type": "LN",
+    "default_prepend_bos": False,
+}
+
+
+def old_state_dict() -> dict[str, torch.Tensor]:
+    """Weights under the names and shapes of a HookedTransformer's state dict."""
+    sizes = OLD_SIZES
+    d, heads, d_head, mlp = (sizes[n] for n in ("d_model", "n_heads", "d_head", "d_mlp"))
+    vocab = sizes["d_vocab"]
+    generator = torch.Generator().manual_seed(5)
+
+    def drawn(*shape: int, scale: float = 1.0, centre: float = 0.0) -> torch.Tensor:
+        return centre + scale * torch.randn(shape, generator=generator)
+
+    weights = {"embed.W_E": drawn(vocab, d), "pos_embed.W_pos": drawn(sizes["n_ctx"], d)}
+    for i in range(sizes["n_layers"]):
+        block = f"blocks.{i}"
+        for ln in ("ln1", "ln2"):
+            weights[f"{block}.{ln}.w"] = drawn(d, scale=0.2, centre=1.0)
+            weights[f"{block}.{ln}.b"] = drawn(d, scale=0.2)
+        for role in "QKV":
+            scale = (1.0 if role == "V" else 2.5) / d**0.5
+            weights[f"{block}.attn.W_{role}"] = drawn(heads, d, d_head, scale=scale)
+            weights[f"{block}.attn.b_{role}"] = drawn(heads, d_head, scale=0.3)
+        weights[f"{block}.attn.W_O"] = drawn(heads, d_head, d, scale=d**-0.5)
+        weights[f"{block}.attn.b_O"] = drawn(d, scale=0.2)
+        weights[f"{block}.mlp.W_in"] = drawn(d, mlp, scale=d**-0.5)
+        weights[f"{block}.mlp.b_in"] = drawn(mlp, scale=0.2)
+        weights[f"{block}.mlp.W_out"] = drawn(mlp, d, scale=mlp**-0.5)
+        weights[f"{block}.mlp.b_out"] = drawn(d, scale=0.2)
+    weights["ln_final.w"] = drawn(d, scale=0.2, centre=1.0)
+    weights["ln_final.b"] = drawn(d, scale=0.2)
+    weights["unembed.W_U"] = drawn(d, vocab, scale=d**-0.5)
+    weights["unembed.b_U"] = drawn(vocab, scale=0.2)
+    return weights

@@ -26,7 +26,7 @@ from qkvnorm_lens.checkpoints import checkpoint_path, checkpoints
 from qkvnorm_lens.config import ARCHITECTURE, NormSpec
 from qkvnorm_lens.hooked_transformer import from_pretrained, hooked_config, to_hooked_transformer
 from qkvnorm_lens.model import QKVNormTransformer
-from tests.legacy.cases import CASES, SIGMAS, config, random_model, tokens
+from tests.legacy.cases import CASES, OLD_SIZES, SIGMAS, config, random_model, tokens
 
 torch.set_num_threads(1)
 REFERENCE = Path(sys.prefix) / "reference"
@@ -99,6 +99,25 @@ def test_the_probe_gives_the_numbers_of_the_bridge_on_4(folder: Path) -> None:
     pd.testing.assert_frame_equal(
         got[wanted.columns], wanted, check_dtype=False, atol=1e-4, rtol=1e-4
     )
+
+
+def test_a_plain_hooked_transformer_is_probed_like_its_converted_weights() -> None:
+    """The same weights, as they were saved in 2.x and 3.x and as 4.x converts them."""
+    weights = load_file(REFERENCE / "old" / "old.safetensors")
+    logits = weights.pop("logits")
+    model = HookedTransformer(HookedTransformerConfig(**OLD_SIZES))
+    model.load_state_dict(weights, strict=False)
+    model.eval()
+    torch.testing.assert_close(model(tokens()).detach(), logits, atol=1e-4, rtol=1e-4)
+    got = hooks.collapse_probe(model, tokens(), sigmas=SIGMAS, progress=False).to_frame()
+    wanted = pd.read_json(REFERENCE / "old" / "old.json", orient="table")
+    assert got["rows"].sum() > 50
+    assert got["loose"].max() > 0.01
+    pd.testing.assert_frame_equal(
+        got[wanted.columns], wanted, check_dtype=False, atol=1e-4, rtol=1e-4
+    )
+    # There a hook shows the scores, on the native bridge of 4.x none does.
+    assert all(not sites.tapped for sites in hooks.attention_sites(model))
 
 
 @pytest.mark.parametrize("name", CASES)

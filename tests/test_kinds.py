@@ -1,0 +1,263 @@
+"""Models that are no plain decoder: encoders and decoders, images, sound, sinks, hidden norms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hooks import CollapseReport, NormNoise, UnsupportedModelError, attention_sites, collapse_probe
+from tests.support import builders
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:transformer_lens", "ignore::FutureWarning"
+)
+
+SEEN = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(1))
+READ = torch.randint(3, 97, (3, 13), generator=torch.Generator().manual_seed(2))
+
+
+def built(name: str, heads: str | None = None, **options: Any) -> Any:
+    return builders.build(name, heads, **options).model
+
+
+def logits(model: Any, noise: NormNoise | None, read: torch.Tensor = READ) -> torch.Tensor:
+    entries = [] if noise is None else noise.hooks(model)
+    with torch.no_grad(), model.hooks(fwd_hooks=entries):
+        out: torch.Tensor = model(SEEN, decoder_input_ids=read)
+    return out
+
+
+# -- encoder-decoders -------------------------------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module", params=["T5ForConditionalGeneration", "BartForConditionalGeneration"]
+)
+def seq2seq(request: pytest.FixtureRequest) -> Any:
+    start = {"decoder_start_token_id": 2} if request.param.startswith("T5") else {}
+    return built(request.param, **start)
+
+
+def test_each_attention_has_a_name(seq2seq: Any) -> None:
+    sites = attention_sites(seq2seq)
+    assert [s.label for s in sites] == ["E0", "E1", "D0", "X0", "D1", "X1"]
+    assert [s.layer for s in sites] == list(range(6))
+    assert sites.layer(3).prefix == "decoder_blocks.0.cross_attn"
+    assert [sites.layer(3).sequence(role) for role in "qkv"] == ["target", "source", "source"]
+    assert "cross-attention" in sites.describe()
+    assert list(sites.to_frame()["label"].unique()) == [s.label for s in sites]
+
+
+def test_rows_and_keys_are_of_the_sequence_they_belong_to(seq2seq: Any, tmp_path: Path) -> None:
+    report = collapse_probe(seq2seq, SEEN, decoder_tokens=READ, sparse=0.5, draws=0)
+    n_source, n_target = SEEN.shape[1], READ.shape[1]
+    expected = {"E": n_source, "D": n_target - 1, "X": n_target}  # D's first row has one key
+    for i, label in enumerate(report.model["labels"]):
+        assert (report.examined[i] == expected[label[0]]).all(), label
+        assert (report.single_key[i] == (label[0] == "D")).all()
+    rows = report.fragile(10_000)
+    for row in rows.to_dict("records"):
+        query, key = {
+            "E": (report.tokens, report.tokens),
+            "D": (report.decoder_tokens, report.decoder_tokens),
+            "X": (report.decoder_tokens, report.tokens),
+        }[row["label"][0]]
+        assert row["query_token"] == query[row["prompt"]][row["query_pos"]]
+        for end in ("key", "jump"):
+            assert row[f"{end}_token"] == key[row["prompt"]][row[f"{end}_pos"]]
+    assert set(rows["label"].str[0]) == {"E", "D", "X"}
+    loaded = CollapseReport.load(report.save(tmp_path / "report.safetensors"))
+    assert loaded.decoder_tokens == report.decoder_tokens
+    pd.testing.assert_frame_equal(loaded.fragile(50), report.fragile(50))
+
+
+def test_without_tokens_the_decoder_reads_the_prompt_after_its_start(seq2seq: Any) -> None:
+    start = seq2seq.original_model.config.decoder_start_token_id
+    shifted = torch.cat([torch.full((3, 1), start), SEEN[:, :-1]], dim=1)
+    settings: dict[str, Any] = {"sparse": 0.5, "draws": 0, "sigmas": [0.3]}
+    default = collapse_probe(seq2seq, SEEN, **settings)
+    given = collapse_probe(seq2seq, SEEN, decoder_tokens=shifted, **settings)
+    named = collapse_probe(seq2seq, {"input_ids": SEEN, "decoder_input_ids": shifted}, **settings)
+    for other in (given, named):
+        np.testing.assert_array_equal(default.rows, other.rows)
+        np.testing.assert_allclose(default.loose, other.loose, atol=1e-6)
+        assert default.decoder_tokens == other.decoder_tokens
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_the_encoder_changes_no_factor(side: str) -> None:
+    """T5's positions are relative: padded, masked and noised, it says what it says unpadded."""
+    model = built("T5ForConditionalGeneration", decoder_start_token_id=2)
+    blank, real = torch.full((3, 4), 5), torch.ones_like(SEEN)
+    order = slice(None, None, 1 if side == "right" else -1)
+    seen = torch.cat([SEEN, blank][order], dim=1)
+    mask = torch.cat([real, torch.zeros_like(blank)][order], dim=1)
+    noise = NormNoise(sigma=0.3, on="qkv", seed=4)
+    outs = []
+    for ids, masks in ((SEEN, {}), (seen, {"attention_mask": mask})):
+        entries = noise.hooks(model, **masks)
+        with torch.no_grad(), model.hooks(fwd_hooks=entries):
+            outs.append(model(ids, decoder_input_ids=READ, **masks))
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-4, rtol=1e-4)
+    assert (outs[0] - logits(model, None)).abs().max() > 0.01
+    wrong = noise.hooks(model)  # positions counted from the padding: other factors
+    with torch.no_grad(), model.hooks(fwd_hooks=wrong):
+        other = model(seen, decoder_input_ids=READ, attention_mask=mask)
+    assert bool((other - outs[0]).abs().max() > 0.01) == (side == "left")
+
+
+def test_the_decoder_has_a_mask_of_its_own() -> None:
+    model = built("BartForConditionalGeneration")
+    noise = NormNoise(sigma=0.3, on="qkv", seed=4)
+    mask = torch.ones_like(READ)
+    mask[:, -3:] = 0
+    padded = noise.hooks(model, decoder_attention_mask=mask)
+    with torch.no_grad(), model.hooks(fwd_hooks=padded):
+        out = model(SEEN, decoder_input_ids=READ, decoder_attention_mask=mask)
+    alone = logits(model, noise, READ[:, :-3])
+    torch.testing.assert_close(out[:, :-3], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_noise_keeps_to_its_stack(seq2seq: Any) -> None:
+    """The encoder does not see the decoder's noise; the decoder sees the encoder's."""
+    z = [f"encoder_blocks.{i}.attn.hook_z" for i in (0, 1)]
+    clean, noisy = [], []
+    for kept, noise in ((clean, None), (noisy, NormNoise(sigma=0.4, layers=(2, 3, 4, 5)))):
+        entries = [] if noise is None else noise.hooks(seq2seq)
+        keep = [(name, lambda t, hook, kept=kept: kept.append(t.clone())) for name in z]
+        with torch.no_grad(), seq2seq.hooks(fwd_hooks=entries + keep):
+            out = seq2seq(SEEN, decoder_input_ids=READ)
+        kept.append(out)
+    assert all(torch.equal(a, b) for a, b in zip(clean[:-1], noisy[:-1], strict=True))
+    assert (clean[-1] - noisy[-1]).abs().max() > 0.01
+    encoder_only = logits(seq2seq, NormNoise(sigma=0.4, layers=(0, 1)))
+    assert (encoder_only - clean[-1]).abs().max() > 0.01
+
+
+def test_generation_keeps_each_factor(seq2seq: Any) -> None:
+    """A token keeps its factor from step to step: with a cache and without, the same text."""
+    noise = NormNoise(sigma=0.3, on="qkv", seed=2)
+    inner = seq2seq.original_model
+    texts = []
+    for cached in (True, False):
+        with noise.applied(seq2seq), torch.no_grad():
+            texts.append(
+                inner.generate(
+                    SEEN[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=cached
+                )
+            )
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_tokens": READ[:2]}, "decoder_tokens: wanted one for each of 3 prompts; got 2"),
+        ({"decoder_tokens": READ + 1000}, "decoder's prompt 0: wanted token ids from 0 to 96"),
+    ],
+)
+def test_decoder_tokens_that_do_not_fit(seq2seq: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        collapse_probe(seq2seq, SEEN, **options)
+
+
+def test_a_decoder_alone_takes_no_second_sequence() -> None:
+    model = built("LlamaForCausalLM", "gqa")
+    with pytest.raises(ValueError, match="decoder_tokens: wanted an encoder-decoder model"):
+        collapse_probe(model, SEEN, decoder_tokens=READ)
+    with pytest.raises(ValueError, match="decoder_attention_mask: wanted an encoder-decoder"):
+        NormNoise(sigma=0.1).hooks(model, decoder_attention_mask=torch.ones_like(SEEN))
+    with pytest.raises(
+        ValueError, match=r"inputs: wanted 'input_ids' among them; got \['pixels'\]"
+    ):
+        collapse_probe(model, {"pixels": SEEN})
+
+
+# -- images and sound -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("ViTForImageClassification", "pixel_values"),
+        ("HubertForCTC", "input_values"),
+        ("ASTForAudioClassification", "input_values"),
+    ],
+)
+def test_pictures_and_sound(name: str, key: str) -> None:
+    made = builders.build(name)
+    (signal,), _ = made.inputs(2, 15, 0)
+    report = collapse_probe(made.model, signal, sparse=0.4, draws=0)
+    assert report.rows.shape[2] == 2
+    assert report.n_sparse > 0
+    # The two are copies: each head counts the same in both.
+    np.testing.assert_array_equal(report.rows[:, :, 0], report.rows[:, :, 1])
+    named = collapse_probe(made.model, {key: signal}, sparse=0.4, draws=0)
+    np.testing.assert_array_equal(named.rows, report.rows)
+    row = report.fragile(1).iloc[0]
+    assert row["query_token"] == str(row["query_pos"])
+    assert report.summary()
+    with pytest.raises(ValueError, match=f"{key}: wanted .* axes"):
+        collapse_probe(made.model, signal[0, :1, None].flatten()[None, None, None, None])
+    with pytest.raises(TypeError, match="wanted integer ids"):
+        collapse_probe(built("LlamaForCausalLM"), signal)
+
+
+# -- what no hook shows -----------------------------------------------------------------------
+
+
+def test_a_hidden_norm_leaves_the_probe_and_refuses_the_noise() -> None:
+    """Llama 4 norms its rotary layers behind every hook: scores are known, noise is refused."""
+    model = built("Llama4ForCausalLM", "gqa")
+    sites = attention_sites(model)
+    hidden = [s.layer for s in sites if not s.q.dot.hooked]
+    assert hidden == [0, 2]
+    assert {sites.layer(i).q.shield for i in hidden} == {"removed"}
+    report = collapse_probe(model, SEEN, sparse=0.4, draws=0)
+    assert (report.rows.sum((1, 2, 3)) > 0).all()
+    with pytest.raises(UnsupportedModelError, match="layer 0: noise on k: wanted a hook point"):
+        NormNoise(sigma=0.1, on="k").hooks(model)
+    assert NormNoise(sigma=0.1, on="k", layers=(1, 3)).hooks(model)
+    assert NormNoise(sigma=0.1, on="v").hooks(model)
+    assert "NormNoise on them is refused there" in sites.describe()
+
+
+def test_a_sink_is_a_score_of_its_own() -> None:
+    """Its score is the model's parameter, whatever the rows hold."""
+    model = built("GptOssForCausalLM", "gqa")
+    for layer in attention_sites(model):
+        attention = model.original_model.model.layers[layer.layer].self_attn
+        attention = getattr(attention, "original_component", attention)
+        assert layer.sink == pytest.approx(attention.sinks.tolist(), abs=1e-3)
+
+
+def test_bridges_that_are_another_model_are_refused() -> None:
+    for options in (
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": False},
+        {"alibi": True},
+    ):
+        model = built("FalconForCausalLM", "mha", **options)
+        with pytest.raises(UnsupportedModelError, match="the bridge computes the model"):
+            attention_sites(model)
+
+
+def test_models_without_hooks_and_without_attention_are_told_apart() -> None:
+    for name, got in (
+        ("NemotronHForCausalLM", "attention of which TransformerLens shows no hook"),
+        ("MambaForCausalLM", "no attention layer"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=got):
+            attention_sites(built(name))
+
+
+def test_a_projection_that_holds_gates_too_is_no_place_for_noise() -> None:
+    model = built("Qwen3NextForCausalLM", "gqa")
+    assert {s.averaging for s in attention_sites(model)} == {"gated"}
+    assert NormNoise(sigma=0.1, on="q").hooks(model)
+    with pytest.raises(UnsupportedModelError, match="it holds something else beside them"):
+        NormNoise(sigma=0.1, on="q", at="projection").hooks(model)
