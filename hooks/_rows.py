@@ -32,9 +32,11 @@ class Tally:
         layers: tuple[LayerSites, ...],
         n_prompts: int,
         competitors: int,
+        first_prompt: int = 0,
     ) -> None:
         self.settings = settings
         self.competitors = competitors
+        self.first_prompt = first_prompt
         self.biased = any(s.has_bias for s in layers)
         n_s, n_d, n_l = len(settings.sigmas), settings.draws, len(layers)
         n_h = max(s.n_heads for s in layers)
@@ -58,6 +60,7 @@ class Tally:
         return CollapseReport(
             settings=self.settings,
             model=model,
+            first_prompt=self.first_prompt,
             tokens=prompts.strings,
             decoder_tokens=prompts.decoder_strings,
             padding=np.asarray(prompts.padding, dtype=np.int64),
@@ -415,7 +418,7 @@ class LayerReducer:
                 noise.uniforms(
                     layer=self.sites.layer,
                     role="q" if role == "q" else "k",
-                    prompt=int(p),
+                    prompt=self.tally.first_prompt + int(p),
                     start=0,
                     n_pos=self.n_pos[role],
                     n_heads=n_heads,

@@ -53,6 +53,7 @@ def collapse_probe(
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     competitors: int = 128,
+    first_prompt: int = 0,
     progress: bool | None = None,
 ) -> CollapseReport:
     """Share of sparse attention rows whose arg max moves under norm noise, by sigma, layer, head.
@@ -88,6 +89,8 @@ def collapse_probe(
         batch_size: prompts per forward pass; only prompts of one length share a pass, so that
             nothing is ever padded.
         competitors: nearest competitors to keep of each row that can collapse, for ``sigma_at``.
+        first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
+            which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
         progress: show a progress bar; default: where standard error is a terminal.
 
     Returns:
@@ -102,7 +105,7 @@ def collapse_probe(
     if method not in ("exact", "sample"):
         raise ValueError(f"method: wanted 'exact' or 'sample'; got {method!r}")
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
-    _check_numbers(draws, method, sparse, batch_size, competitors)
+    _check_numbers(draws, method, sparse, batch_size, competitors, first_prompt)
     unusual = tokens if isinstance(tokens, Mapping) else None
     sites = attention_sites(model, unusual)
     chosen = _layers(sites, layers)
@@ -124,7 +127,7 @@ def collapse_probe(
         draws=draws,
         seed=seed,
     )
-    tally = Tally(settings, chosen, len(prompts), competitors)
+    tally = Tally(settings, chosen, len(prompts), competitors, first_prompt)
     batches = prompts.batches(batch_size)
     with (
         _state.evaluating(model),
@@ -164,13 +167,14 @@ def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
 
 
 def _check_numbers(
-    draws: int, method: str, sparse: float, batch_size: int, competitors: int
+    draws: int, method: str, sparse: float, batch_size: int, competitors: int, first_prompt: int
 ) -> None:
     least = 2 if method == "sample" else 0
     for name, value, minimum in (
         ("draws", draws, least),
         ("batch_size", batch_size, 1),
         ("competitors", competitors, 1),
+        ("first_prompt", first_prompt, 0),
     ):
         if value < minimum:
             raise ValueError(f"{name}: wanted an integer >= {minimum}; got {value!r}")

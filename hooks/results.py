@@ -87,6 +87,7 @@ class CollapseReport:
     Attributes:
         settings: how the probe was run.
         model: facts of the model and what noise means there (``sites``), versions.
+        first_prompt: index of the first prompt, where this is a part of a corpus.
         tokens: each prompt's tokens as strings; none for images and sound.
         decoder_tokens: the same of an encoder-decoder's decoder; empty for other models.
         examined: rows looked at (two or more visible keys, no tie), sparse or not.
@@ -103,6 +104,7 @@ class CollapseReport:
 
     settings: ProbeSettings
     model: Mapping[str, Any]
+    first_prompt: int
     tokens: tuple[tuple[str, ...], ...] = field(repr=False)
     decoder_tokens: tuple[tuple[str, ...], ...] = field(repr=False)
     examined: Int[np.ndarray, "layer head prompt"] = field(repr=False)
@@ -298,6 +300,22 @@ class CollapseReport:
             }
         )
 
+    # -- several probes ---------------------------------------------------------------------
+
+    def merge(self, later: CollapseReport) -> CollapseReport:
+        """The report of both corpora, as if they had been probed in one run.
+
+        Args:
+            later: a report of the same model and settings whose first prompt follows this one's
+                last (``collapse_probe(..., first_prompt=len(report.tokens))``).
+
+        Raises:
+            ValueError: other settings, another model, or prompts that do not follow.
+        """
+        from hooks._merge import merge_reports
+
+        return merge_reports(self, later)
+
     # -- words ------------------------------------------------------------------------------
 
     def summary(self) -> str:
@@ -324,6 +342,7 @@ class CollapseReport:
             "format": _FORMAT,
             "settings": json.dumps(asdict(self.settings)),
             "model": json.dumps(dict(self.model)),
+            "first_prompt": json.dumps(self.first_prompt),
             "tokens": json.dumps(self.tokens),
             "decoder_tokens": json.dumps(self.decoder_tokens),
         }
@@ -352,6 +371,7 @@ class CollapseReport:
         return cls(
             settings=ProbeSettings(**settings),
             model=json.loads(head["model"]),
+            first_prompt=json.loads(head["first_prompt"]),
             tokens=tuple(tuple(prompt) for prompt in json.loads(head["tokens"])),
             decoder_tokens=tuple(tuple(p) for p in json.loads(head["decoder_tokens"])),
             table=table,
@@ -380,7 +400,7 @@ class CollapseReport:
 _ARRAYS = tuple(
     f.name
     for f in fields(CollapseReport)
-    if f.name not in ("settings", "model", "tokens", "decoder_tokens", "table")
+    if f.name not in ("settings", "model", "first_prompt", "tokens", "decoder_tokens", "table")
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +316,9 @@ def test_save_and_load(model: Any, method: Any, tmp_path: Path) -> None:
     assert dict(loaded.model) == dict(report.model)
     assert loaded.tokens == report.tokens
     for field in fields(CollapseReport):
-        if field.name not in ("settings", "model", "tokens", "decoder_tokens", "table"):
+        if field.name in ("first_prompt", "decoder_tokens"):
+            assert getattr(report, field.name) == getattr(loaded, field.name)
+        elif field.name not in ("settings", "model", "tokens", "table"):
             mine, theirs = getattr(report, field.name), getattr(loaded, field.name)
             assert mine.dtype == theirs.dtype
             np.testing.assert_array_equal(mine, theirs)
@@ -351,3 +353,38 @@ def test_loading_something_else_is_refused(tmp_path: Path) -> None:
         CollapseReport.load(other)
     with pytest.raises(FileNotFoundError):
         CollapseReport.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("method", ["exact", "sample"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_parts_of_a_corpus_merge_into_the_probe_of_all(model: Any, method: Any, at: int) -> None:
+    whole = probe(model, method=method, batch_size=1)
+    parts = [
+        probe(model, ids[:at], method=method, batch_size=1),
+        probe(model, ids[at:], method=method, batch_size=1, first_prompt=at),
+    ]
+    merged = parts[0].merge(parts[1])
+    assert merged.tokens == whole.tokens
+    assert merged.settings == whole.settings
+    for field in fields(CollapseReport):
+        mine, wanted = getattr(merged, field.name), getattr(whole, field.name)
+        if isinstance(wanted, np.ndarray):
+            assert mine.dtype == wanted.dtype, field.name
+            np.testing.assert_allclose(mine, wanted, rtol=1e-12, atol=0, err_msg=field.name)
+    for field in fields(whole.table):
+        np.testing.assert_array_equal(
+            getattr(merged.table, field.name), getattr(whole.table, field.name)
+        )
+    assert merged.sigma_at(0.02) == whole.sigma_at(0.02)
+    pd.testing.assert_frame_equal(merged.fragile(), whole.fragile())
+
+
+def test_reports_that_do_not_belong_together_are_not_merged(model: Any) -> None:
+    first = probe(model, ids[:1])
+    with pytest.raises(ValueError, match=r"wanted a report that starts at prompt 1 .*got .* at 0"):
+        first.merge(probe(model, ids[1:]))
+    with pytest.raises(ValueError, match="merge: wanted reports of equal settings"):
+        first.merge(probe(model, ids[1:], first_prompt=1, sigmas=[0.1]))
+    other = probe(models.tiny_gpt2(n_layers=2, seed=5), ids[1:], first_prompt=1)
+    with pytest.raises(ValueError, match="merge: wanted reports of one model"):
+        replace(first, model={**first.model, "name": "another"}).merge(other)
