@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qkvnorm_lens.config import NormSpec, QKVNormConfig, Sinusoids, named_config
     from qkvnorm_lens.loading import load_model
     from qkvnorm_lens.model import QKVNormTransformer
-    from qkvnorm_lens.plots import collapse_curve, head_map
+    from qkvnorm_lens.plots import collapse_curve, head_map, training_curves
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ _HOME = {
     "load_model": "loading",
     "collapse_curve": "plots",
     "head_map": "plots",
+    "training_curves": "plots",
 }
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "load_model",
     "collapse_curve",
     "head_map",
+    "training_curves",
     "__version__",
 ]
 

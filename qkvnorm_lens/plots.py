@@ -1,4 +1,4 @@
-"""Figures of a collapse report: a report goes in, a matplotlib ``Figure`` comes out.
+"""Figures of a collapse report, and of training logs: a matplotlib ``Figure`` comes out.
 
 Nothing is shown and no global setting of matplotlib is read or changed: save a figure with
 ``figure.savefig(path)``; a notebook shows the one that a cell ends with (under ``%matplotlib
@@ -8,11 +8,27 @@ inline``).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import pandas as pd
+
+from qkvnorm_lens._plot_style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RUNS,
+    axes_of,
+    grid,
+    log_ticks,
+    new_figure,
+    plain,
+    top_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,14 +36,13 @@ if TYPE_CHECKING:
 
     from hooks import CollapseReport
 
-# Okabe and Ito's colours, which people with colour-blindness can tell apart.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 _MAP = "viridis"
 _NO_ROWS, _NEVER = "#F7F7F7", "#BDBDBD"
-_DPI = 150
 _LEAST_SHARE = 0.01  # percent; below this the curve counts less than one row in 10,000
 _CURVE_POINTS = 60
 _MOST_CELLS = 256  # beyond this a number in each cell can't be read
+_LOG_COLUMNS: Final = ("sequences", "loss", "per_token")
+_DASHES: Final = ("-", "--", ":", "-.")
 
 
 def collapse_curve(
@@ -54,22 +69,21 @@ def collapse_curve(
     """
     if by not in ("model", "layer"):
         raise ValueError(f"by: wanted 'model' or 'layer'; got {by!r}")
-    figure, ax = _axes(ax, (6.4, 4.2))
+    figure, ax = axes_of(ax, (6.4, 4.2))
     if by == "model":
         _model_lines(report, ax)
     else:
         _layer_lines(report, figure, ax)
     _log_scales(ax)
-    ax.axhline(1, color=_GREY, linewidth=0.8, linestyle=":", zorder=0)
+    ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     ax.set_xlabel("RMS of the relative change of norms, σ (%)")
     ax.set_ylabel("sparse rows whose arg max moves (%)")
-    _log_ticks(ax.xaxis)
-    ax.yaxis.set_major_formatter(_plain)
-    ax.grid(visible=True, which="major", color="#E5E5E5", linewidth=0.6)
-    ax.set_axisbelow(True)
+    log_ticks(ax.xaxis)
+    ax.yaxis.set_major_formatter(plain)
+    grid(ax)
     _title(report, ax)
     if not report.n_sparse:
-        ax.text(0.5, 0.5, "no sparse rows", transform=ax.transAxes, ha="center", color=_GREY)
+        ax.text(0.5, 0.5, "no sparse rows", transform=ax.transAxes, ha="center", color=GREY)
     return figure
 
 
@@ -106,7 +120,7 @@ def head_map(
     values = 100 * sigma.to_numpy()
     n_layers, n_heads = values.shape
     size = (min(3.0 + 0.45 * n_heads, 12.0), min(1.6 + 0.25 * n_layers, 10.0))
-    figure, ax = _axes(ax, (max(size[0], 5.6), max(size[1], 3.2)))
+    figure, ax = axes_of(ax, (max(size[0], 5.6), max(size[1], 3.2)))
     counts = (report.rows[..., 0] if content else report.rows.sum(-1)).sum(-1)
     image = _cells(ax, values)
     few = _marks(ax, values, counts < min_rows, image)
@@ -118,28 +132,91 @@ def head_map(
     rows = "sparse rows without sinks" if content else "sparse rows"
     bar = figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
     bar.set_label(f"σ at which {100 * rate:g}% of a head's\n{rows} collapse (%)")
-    _log_ticks(bar.ax.yaxis)
+    log_ticks(bar.ax.yaxis)
     _title(report, ax)
     return figure
 
 
-def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """The given axis with its top figure, or new ones that pyplot does not know of."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "figures want matplotlib, which is not installed: pip install 'qkvnorm-lens[plots]'"
-        ) from error
+def training_curves(
+    logs: Mapping[str, pd.DataFrame | str | PathLike[str]],
+    ax: Sequence[Axes] | np.ndarray | None = None,
+) -> Figure:
+    """Loss (log axis) and accuracy per token against sequences seen, a colour per run.
+
+    Points are the logs' own columns ``sequences``, ``loss`` and ``per_token``; accuracy has points
+    where it was measured. Beyond seven runs the colours come again with other dashes.
+
+    Args:
+        logs: by the name to show, what training wrote: a frame, or the path of a ``log.csv``.
+        ax: draw on these two, loss and accuracy; default: a new figure.
+
+    Returns:
+        The figure that holds the axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: no such file.
+        ValueError: no log, one without these columns or without rows, other than two axes.
+    """
+    frames = {name: _log(name, log) for name, log in logs.items()}
+    if not frames:
+        raise ValueError("logs: wanted at least one; got none")
     if ax is None:
-        figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
-        return figure, figure.subplots()
-    parent: Any = ax.figure
-    while not isinstance(parent, Figure):  # a figure within a figure
-        parent = parent.figure
-    return parent, ax
+        figure = new_figure((8.4, 3.4))
+        pair: Any = figure.subplots(1, 2)
+    else:
+        pair = np.ravel(np.asarray(ax, dtype=object))
+        if len(pair) != 2:
+            raise ValueError(f"ax: wanted two axes, for loss and accuracy; got {len(pair)}")
+        figure = top_figure(pair[0])
+    loss, accuracy = pair
+    for i, (name, frame) in enumerate(frames.items()):
+        drawn: dict[str, Any] = {
+            "color": RUNS[i % len(RUNS)],
+            "linestyle": _DASHES[i // len(RUNS) % len(_DASHES)],
+            "linewidth": 1.4,
+            "label": name,
+        }
+        loss.plot(frame["sequences"], frame["loss"], **drawn)
+        measured = frame[frame["per_token"].notna()]
+        x, y = measured["sequences"], 100 * measured["per_token"]
+        accuracy.plot(x, y, marker="o", markersize=3.5, **drawn)
+    loss.set_yscale("log", nonpositive="mask")
+    log_ticks(loss.yaxis)
+    loss.set_ylabel("loss (nats per scored token)")
+    loss.legend(frameon=False, fontsize=9)
+    accuracy.set_ylabel("accuracy per token (%)")
+    if not any(frame["per_token"].notna().any() for frame in frames.values()):
+        accuracy.text(
+            0.5, 0.5, "not measured", transform=accuracy.transAxes, ha="center", color=GREY
+        )
+    for each in pair:
+        _sequence_axis(each)
+    return figure
+
+
+def _log(name: str, log: pd.DataFrame | str | PathLike[str]) -> pd.DataFrame:
+    """The columns that are drawn, as numbers."""
+    frame = log if isinstance(log, pd.DataFrame) else pd.read_csv(log)
+    lacking = [column for column in _LOG_COLUMNS if column not in frame.columns]
+    if lacking:
+        raise ValueError(
+            f"log of {name!r}: wanted columns {', '.join(_LOG_COLUMNS)}; got none named "
+            f"{' nor '.join(lacking)}"
+        )
+    if frame.empty:
+        raise ValueError(f"log of {name!r}: wanted rows; got none")
+    return frame.loc[:, list(_LOG_COLUMNS)].astype(float)
+
+
+def _sequence_axis(ax: Axes) -> None:
+    """Sequences from none on, as 400k and 1.2M."""
+    from matplotlib.ticker import EngFormatter
+
+    ax.set_xlim(left=0)
+    ax.set_xlabel("sequences seen")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    grid(ax)
 
 
 def _title(report: CollapseReport, ax: Axes) -> None:
@@ -163,18 +240,18 @@ def _model_lines(report: CollapseReport, ax: Axes) -> None:
     if report.settings.method == "sample":
         handles += _exact_line(report, ax, x)
         handles.append(
-            _points(ax, x, shown["loose"], shown["se"], _BLUE, f"collapse, {draws} draws", "none")
+            _points(ax, x, shown["loose"], shown["se"], BLUE, f"collapse, {draws} draws", "none")
         )
     else:
-        handles.append(_points(ax, x, shown["loose"], None, _BLUE, "collapse", "-"))
+        handles.append(_points(ax, x, shown["loose"], None, BLUE, "collapse", "-"))
     for name, style, colour, label in (
-        ("loose_content", "--", _GREEN, "sinks left out"),
-        ("loose_centred", ":", _GREY, "centred gauge (control)"),
+        ("loose_content", "--", GREEN, "sinks left out"),
+        ("loose_centred", ":", GREY, "centred gauge (control)"),
     ):
         handles += ax.plot(x, shown[name], color=colour, linestyle=style, label=label)
     if draws:
         label = f"strict: onto another sparse maximum, {draws} draws"
-        handles.append(_points(ax, x, shown["strict"], shown["se_strict"], _ORANGE, label, "-"))
+        handles.append(_points(ax, x, shown["strict"], shown["se_strict"], ORANGE, label, "-"))
     ax.legend(handles=handles, frameon=False, fontsize=8, loc="upper left")
 
 
@@ -186,7 +263,7 @@ def _exact_line(report: CollapseReport, ax: Axes, x: np.ndarray) -> list[Any]:
     dense = np.geomspace(positive.min(), positive.max(), _CURVE_POINTS)
     rows = np.arange(len(report.table))
     exact = [100 * report.exact_rate(s / 100, rows).sum() / report.n_sparse for s in dense]
-    return ax.plot(dense, exact, color=_BLUE, linewidth=1, label="collapse, exact")
+    return ax.plot(dense, exact, color=BLUE, linewidth=1, label="collapse, exact")
 
 
 def _points(
@@ -303,7 +380,7 @@ def _key(ax: Axes, values: np.ndarray, few: str) -> None:
     from matplotlib.transforms import ScaledTranslation
 
     handles = [
-        Patch(facecolor=colour, edgecolor=_GREY, linewidth=0.5, label=label)
+        Patch(facecolor=colour, edgecolor=GREY, linewidth=0.5, label=label)
         for colour, label, there in (
             (_NEVER, "never", np.isinf(values).any()),
             (_NO_ROWS, "no sparse rows", np.isnan(values).any()),
@@ -347,16 +424,3 @@ def _log_scales(ax: Axes) -> None:
     ax.set_ylim(_LEAST_SHARE, 100 if (y > 10).any() else 10)
     ax.set_xscale("log")
     ax.set_yscale("log", nonpositive="mask")
-
-
-def _log_ticks(axis: Any) -> None:
-    """1, 2, 3, 5 and their multiples by ten, as plain numbers."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(_plain)
-
-
-def _plain(value: float, position: Any = None) -> str:
-    return f"{value:g}"

@@ -14,6 +14,8 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError, install_import_hook
 
+from qkvnorm_lens.checkpoints import checkpoint_card, checkpoints
+from qkvnorm_lens.cli import main
 from tests import models, real_models
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +72,25 @@ def test_named_make_targets_exist(file: str, call: str) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert named
     assert named <= targets
+
+
+def test_the_training_guide_has_the_numbers_of_the_cards() -> None:
+    table = (ROOT / "docs/training.md").read_text().partition("\n## Shipped models\n")[2]
+    for name in checkpoints():
+        for i, (kind, got) in enumerate(checkpoint_card(name)["accuracy"].items()):
+            cells = [f"{got[key]:.2%}" for key in ("per_token", "per_token_without_end", "exact")]
+            row = " | ".join([f"| `{name}`" if i == 0 else "| ", kind, *cells])
+            assert f"\n{row} |\n" in table
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_the_probe_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = (ROOT / "README.md").read_text().partition("`make probe` prints")[2]
+    block = re.findall(r"^    (.+)$", shown.partition("\n## ")[0], re.M)
+    assert main(["probe"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(block) == 8
+    assert [line for line in block if line not in printed] == []
 
 
 @pytest.mark.parametrize("kind", models.TINY)

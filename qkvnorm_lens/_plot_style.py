@@ -1,0 +1,71 @@
+"""What the figures share: colours, the axes to draw on, ticks on log axes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with colour-blindness can tell apart.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+RUNS: Final = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GRID: Final = "#E5E5E5"
+_DPI = 150
+
+
+def top_figure(ax: Axes) -> Figure:
+    """The figure that holds an axis, at whatever depth."""
+    from matplotlib.figure import Figure
+
+    parent: Any = ax.figure
+    while not isinstance(parent, Figure):  # a figure within a figure
+        parent = parent.figure
+    return parent
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """A figure that pyplot does not know of.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "figures want matplotlib, which is not installed: pip install 'qkvnorm-lens[plots]'"
+        ) from error
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def axes_of(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """The given axis with its top figure, or new ones."""
+    if ax is not None:
+        return top_figure(ax), ax
+    figure = new_figure(size)
+    return figure, figure.subplots()
+
+
+def grid(ax: Axes) -> None:
+    """Faint lines at the major ticks, behind what is drawn."""
+    ax.grid(visible=True, which="major", color=GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def log_ticks(axis: Any) -> None:
+    """1, 2, 3, 5 and their multiples by ten, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(plain)
+
+
+def plain(value: float, position: Any = None) -> str:
+    """A number without an exponent."""
+    return f"{value:g}"
