@@ -21,6 +21,7 @@ KINDS = ("q", "k", "v", "zero")
 """A layer's own copies of the prompt: noise on q; on k; on v, and scores edited; q set to zero."""
 
 _HALF_WIDTH = 0.5  # of the check's own noise: large, so that its effect stands above rounding
+_SAME_PRODUCT = 0.1  # a score differs from its product by rounding, or by much more
 _SUM_TO_ONE = 1e-5  # a row of a pattern sums to one up to this
 
 
@@ -81,6 +82,7 @@ class LayerCheck:
         self.seen = _Seen()
         self.table: list[dict[str, Any]] = []
         self.factor: dict[Role, Tensor] = {}
+        self.miswritten: UnsupportedModelError | None = None
 
     # -- hooks ------------------------------------------------------------------------------
 
@@ -147,6 +149,15 @@ class LayerCheck:
         for copy, strength in copies.items():
             factor[copy] = drawn if strength else 0.0
         scaled: Tensor = site.scale(tensor, factor)
+        wanted = site.by_position(tensor).double() * factor[..., None].double()
+        error = (site.by_position(scaled).double() - wanted).abs()
+        if not bool((error <= 2 * self.eps * wanted.abs() + 1e-30).all()):
+            self.miswritten = UnsupportedModelError(
+                f"what is written at {site.hook}",
+                wanted="each vector times its factor",
+                got=f"a difference of {float(error.max()):.2g}",
+                layer=self.sites.layer,
+            )
         return scaled
 
     def _at_projection(self, role: Role, site: VectorSite) -> Any:
@@ -245,9 +256,12 @@ class LayerCheck:
                 pattern[:1],
                 tolerance * (1 + _HALF_WIDTH),
             )
+        averaging = self._averaging(pattern)
+        if self.miswritten is not None:  # noise at half strength looks like a bias, and agrees
+            raise self.miswritten
         return replace(
             sites,
-            averaging=self._averaging(pattern),
+            averaging=averaging,
             scores_editable=not sites.tapped and self._editable(clean, pattern, tolerance),
             q=self._shielded("q", q),
             k=self._shielded("k", k),
@@ -309,11 +323,12 @@ class LayerCheck:
         squares = (x * x).sum((0, 2, 3))
         scale = (x * y).sum((0, 2, 3)) / squares.where(squares > 0, torch.ones_like(squares))
         level = float(y.abs().max())
-        return replace(
-            self.sites,
-            has_bias=bool(bias.abs().max() > 8 * self.eps * max(level, float(bias.abs().max()))),
-            score_scale=tuple(scale.tolist()),
-        )
+        # Where positions are rotated in behind the sites, q.k there is not the scores'.
+        same = (y - scale[:, None, None] * x).abs().max() <= _SAME_PRODUCT * level
+        largest = float(bias.abs().max())
+        has_bias = largest > 8 * self.eps * max(level, largest)
+        known = tuple(scale.tolist()) if same or has_bias else ()
+        return replace(self.sites, has_bias=has_bias, score_scale=known)
 
     def _measure_sink(self, clean: ScoreParts, pattern: Tensor) -> tuple[float, ...]:
         """Score of each head's sink: what its rows lack in weight, e^sink / (e^sink + sum_t e^w_t).
@@ -337,7 +352,9 @@ class LayerCheck:
     ) -> Tensor:
         """Rounding of one score: of the terms of the dot product and of their sum."""
         lengths = torch.einsum("bqh,bkh->bhqk", q[:1].norm(dim=-1), self.keys(k[:1].norm(dim=-1)))
-        scale = lengths.new_tensor(sites.score_scale)[:, None, None].abs()
+        d_head = q.shape[-1]
+        known = sites.score_scale or (d_head**-0.5,) * sites.n_heads
+        scale = lengths.new_tensor(known)[:, None, None].abs()
         terms = lengths * scale * 4 / q.shape[-1] ** 0.5
         whole = clean.scores().masked_fill(~clean.mask, 0).abs()
         # Half precision has no room for more.

@@ -21,6 +21,7 @@ from hooks.scores import softmax_with_sink, split, visible
 from hooks.sites import LayerSites
 
 _CHUNK = 1 << 18  # score elements worked on at once
+_TIE = 2.0  # scores closer than this many eps of their size differ by rounding alone
 
 
 class Tally:
@@ -193,6 +194,7 @@ class LayerReducer:
         self.reach = math.sqrt(3) * top if self.law.name == "uniform" else math.inf
         self.n_pos = {"q": 0, "k": 0}
         self.device = torch.device("cpu")
+        self.eps = 0.0
         self._drawn: dict[tuple[int, str], Tensor] = {}
 
     def add(
@@ -209,11 +211,11 @@ class LayerReducer:
             s: the q.k part, where the layer adds a bias; None where it is the scores.
         """
         self.n_pos = {"q": scores.shape[-2], "k": scores.shape[-1]}
-        self.device = scores.device
+        self.device, self.eps = scores.device, torch.finfo(scores.dtype).eps
         n_visible = visible(scores).sum(-1)
         top = pattern.amax(-1)
         eligible = n_visible >= 2
-        found = (eligible & (top >= self.settings.sparse)).nonzero()
+        found = (eligible & (top.double() >= self.settings.sparse)).nonzero()
         self._count("examined", eligible.sum(-1))
         self._count("single_key", (n_visible == 1).sum(-1))
         n_key = scores.shape[-1]
@@ -241,7 +243,9 @@ class LayerReducer:
     def _add_rows(self, rows: _Rows) -> None:
         total = rows.s if rows.bias is None else rows.s + rows.bias
         shown = total.masked_fill(~rows.mask, -math.inf)
-        tied = (shown == shown.amax(1, keepdim=True)).sum(1) > 1
+        top = shown.amax(1, keepdim=True)
+        # Rounding of the model's dtype can't tell these apart: neither can a collapse.
+        tied = (shown >= top - _TIE * self.eps * top.abs()).sum(1) > 1
         self._accumulate_count("ties", rows[tied])
         rows = rows[~tied]
         kind = torch.where(rows.star == 0, SINK, CONTENT)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MARGIN = 8.0  # an effect must exceed its tolerance this many times to prove anything
 HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
+_CLEAR, _CLEAR_HALF = 1e-2, 0.3  # of the size of its terms: an average that says what its gate is
+_ENOUGH = 0.2  # of the components
 
 
 class ValueCheck:
@@ -60,16 +62,16 @@ class ValueCheck:
             UnsupportedModelError: noise on v changes nothing, or nothing bears out a fused
                 attention.
         """
-        rounding = (2.0 if self.check.eps > HALF_PRECISION else 64.0) * self.check.eps
-        plain = all(self._holds(role, torch.ones(()), rounding) for role in self.roles)
-        if plain:
-            return self._acting("plain", rounding)
+        half = self.check.eps > HALF_PRECISION
+        rounding = (2.0 if half else 64.0) * self.check.eps
         average, size = self.clean
-        gate = self.z[:1] / average
+        if all(self._holds(role, torch.ones_like(average), rounding) for role in self.roles):
+            return self._acting("plain", rounding)
         # Where the terms nearly cancel, the gate is a quotient of rounding errors.
-        clear = average.abs() > 1e-2 * size
-        gated = gate.where(clear, torch.full_like(gate, torch.nan))
-        if bool(clear.any()) and all(self._holds(r, gated, 100 * rounding) for r in self.roles):
+        clear = average.abs() > (_CLEAR_HALF if half else _CLEAR) * size
+        gate = (self.z[:1] / average).where(clear, torch.full_like(average, torch.nan))
+        enough = float(clear.double().mean()) >= _ENOUGH
+        if enough and all(self._holds(role, gate, rounding) for role in self.roles):
             return self._acting("gated", rounding)
         if self.check.sites.tapped:
             predicted, observed = self.noisy["v"][0], self.z[self.check.at("v")]
@@ -82,11 +84,14 @@ class ValueCheck:
         return self._acting("unverified", rounding)
 
     def _holds(self, role: Role, gate: Tensor, rounding: float) -> bool:
+        """Whether z under this role's noise is the gate times the predicted average."""
         average, size = self.noisy[role]
-        allowed = rounding * size * gate.abs().clamp(min=1) + 1e-12
+        # The gate is 1, or was read from the clean copy with that copy's rounding in it.
+        of_gate = self.clean[1] / self.clean[0].abs()
+        of_gate = of_gate.where(gate != 1, torch.zeros_like(gate))
+        allowed = rounding * gate.abs() * (size + average.abs() * of_gate) + 1e-12
         error = (average * gate - self.z[self.check.at(role)]).abs()
-        known = gate.isfinite().expand_as(error)
-        return bool((error <= allowed)[known].all())  # NaN fails
+        return bool((error <= allowed)[gate.isfinite()].all())  # NaN fails
 
     def _acting(self, averaging: Averaging, rounding: float) -> Averaging:
         check = "z under v-noise, predicted from pattern and clean v"

@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -226,7 +227,8 @@ class _Watch:
             s = None
             if sites.has_bias:
                 q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
-                s = qk_part(sites, q.float(), k.float())
+                wide = torch.promote_types(q.dtype, torch.float32)
+                s = qk_part(sites, q.to(wide), k.to(wide))
             LayerReducer(self.tally, index, sites, self.noise, self.indices).add(scores, pattern, s)
             if index == len(self.layers) - 1:
                 raise _state.Finished  # what follows, the unembedding above all, is not needed

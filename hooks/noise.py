@@ -184,7 +184,7 @@ class NormNoise:
         *,
         first_prompt: int = 0,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
-        decoder_attention_mask: Int[Tensor, "batch pos"] | None = None,
+        decoder_attention_mask: Int[Tensor, "batch decoder_pos"] | None = None,
     ) -> HookList:
         """TransformerLens hooks for ``model.run_with_hooks(tokens, fwd_hooks=...)``.
 
@@ -216,7 +216,7 @@ class NormNoise:
         *,
         first_prompt: int = 0,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
-        decoder_attention_mask: Int[Tensor, "batch pos"] | None = None,
+        decoder_attention_mask: Int[Tensor, "batch decoder_pos"] | None = None,
     ) -> Iterator[NormNoise]:
         """The same as a context manager; inside ``generate`` each token keeps its factor.
 

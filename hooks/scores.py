@@ -104,8 +104,9 @@ def split(
     w = scores if dtype is None else scores.to(dtype)
     w = w.masked_fill(~mask, 0.0)
     if sites.soft_cap > 0:
-        # A saturated score has lost its q.k part: keep it just below the cap.
-        edge = 1 - torch.finfo(w.dtype).eps
+        # A saturated score has lost its q.k part: what the model's own dtype can't tell from the
+        # cap ties just below it.
+        edge = 1 - torch.finfo(scores.dtype).eps
         w = sites.soft_cap * torch.atanh((w / sites.soft_cap).clamp(-edge, edge))
     sink = w.new_tensor(sites.sink) if sites.sink else None
     if not sites.has_bias:

@@ -118,7 +118,7 @@ class LayerSites:
         soft_cap: c of the soft cap c tanh(w / c) on the scores, 0 without one.
         has_bias: whether something is added to the q.k part (ALiBi, relative positions).
         score_scale: factor between q.k and the q.k part of each head's scores (1/sqrt(d_head),
-            usually).
+            usually); empty where positions are rotated in between, so that there is none.
         sink: score of each head's attention sink, a column of the softmax that is no token; empty
             without one.
         averaging: ``plain`` where z is the pattern's average of v, ``gated`` where each of its

@@ -393,6 +393,13 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # vectors
     "noise twice": Mutation(scaled_by(lambda factor: factor**2), ONE_OF_EACH, WRITTEN),
+    # both read as a bias and agree with themselves: only what was written shows them
+    "noise at half strength": Mutation(
+        scaled_by(lambda factor: (1 + factor) / 2), ("gpt2", "bloom", "qwen3"), "what is written"
+    ),
+    "noise mirrored": Mutation(
+        scaled_by(lambda factor: 2 - factor), ("gpt2", "bloom", "qwen3"), "what is written"
+    ),
     "noise never": Mutation(scaled_by(torch.ones_like), ONE_OF_EACH, "noise"),
     "noise before the QK-norm": Mutation(each_layer(at_projection), ("qwen3", "olmo2"), Q_NOISE),
     "q and k exchanged": Mutation(
@@ -407,7 +414,10 @@ MUTATIONS: dict[str, Mutation] = {
         scores_function("expand_factors", keys_for_queries), ("gpt2", "llama", "opt"), K_NOISE
     ),
     "v is k": Mutation(
-        each_layer(lambda sites: replace(sites, v=sites.k)), ("opt", "opt-sdpa", "t5", "bert"), Z
+        each_layer(lambda sites: replace(sites, v=sites.k)),
+        ("opt", "opt-sdpa", "t5", "bert"),
+        Z,
+        half="opt-sdpa",
     ),
     # the tap
     "tap one attention late": Mutation(
@@ -416,7 +426,7 @@ MUTATIONS: dict[str, Mutation] = {
     "tap mixes batch and heads": Mutation(
         mix_batch_and_heads, ("opt", "opt-sdpa", "ours-sdpa", "bert"), SEEN + "|" + NOISE + "|" + Z
     ),
-    "scale argument ignored": Mutation(tapped_by(scale=None), ("t5-sdpa",), Z, half="none"),
+    "scale argument ignored": Mutation(tapped_by(scale=None), ("t5-sdpa",), Z),
 }
 
 CASES = [
