@@ -1,6 +1,6 @@
 """Sequences per second in training: our loop against TransformerLens's `tools.training.train`.
 
-    python benchmarks/training.py [--steps 20] [--repeats 5] [--clock cpu] [--json FILE]
+    python benchmarks/training.py [--steps 40] [--repeats 5] [--clock cpu] [--json FILE]
 
 The small configuration on its own sums, side by side in one process, turn and turn about: the same
 start, the same rows, the same AdamW, float32. Each is timed as a user calls it, all costs included
@@ -127,7 +127,7 @@ def answer_loss(model: QKVNormTransformer, batch: Batch) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
