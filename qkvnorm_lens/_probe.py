@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkvnorm_lens import _tables, loading, text
+from qkvnorm_lens._options import count, positive
 from qkvnorm_lens.checkpoints import DEFAULT
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--batch-size", type=int, metavar="N", help="prompts per forward pass")
     where.add_argument(
         "--competitors",
-        type=_positive,
+        type=positive,
         default=128,
         metavar="N",
         help="tokens to remember of each row, for the sigma at which 1%% collapse [128]",
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out = parser.add_argument_group("output")
     out.add_argument(
-        "--fragile", type=_count, default=10, metavar="N", help="heads and rows to list [10]"
+        "--fragile", type=count, default=10, metavar="N", help="heads and rows to list [10]"
     )
     out.add_argument(
         "--no-sinks",
@@ -83,7 +84,7 @@ def _reading(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--prompts",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"at most N windows, or N sums [{WINDOWS} windows, {SUMS} sums]",
     )
@@ -129,26 +130,8 @@ def _noise(group: argparse._ArgumentGroup) -> None:
         help="least maximum of a sparse row [0.95]",
     )
     group.add_argument(
-        "--seed", type=_count, default=0, metavar="N", help="of the noise, and of drawn sums [0]"
+        "--seed", type=count, default=0, metavar="N", help="of the noise, and of drawn sums [0]"
     )
-
-
-def _positive(value: str) -> int:
-    return _at_least(value, 1)
-
-
-def _count(value: str) -> int:
-    return _at_least(value, 0)
-
-
-def _at_least(value: str, least: int) -> int:
-    try:
-        number = int(value)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"wanted an integer >= {least}; got {value!r}")
-    return number
 
 
 def sigmas(value: str) -> list[float]:
@@ -156,8 +139,8 @@ def sigmas(value: str) -> list[float]:
     try:
         if ":" not in value:
             return [_share(part) for part in value.split(",")]
-        start, stop, count = value.split(":")
-        low, high, steps = _share(start), _share(stop), int(count)
+        start, stop, number = value.split(":")
+        low, high, steps = _share(start), _share(stop), int(number)
         if steps < 2:
             raise ValueError
         return [low + (high - low) * i / (steps - 1) for i in range(steps)]

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qkvnorm_lens._options import count, positive
+
 if TYPE_CHECKING:
     from qkvnorm_lens.config import QKVNormConfig
     from qkvnorm_lens.model import QKVNormTransformer
@@ -64,22 +66,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bf16", action="store_true", help="matrix products in bfloat16, weights in float32"
     )
     where.add_argument("--compile", action="store_true", help="use torch.compile")
+    where.add_argument("--threads", type=positive, metavar="N", help="CPU threads [torch's choice]")
     where.add_argument(
-        "--threads", type=_positive, metavar="N", help="CPU threads [torch's choice]"
-    )
-    where.add_argument(
-        "--save-every", type=_positive, default=500, metavar="N", help="steps between states [500]"
+        "--save-every", type=positive, default=500, metavar="N", help="steps between states [500]"
     )
     where.add_argument(
         "--eval-rows",
-        type=_positive,
+        type=positive,
         default=4000,
         metavar="N",
         help="sums to measure accuracy on for the log, every 1000 steps and at the last [4000]",
     )
     where.add_argument(
         "--test-rows",
-        type=_positive,
+        type=positive,
         default=20_000,
         metavar="N",
         help="sums of each kind to measure accuracy on at the end [20000]",
@@ -108,34 +108,16 @@ def _training(group: argparse._ArgumentGroup) -> None:
         help="paper, modern (Muon, cosine), study (the same, faster) or modern-adamw [the "
         "configuration's; a file: modern]",
     )
-    group.add_argument("--steps", type=_positive, metavar="N", help="[the configuration's]")
+    group.add_argument("--steps", type=positive, metavar="N", help="[the configuration's]")
     group.add_argument(
         "--lr", type=_rate, metavar="RATE", help="highest learning rate [the recipe's]"
     )
     group.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="sums a step [the recipe's]"
+        "--batch-size", type=positive, metavar="N", help="sums a step [the recipe's]"
     )
     group.add_argument(
-        "--seed", type=_count, metavar="N", help="of weights and data [the configuration's, and 0]"
+        "--seed", type=count, metavar="N", help="of weights and data [the configuration's, and 0]"
     )
-
-
-def _positive(value: str) -> int:
-    return _at_least(value, 1)
-
-
-def _count(value: str) -> int:
-    return _at_least(value, 0)
-
-
-def _at_least(value: str, least: int) -> int:
-    try:
-        number = int(value)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"wanted an integer >= {least}; got {value!r}")
-    return number
 
 
 def _rate(value: str) -> float:
