@@ -19,10 +19,15 @@ _PRIMES = (5, 7, 11, 13, 17)
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A batch as a model takes it: the first argument of its call, and named ones beside it."""
+    """A batch as a model takes it: the first argument of its call, and named ones beside it.
+
+    ``joined`` names those whose first axis is not that of the prompts (image patches); a batch with
+    any is of one prompt.
+    """
 
     first: Tensor
     named: Mapping[str, Any] = field(default_factory=dict)
+    joined: frozenset[str] = frozenset()
 
     @property
     def batch(self) -> int:
@@ -38,8 +43,13 @@ class ModelInput:
     def rows(self, index: Sequence[int]) -> ModelInput:
         """Some of the prompts, in this order; a prompt may be asked for several times."""
         at = torch.as_tensor(index)
-        named = {n: v[at] if isinstance(v, Tensor) else v for n, v in self.named.items()}
-        return ModelInput(self.first[at], named)
+        named = dict(self.named)
+        for name, value in self.named.items():
+            if name in self.joined:
+                named[name] = value.repeat(len(at), *[1] * (value.ndim - 1))
+            elif isinstance(value, Tensor):
+                named[name] = value[at]
+        return ModelInput(self.first[at], named, self.joined)
 
 
 def short_input(model: HookedModel, batch: int, avoid: set[int], attempt: int = 0) -> ModelInput:

@@ -56,6 +56,7 @@ class _Seen:
     scores: Tensor | None = None
     pattern: Tensor | None = None
     z: Tensor | None = None
+    fused: bool = False
     firings: int = 0
 
 
@@ -206,6 +207,7 @@ class LayerCheck:
         if taken is not None:
             self.seen.scores = taken.scores[self.rows].clone()
             self.seen.pattern = taken.pattern[self.rows].clone()
+            self.seen.fused = taken.fused
             self.seen.firings += 2
             self._see_operands(taken)
 
@@ -249,14 +251,24 @@ class LayerCheck:
             ("k", (None, self.at_dot("k"))),
         ):
             factor = expand_factors(sites, *factors)
-            self._compare(
-                f"pattern under {role}-noise, predicted from clean scores",
-                clean.pattern(factor),
-                pattern[self.at(role)],
-                pattern[:1],
-                tolerance * (1 + _HALF_WIDTH),
-            )
-        averaging = self._averaging(pattern)
+            observed = pattern[self.at(role)]
+            check = f"pattern under {role}-noise, predicted from clean scores"
+            allowed = tolerance * (1 + _HALF_WIDTH)
+            try:
+                self._compare(check, clean.pattern(factor), observed, pattern[:1], allowed)
+            except Undecided:
+                # Saturated: no noise moves a weight. Then the scores must show it, and be used.
+                noisy = split(sites, seen.scores[self.at(role)], dtype=torch.float64, whole=True)
+                self._compare_scores(role, clean, factor, noisy, allowed)
+                self._compare(
+                    f"pattern = softmax(scores) under {role}-noise",
+                    noisy.pattern(),
+                    observed,
+                    observed,
+                    allowed,
+                    must_act=False,
+                )
+        averaging = self._averaging(pattern, tolerance)
         if self.miswritten is not None:  # noise at half strength looks like a bias, and agrees
             raise self.miswritten
         return replace(
@@ -268,11 +280,12 @@ class LayerCheck:
             v=self.sites.v if seen.v is None else self._shielded("v", seen.v.double()),
         )
 
-    def _averaging(self, pattern: Tensor) -> Averaging:
+    def _averaging(self, pattern: Tensor, tolerance: Tensor) -> Averaging:
         if not self.sites.v.dot.hooked:
             return "unverified"
         assert self.seen.v is not None
-        return ValueCheck(self, pattern, self.seen.v.double()).verdict()
+        of_scores = tolerance if self.seen.fused else torch.zeros_like(tolerance)
+        return ValueCheck(self, pattern, self.seen.v.double(), of_scores).verdict()
 
     def _fired(self, wanted: int) -> None:
         if self.seen.firings != wanted:
@@ -397,6 +410,31 @@ class LayerCheck:
             at = int((effect - MARGIN * allowed).argmax())
             needed = MARGIN * float(allowed.flatten()[at])
             self.undecided(check, float(effect.flatten()[at]), needed)
+
+    def _compare_scores(
+        self,
+        role: str,
+        clean: ScoreParts,
+        factor: Tensor,
+        noisy: ScoreParts,
+        tolerance: Tensor,
+    ) -> None:
+        check = f"scores under {role}-noise, predicted from clean scores"
+        predicted, observed, before = (
+            w.masked_fill(~clean.mask, 0) for w in (clean.scores(factor), noisy.s, clean.scores())
+        )
+        error, effect = (predicted - observed).abs(), (observed - before).abs()
+        limit = tolerance.expand_as(error)
+        self.record(check, float(error.max()), float(effect.max()), float(limit.max()))
+        if not bool((error <= limit).all()):
+            raise Unpredicted(
+                check,
+                wanted=f"a difference of at most {float(limit.max()):.2g}",
+                got=f"{float(error.max()):.2g}",
+                layer=self.sites.layer,
+            )
+        if not bool((effect > MARGIN * limit).any()):
+            self.undecided(check, float(effect.max()), MARGIN * float(limit.max()))
 
     def undecided(self, check: str, effect: float, needed: float) -> None:
         raise Undecided(

@@ -18,6 +18,8 @@ _UNLIKE = ("versions", "device")  # facts that two parts of one probe may differ
 
 def merge_reports(first: CollapseReport, later: CollapseReport) -> CollapseReport:
     """One report of both; the prompts of ``later`` come behind those of ``first``."""
+    if not isinstance(later, type(first)):
+        raise TypeError(f"merge: wanted another CollapseReport; got {type(later).__name__}")
     if first.settings != later.settings:
         raise ValueError(
             f"merge: wanted reports of equal settings; got {first.settings} and {later.settings}"

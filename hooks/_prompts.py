@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -27,7 +27,9 @@ class Prompts:
         strings: the tokens as strings; empty for images and sound.
         decoder: token ids that an encoder-decoder's decoder is given; empty for other models.
         decoder_strings: the same as strings.
-        named: other inputs, the prompts along their first axis.
+        each: other inputs, a tensor for each prompt.
+        joined: of a single prompt, what a model takes joined along the first axis (image patches).
+        plain: what is no tensor, for all prompts.
     """
 
     first: tuple[Tensor, ...]
@@ -35,7 +37,9 @@ class Prompts:
     strings: tuple[tuple[str, ...], ...]
     decoder: tuple[Int[Tensor, "_"], ...] = ()
     decoder_strings: tuple[tuple[str, ...], ...] = ()
-    named: Mapping[str, Any] = field(default_factory=dict)
+    each: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    joined: Mapping[str, Tensor] = field(default_factory=dict)
+    plain: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.first)
@@ -54,11 +58,12 @@ class Prompts:
 
     def batch(self, indices: Sequence[int]) -> ModelInput:
         """Prompts of one shape as a model takes them."""
-        at = torch.as_tensor(indices)
-        named = {n: v[at] if isinstance(v, Tensor) else v for n, v in self.named.items()}
+        named: dict[str, Any] = {**self.plain, **self.joined}
+        named |= {n: torch.stack([rows[i] for i in indices]) for n, rows in self.each.items()}
         if self.decoder:
             named["decoder_input_ids"] = torch.stack([self.decoder[i] for i in indices])
-        return ModelInput(torch.stack([self.first[i] for i in indices]), named)
+        first = torch.stack([self.first[i] for i in indices])
+        return ModelInput(first, named, frozenset(self.joined))
 
 
 def encode(
@@ -77,38 +82,73 @@ def encode(
         TypeError: something that is neither text nor integer ids.
     """
     named: dict[str, Any] = {}
+    decoder_mask = None
     if isinstance(tokens, Mapping):
         named = dict(tokens)
-        attention_mask = named.pop("attention_mask", attention_mask)
-        decoder_tokens = named.pop("decoder_input_ids", decoder_tokens)
+        attention_mask = _one_of_two(named, "attention_mask", "attention_mask", attention_mask)
+        decoder_tokens = _one_of_two(named, "decoder_input_ids", "decoder_tokens", decoder_tokens)
+        decoder_mask = named.pop("decoder_attention_mask", None)
         name = _first_name(model)
         if name not in named:
             raise ValueError(f"inputs: wanted {name!r} among them; got {sorted(named)}")
         tokens = named.pop(name)
     if isinstance(tokens, Tensor) and tokens.is_floating_point():
         return _signals(model, tokens, named)
-    rows, padding = _rows(model, tokens, attention_mask, prepend_bos)
+    rows, spans = _rows(model, tokens, attention_mask, prepend_bos)
     for index, row in enumerate(rows):
         _check_ids(model, row, f"prompt {index}", least=2)
-    strings = tuple(_strings(model, row) for row in rows)
+    width = int(tokens.shape[-1]) if isinstance(tokens, Tensor) else 0
+    prompts = Prompts(
+        first=tuple(rows),
+        padding=tuple((width or end) - (end - first) for first, end in spans),
+        strings=tuple(_strings(model, row) for row in rows),
+        **_beside(named, spans, width),
+    )
     if not has_decoder(model):
-        if decoder_tokens is not None:
+        if decoder_tokens is not None or decoder_mask is not None:
             raise ValueError(
                 f"decoder_tokens: wanted an encoder-decoder model; got {type(model).__name__} "
                 "without a decoder of its own"
             )
-        return Prompts(tuple(rows), tuple(padding), strings, named=named)
-    decoder = _decoder_rows(model, rows, decoder_tokens)
+        return prompts
+    decoder = _decoder_rows(model, rows, decoder_tokens, decoder_mask)
     for index, row in enumerate(decoder):
         _check_ids(model, row, f"decoder's prompt {index}", least=1)
-    return Prompts(
-        tuple(rows),
-        tuple(padding),
-        strings,
-        tuple(decoder),
-        tuple(_strings(model, row) for row in decoder),
-        named,
-    )
+    strings = tuple(_strings(model, row) for row in decoder)
+    return replace(prompts, decoder=tuple(decoder), decoder_strings=strings)
+
+
+def _one_of_two(named: dict[str, Any], name: str, argument: str, given: Any) -> Any:
+    """An input that can be named or given as an argument, and not as both."""
+    if name in named and given is not None:
+        raise ValueError(f"{argument}: wanted it once; got it beside {name!r} of the inputs too")
+    return named.pop(name, given)
+
+
+def _beside(
+    named: Mapping[str, Any], spans: Sequence[tuple[int, int]], width: int
+) -> dict[str, Any]:
+    """Other inputs prompt by prompt, those with an axis of positions cut like the tokens."""
+    each: dict[str, tuple[Tensor, ...]] = {}
+    joined: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            plain[name] = value
+        elif value.shape[:1] == (len(spans),):
+            cut = width and value.shape[1:2] == (width,) and not value.is_floating_point()
+            each[name] = tuple(
+                row[first:end] if cut else row
+                for row, (first, end) in zip(value.cpu(), spans, strict=True)
+            )
+        elif len(spans) == 1:
+            joined[name] = value.cpu()  # an axis of patches: prompts lie one behind the other
+        else:
+            raise ValueError(
+                f"inputs: wanted {name!r} with an entry for each of {len(spans)} prompts, or one "
+                f"prompt at a time; got shape {list(value.shape)}"
+            )
+    return {"each": each, "joined": joined, "plain": plain}
 
 
 def _first_name(model: Any) -> str:
@@ -132,7 +172,7 @@ def _signals(model: Any, signals: Tensor, named: Mapping[str, Any]) -> Prompts:
         )
     signals = signals.to(_state.model_dtype(model)).cpu()
     n = len(signals)
-    return Prompts(tuple(signals), (0,) * n, ((),) * n, named=named)
+    return Prompts(tuple(signals), (0,) * n, ((),) * n, **_beside(named, [(0, 0)] * n, 0))
 
 
 def _check_ids(model: Any, row: Tensor, name: str, *, least: int) -> None:
@@ -152,7 +192,7 @@ def _check_ids(model: Any, row: Tensor, name: str, *, least: int) -> None:
         )
 
 
-def _decoder_rows(model: Any, rows: list[Tensor], given: Any) -> list[Tensor]:
+def _decoder_rows(model: Any, rows: list[Tensor], given: Any, mask: Tensor | None) -> list[Tensor]:
     """The decoder's ids; by default the prompt itself after the start token, as in denoising."""
     inner = model.original_model
     known = (inner.config, getattr(inner, "generation_config", None))
@@ -165,7 +205,9 @@ def _decoder_rows(model: Any, rows: list[Tensor], given: Any) -> list[Tensor]:
                 "decoder_start_token_id; got None"
             )
         return [torch.cat([row.new_tensor([start]), row[:-1]]) for row in rows]
-    decoder, _ = _rows(model, given, None, False)
+    if isinstance(given, Tensor) and mask is None:
+        mask = torch.ones_like(given)  # a decoder's start token is often the pad token
+    decoder, _ = _rows(model, given, mask, None)
     if len(decoder) != len(rows):
         raise ValueError(
             f"decoder_tokens: wanted one for each of {len(rows)} prompts; got {len(decoder)}"
@@ -175,18 +217,20 @@ def _decoder_rows(model: Any, rows: list[Tensor], given: Any) -> list[Tensor]:
 
 def _rows(
     model: Any, tokens: Any, attention_mask: Tensor | None, prepend_bos: bool | None
-) -> tuple[list[Tensor], list[int]]:
+) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """Each prompt's ids, and from where to where they lay in the padded row."""
     if isinstance(tokens, str):
         tokens = [tokens]
     if isinstance(tokens, np.ndarray):
         tokens = torch.as_tensor(tokens)
     if isinstance(tokens, Tensor):
+        _refuse_bos(prepend_bos)
         return _from_tensor(model, tokens, attention_mask)
     if attention_mask is not None:
         raise ValueError(
             f"attention_mask: wanted token ids [batch, pos] beside it; got {type(tokens).__name__}"
         )
-    if not isinstance(tokens, Sequence):
+    if not isinstance(tokens, Sequence) or isinstance(tokens, bytes):
         raise TypeError(f"tokens: wanted text or token ids; got {type(tokens).__name__}")
     items = list(tokens)
     if not items:
@@ -200,8 +244,14 @@ def _rows(
                 raise ValueError(f"prompt {index}: wanted text; got an empty one")
             rows.append(_from_text(model, item, index, prepend_bos))
         else:
+            _refuse_bos(prepend_bos)
             rows.append(_integers(torch.as_tensor(item).cpu(), 1))
-    return rows, [0] * len(rows)
+    return rows, [(0, len(row)) for row in rows]
+
+
+def _refuse_bos(prepend_bos: bool | None) -> None:
+    if prepend_bos is not None:
+        raise ValueError(f"prepend_bos: wanted text beside it; got {prepend_bos} and token ids")
 
 
 def _from_text(model: Any, text: str, index: int, prepend_bos: bool | None) -> Tensor:
@@ -229,6 +279,8 @@ def _own_pad_token(model: Any) -> int | None:
 
 
 def _integers(ids: Tensor, n_dims: int) -> Tensor:
+    if not ids.numel():
+        raise ValueError("tokens: wanted one token or more; got none")
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != n_dims:
         raise TypeError(
             f"tokens: wanted integer ids with {n_dims} axis or axes; got {ids.dtype} of shape "
@@ -239,12 +291,13 @@ def _integers(ids: Tensor, n_dims: int) -> Tensor:
 
 def _from_tensor(
     model: Any, tokens: Tensor, attention_mask: Tensor | None
-) -> tuple[list[Tensor], list[int]]:
+) -> tuple[list[Tensor], list[tuple[int, int]]]:
     ids = _integers(tokens.cpu(), 2 if tokens.ndim != 1 else 1)
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.numel() == 0:
         raise ValueError(f"tokens: wanted one token or more; got shape {list(ids.shape)}")
-    mask = _pad_mask(model, ids) if attention_mask is None else attention_mask.cpu()
+    mask = _pad_mask(model, ids) if attention_mask is None else torch.as_tensor(attention_mask)
+    mask = mask.cpu()
     mask = mask[None] if mask.ndim == 1 else mask
     if mask.shape != ids.shape:
         raise ValueError(
@@ -253,7 +306,7 @@ def _from_tensor(
         )
     spans = real_spans(mask)
     rows = [row[first:end] for row, (first, end) in zip(ids, spans, strict=True)]
-    return rows, [ids.shape[1] - (end - first) for first, end in spans]
+    return rows, spans
 
 
 def _pad_mask(model: Any, ids: Tensor) -> Tensor:

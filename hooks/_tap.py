@@ -33,13 +33,15 @@ class Taken:
 
     Attributes:
         scores: what the softmax was taken of, masked keys at -inf or the dtype's least number.
-        pattern: its result (recomputed for a fused attention, which keeps none).
+        pattern: its result, or one made of the scores where the attention is ``fused`` and keeps
+            none.
         q, k: the vectors whose dot product the scores came from, keys as they are shared among the
             query heads; None where no such product was seen.
     """
 
     scores: Float[Tensor, "batch head query key"]
     pattern: Float[Tensor, "batch head query key"]
+    fused: bool = False
     q: Float[Tensor, "batch head query d_head"] | None = None
     k: Float[Tensor, "batch head key d_head"] | None = None
 
@@ -75,6 +77,7 @@ class AttentionTap(TorchFunctionMode):
         self._operands: tuple[Tensor, Tensor] | None = None  # of the latest attention
         self._product: tuple[Tensor, Tensor] | None = None  # of the latest product
         self._armed: Factors | None = None
+        self._is_fused = False
         self.attentions = 0  # fused ones, and softmaxes with an axis for heads
 
     def arm(self, factors: Factors) -> None:
@@ -95,6 +98,7 @@ class AttentionTap(TorchFunctionMode):
             self.attentions += taken.ndim >= 4
             if taken.ndim >= 3:
                 self._latest, self._operands = (lambda: (taken, out)), self._product
+                self._is_fused = False
         return out
 
     def _multiplied(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -124,7 +128,7 @@ class AttentionTap(TorchFunctionMode):
             q, k = self._armed.scale(q, k)
             self._armed = None
             given |= {"query": q, "key": k, "value": given["value"].repeat_interleave(group, -3)}
-        self._latest = lambda: _of_fused(**given)
+        self._latest, self._is_fused = (lambda: _of_fused(**given)), True
         return (), given
 
     def take(self, batch: int) -> Taken | None:
@@ -140,8 +144,8 @@ class AttentionTap(TorchFunctionMode):
         if scores.ndim != 4:
             return None
         if operands is None or (*operands[0].shape[:3], operands[1].shape[2]) != scores.shape:
-            return Taken(scores, pattern)
-        return Taken(scores, pattern, *operands)
+            return Taken(scores, pattern, self._is_fused)
+        return Taken(scores, pattern, self._is_fused, *operands)
 
 
 def _of_fused(

@@ -26,7 +26,7 @@ class ValueCheck:
     that is computed from the residual stream), read from the clean copy.
     """
 
-    def __init__(self, check: LayerCheck, pattern: Tensor, v: Tensor) -> None:
+    def __init__(self, check: LayerCheck, pattern: Tensor, v: Tensor, of_scores: Tensor) -> None:
         if check.seen.z is None:
             raise UnsupportedModelError(
                 "v-noise changes what follows",
@@ -37,6 +37,8 @@ class ValueCheck:
         self.check = check
         self.pattern = pattern
         self.z = check.seen.z.double()
+        # Rounding of the scores that a fused attention's pattern was made of, [1, query, head, 1].
+        self.of_scores = 2 * of_scores.transpose(1, 2).expm1()
         self.clean = self._average("q", v[:1], row=0)
         self.noisy = {
             role: self._average(role, v[:1] * (check.at_dot("v")[..., None] if role == "v" else 1))
@@ -89,7 +91,8 @@ class ValueCheck:
         # The gate is 1, or was read from the clean copy with that copy's rounding in it.
         of_gate = self.clean[1] / self.clean[0].abs()
         of_gate = of_gate.where(gate != 1, torch.zeros_like(gate))
-        allowed = rounding * gate.abs() * (size + average.abs() * of_gate)
+        relative = rounding + self.of_scores
+        allowed = relative * gate.abs() * (size + average.abs() * of_gate)
         # A small v is a difference of larger terms, and the copies round them differently.
         allowed = allowed + 4 * self.check.eps * size.max()
         error = (average * gate - self.z[self.check.at(role)]).abs()

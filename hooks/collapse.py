@@ -9,7 +9,8 @@ counts while its scores exist and is let go of.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from hooks._prompts import encode
 from hooks._rows import LayerReducer, Tally
 from hooks._tap import AttentionTap
 from hooks.laws import check_sigma, get_law
-from hooks.noise import SPARSE, NormNoise, Shared
+from hooks.noise import SPARSE, NormNoise, Shared, check_layers
 from hooks.results import CollapseReport, ProbeSettings
 from hooks.scores import qk_part
 from hooks.selfcheck import attention_sites
@@ -157,6 +158,8 @@ def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
     if sigmas is None:
         top = known.limit
         return tuple(s for s in DEFAULT_SIGMAS if s < top or (s == top and known.limit_included))
+    if isinstance(sigmas, (str, bytes)) or not isinstance(sigmas, Iterable):
+        raise TypeError(f"sigmas: wanted a list of numbers; got {sigmas!r}")
     values = tuple(float(s) for s in sigmas)
     if not values:
         raise ValueError("sigmas: wanted one or more; got none")
@@ -177,7 +180,7 @@ def _check_numbers(
         ("competitors", competitors, 1),
         ("first_prompt", first_prompt, 0),
     ):
-        if value < minimum:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
             raise ValueError(f"{name}: wanted an integer >= {minimum}; got {value!r}")
     if not 0 < sparse <= 1:
         raise ValueError(f"sparse: wanted a maximum in (0, 1]; got {sparse!r}")
@@ -186,9 +189,7 @@ def _check_numbers(
 def _layers(sites: AttentionSites, layers: Sequence[int] | None) -> tuple[LayerSites, ...]:
     if layers is None:
         return sites.layers
-    if not layers or len(set(layers)) != len(layers):
-        raise ValueError(f"layers: wanted one or more, each once; got {list(layers)}")
-    return tuple(sites.layer(layer) for layer in sorted(layers))
+    return tuple(sites.layer(layer) for layer in sorted(check_layers(layers)))
 
 
 class _Watch:
@@ -265,6 +266,7 @@ def _facts(
         "architecture": str(
             getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", None) or ""
         ),
+        "fingerprint": _state.fingerprint(model),
         "dtype": str(_state.model_dtype(model)).removeprefix("torch."),
         "device": str(input_device(model)),
         "labels": [s.label for s in chosen],

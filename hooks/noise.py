@@ -7,9 +7,10 @@ Menary et al. 2024, Sec. "noise on the L2 norms", Fig. 2 and 3.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -101,10 +102,8 @@ class NormNoise:
         for name, number in (("seed", self.seed), ("draw", self.draw)):
             if number < 0:
                 raise ValueError(f"{name}: wanted an integer >= 0; got {number}")
-        if self.layers is not None and (
-            not self.layers or len(set(self.layers)) != len(self.layers)
-        ):
-            raise ValueError(f"layers: wanted one or more, each once; got {self.layers!r}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", check_layers(self.layers))
         if self.rows != "all" and ("v" in self.on or self.at != "dot"):
             raise ValueError(
                 "rows: noise on some rows only acts on their scores: wanted on='q', 'k' or 'qk' "
@@ -229,6 +228,10 @@ class NormNoise:
             if inner is not None:
                 handle = inner.register_forward_pre_hook(clock.read_cache, with_kwargs=True)
                 clock.follows = True
+            else:
+                clock.advice = (
+                    "Pass use_past_kv_cache=False to generate: this model hides its cache"
+                )
             try:
                 yield self
             finally:
@@ -305,10 +308,11 @@ class NormNoise:
         self, sites: LayerSites, role: Role, site: Site, clock: _Clock
     ) -> Callable[..., Tensor]:
         def scale_norms(tensor: Tensor, hook: Any) -> Tensor:
-            n_pos, first = site.n_pos(tensor), 0
-            if sites.sequence(role) == "target":
+            n_pos, first, stream = site.n_pos(tensor), 0, sites.sequence(role)
+            if stream == "target":
                 clock.check_new(n_pos, site.hook)
                 first = clock.cached
+            clock.check_width(n_pos, stream)
             factor = self._drawn(sites, role, site, tensor.shape[0], n_pos, first, clock)
             return site.scale(tensor, factor.to(tensor.device))
 
@@ -382,6 +386,19 @@ class NormNoise:
         return entries
 
 
+def check_layers(layers: Any) -> tuple[int, ...]:
+    """Layer indices as a tuple of ints.
+
+    Raises:
+        ValueError: none, one twice, or something that is no integer.
+    """
+    given = list(layers) if isinstance(layers, Iterable) else [layers]
+    integers = all(isinstance(x, Integral) and not isinstance(x, bool) for x in given)
+    if not given or not integers or len(set(given)) != len(given) or isinstance(layers, Integral):
+        raise ValueError(f"layers: wanted a list of one or more indices, each once; got {layers!r}")
+    return tuple(int(x) for x in given)
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
@@ -396,8 +413,12 @@ def _masks(
             f"{type(model).__name__} without a decoder of its own"
         )
     of_mask: Stream = "source" if has_decoder(model) else "target"
-    given: dict[Stream, Tensor | None] = {"target": decoder_mask, of_mask: mask}
-    return {stream: tensor for stream, tensor in given.items() if tensor is not None}
+    given: dict[Stream, Any] = {"target": decoder_mask, of_mask: mask}
+    masks = {s: torch.as_tensor(given[s]) for s in given if given[s] is not None}
+    for tensor in masks.values():
+        if tensor.ndim != 2:
+            raise ValueError(f"attention_mask: wanted shape [batch, pos]; got {list(tensor.shape)}")
+    return masks
 
 
 class _Clock:
@@ -410,7 +431,10 @@ class _Clock:
         self.cached = 0
         self.new: int | None = None
         self.follows = False  # whether it is told what the cache holds
+        self.known = False  # whether it was told so in this pass
         self.guarded = False  # whether a pattern will show that there is a cache
+        self.advice = "Use NormNoise.applied(model) around generate"
+        self.width = {stream: int(mask.shape[1]) for stream, mask in masks.items()}
         self.padding = {
             stream: [first for first, _ in real_spans(mask)] for stream, mask in masks.items()
         }
@@ -427,6 +451,14 @@ class _Clock:
     def padding_of(self, batch: int, stream: Stream) -> list[int]:
         return self.padding.get(stream, [0] * batch)
 
+    def check_width(self, n_pos: int, stream: Stream) -> None:
+        """Refuse a mask of another length than the sequence that it is said to be of."""
+        width = self.width.get(stream, n_pos)
+        if self.cached == 0 and n_pos != width:
+            raise ValueError(
+                f"attention_mask: wanted an entry for each of {n_pos} positions; got {width}"
+            )
+
     def check_new(self, n_pos: int, name: str) -> None:
         """Refuse a hook that also carries cached vectors: they would be scaled again."""
         if self.new is not None and n_pos != self.new:
@@ -437,7 +469,7 @@ class _Clock:
         if not self.follows and not self.guarded and n_pos == 1:
             raise ValueError(
                 f"noise on one position at {name}, as in a cached step: wanted a whole sequence. "
-                "Use NormNoise.applied(model) around generate"
+                f"{self.advice}"
             )
 
     def read_cache(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -445,7 +477,13 @@ class _Clock:
         if cache is None:
             cache = kwargs.get("layer_past")
         length = getattr(cache, "get_seq_length", None)
-        self.cached = int(length()) if callable(length) else 0
+        if cache is not None and not callable(length):
+            raise ValueError(
+                "noise on a cached step: wanted a cache that says how many positions it holds "
+                f"(get_seq_length); got {type(cache).__name__}"
+            )
+        self.known = cache is not None
+        self.cached = 0 if cache is None else int(length())  # type: ignore[misc]
         tokens = kwargs.get("decoder_input_ids")
         if tokens is None:
             tokens = kwargs.get("input_ids", args[0] if args else None)
@@ -454,8 +492,9 @@ class _Clock:
     def guard(self, matrix: Tensor, hook: Any) -> None:
         """Refuse a cached step whose position is not known: its factors would be wrong."""
         n_query, n_key = matrix.shape[-2:]
-        if n_key != n_query + self.cached:
+        # A sliding window keeps fewer than it has seen, a static cache has room for more.
+        if n_key != n_query + self.cached and not self.known:
             raise ValueError(
                 f"noise on a cached step: wanted {self.cached} cached positions; got "
-                f"{n_key - n_query}. Use NormNoise.applied(model) around generate"
+                f"{n_key - n_query}. {self.advice}"
             )

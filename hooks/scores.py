@@ -88,6 +88,7 @@ def split(
     k: Float[Tensor, "batch key kv_head d_head"] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    whole: bool = False,
 ) -> ScoreParts:
     """Take the scores of one layer apart.
 
@@ -96,6 +97,7 @@ def split(
         scores: what the model's scores hook carries.
         q, k: the vectors that enter the dot product; needed where a bias is added.
         dtype: floating dtype of the parts (default: that of ``scores``).
+        whole: leave them together, as they go into the softmax: cap and bias in ``s``.
 
     Raises:
         ValueError: the layer adds a bias and q or k is missing.
@@ -103,6 +105,9 @@ def split(
     mask = visible(scores)
     w = scores if dtype is None else scores.to(dtype)
     w = w.masked_fill(~mask, 0.0)
+    if whole:
+        sink = w.new_tensor(sites.sink) if sites.sink else None
+        return ScoreParts(w, None, mask, 0.0, sink)
     if sites.soft_cap > 0:
         # A saturated score has lost its q.k part: what the model's own dtype can't tell from the
         # cap ties just below it.

@@ -65,6 +65,11 @@ def attention_sites(
         UnsupportedModelError: a check failed, or its effect drowns in rounding. The message names
             layer, check, wanted and got.
     """
+    if not (hasattr(model, "hook_dict") and hasattr(model, "cfg")):
+        raise TypeError(
+            "model: wanted a TransformerBridge (TransformerBridge.boot_transformers(name)) or a "
+            f"HookedTransformer; got {type(model).__name__}"
+        )
     unreadable = _state.refuse_unreadable(model)
     if unreadable:
         raise UnsupportedModelError(
@@ -74,14 +79,32 @@ def attention_sites(
     key = _configuration(model)
     known = _remembered.setdefault(model, {})
     # A hook of the user's on attention may change what a site carries: look again each time.
-    hooked = any("attn" in n and _state.foreign_hooks(p) for n, p in model.hook_dict.items())
+    points = model.hook_dict.items()
+    hooked = sorted(n for n, p in points if "attn" in n and _state.foreign_hooks(p))
     if hooked or key not in known or inputs is not None:
         with _state.evaluating(model), _state.checking():
-            sites = _verify(model, inputs)
+            try:
+                sites = _verify(model, inputs)
+            except UnsupportedModelError as error:
+                if not hooked:
+                    raise
+                raise _naming(error, hooked) from error
         if hooked:
             return sites
         known[key] = sites
     return known[key]
+
+
+def _naming(error: UnsupportedModelError, hooked: list[str]) -> UnsupportedModelError:
+    """The same refusal, with the user's own hooks, which may be its cause."""
+    return UnsupportedModelError(
+        error.check,
+        wanted=error.wanted,
+        got=f"{error.got}; hooks of yours are on {', '.join(hooked[:3])}"
+        f"{' and others' if len(hooked) > 3 else ''}: where they change what a pattern is, probe "
+        "without them, and open the noise's context before theirs",
+        layer=error.layer,
+    )
 
 
 def _configuration(model: HookedModel) -> tuple[Any, ...]:

@@ -111,6 +111,10 @@ class KVCache:
     def __len__(self) -> int:
         return next(iter(self._layers.values()))[0].shape[2] if self._layers else 0
 
+    def get_seq_length(self) -> int:
+        """Number of tokens already seen, under the name that Hugging Face's caches have for it."""
+        return len(self)
+
     def update(
         self,
         k: Float[torch.Tensor, "batch kv_head new d_head"],

@@ -12,6 +12,7 @@ import torch
 
 from hooks import CollapseReport, NormNoise, UnsupportedModelError, attention_sites, collapse_probe
 from tests.support import builders
+from tests.watching import shape_checks_off
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:transformer_lens", "ignore::FutureWarning"
@@ -261,3 +262,202 @@ def test_a_projection_that_holds_gates_too_is_no_place_for_noise() -> None:
     assert NormNoise(sigma=0.1, on="q").hooks(model)
     with pytest.raises(UnsupportedModelError, match="it holds something else beside them"):
         NormNoise(sigma=0.1, on="q", at="projection").hooks(model)
+
+
+# -- what users hand over ---------------------------------------------------------------------
+
+
+def test_a_decoder_keeps_a_start_token_that_is_the_pad_token(monkeypatch: Any) -> None:
+    """T5's decoder starts with its pad token: a tensor is what a list of the same ids is."""
+    monkeypatch.setattr("hooks._prompts._own_pad_token", lambda model: 0)
+    model = built("T5ForConditionalGeneration", decoder_start_token_id=0)
+    read = torch.cat([torch.zeros(3, 1, dtype=torch.long), READ], dim=1)
+    settings: dict[str, Any] = {"sparse": 0.5, "draws": 0, "sigmas": [0.3]}
+    tensor, ids = (
+        collapse_probe(model, SEEN, decoder_tokens=given, **settings)
+        for given in (read, read.tolist())
+    )
+    assert tensor.decoder_tokens == ids.decoder_tokens
+    assert {len(row) for row in tensor.decoder_tokens} == {read.shape[1]}
+    np.testing.assert_array_equal(tensor.rows, ids.rows)
+
+
+def test_a_decoders_padding_is_cut_like_an_encoders() -> None:
+    model = built("BartForConditionalGeneration")
+    mask = torch.ones_like(READ)
+    mask[1, 5:] = 0
+    settings: dict[str, Any] = {"sparse": 0.5, "draws": 0, "sigmas": [0.3]}
+    padded = collapse_probe(
+        model,
+        {"input_ids": SEEN, "decoder_input_ids": READ, "decoder_attention_mask": mask},
+        **settings,
+    )
+    cut = [READ[0], READ[1][:5], READ[2]]
+    alone = collapse_probe(model, SEEN, decoder_tokens=cut, **settings)
+    np.testing.assert_array_equal(padded.rows, alone.rows)
+    assert padded.decoder_tokens == alone.decoder_tokens
+
+
+def test_what_a_tokenizer_gives_with_padding() -> None:
+    """token_type_ids have the tokens' positions and are cut with them."""
+    model = built("BertForMaskedLM")
+    mask = torch.ones_like(SEEN)
+    mask[1, 9:] = 0
+    given = {"input_ids": SEEN, "token_type_ids": SEEN * 0, "attention_mask": mask}
+    settings: dict[str, Any] = {"sparse": 0.5, "draws": 0, "sigmas": [0.3]}
+    report = collapse_probe(model, given, **settings)
+    assert report.padding.tolist() == [0, SEEN.shape[1] - 9, 0]
+    alone = collapse_probe(model, [SEEN[0], SEEN[1][:9], SEEN[2]], **settings)
+    np.testing.assert_array_equal(report.rows, alone.rows)
+
+
+def test_text_with_an_image_whose_patches_are_no_prompts() -> None:
+    model = built(
+        "Qwen2_5_VLForConditionalGeneration",
+        image_token_id=5,
+        vision_start_token_id=4,
+        video_token_id=3,
+    )
+    ids = torch.randint(10, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, 2:6] = 5
+    patches = torch.randn(16, 96, generator=torch.Generator().manual_seed(1))
+    image = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    with_image = collapse_probe(model, {"input_ids": ids, **image}, sparse=0.5, draws=0)
+    assert with_image.n_sparse > 10
+    without = collapse_probe(model, {"input_ids": ids}, sparse=0.5, draws=0)
+    assert (with_image.level != without.level).any()
+    two = {"input_ids": ids.expand(2, -1), **image}
+    with pytest.raises(ValueError, match="wanted 'pixel_values' with an entry for each of 2"):
+        collapse_probe(model, two)
+
+
+@pytest.mark.parametrize("name", ["ours", "MistralForCausalLM"])
+def test_generation_with_any_cache_keeps_each_factor(name: str) -> None:
+    """Our own cache, and a window that is shorter than what was seen."""
+    from qkvnorm_lens import load_checkpoint
+
+    ours = name == "ours"
+    model = load_checkpoint("addition-pre") if ours else built(name, sliding_window=4)
+    start = model.to_tokens("[15+8=") if ours else SEEN[:1, :6]
+    noise = NormNoise(sigma=0.3, on="qkv", seed=3)
+    with noise.applied(model), torch.no_grad():
+        texts = [
+            model.generate(
+                start,
+                max_new_tokens=7,
+                do_sample=False,
+                stop_at_eos=False,
+                verbose=False,
+                use_past_kv_cache=cached,
+            )
+            for cached in (True, False)
+        ]
+    assert torch.equal(*texts)
+
+
+def test_saturated_attention_is_verified_by_its_scores() -> None:
+    """Where no noise moves a weight, the scores show that it lands."""
+    model = built("GPT2LMHeadModel")
+    for block in model.original_model.transformer.h:
+        attention = getattr(block.attn, "original_component", block.attn)
+        for part in ("q", "k"):
+            component = getattr(block.attn, part)
+            component = getattr(component, "original_component", component)
+            component.weight.data *= 30
+            component.bias.data *= 30
+        assert attention is not None
+    sites = attention_sites(model)
+    assert sites.check["check"].str.startswith("scores under").any()
+    report = collapse_probe(model, SEEN, draws=0)
+    assert report.to_frame("model")["score_level"].iloc[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda m: collapse_probe("gpt2", SEEN),
+            TypeError,
+            "TransformerBridge .* got str",
+        ),
+        (lambda m: attention_sites(m.original_model), TypeError, "wanted a TransformerBridge"),
+        (lambda m: collapse_probe(m, SEEN, layers=1), ValueError, "wanted a list .* got 1"),
+        (lambda m: collapse_probe(m, SEEN, layers=[True]), ValueError, "wanted a list"),
+        (lambda m: collapse_probe(m, SEEN, sigmas=0.1), TypeError, "wanted a list of numbers"),
+        (lambda m: collapse_probe(m, SEEN, sigmas="0.1"), TypeError, "wanted a list of numbers"),
+        (
+            lambda m: collapse_probe(m, SEEN, draws=2.5),
+            ValueError,
+            "wanted an integer .* got 2.5",
+        ),
+        (
+            lambda m: collapse_probe(m, SEEN, prepend_bos=True),
+            ValueError,
+            "prepend_bos: wanted",
+        ),
+        (lambda m: collapse_probe(m, b"abc"), TypeError, "wanted text or token ids; got bytes"),
+        (
+            lambda m: collapse_probe(
+                m,
+                {"input_ids": SEEN, "attention_mask": torch.ones_like(SEEN)},
+                attention_mask=torch.ones_like(SEEN),
+            ),
+            ValueError,
+            "attention_mask: wanted it once",
+        ),
+        (
+            lambda m: NormNoise(sigma=0.1).hooks(m, attention_mask=torch.ones(12)),
+            ValueError,
+            r"wanted shape \[batch, pos\]; got \[12\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(call: Any, error: Any, message: str) -> None:
+    model = built("GPT2LMHeadModel")
+    with shape_checks_off(), pytest.raises(error, match=message):
+        call(model)
+
+
+def test_layers_may_be_an_array() -> None:
+    model = built("GPT2LMHeadModel")
+    some: Any = np.array([0, 1])
+    with shape_checks_off():
+        assert collapse_probe(model, SEEN, layers=some, draws=0).settings.layers == (0, 1)
+        assert NormNoise(sigma=0.1, layers=some).layers == (0, 1)
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    model = built("GPT2LMHeadModel")
+    noise = NormNoise(sigma=0.1)
+    entries = noise.hooks(model, attention_mask=torch.ones(3, 5).long())
+    with (
+        model.hooks(fwd_hooks=entries),
+        pytest.raises(ValueError, match="wanted an entry for each of 17 positions; got 5"),
+    ):
+        model(SEEN)
+
+
+def test_other_weights_are_another_model() -> None:
+    first = collapse_probe(builders.build("GPT2LMHeadModel", seed=0).model, SEEN, draws=0)
+    other = builders.build("GPT2LMHeadModel", seed=7).model
+    with pytest.raises(ValueError, match="wanted reports of one model; got fingerprint"):
+        first.merge(collapse_probe(other, SEEN, draws=0, first_prompt=3))
+
+
+def test_a_refusal_names_the_hooks_that_are_on_the_attention() -> None:
+    def ablate(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
+        return pattern * torch.tensor([0.0, 1, 1, 1])[:, None, None]
+
+    model = built("GPT2LMHeadModel")
+    with (
+        model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", ablate)]),
+        pytest.raises(UnsupportedModelError, match=r"hooks of yours are on blocks\.0\.attn"),
+    ):
+        collapse_probe(model, SEEN)
+    # The other way round both act.
+    noise = NormNoise(sigma=0.3)
+    with noise.applied(model), torch.no_grad():
+        noised = model(SEEN)
+        with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", ablate)]):
+            both = model(SEEN)
+    assert (both - noised).abs().max() > 0.01

@@ -259,8 +259,8 @@ class Mutation:
     half: str = ""
 
 
-NOISE = r"pattern under [qk]-noise"
-Q_NOISE, K_NOISE = r"pattern under q-noise", r"pattern under k-noise"
+NOISE = r"(pattern|scores) under [qk]-noise"
+Q_NOISE, K_NOISE = r"(pattern|scores) under q-noise", r"(pattern|scores) under k-noise"
 SOFTMAX = r"pattern = softmax"
 Z = r"^z under v-noise"
 # Tapped layers are tried again without the hooks of q and k, and so without the mistake; v has it.

@@ -316,7 +316,8 @@ shifts under drawn noise are, head by head, those of the Hugging Face model itse
 which the operands of the dot product are multiplied and nothing of this library runs. *Scores
 from*: `a hook` of TransformerLens, or `the softmax` that the model takes, where no hook shows its
 scores. *Noise at the projection*: `removed` by a norm over each head, `mixed` by a norm over all
-heads, else it arrives unchanged. The same is asked of your own model each time it is probed.
+heads, else it arrives unchanged. Models of text and images run on text here. The same is asked of
+your own model each time it is probed.
 
 Of {adapters} adapters {tried} could be built here; {attention} of these have attention, and
 {verified} of those are verified ({limited} with a limit)."""
