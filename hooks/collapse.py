@@ -86,8 +86,9 @@ def collapse_probe(
         draws: samples of the noise; of the strict rate only, under ``"exact"``.
         seed: of the noise.
         attention_mask: 1 for real tokens. Without it, the tokenizer's pad tokens at either end of a
-            row of ids are padding, unless they are also its first or last token (bos, eos).
-        prepend_bos: passed on to ``model.to_tokens``.
+            row of a tensor are padding, unless they are also its first or last token (bos, eos);
+            lists of ids are taken as they are.
+        prepend_bos: passed on to ``model.to_tokens``; with text only.
         batch_size: prompts per forward pass; only prompts of one length share a pass, so that
             nothing is ever padded.
         competitors: nearest competitors to keep of each row that can collapse, for ``sigma_at``.
