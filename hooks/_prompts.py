@@ -245,6 +245,8 @@ def _rows(
             rows.append(_from_text(model, item, index, prepend_bos))
         else:
             _refuse_bos(prepend_bos)
+            if isinstance(item, Sequence) and not len(item):
+                raise ValueError(f"prompt {index}: wanted integer ids; got none")
             rows.append(_integers(torch.as_tensor(item).cpu(), 1))
     return rows, [(0, len(row)) for row in rows]
 
@@ -279,8 +281,6 @@ def _own_pad_token(model: Any) -> int | None:
 
 
 def _integers(ids: Tensor, n_dims: int) -> Tensor:
-    if not ids.numel():
-        raise ValueError("tokens: wanted one token or more; got none")
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != n_dims:
         raise TypeError(
             f"tokens: wanted integer ids with {n_dims} axis or axes; got {ids.dtype} of shape "

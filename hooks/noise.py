@@ -395,7 +395,7 @@ def check_layers(layers: Any) -> tuple[int, ...]:
     given = list(layers) if isinstance(layers, Iterable) else [layers]
     integers = all(isinstance(x, Integral) and not isinstance(x, bool) for x in given)
     if not given or not integers or len(set(given)) != len(given) or isinstance(layers, Integral):
-        raise ValueError(f"layers: wanted a list of one or more indices, each once; got {layers!r}")
+        raise ValueError(f"layers: wanted one or more indices in a list, each once; got {layers!r}")
     return tuple(int(x) for x in given)
 
 

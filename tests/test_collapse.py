@@ -836,6 +836,11 @@ def test_the_check_leaves_the_model_as_found(model: Any, unchecked: None) -> Non
 
 def test_an_effect_that_drowns_is_no_pass() -> None:
     """With q and k at zero nothing can be seen: that must not count as verified."""
-    model = models.tiny_llama(qk_scale=1e-12)
+    model = models.tiny_llama(qk_scale=0.0)
     error = _refusal(model)
     assert "not verifiable" in error.check
+
+
+def test_scores_too_small_for_the_pattern_show_the_noise_themselves() -> None:
+    sites = attention_sites(models.tiny_llama(qk_scale=1e-12))
+    assert sites.check["check"].str.startswith("scores under").any()

@@ -381,8 +381,8 @@ def test_saturated_attention_is_verified_by_its_scores() -> None:
             "TransformerBridge .* got str",
         ),
         (lambda m: attention_sites(m.original_model), TypeError, "wanted a TransformerBridge"),
-        (lambda m: collapse_probe(m, SEEN, layers=1), ValueError, "wanted a list .* got 1"),
-        (lambda m: collapse_probe(m, SEEN, layers=[True]), ValueError, "wanted a list"),
+        (lambda m: collapse_probe(m, SEEN, layers=1), ValueError, "indices in a list.* got 1"),
+        (lambda m: collapse_probe(m, SEEN, layers=[True]), ValueError, "indices in a list"),
         (lambda m: collapse_probe(m, SEEN, sigmas=0.1), TypeError, "wanted a list of numbers"),
         (lambda m: collapse_probe(m, SEEN, sigmas="0.1"), TypeError, "wanted a list of numbers"),
         (
