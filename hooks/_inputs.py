@@ -38,7 +38,7 @@ class ModelInput:
         """One forward pass."""
         device = input_device(model)
         named = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.named.items()}
-        model(self.first.to(device), **named)  # type: ignore[operator]
+        model(self.first.to(device), **named)
 
     def rows(self, index: Sequence[int]) -> ModelInput:
         """Some of the prompts, in this order; a prompt may be asked for several times."""
@@ -53,11 +53,14 @@ class ModelInput:
 
 
 def short_input(model: HookedModel, batch: int, avoid: set[int], attempt: int = 0) -> ModelInput:
-    """The same few random tokens in each row; their number equals no head count in ``avoid``.
+    """The same few random tokens in each row; their number is none of ``avoid``, the head counts.
+
+    Another ``attempt`` is another prompt, longer where the context allows. Models of images and
+    sound get a random picture or wave form.
 
     Raises:
-        UnsupportedModelError: the context is too short for a check, or the model is of a kind whose
-            inputs are not known.
+        UnsupportedModelError: the context is too short for a check, or the model takes images whose
+            size it does not say.
     """
     generator = torch.Generator().manual_seed(1 + attempt)
     signal = _signal(model, generator)
@@ -67,7 +70,10 @@ def short_input(model: HookedModel, batch: int, avoid: set[int], attempt: int = 
     lengths = [p for p in _PRIMES if p not in avoid and p <= n_ctx]
     if not lengths:
         raise UnsupportedModelError(
-            "short prompt", wanted=f"a context of at least {_PRIMES[0]} tokens", got=f"{n_ctx}"
+            "a short prompt to check with",
+            wanted=f"room for {', '.join(map(str, _PRIMES[:-1]))} or {_PRIMES[-1]} tokens, of "
+            "which no layer has as many heads",
+            got=f"a context of {n_ctx}; numbers of heads {sorted(avoid)}",
         )
     length = lengths[min(attempt, len(lengths) - 1)]
     row = torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)
@@ -86,6 +92,7 @@ def has_decoder(model: Any) -> bool:
 
 
 def _copies(row: Tensor, batch: int) -> Tensor:
+    """One prompt ``[1, ...]`` as a batch."""
     return row.expand(batch, *row.shape[1:])
 
 

@@ -5,28 +5,24 @@ See :mod:`hooks.selfcheck` for the copies of the prompt that a layer is judged b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from hooks._tap import AttentionTap, Factors, Taken
+from hooks._layercopies import HALF_WIDTH, LayerCopies
 from hooks._valuecheck import HALF_PRECISION, MARGIN, ValueCheck
 from hooks.errors import UnsupportedModelError
 from hooks.scores import ScoreParts, expand_factors, qk_product, split, visible
 from hooks.sites import ROLES, Averaging, LayerSites, Role, Shield, Site, VectorSite
 
-KINDS = ("q", "k", "v", "zero")
-"""A layer's own copies of the prompt: noise on q; on k; on v, and scores edited; q set to zero."""
-
-_HALF_WIDTH = 0.5  # of the check's own noise: large, so that its effect stands above rounding
 _SAME_PRODUCT = 0.1  # a score differs from its product by rounding, or by much more
 _SUM_TO_ONE = 1e-5  # a row of a pattern sums to one up to this
 
 
 class Undecided(Exception):
-    """This prompt proves nothing; another may."""
+    """This prompt proves nothing; another may. ``refusal`` is what to raise if none does."""
 
     def __init__(self, refusal: UnsupportedModelError) -> None:
         super().__init__(str(refusal))
@@ -46,197 +42,38 @@ def without_hooks(sites: LayerSites) -> LayerSites:
     return replace(sites, q=bare["q"], k=bare["k"])
 
 
-@dataclass
-class _Seen:
-    """What one layer's hooks showed: row 0 is the clean copy, then this layer's own copies."""
-
-    q: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
-    scores: Tensor | None = None
-    pattern: Tensor | None = None
-    z: Tensor | None = None
-    fused: bool = False
-    firings: int = 0
-
-
 class LayerCheck:
-    """Hooks, record and verdict of one layer."""
+    """Verdict on one layer, and the table of what it rests on.
 
-    def __init__(
-        self,
-        sites: LayerSites,
-        index: int,
-        batch: int,
-        generator: torch.Generator,
-        eps: float,
-        tap: AttentionTap | None,
-    ) -> None:
-        self.sites = sites
-        self.eps = eps
-        self.batch = batch
-        self.tap = tap
-        self.generator = generator
-        first = 1 + index * len(KINDS)
-        self.copy = {kind: first + i for i, kind in enumerate(KINDS)}
-        self.rows = [0, *self.copy.values()]
-        self.seen = _Seen()
+    Args:
+        copies: the layer's, after the pass.
+    """
+
+    def __init__(self, copies: LayerCopies) -> None:
+        self.copies = copies
+        self.sites = copies.sites
+        self.seen = copies.seen
+        self.eps = copies.eps
         self.table: list[dict[str, Any]] = []
-        self.factor: dict[Role, Tensor] = {}
-        self.miswritten: UnsupportedModelError | None = None
-
-    # -- hooks ------------------------------------------------------------------------------
-
-    def hooks(self) -> list[tuple[str, Any]]:
-        """Hooks that noise this layer's copies and keep what its hook points show."""
-        entries: list[tuple[str, Any]] = []
-        for role in ROLES:
-            site = self.sites.vector(role)
-            if site.projection != site.dot and site.projection.hooked:
-                entries.append((site.projection.hook, self._at_projection(role, site)))
-            if site.dot.hooked:
-                entries.append((site.dot.hook, self._at_dot(role, site)))
-        if self.bare:
-            first = self.sites.q.dot if self.sites.q.dot.hooked else self.sites.q.projection
-            entries.append((first.hook, self._arm(first)))
-        if not self.sites.tapped:
-            entries.append((self.sites.scores, self._at_scores))
-            entries.append((self.sites.pattern, self._at_pattern))
-        if self.sites.z is not None:
-            entries.append((self.sites.z.hook, self._at_z))
-        return entries
-
-    @property
-    def bare(self) -> tuple[Role, ...]:
-        """Which of q and k have no hook where they enter the dot product."""
-        return tuple(r for r in ROLES[:2] if not self.sites.vector(r).dot.hooked)
-
-    def _drawn(self, role: Role, site: Site, n_pos: int, device: torch.device) -> Tensor:
-        """This role's factors ``[pos, head]``, drawn when its number of positions is known."""
-        if role not in self.factor:
-            vector = self.sites.vector(role)
-            n_heads = max(vector.dot.n_heads, vector.projection.n_heads)
-            noise = 2 * torch.rand(n_pos, n_heads, generator=self.generator) - 1
-            self.factor[role] = (1 + _HALF_WIDTH * noise).to(device)
-        return self.factor[role][:, : site.n_heads].to(device)
-
-    def _arm(self, first: Site) -> Any:
-        """A hook that makes the tap multiply what no hook point carries."""
-
-        def hook(tensor: Tensor, hook: Any) -> None:
-            assert self.tap is not None
-            n_pos, n_heads = first.n_pos(tensor), self.sites.n_heads
-            factors: dict[Role, Tensor] = {}
-            for role in ROLES[:2]:
-                factors[role] = torch.ones(self.batch, n_pos, n_heads, device=tensor.device)
-            for role in self.bare:
-                site = self.sites.vector(role).dot
-                drawn = self._drawn(role, site, n_pos, tensor.device)
-                shared = drawn if role == "q" else drawn[:, list(self.sites.kv_head_of)]
-                factors[role][self.copy[role]] = shared
-            if "q" in self.bare:
-                factors["q"][self.copy["zero"]] = 0.0
-            self.tap.arm(Factors(factors["q"], factors["k"]))
-
-        return hook
-
-    def at_dot(self, role: Role) -> Tensor:
-        """This role's factors on the vectors that enter the dot product, ``[1, pos, head]``."""
-        return self.factor[role][None, :, : self.sites.vector(role).dot.n_heads].double()
-
-    def _multiply(self, tensor: Tensor, role: Role, site: Site, copies: dict[int, float]) -> Tensor:
-        drawn = self._drawn(role, site, site.n_pos(tensor), tensor.device)
-        factor = torch.ones(self.batch, *drawn.shape, device=tensor.device)
-        for copy, strength in copies.items():
-            factor[copy] = drawn if strength else 0.0
-        scaled: Tensor = site.scale(tensor, factor)
-        wanted = site.by_position(tensor).double() * factor[..., None].double()
-        error = (site.by_position(scaled).double() - wanted).abs()
-        if not bool((error <= 2 * self.eps * wanted.abs() + 1e-30).all()):
-            self.miswritten = UnsupportedModelError(
-                f"what is written at {site.hook}",
-                wanted="each vector times its factor",
-                got=f"a difference of {float(error.max()):.2g}",
-                layer=self.sites.layer,
-            )
-        return scaled
-
-    def _at_projection(self, role: Role, site: VectorSite) -> Any:
-        def hook(tensor: Tensor, hook: Any) -> Tensor:
-            return self._multiply(tensor, role, site.projection, {self.copy["zero"]: 1.0})
-
-        return hook
-
-    def _at_dot(self, role: Role, site: VectorSite) -> Any:
-        copies = {self.copy[role]: 1.0}
-        if role == "q":
-            copies[self.copy["zero"]] = 0.0
-
-        def hook(tensor: Tensor, hook: Any) -> Tensor:
-            if tensor.shape[0] != self.batch:
-                raise UnsupportedModelError(
-                    f"{site.dot.hook} keeps the batch",
-                    wanted=f"{self.batch} prompts",
-                    got=f"{tensor.shape[0]}",
-                    layer=self.sites.layer,
-                )
-            setattr(self.seen, role, site.dot.by_position(tensor)[self.rows].clone())
-            self.seen.firings += 1
-            return self._multiply(tensor, role, site.dot, copies)
-
-        return hook
-
-    def _at_scores(self, tensor: Tensor, hook: Any) -> Tensor:
-        self.seen.scores = tensor[self.rows].clone()
-        self.seen.firings += 1
-        # Turned upside down where visible: no softmax can miss that.
-        edited = tensor.clone()
-        row = tensor[self.copy["v"]]
-        edited[self.copy["v"]] = torch.where(visible(row), -row, row)
-        return edited
-
-    def _at_pattern(self, tensor: Tensor, hook: Any) -> None:
-        self.seen.pattern = tensor[self.rows].clone()
-        self.seen.firings += 1
-
-    def _at_z(self, tensor: Tensor, hook: Any) -> None:
-        assert self.sites.z is not None
-        self.seen.z = self.sites.z.by_position(tensor)[self.rows].clone()
-        self.seen.firings += 1
-        taken = self.tap.take(self.batch) if self.tap is not None and self.sites.tapped else None
-        if taken is not None:
-            self.seen.scores = taken.scores[self.rows].clone()
-            self.seen.pattern = taken.pattern[self.rows].clone()
-            self.seen.fused = taken.fused
-            self.seen.firings += 2
-            self._see_operands(taken)
-
-    def _see_operands(self, taken: Taken) -> None:
-        group = self.sites.n_heads // self.sites.n_kv_heads
-        for role, operand in (("q", taken.q), ("k", taken.k)):
-            if role in self.bare and operand is not None:
-                shared = operand if role == "q" else operand[:, ::group]
-                setattr(self.seen, role, shared.transpose(1, 2)[self.rows].clone())
-                self.seen.firings += 1
-
-    # -- verdict ----------------------------------------------------------------------------
 
     def judge(self) -> LayerSites:
-        """The layer's sites with what was measured, or the refusal."""
-        seen = self.seen
-        own_values = self.sites.v.dot.hooked
-        self._fired(2 + own_values + 2 + (self.sites.z is not None))
-        assert seen.scores is not None
-        assert seen.pattern is not None
-        assert seen.q is not None
-        assert seen.k is not None
-        scores, pattern = seen.scores.double(), seen.pattern.double()
-        q, k = seen.q.double(), seen.k.double()
-        self._refuse_pattern_as_scores(scores, seen.scores)
-        sites = self._measure_bias(seen.scores, q, k)
-        clean = split(sites, seen.scores[:1], q[:1], k[:1], dtype=torch.float64)
-        sites = replace(sites, sink=self._measure_sink(clean, pattern[:1]))
-        clean = split(sites, seen.scores[:1], q[:1], k[:1], dtype=torch.float64)
+        """The layer's sites with what was measured, or the refusal.
+
+        Raises:
+            Unpredicted: the pattern is not the softmax of the scores, or not the predicted one
+                under noise.
+            Undecided: on this prompt an effect is too small to prove anything.
+            UnsupportedModelError: anything else that does not fit.
+        """
+        self._refuse_other_firings()
+        scores, pattern = self.seen.tensors["scores"], self.seen.double("pattern")
+        q, k = self.seen.double("q"), self.seen.double("k")
+        self._refuse_pattern_as_scores(scores)
+        sites = self._measure_bias(scores, q, k)
+        clean = split(sites, scores[:1], q[:1], k[:1], dtype=torch.float64)
+        sink = self._measure_sink(clean, pattern[:1])
+        sites = replace(sites, sink=sink)
+        clean = replace(clean, sink=clean.s.new_tensor(sink) if sink else None)
         tolerance = self._score_tolerance(clean, q, k, sites)
         self._compare(
             "pattern = softmax(scores)",
@@ -246,61 +83,73 @@ class LayerCheck:
             tolerance,
             must_act=False,
         )
-        for role, factors in (
-            ("q", (self.at_dot("q"), None)),
-            ("k", (None, self.at_dot("k"))),
-        ):
-            factor = expand_factors(sites, *factors)
-            observed = pattern[self.at(role)]
-            check = f"pattern under {role}-noise, predicted from clean scores"
-            allowed = tolerance * (1 + _HALF_WIDTH)
-            try:
-                self._compare(check, clean.pattern(factor), observed, pattern[:1], allowed)
-            except Undecided:
-                # Saturated: no noise moves a weight. Then the scores must show it, and be used.
-                noisy = split(sites, seen.scores[self.at(role)], dtype=torch.float64, whole=True)
-                self._compare_scores(role, clean, factor, noisy, allowed)
-                self._compare(
-                    f"pattern = softmax(scores) under {role}-noise",
-                    noisy.pattern(),
-                    observed,
-                    observed,
-                    allowed,
-                    must_act=False,
-                )
+        for role in ROLES[:2]:
+            self._judge_noise(role, sites, clean, pattern, tolerance)
         averaging = self._averaging(pattern, tolerance)
-        if self.miswritten is not None:  # noise at half strength looks like a bias, and agrees
-            raise self.miswritten
+        wrong = self.copies.miswritten  # noise at half strength looks like a bias, and agrees
+        if wrong is not None:
+            raise wrong
         return replace(
             sites,
             averaging=averaging,
             scores_editable=not sites.tapped and self._editable(clean, pattern, tolerance),
-            q=self._shielded("q", q),
-            k=self._shielded("k", k),
-            v=self.sites.v if seen.v is None else self._shielded("v", seen.v.double()),
+            q=self._shielded("q"),
+            k=self._shielded("k"),
+            v=self._shielded("v"),
         )
 
+    def _judge_noise(
+        self, role: Role, sites: LayerSites, clean: ScoreParts, pattern: Tensor, tolerance: Tensor
+    ) -> None:
+        """Is the pattern under this vector's noise the one predicted from the clean scores?
+
+        Where attention is saturated no noise moves a weight. Then the noisy scores must be the
+        predicted ones, and the pattern their softmax.
+        """
+        drawn = self.copies.at_dot(role)
+        factor = expand_factors(
+            sites, drawn if role == "q" else None, drawn if role == "k" else None
+        )
+        observed = pattern[self.copies.at(role)]
+        check = f"pattern under {role}-noise, predicted from clean scores"
+        allowed = tolerance * (1 + HALF_WIDTH)
+        try:
+            self._compare(check, clean.pattern(factor), observed, pattern[:1], allowed)
+        except Undecided:
+            shown = self.seen.tensors["scores"][self.copies.at(role)]
+            noisy = split(sites, shown, dtype=torch.float64, whole=True)
+            self._compare_scores(role, clean, factor, noisy, allowed)
+            self._compare(
+                f"pattern = softmax(scores) under {role}-noise",
+                noisy.pattern(),
+                observed,
+                observed,
+                allowed,
+                must_act=False,
+            )
+
     def _averaging(self, pattern: Tensor, tolerance: Tensor) -> Averaging:
+        """What z is; ``unverified`` where the layer's v is another layer's, and noised there."""
         if not self.sites.v.dot.hooked:
             return "unverified"
-        assert self.seen.v is not None
         of_scores = tolerance if self.seen.fused else torch.zeros_like(tolerance)
-        return ValueCheck(self, pattern, self.seen.v.double(), of_scores).verdict()
+        return ValueCheck(self, pattern, self.seen.double("v"), of_scores).verdict()
 
-    def _fired(self, wanted: int) -> None:
-        if self.seen.firings != wanted:
+    def _refuse_other_firings(self) -> None:
+        """Every tensor that this layer is judged by must have been shown, and once."""
+        names = ["q", "k", "scores", "pattern"]
+        names += ["v"] * self.sites.v.dot.hooked + ["z"] * (self.sites.z is not None)
+        fired = {name: self.seen.fired[name] for name in names}
+        if any(times != 1 for times in fired.values()):
             raise UnsupportedModelError(
                 "every hook point fires once per forward",
-                wanted=f"{wanted} firings",
-                got=str(self.seen.firings),
+                wanted=f"{', '.join(names)} once each",
+                got=", ".join(f"{n} {times}" for n, times in fired.items() if times != 1),
                 layer=self.sites.layer,
             )
 
-    def at(self, kind: str) -> slice:
-        index = 1 + KINDS.index(kind)
-        return slice(index, index + 1)
-
     def record(self, check: str, error: float, effect: float, tolerance: float) -> None:
+        """One line of :attr:`hooks.AttentionSites.check`."""
         self.table.append(
             {
                 "layer": self.sites.layer,
@@ -311,16 +160,17 @@ class LayerCheck:
             }
         )
 
-    def _refuse_pattern_as_scores(self, scores: Tensor, raw: Tensor) -> None:
-        seen = visible(raw)
+    def _refuse_pattern_as_scores(self, raw: Tensor) -> None:
+        """A pattern where the scores should be: its rows would pass for scores that hardly act."""
+        seen, scores = visible(raw), raw.double()
         row_sums = scores.masked_fill(~seen, 0).sum(-1)
         if (scores[seen] >= 0).all() and torch.allclose(
             row_sums, torch.ones_like(row_sums), atol=1e-2
         ):
             raise UnsupportedModelError(
-                f"{self.sites.scores} carries pre-softmax scores",
-                wanted="scores",
-                got="rows that sum to 1: the softmaxed pattern",
+                f"{self.sites.scores or 'what the softmax takes'} carries pre-softmax scores",
+                wanted="scores, some of them negative or of rows that do not sum to 1",
+                got="no negative ones, and rows that sum to 1: the softmaxed pattern",
                 layer=self.sites.layer,
             )
 
@@ -328,10 +178,10 @@ class LayerCheck:
         """What is left of the scores with q at zero is what noise does not scale."""
         shown = visible(scores)
         plain = replace(self.sites, has_bias=False, sink=())
-        bias = split(plain, scores[self.at("zero")], dtype=torch.float64).s
+        bias = split(plain, scores[self.copies.at("zero")], dtype=torch.float64).s
         s = split(plain, scores[:1], dtype=torch.float64).s - bias
         product = qk_product(self.sites, q[:1], k[:1])
-        where = shown[:1] & shown[self.at("zero")]
+        where = shown[:1] & shown[self.copies.at("zero")]
         x, y = product * where, s * where
         squares = (x * x).sum((0, 2, 3))
         scale = (x * y).sum((0, 2, 3)) / squares.where(squares > 0, torch.ones_like(squares))
@@ -363,7 +213,7 @@ class LayerCheck:
     def _score_tolerance(
         self, clean: ScoreParts, q: Tensor, k: Tensor, sites: LayerSites
     ) -> Tensor:
-        """Rounding of one score: of the terms of the dot product and of their sum."""
+        """Largest rounding of a score in each row: of the dot product's terms and of their sum."""
         lengths = torch.einsum("bqh,bkh->bhqk", q[:1].norm(dim=-1), self.keys(k[:1].norm(dim=-1)))
         d_head = q.shape[-1]
         known = sites.score_scale or (d_head**-0.5,) * sites.n_heads
@@ -389,6 +239,12 @@ class LayerCheck:
         *,
         must_act: bool = True,
     ) -> None:
+        """Hold a pattern against its prediction; with ``must_act`` the noise must show in it.
+
+        Raises:
+            Unpredicted: they differ by more than rounding of the scores (``tolerance``) explains.
+            Undecided: they agree, but so they would without noise.
+        """
         predicted, observed, clean = (x.nan_to_num(0.0) for x in (predicted, observed, clean))
         p = torch.maximum(predicted, observed)
         # An error delta of every score moves p by at most about 2 p (1 - p) delta.
@@ -419,6 +275,7 @@ class LayerCheck:
         noisy: ScoreParts,
         tolerance: Tensor,
     ) -> None:
+        """The same of the scores; the noise must always show in them."""
         check = f"scores under {role}-noise, predicted from clean scores"
         predicted, observed, before = (
             w.masked_fill(~clean.mask, 0) for w in (clean.scores(factor), noisy.s, clean.scores())
@@ -436,7 +293,8 @@ class LayerCheck:
         if not bool((effect > MARGIN * limit).any()):
             self.undecided(check, float(effect.max()), MARGIN * float(limit.max()))
 
-    def undecided(self, check: str, effect: float, needed: float) -> None:
+    def undecided(self, check: str, effect: float, needed: float) -> NoReturn:
+        """This prompt's effect is too small for this check."""
         raise Undecided(
             UnsupportedModelError(
                 f"{check}: not verifiable",
@@ -447,21 +305,23 @@ class LayerCheck:
         )
 
     def _editable(self, clean: ScoreParts, pattern: Tensor, tolerance: Tensor) -> bool:
+        """Whether the scores that were turned upside down gave the pattern of such scores."""
         upside_down = (-clean.scores()).masked_fill(~clean.mask, -torch.inf)
         predicted = clean.pattern_of(upside_down)
-        error = (predicted - pattern[self.at("v")]).abs()
+        error = (predicted - pattern[self.copies.at("v")]).abs()
         allowed = 2 * predicted * (1 - predicted) * tolerance.expm1() + self.eps * predicted + 1e-6
-        acts = (pattern[self.at("v")] - pattern[:1]).abs() > MARGIN * allowed
+        acts = (pattern[self.copies.at("v")] - pattern[:1]).abs() > MARGIN * allowed
         return bool((error <= allowed).all() and acts.any())
 
-    def _shielded(self, role: Role, vectors: Tensor) -> VectorSite:
-        """How noise at the projection arrives at the dot product."""
+    def _shielded(self, role: Role) -> VectorSite:
+        """The site with how noise at its projection arrives at the dot product."""
         site = self.sites.vector(role)
         if site.projection == site.dot:
             return site
+        vectors = self.seen.double(role)
         before = vectors[:1].norm(dim=-1)
-        after = vectors[self.at("zero")].norm(dim=-1)
-        drawn = self.at_dot(role)
+        after = vectors[self.copies.at("zero")].norm(dim=-1)
+        drawn = self.copies.at_dot(role)
         if site.projection.n_heads != site.dot.n_heads:
             drawn = torch.full_like(before, torch.nan)  # each factor is of something else
         alive = before > 0

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from hooks._inputs import ModelInput
@@ -34,16 +35,14 @@ _CANDIDATES: dict[Role, tuple[str, ...]] = {
     )
     for role in ROLES
 }
-_ATTENTION = re.compile(
-    r"^(?P<prefix>(?P<stack>\w*blocks)\.(?P<block>\d+)\.(?P<module>\w+))"
-    r"\.(?:hook_attn_scores|hook_z)$"
-)
+_ATTENTION = re.compile(r"^(?P<prefix>.+)\.(?:hook_attn_scores|hook_z)$")
+_IN_A_STACK = re.compile(r"^(?P<stack>\w*blocks)\.(?P<block>\d+)\.(?P<module>\w+)$")
 _CLOSE = 1e-2  # enough to tell a pattern from scores; the self-check is strict
 
 
 @dataclass(frozen=True)
 class _Module:
-    """One attention module, by its names."""
+    """One attention module of a stack of blocks: ``{stack}.{block}.{name}``."""
 
     prefix: str
     stack: str
@@ -53,30 +52,55 @@ class _Module:
 
 @dataclass(frozen=True)
 class _Firing:
+    """What a hook point carried, once."""
+
     name: str
     tensor: Tensor | None  # None: something else than a tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return () if self.tensor is None else tuple(self.tensor.shape)
 
-def locate(model: HookedModel, given: ModelInput) -> tuple[LayerSites, ...]:
-    """The hook points of each attention that runs, in the order of the forward pass.
+
+@dataclass(frozen=True)
+class Located:
+    """The attentions of one forward pass.
+
+    Attributes:
+        layers: those in a stack of blocks that ran, in the order of the forward pass.
+        silent: attention modules with hooks of which none fired, by name.
+        outside: attention modules whose hooks fired, but that are in no stack of blocks.
+    """
+
+    layers: tuple[LayerSites, ...]
+    silent: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+
+
+def locate(model: HookedModel, given: ModelInput) -> Located:
+    """The hook points of each attention that runs, and the attentions that are left out.
 
     Raises:
         UnsupportedModelError: the model has no attention, or a hook point is missing, fires more
             than once, or has an unknown shape.
     """
-    modules = attention_modules(model)
+    prefixes = _attentions(model)
+    modules = {p: m for p in prefixes if (m := _module(p)) is not None}
     if not modules:
         _refuse_without_modules(model, given)
-    firings, taken = _record(model, modules, given)
-    ran = [prefix for prefix in modules if any(_of(prefix, f) for f in firings)]
-    if not ran:
+    firings, taken = _record(model, prefixes, given)
+    first: dict[str, int] = {}  # where in the forward pass each attention's hooks begin
+    for prefix in prefixes:
+        at = next((i for i, f in enumerate(firings) if _of(prefix, f)), None)
+        if at is not None:
+            first[prefix] = at
+    ordered = [modules[p] for p in sorted(first, key=first.__getitem__) if p in modules]
+    if not ordered:
         raise UnsupportedModelError(
             "attention fires", wanted="hooks of an attention to fire", got=f"none of {len(modules)}"
         )
-    first = {p: next(i for i, f in enumerate(firings) if _of(p, f)) for p in ran}
-    ordered = [modules[prefix] for prefix in sorted(ran, key=first.__getitem__)]
     several = len({m.stack for m in ordered}) > 1 or len({m.block for m in ordered}) < len(ordered)
-    return tuple(
+    layers = tuple(
         _Finder(
             module,
             index if several else module.block,
@@ -86,20 +110,27 @@ def locate(model: HookedModel, given: ModelInput) -> tuple[LayerSites, ...]:
         ).sites()
         for index, module in enumerate(ordered)
     )
+    return Located(
+        layers,
+        silent=tuple(p for p in prefixes if p not in first),
+        outside=tuple(p for p in prefixes if p in first and p not in modules),
+    )
 
 
-def attention_modules(model: HookedModel) -> dict[str, _Module]:
-    """Every module with a scores hook or a z hook, by its prefix such as ``blocks.0.attn``."""
-    found: dict[str, _Module] = {}
-    for name in model.hook_dict:
-        match = _ATTENTION.match(name)
-        if match is not None:
-            module = _Module(match["prefix"], match["stack"], int(match["block"]), match["module"])
-            found[module.prefix] = module
-    return found
+def _attentions(model: HookedModel) -> tuple[str, ...]:
+    """Prefix of every module with a scores hook or a z hook, such as ``blocks.0.attn``."""
+    matches = (_ATTENTION.match(name) for name in model.hook_dict)
+    return tuple(dict.fromkeys(match["prefix"] for match in matches if match is not None))
 
 
-def _refuse_without_modules(model: HookedModel, given: ModelInput) -> None:
+def _module(prefix: str) -> _Module | None:
+    """The module of that prefix; None where it is in no stack of blocks."""
+    match = _IN_A_STACK.match(prefix)
+    return match and _Module(prefix, match["stack"], int(match["block"]), match["module"])
+
+
+def _refuse_without_modules(model: HookedModel, given: ModelInput) -> NoReturn:
+    """Tells a model without attention from one whose attention has no hook in a stack of blocks."""
     tap = AttentionTap()
     with torch.no_grad(), tap:
         given.run(model)
@@ -112,6 +143,7 @@ def _refuse_without_modules(model: HookedModel, given: ModelInput) -> None:
 
 
 def _label(module: _Module) -> str:
+    """``L5``; ``E5``, ``D5`` of an encoder or decoder, ``X5`` of a cross-attention."""
     kind = {"blocks": "L", "encoder_blocks": "E", "decoder_blocks": "D"}.get(module.stack)
     if "cross" in module.name:
         kind = "X"
@@ -119,18 +151,19 @@ def _label(module: _Module) -> str:
 
 
 def _of(prefix: str, firing: _Firing) -> bool:
+    """Whether the hook point that fired is of this module."""
     return firing.name.startswith(f"{prefix}.")
 
 
 def _record(
-    model: HookedModel, modules: Mapping[str, _Module], given: ModelInput
+    model: HookedModel, prefixes: Iterable[str], given: ModelInput
 ) -> tuple[list[_Firing], dict[str, Taken]]:
     """What fires in one forward pass, and the softmax each attention took before its z."""
     names = ["hook_attn_scores", "hook_pattern", "hook_z"]
     names += [name for candidates in _CANDIDATES.values() for name in candidates]
     hook_dict = model.hook_dict
     by_point: dict[int, str] = {}
-    for prefix in modules:
+    for prefix in prefixes:
         for name in names:
             point = hook_dict.get(f"{prefix}.{name}")
             if point is not None:  # one name per hook point: aliases would record it twice
@@ -182,16 +215,17 @@ class _Finder:
         matrix = scores if hooked else None if self.taken is None else self.taken.scores
         if matrix is None:
             self._refuse_blind()
-        assert matrix is not None
         n_heads, n_query, n_key = matrix.shape[1:]
         names = [f.name for f in self.firings]
         early = self.firings[: names.index(f"{prefix}.hook_attn_scores") if hooked else None]
         # v may fire after the scores; q and k must fire before them.
         q = self._vector("q", early, n_query, n_heads)
         width = self._width(q.dot)
-        if self._shares_keys():
-            n_kv = self._distinct_keys()
-            k, v = (VectorSite(bare, bare, "none") for bare in [Site("", n_kv, 2)] * 2)
+        shared = self._keys_of_another_layer()
+        if shared is not None:
+            n_kv = _distinct(shared)
+            bare = Site("", n_kv, 2)
+            k = v = VectorSite(bare, bare, "none")
         else:
             k = self._vector("k", early, n_key, None, width)
             v = self._vector("v", self.firings, n_key, None, width)
@@ -243,6 +277,7 @@ class _Finder:
         n_heads: int | None,
         width: int | None = None,
     ) -> VectorSite:
+        """Where one of q, k, v is, among what fired while it could still be changed."""
         names = [f"{self.module.prefix}.{name}" for name in _CANDIDATES[role]]
         found = [f for f in firings if f.name in names]
         if not found:
@@ -255,50 +290,32 @@ class _Finder:
         # A projection may hold more than the vectors: a gate beside the queries.
         return VectorSite(self._site(found[0], n_pos, None, width), dot, "none")
 
-    def _shares_keys(self) -> bool:
-        """Whether this layer reads another's keys and values: it has none, and was seen to."""
+    def _keys_of_another_layer(self) -> Tensor | None:
+        """The keys of a layer that has no k and v of its own, as the product took them; or None."""
         names = [f"{self.module.prefix}.{n}" for r in ROLES[1:] for n in _CANDIDATES[r]]
         fired = any(f.name in names for f in self.firings)
-        return not fired and self.taken is not None and self.taken.k is not None
-
-    def _distinct_keys(self) -> int:
-        """Key/value heads, counted by comparing what the query heads read."""
-        assert self.taken is not None
-        assert self.taken.k is not None
-        k = self.taken.k
-        return 1 + sum(not torch.equal(k[:, h], k[:, h - 1]) for h in range(1, k.shape[1]))
+        return None if fired or self.taken is None else self.taken.k
 
     def _width(self, site: Site) -> int:
         """d_head of a site."""
-        tensor = next(f.tensor for f in self.firings if f.name == site.hook)
-        assert tensor is not None
-        return int(tensor.shape[-1]) // (site.n_heads if site.head_axis == -1 else 1)
+        shape = next(f.shape for f in self.firings if f.name == site.hook)
+        return shape[-1] // (site.n_heads if site.head_axis == -1 else 1)
 
     def _site(
         self, firing: _Firing, n_pos: int, n_heads: int | None, width: int | None = None
     ) -> Site:
-        """Which axis is which, from the number of positions and, if known, of heads or d_head."""
-        name, shape = firing.name, () if firing.tensor is None else tuple(firing.tensor.shape)
-        if len(shape) == 4:
-            axes = [
-                axis
-                for axis in (2, 1)
-                if shape[3 - axis] == n_pos and n_heads in (None, shape[axis])
-            ]
-            if len(axes) == 1:
-                return Site(name, shape[axes[0]], axes[0])
-        if len(shape) == 3 and shape[1] == n_pos:
-            n_heads = n_heads or (shape[2] // width if width else 0)
-            if n_heads and shape[2] % n_heads == 0:
-                return Site(name, n_heads, -1)
-        self._refuse(
-            f"shape of {name}",
-            f"[batch, {n_pos}, head, d_head], [batch, head, {n_pos}, d_head] or both in one axis",
-            str(list(shape)),
-        )
-        raise AssertionError
+        """The site of what fired, its axes told apart."""
+        site = _axes(firing.name, firing.shape, n_pos, n_heads, width)
+        if site is None:
+            self._refuse(
+                f"shape of {firing.name}",
+                f"[batch, {n_pos}, head, d_head], [batch, head, {n_pos}, d_head] or both in one "
+                "axis",
+                str(list(firing.shape)) if firing.tensor is not None else "no tensor",
+            )
+        return site
 
-    def _refuse_blind(self) -> None:
+    def _refuse_blind(self) -> NoReturn:
         fired = sorted(f.name.removeprefix(f"{self.module.prefix}.") for f in self.firings)
         self._refuse(
             "scores of the attention",
@@ -306,5 +323,27 @@ class _Finder:
             f"neither; fired: {', '.join(fired) or 'nothing'}",
         )
 
-    def _refuse(self, check: str, wanted: str, got: str) -> None:
+    def _refuse(self, check: str, wanted: str, got: str) -> NoReturn:
         raise UnsupportedModelError(check, wanted=wanted, got=got, layer=self.layer)
+
+
+def _axes(
+    name: str, shape: tuple[int, ...], n_pos: int, n_heads: int | None, width: int | None
+) -> Site | None:
+    """Which axis is which, from the number of positions and, if known, of heads or d_head."""
+    if len(shape) == 4:
+        axes = [
+            axis for axis in (2, 1) if shape[3 - axis] == n_pos and n_heads in (None, shape[axis])
+        ]
+        if len(axes) == 1:
+            return Site(name, shape[axes[0]], axes[0])
+    if len(shape) == 3 and shape[1] == n_pos:
+        n_heads = n_heads or (shape[2] // width if width else 0)
+        if n_heads and shape[2] % n_heads == 0:
+            return Site(name, n_heads, -1)
+    return None
+
+
+def _distinct(keys: Float[Tensor, "batch head key d_head"]) -> int:
+    """Key/value heads, counted by comparing what the query heads read."""
+    return 1 + sum(not torch.equal(keys[:, h], keys[:, h - 1]) for h in range(1, keys.shape[1]))

@@ -22,12 +22,19 @@ _ENOUGH = 0.2  # of the components
 class ValueCheck:
     """Is z the pattern's average of v, under noise on v as well?
 
-    z = g * sum_t p_t (1 + v_t) v_t with g = 1, or with any g that noise on v leaves alone (a gate
+    z = g * sum_t p_t (1 + kv_t) v_t with g = 1, or with any g that noise on v leaves alone (a gate
     that is computed from the residual stream), read from the clean copy.
+
+    Args:
+        check: the layer's, with what its hooks showed.
+        pattern: of the clean copy and the layer's own, ``[copy, head, query, key]``.
+        v: the same of v, ``[copy, key, kv_head, d_head]``.
+        of_scores: rounding of the scores that the pattern was made of, ``[1, head, query, 1]``;
+            zero where the pattern is the model's own.
     """
 
     def __init__(self, check: LayerCheck, pattern: Tensor, v: Tensor, of_scores: Tensor) -> None:
-        if check.seen.z is None:
+        if "z" not in check.seen.tensors:
             raise UnsupportedModelError(
                 "v-noise changes what follows",
                 wanted="hook_z to fire once",
@@ -36,20 +43,18 @@ class ValueCheck:
             )
         self.check = check
         self.pattern = pattern
-        self.z = check.seen.z.double()
+        self.z = check.seen.double("z")
         # Rounding of the scores that a fused attention's pattern was made of, [1, query, head, 1].
         self.of_scores = 2 * of_scores.transpose(1, 2).expm1()
         self.clean = self._average("q", v[:1], row=0)
-        self.noisy = {
-            role: self._average(role, v[:1] * (check.at_dot("v")[..., None] if role == "v" else 1))
-            for role in ROLES
-        }
+        noised = v[:1] * check.copies.at_dot("v")[..., None]
+        self.noisy = {r: self._average(r, noised if r == "v" else v[:1]) for r in ROLES}
         # A fused attention shows no pattern: there z must bear out the noise on q and k too.
         self.roles: tuple[Role, ...] = ROLES if check.sites.tapped else ("v",)
 
     def _average(self, role: Role, v: Tensor, row: int | None = None) -> tuple[Tensor, Tensor]:
         """The pattern's average of v, and the size of what was added up."""
-        at = self.check.at(role) if row is None else slice(row, row + 1)
+        at = self.check.copies.at(role) if row is None else slice(row, row + 1)
         values = self.check.keys(v.double())
         pattern = self.pattern[at].nan_to_num(0.0)
         return (
@@ -76,7 +81,7 @@ class ValueCheck:
         if enough and all(self._holds(role, gate, rounding) for role in self.roles):
             return self._acting("gated", rounding)
         if self.check.sites.tapped:
-            predicted, observed = self.noisy["v"][0], self.z[self.check.at("v")]
+            predicted, observed = self.noisy["v"][0], self.z[self.check.copies.at("v")]
             raise UnsupportedModelError(
                 "z under v-noise, predicted from pattern and clean v",
                 wanted=f"a difference of at most {rounding * float(size.max()):.2g}",
@@ -95,13 +100,14 @@ class ValueCheck:
         allowed = relative * gate.abs() * (size + average.abs() * of_gate)
         # A small v is a difference of larger terms, and the copies round them differently.
         allowed = allowed + 4 * self.check.eps * size.max()
-        error = (average * gate - self.z[self.check.at(role)]).abs()
+        error = (average * gate - self.z[self.check.copies.at(role)]).abs()
         return bool((error <= allowed)[gate.isfinite()].all())  # NaN fails
 
     def _acting(self, averaging: Averaging, rounding: float) -> Averaging:
+        """This verdict, if noise on v shows in z at all; recorded."""
         check = "z under v-noise, predicted from pattern and clean v"
-        effect = (self.z[self.check.at("v")] - self.z[:1]).abs()
-        error = (self.noisy["v"][0] - self.z[self.check.at("v")]).abs()
+        effect = (self.z[self.check.copies.at("v")] - self.z[:1]).abs()
+        error = (self.noisy["v"][0] - self.z[self.check.copies.at("v")]).abs()
         allowed = rounding * torch.maximum(self.noisy["v"][1], self.z[:1].abs()) + 1e-12
         self.check.record(check, float(error.max()), float(effect.max()), float(allowed.max()))
         if not bool((effect > MARGIN * allowed).any()):

@@ -7,7 +7,16 @@ layer is judged on its clean inputs, in one pass, and its prediction
 
     softmax(cap((1 + kq)(1 + k_t) s_t + b_t))
 
-from the clean copy is held against the pattern that the noised copy shows.
+from the clean copy is held against the pattern that the noised copy shows. Two things may stand in
+the way of that:
+
+- *No noise moves a weight*, as a saturated attention's. Then the noised scores are held against
+  the predicted ones, and the pattern against the softmax of the scores that were seen.
+- *No hook shows the scores, or the vectors behind a norm.* Scores and pattern are then read where
+  the model takes its softmax (:mod:`hooks._tap`), and where what was noised at the hooks of q and k
+  is not what arrives, the factors multiply the operands of the dot product themselves.
+
+What neither decides is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +25,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -25,7 +35,8 @@ from torch import Tensor
 from hooks import _state
 from hooks._inputs import ModelInput, short_input
 from hooks._known import refuse_known_wrong
-from hooks._layercheck import KINDS, LayerCheck, Undecided, Unpredicted, without_hooks
+from hooks._layercheck import LayerCheck, Undecided, Unpredicted, without_hooks
+from hooks._layercopies import KINDS, LayerCopies
 from hooks._locate import locate
 from hooks._prompts import encode
 from hooks._tap import AttentionTap
@@ -50,13 +61,15 @@ def attention_sites(
     scores under a drawn noise equals the pattern observed under that noise, in every layer. The
     result is remembered per model, attention implementation, compatibility mode, dtype and device,
     and made again when one of them changes, or while hooks of the user's are on the attention.
+    Attention modules that are left out are named in ``silent`` and ``outside`` of the result.
 
     Args:
-        model: a TransformerBridge or anything with ``cfg``, ``hook_dict``, ``hooks`` and
-            ``run_with_hooks``.
+        model: a TransformerBridge, or anything else that can be called and has ``cfg``,
+            ``hook_dict``, ``hooks`` and ``run_with_hooks``.
         inputs: one example to check with, for a model that a few random tokens (an image, a wave
             form) do not run: pixel values, or named inputs such as
-            ``{"input_ids": ..., "pixel_values": ...}``. The first prompt is taken.
+            ``{"input_ids": ..., "pixel_values": ...}``. The first prompt is taken. The result is
+            that of later calls without an example, too.
 
     Returns:
         :class:`AttentionSites`, one :class:`LayerSites` per attention layer.
@@ -64,8 +77,9 @@ def attention_sites(
     Raises:
         UnsupportedModelError: a check failed, or its effect drowns in rounding. The message names
             layer, check, wanted and got.
+        TypeError: something else than such a model.
     """
-    if not (hasattr(model, "hook_dict") and hasattr(model, "cfg")):
+    if not isinstance(model, HookedModel):
         raise TypeError(
             "model: wanted a TransformerBridge (TransformerBridge.boot_transformers(name)) or a "
             f"HookedTransformer; got {type(model).__name__}"
@@ -140,23 +154,28 @@ class _Example:
 
 
 def _verify(model: HookedModel, inputs: Mapping[str, Any] | Tensor | None) -> AttentionSites:
+    """Find the attentions and judge them, on other prompts while one decides nothing."""
     cfg = model.cfg
     counts = {int(cfg.n_heads), int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)}
     example = _Example(model, inputs)
-    layers = locate(model, example.copies(2, counts | {2}))
-    undecided: UnsupportedModelError | None = None
+    found = locate(model, example.copies(2, counts | {2}))
     for attempt in range(_ATTEMPTS):
         try:
-            return _check_all(example, layers, attempt)
+            sites = _check_all(example, found.layers, attempt)
+            return replace(sites, silent=found.silent, outside=found.outside)
         except Undecided as error:  # another prompt may show more
             undecided = error.refusal
-    assert undecided is not None
     raise undecided
 
 
 def _check_all(
-    example: _Example, layers: tuple[LayerSites, ...], attempt: int, *, bare: bool = True
+    example: _Example, layers: tuple[LayerSites, ...], attempt: int, *, may_strip: bool = True
 ) -> AttentionSites:
+    """The verdict on every layer, from one prompt.
+
+    A tapped layer whose hooks of q and k do not predict its pattern is judged again at the operands
+    of the dot product (``may_strip``: once).
+    """
     verified: list[LayerSites] = []
     table: list[dict[str, Any]] = []
     stripped: dict[int, LayerSites] = {}
@@ -166,45 +185,48 @@ def _check_all(
             try:
                 verified.append(check.judge())
             except Unpredicted:
-                # A norm that no hook shows may stand behind these hooks: try at the operands.
+                # A norm that no hook shows may stand behind these hooks: try at the operands. Not
+                # in a cross-attention, where a hook on q can't tell how many keys there are.
                 crossed = check.sites.sequence("q") != check.sites.sequence("k")
-                if not bare or not check.sites.tapped or check.bare or crossed:
+                if not may_strip or not check.sites.tapped or check.copies.bare or crossed:
                     raise
                 stripped[check.sites.layer] = without_hooks(check.sites)
             table += check.table
     if stripped:
         again = tuple(stripped.get(sites.layer, sites) for sites in layers)
-        return _check_all(example, again, attempt, bare=False)
+        return _check_all(example, again, attempt, may_strip=False)
     return AttentionSites(tuple(verified), pd.DataFrame(table))
 
 
 def _check_some(
     example: _Example, layers: tuple[LayerSites, ...], attempt: int
 ) -> list[LayerCheck]:
+    """One forward pass with the copies of these layers, and what their hooks saw."""
     model = example.model
     heads = {n for s in layers for n in (s.n_heads, s.n_kv_heads)}
     batch = 1 + len(KINDS) * len(layers)
     given = example.copies(batch, heads, attempt)
     generator = torch.Generator().manual_seed(2 + attempt)
     eps = torch.finfo(_state.model_dtype(model)).eps
-    tap = AttentionTap() if any(sites.tapped for sites in layers) else None
-    checks = [
-        LayerCheck(sites, index, batch, generator, eps, tap) for index, sites in enumerate(layers)
+    tap = AttentionTap()
+    copies = [
+        LayerCopies(sites, index, batch, generator, eps, tap) for index, sites in enumerate(layers)
     ]
-    fwd_hooks = [hook for check in checks for hook in check.hooks()]
-    if checks[-1].sites.z is not None:
-        fwd_hooks.append((checks[-1].sites.z.hook, _finish))  # nothing later is looked at
+    fwd_hooks = [hook for layer in copies for hook in layer.hooks()]
+    if layers[-1].z is not None:
+        fwd_hooks.append((layers[-1].z.hook, _finish))  # nothing later is looked at
     with (
         warnings.catch_warnings(),
         contextlib.suppress(_state.Finished),
-        tap or contextlib.nullcontext(),
+        tap if any(sites.tapped for sites in layers) else contextlib.nullcontext(),
         model.hooks(fwd_hooks=fwd_hooks),
     ):
         # TransformerLens warns where an edit of the scores is discarded: that is what we test.
         warnings.filterwarnings("ignore", message=".*has already consumed the original values")
         given.run(model)
-    return checks
+    return [LayerCheck(layer) for layer in copies]
 
 
 def _finish(tensor: Tensor, hook: Any) -> None:
+    """A hook behind which nothing is looked at."""
     raise _state.Finished

@@ -6,7 +6,8 @@ model, and proves on it that writes there do what the noise model says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -39,6 +40,9 @@ class HookedModel(Protocol):
     def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
         """Context with temporary hooks."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass."""
+
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass with temporary hooks."""
 
@@ -63,7 +67,10 @@ class Site:
     def scale(
         self, vectors: Float[Tensor, "batch *_"], factor: Float[Tensor, "batch pos head"]
     ) -> Float[Tensor, "batch *_"]:
-        """A new tensor with each vector times its factor; multiplied in float32, then cast."""
+        """A new tensor with each vector times its factor: (1 + kappa) x, in the dtype of x.
+
+        Multiplied in the wider dtype of the two, then cast.
+        """
         wide = torch.promote_types(vectors.dtype, factor.dtype)
         apart = self.by_position(vectors)
         scaled: Tensor = (apart.to(wide) * factor[..., None].to(wide)).to(vectors.dtype)
@@ -178,12 +185,23 @@ class LayerSites:
 class AttentionSites:
     """Attention layers of one model, checked on the model itself.
 
-    Iterating gives a :class:`LayerSites` per attention layer; :meth:`layer` looks one up by block
-    index. ``check`` holds what the self-check measured, one row per layer and check.
+    Iterating gives a :class:`LayerSites` per attention layer; :meth:`layer` looks one up by its
+    index.
+
+    Attributes:
+        layers: the attention layers, in the order of the forward pass.
+        check: what the self-check measured, one row per layer and check.
+        silent: attention modules with hooks of which none fired in the check, such as
+            ``vision_encoder.encoder_layers.0.attn`` of a model of text and images run on text.
+            Nothing is known of them, and nothing measures them.
+        outside: attention modules whose hooks fired, but that are in no stack of blocks (the same
+            one, run on an image): nothing measures them either.
     """
 
     layers: tuple[LayerSites, ...]
     check: pd.DataFrame = field(repr=False, compare=False)
+    silent: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[LayerSites]:
         return iter(self.layers)
@@ -192,10 +210,10 @@ class AttentionSites:
         return len(self.layers)
 
     def layer(self, index: int) -> LayerSites:
-        """Sites of block ``index``.
+        """Sites of the attention layer whose :attr:`LayerSites.layer` is ``index``.
 
         Raises:
-            ValueError: that block does not exist or has no attention.
+            ValueError: there is none: no such block, or one without attention.
         """
         for sites in self.layers:
             if sites.layer == index:
@@ -241,6 +259,9 @@ class AttentionSites:
             found = sum(holds(s) for s in self)
             if found:
                 parts.append(text.format(self._where(found)))
+        left_out = _together((*self.silent, *self.outside))
+        if left_out:  # in the same words on text and with an image: reports of both can be merged
+            parts.append(f"Left out, as it did not run or is no block's: {left_out}.")
         return " ".join(parts)
 
     def _where(self, n_layers: int) -> str:
@@ -287,6 +308,15 @@ _FACTS: tuple[tuple[Callable[[LayerSites], bool], str], ...] = (
         "No hook shows the scores{}: they are read where the model takes its softmax.",
     ),
 )
+
+
+def _together(names: Iterable[str]) -> str:
+    """``a.0.attn and 2 alike`` for names that differ in their numbers alone."""
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda n: [int(x) for x in re.findall(r"\d+", n)]):
+        alike.setdefault(re.sub(r"\d+", "", name), []).append(name)
+    several = (alike[key] for key in sorted(alike))
+    return ", ".join(s[0] if len(s) == 1 else f"{s[0]} and {len(s) - 1} alike" for s in several)
 
 
 def _stacks(layers: tuple[LayerSites, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def test_pictures_and_sound(name: str, key: str) -> None:
     assert row["query_token"] == str(row["query_pos"])
     assert report.summary()
     with pytest.raises(ValueError, match=f"{key}: wanted .* axes"):
-        collapse_probe(made.model, signal[0, :1, None].flatten()[None, None, None, None])
+        collapse_probe(made.model, torch.zeros(1, 1, 1, 1, 5))
     with pytest.raises(TypeError, match="wanted integer ids"):
         collapse_probe(built("LlamaForCausalLM"), signal)
 
@@ -262,6 +263,53 @@ def test_a_projection_that_holds_gates_too_is_no_place_for_noise() -> None:
     assert NormNoise(sigma=0.1, on="q").hooks(model)
     with pytest.raises(UnsupportedModelError, match="it holds something else beside them"):
         NormNoise(sigma=0.1, on="q", at="projection").hooks(model)
+
+
+# -- attention that is left out ---------------------------------------------------------------
+
+
+def with_image() -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model of text and images, and a prompt in which 16 tokens stand for an image."""
+    model = built("LlavaForConditionalGeneration", image_token_id=5)
+    ids = torch.randint(10, 90, (1, 24), generator=torch.Generator().manual_seed(0))
+    ids[:, 2:18] = 5
+    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return model, {"input_ids": ids, "pixel_values": image}
+
+
+def test_an_attention_that_does_not_run_is_named() -> None:
+    """The vision tower: its attention has hooks, which text leaves silent and an image does not."""
+    model, prompt = with_image()
+    tower = tuple(f"vision_encoder.encoder_layers.{i}.attn" for i in (0, 1))
+    assert all(f"{name}.hook_attn_scores" in model.hook_dict for name in tower)
+    on_text = attention_sites(model)
+    assert (on_text.silent, on_text.outside) == (tower, ())
+    on_image = attention_sites(model, prompt)
+    assert (on_image.silent, on_image.outside) == ((), tower)
+    for sites in (on_text, on_image):
+        assert [s.prefix for s in sites] == ["blocks.0.attn", "blocks.1.attn"]
+    # Said in the same words, or reports of text and of images could not be merged.
+    assert on_text.describe() == on_image.describe()
+    assert "vision_encoder.encoder_layers.0.attn and 1 alike" in on_text.describe()
+    assert "vision_encoder" in str(collapse_probe(model, SEEN, sparse=0.4, draws=0))
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3NextForCausalLM"])
+def test_where_every_attention_runs_none_is_named(name: str) -> None:
+    """Layers of linear attention have no softmax, and so nothing to leave out."""
+    model = built(name)
+    sites = attention_sites(model)
+    assert (sites.silent, sites.outside) == ((), ())
+    assert "Left out" not in sites.describe()
+    declared = {n.removesuffix(".hook_pattern") for n in model.hook_dict if n.endswith("_pattern")}
+    assert {s.prefix for s in sites} == declared
+
+
+def test_names_that_are_left_out_are_told_together() -> None:
+    sites = attention_sites(built("LlamaForCausalLM"))
+    names = ("tower.10.attn", "tower.9.attn", "tower.2.attn", "pool.attn")
+    left = replace(sites, silent=names[:2], outside=names[2:])
+    assert left.describe().endswith(": pool.attn, tower.2.attn and 2 alike.")
 
 
 # -- what users hand over ---------------------------------------------------------------------
@@ -359,13 +407,11 @@ def test_saturated_attention_is_verified_by_its_scores() -> None:
     """Where no noise moves a weight, the scores show that it lands."""
     model = built("GPT2LMHeadModel")
     for block in model.original_model.transformer.h:
-        attention = getattr(block.attn, "original_component", block.attn)
         for part in ("q", "k"):
             component = getattr(block.attn, part)
             component = getattr(component, "original_component", component)
             component.weight.data *= 30
             component.bias.data *= 30
-        assert attention is not None
     sites = attention_sites(model)
     assert sites.check["check"].str.startswith("scores under").any()
     report = collapse_probe(model, SEEN, draws=0)

@@ -28,6 +28,7 @@ from hooks import (
     selfcheck,
 )
 from hooks._inputs import ModelInput
+from hooks._locate import Located
 from hooks.scores import ScoreParts
 from hooks.sites import AttentionSites, LayerSites, Site
 from qkvnorm_lens.config import ARCHITECTURE as OURS
@@ -104,7 +105,12 @@ def located(change: Callable[[Sites], Sites]) -> Callable[[Patch], None]:
 
     def apply(patch: Patch) -> None:
         find = vars(selfcheck)["locate"]
-        patch.setattr(selfcheck, "locate", lambda *args: change(find(*args)))
+
+        def found(*args: Any) -> Located:
+            right = find(*args)
+            return replace(right, layers=change(right.layers))
+
+        patch.setattr(selfcheck, "locate", found)
 
     return apply
 
@@ -447,8 +453,7 @@ def test_a_mistake_is_caught(name: str, kind: str, dtype: str, monkeypatch: Patc
     assert re.search(mutation.check, caught.value.check), caught.value
 
 
-def test_there_are_as_many_mistakes_as_said() -> None:
-    assert len(MUTATIONS) >= 12
+def test_every_model_is_broken_somehow() -> None:
     assert {kind for mutation in MUTATIONS.values() for kind in mutation.kinds} == set(MODELS)
 
 
