@@ -69,7 +69,7 @@ real-model: $(SETUP)
 	$(BIN)/python -m tests.real_models
 
 benchmarks: real-model
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
