@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from hooks import (
     NormNoise,
     UnsupportedModelError,
     _layercheck,
+    _layercopies,
     _tap,
     attention_sites,
     collapse_probe,
@@ -34,16 +35,10 @@ from hooks.sites import AttentionSites, LayerSites, Site
 from qkvnorm_lens.config import ARCHITECTURE as OURS
 from tests import models
 from tests.support import builders
-from tests.watching import one_thread, tiny_opt
+from tests.watching import tiny_opt
 
 Patch = pytest.MonkeyPatch
 Sites = tuple[LayerSites, ...]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def _built(name: str, *heads: str, **options: Any) -> Callable[[], Any]:
@@ -204,6 +199,18 @@ def rotate_layers(*names: str) -> Callable[[Sites], Sites]:
         )
 
     return change
+
+
+def twice_for_missing(patch: Patch) -> None:
+    """The hook of k left out, that of q there twice: as many firings as there should be."""
+    original = _layercopies.LayerCopies.hooks
+
+    def entries(self: Any) -> list[tuple[str, Any]]:
+        q, k = (self.sites.vector(role).dot.hook for role in ("q", "k"))
+        found = original(self)
+        return [e for e in found if e[0] != k] + [e for e in found if e[0] == q]
+
+    patch.setattr(_layercopies.LayerCopies, "hooks", entries)
 
 
 def lag(patch: Patch) -> None:
@@ -425,6 +432,7 @@ MUTATIONS: dict[str, Mutation] = {
         Z,
         half="opt-sdpa",
     ),
+    "q twice, k never": Mutation(twice_for_missing, ("gpt2", "llama", "opt"), "fires once"),
     # the tap
     "tap one attention late": Mutation(
         lag, ("opt", "opt-sdpa", "ours-sdpa", "t5", "bert"), NOISE + "|^shape of"

@@ -37,7 +37,7 @@ from hooks.probability import collapse_probability, critical_half_width
 from hooks.results import CollapseReport
 from tests import models
 from tests.support import builders
-from tests.watching import one_thread, shape_checks_off
+from tests.watching import shape_checks_off
 
 KINDS = {
     "gpt2": "GPT2LMHeadModel",
@@ -55,12 +55,6 @@ DTYPES = {
 SIGMAS = [0.1, 0.2, 0.3, 0.5]
 SPARSE = 0.95
 ids = models.tokens(3, 24)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture

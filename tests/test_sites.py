@@ -5,21 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
 
 import hooks
 from qkvnorm_lens.adapter import to_bridge
 from qkvnorm_lens.config import NormSpec, QKVNormConfig
 from qkvnorm_lens.model import QKVNormTransformer
 from tests import models
+from tests.support import builders
 
 
 def ours(**options: object) -> TransformerBridge:
@@ -40,11 +32,6 @@ def ours(**options: object) -> TransformerBridge:
             if ".q." in name or ".k." in name:
                 parameter *= 3
     return to_bridge(model)
-
-
-def bridge(cls: type[PreTrainedModel], config: PretrainedConfig) -> TransformerBridge:
-    inner = models.tiny_hf(cls, config)
-    return build_bridge_from_module(inner, cls.__name__, hf_config=inner.config)
 
 
 @pytest.mark.parametrize(
@@ -128,37 +115,39 @@ def test_norm_over_all_heads_is_mixed() -> None:
     """A norm over the whole projection leaks one head's noise into the others (OLMo 2 too)."""
     model = ours(placement="qkv", norm=NormSpec(over="projection"))
     assert {site.q.shield for site in hooks.attention_sites(model)} == {"mixed"}
-    config = Olmo2Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    sites = hooks.attention_sites(bridge(Olmo2ForCausalLM, config))
+    sites = hooks.attention_sites(builders.build("Olmo2ForCausalLM").model)
     assert {(s.q.shield, s.k.shield, s.v.shield) for s in sites} == {("mixed", "mixed", "none")}
     assert "leaks" in sites.describe()
 
 
 def test_soft_cap_is_part_of_the_arithmetic() -> None:
-    config = Gemma2Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        attn_logit_softcapping=2.0,
-        query_pre_attn_scalar=1,
-    )
-    sites = hooks.attention_sites(bridge(Gemma2ForCausalLM, config))
+    model = builders.build("Gemma2ForCausalLM", attn_logit_softcapping=2.0).model
+    sites = hooks.attention_sites(model)
     assert {site.soft_cap for site in sites} == {2.0}
+    scores = [site.scores for site in sites]
+    _, cache = model.run_with_cache(models.tokens(2, 12), names_filter=scores)
+    # The cap acts: scores come near it, and none beyond.
+    shown = torch.cat([cache[name].flatten() for name in scores])
+    largest = float(shown[shown > -1e4].abs().max())
+    assert 1.5 < largest <= 2.0
+    assert "soft cap" in sites.describe()
 
 
-def test_without_heads_of_its_own_a_layer_is_unknown() -> None:
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"n_positions": 4}, r"a context of 4; numbers of heads \[2, 4\]"),
+        # Five tokens would fit, but then nothing tells them from five heads.
+        ({"n_positions": 6, "n_head": 5, "n_embd": 40}, r"a context of 6; .* \[2, 5\]"),
+    ],
+)
+def test_a_context_too_short_to_check_in(options: dict[str, int], got: str) -> None:
+    model = builders.build("GPT2LMHeadModel", **options).model
+    with pytest.raises(hooks.UnsupportedModelError, match=rf"wanted room for 5, .* got {got}"):
+        hooks.attention_sites(model)
+
+
+def test_a_layer_that_is_not_there() -> None:
     sites = hooks.attention_sites(models.tiny_gpt2())
     with pytest.raises(ValueError, match=r"wanted one of the attention layers \[0, 1\]; got 7"):
         sites.layer(7)

@@ -9,7 +9,7 @@ import torch
 from qkvnorm_lens.config import QKVNormConfig
 from qkvnorm_lens.model import QKVNormTransformer
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "d_model": 32,
     "d_head": 8,
     "d_mlp": 64,
@@ -57,18 +57,7 @@ def tokens(batch: int = 4, pos: int = 20) -> torch.Tensor:
     return torch.randint(19, (batch, pos), generator=torch.Generator().manual_seed(3))
 
 
-OLD_SIZES: dict[str, Any] = {
-    "d_model": 32,
-    "d_head": 8,
-    "d_mlp": 64,
-    "n_heads": 4,
-    "n_layers": 2,
-    "n_ctx": 24,
-    "d_vocab": 19,
-    "act_fn": "gelu",
-    "normalization_type": "LN",
-    "default_prepend_bos": False,
-}
+OLD_SIZES: dict[str, Any] = {**_SIZES, "act_fn": "gelu", "normalization_type": "LN"}
 
 
 def old_state_dict() -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import hooks
-from hooks.sites import AttentionSites
+from hooks.sites import ROLES, AttentionSites, Role
 from tests.support import builders, reference
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -97,8 +97,8 @@ def _limits(sites: AttentionSites) -> str:
     """Where noise is refused although the probe is right: by the vectors it is refused on."""
     refused: dict[str, list[str]] = {}
     for s in sites:
-        roles = [r for r in ("q", "k") if not s.vector(r).dot.hooked]  # type: ignore[arg-type]
-        roles += ["v"] if s.averaging == "unverified" else []
+        roles = [r for r in ROLES[:2] if not s.vector(r).dot.hooked]
+        roles += ROLES[2:] if s.averaging == "unverified" else ()
         if roles:
             refused.setdefault(", ".join(roles), []).append(s.label)
     return "; ".join(
@@ -123,8 +123,8 @@ def _noise(sites: AttentionSites) -> str:
     return ", ".join(
         f"{role} {shield}"
         for shield in ("removed", "mixed")
-        for role in "qkv"
-        if any(s.vector(role).shield == shield for s in sites)  # type: ignore[arg-type]
+        for role in ROLES
+        if any(s.vector(role).shield == shield for s in sites)
     )
 
 
@@ -195,14 +195,13 @@ def _noised(
     noise = hooks.NormNoise(sigma=SIGMA, on="qk", draw=draw)
     factors = []
     for layer, call in zip(sites, calls, strict=True):
-        shapes = {"q": (call.n_query, call.n_heads), "k": (call.n_key, call.n_kv_heads)}
+        shapes: dict[Role, tuple[int, int]] = {
+            "q": (call.n_query, call.n_heads),
+            "k": (call.n_key, call.n_kv_heads),
+        }
         drawn = {
             role: noise.factors(
-                layer=layer.layer,
-                role=role,  # type: ignore[arg-type]
-                n_heads=n_heads,
-                prompts=[0],
-                n_pos=n_pos,
+                layer=layer.layer, role=role, n_heads=n_heads, prompts=[0], n_pos=n_pos
             )[0].double()
             for role, (n_pos, n_heads) in shapes.items()
         }
@@ -316,8 +315,9 @@ shifts under drawn noise are, head by head, those of the Hugging Face model itse
 which the operands of the dot product are multiplied and nothing of this library runs. *Scores
 from*: `a hook` of TransformerLens, or `the softmax` that the model takes, where no hook shows its
 scores. *Noise at the projection*: `removed` by a norm over each head, `mixed` by a norm over all
-heads, else it arrives unchanged. Models of text and images run on text here. The same is asked of
-your own model each time it is probed.
+heads, else it arrives unchanged. Models of text and images run on text here; the attention of
+their other towers is no layer of a probe, and where it has hooks `attention_sites` names it as left
+out. The same is asked of your own model each time it is probed.
 
 Of {adapters} adapters {tried} could be built here; {attention} of these have attention, and
 {verified} of those are verified ({limited} with a limit)."""

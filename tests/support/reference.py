@@ -3,7 +3,8 @@
     inputs = built.inputs(pos=13)
     calls = attentions(hf, inputs)                     # hf = build_hf(..., dtype=torch.float64)
     noisy = noised(hf, inputs, [(q, k) for ...])       # a pair of factors for each call
-    moved = [shifts(call, pattern) for call, pattern in zip(calls, noisy, strict=True)]
+    for call, pattern in zip(calls, noisy, strict=True):
+        moved = sparse_rows(call) & (pattern.argmax(-1) != call.pattern.argmax(-1))
 
 Nothing here knows an architecture, TransformerLens or `hooks`. A forward pass is watched as the
 stream of its torch calls: a softmax over keys is an attention, and the last batched product
@@ -105,11 +106,6 @@ def noised(
         # Routers and rotary embeddings in float32 leave up to 1e-6 between copies.
         torch.testing.assert_close(untouched, call.pattern.expand_as(untouched), rtol=0, atol=1e-4)
     return [pattern[i + 1] for i, pattern in enumerate(patterns)]
-
-
-def shifts(clean: AttentionCall, noisy: Tensor, sparse: float = 0.95) -> Tensor:
-    """How many sparse rows of each head have another arg max under noise, [head]."""
-    return (sparse_rows(clean, sparse) & (noisy.argmax(-1) != clean.pattern.argmax(-1))).sum(-1)
 
 
 def sparse_rows(clean: AttentionCall, sparse: float = 0.95) -> Tensor:
