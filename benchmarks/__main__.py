@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._document import document
-from benchmarks._side_by_side import ROOT, THREADS, machine, write_json
+from benchmarks._side_by_side import CLOCKS, ROOT, THREADS, machine, write_json
 
 DOCS = ROOT / "docs"
 PARTS = ("one_pass", "scaling", "sweep", "memory", "startup", "training")
@@ -56,6 +56,7 @@ def main() -> None:
     there = [name for name in PARTS if (ROOT / "benchmarks" / f"{name}.py").exists()]
     parser.add_argument("--only", nargs="*", default=there, choices=there)
     parser.add_argument("--quick", action="store_true", help="few repeats, short shapes only")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     parser.add_argument("--docs", action="store_true", help="bring docs/benchmarks.md up to date")
     options = parser.parse_args()
@@ -71,6 +72,8 @@ def main() -> None:
         results["machine"] = machine()
     for name in options.only:
         arguments = QUICK.get(name, []) if options.quick else []
+        if name in ("one_pass", "scaling", "training"):
+            arguments = [*arguments, "--clock", options.clock]
         if name == "scaling":
             arguments = [*arguments, "--figures", str(figures)]
         results["parts"][name] = run_part(name, arguments)

@@ -97,7 +97,8 @@ def _one_pass(data: Row) -> str:
     for case in data["cases"]:
         out.append(
             f"### {case['model']}, {case['batch']} x {case['tokens']} tokens\n\n"
-            f"{case['sparse share']:.1%} of the rows are sparse; {case['repeats']} repeats. The "
+            f"{case['sparse share']:.1%} of the rows are sparse; {case['repeats']} repeats, "
+            f"{case['clock']} clock. The "
             f"first call on a new model, with self-check and compilation, took "
             f"{shown(float(case['first call s']))} s.\n\n{markdown_table(case['table'])}\n"
         )

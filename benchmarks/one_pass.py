@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks._side_by_side import (
     CASES,
+    CLOCKS,
     THREADS,
     Case,
     Row,
@@ -300,12 +301,12 @@ def against_reference(report: Any, cached: Any) -> Row:
 # -- runs -------------------------------------------------------------------------------------
 
 
-def run_case(name: str, batch: int, pos: int, repeats: int) -> Row:
+def run_case(name: str, batch: int, pos: int, repeats: int, clock: str) -> Row:
     """One case at one shape: table, checks, targets."""
     case = CASES[name](batch, pos)
     draws = max(1, DRAWS // repeats) if pos < 1024 else 1
     comparison = Comparison(case, draws)
-    seconds = interleaved(comparison.lines(), repeats)
+    seconds = interleaved(comparison.lines(), repeats, clock)
     table = comparison.rows(seconds)
     report = comparison.reports[EXACT][-1]
     sparse = report.n_sparse / int(report.examined.sum())
@@ -326,6 +327,7 @@ def run_case(name: str, batch: int, pos: int, repeats: int) -> Row:
         "tokens": pos,
         "sparse share": sparse,
         "repeats": repeats,
+        "clock": clock,
         "first call s": comparison.first_call,
         "table": table,
         "checks": checks,
@@ -334,7 +336,7 @@ def run_case(name: str, batch: int, pos: int, repeats: int) -> Row:
     }
     print(
         f"\n{case.name}, {batch} x {pos} tokens: {sparse:.1%} of the rows are sparse; {repeats} "
-        f"repeats; first call on a new model (self-check, compilation) "
+        f"repeats, {clock} clock; first call on a new model (self-check, compilation) "
         f"{comparison.first_call:.2f} s"
     )
     print_table(table)
@@ -459,6 +461,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", help="only shapes of so many tokens")
     parser.add_argument("--long", type=int, nargs="*", default=LONG)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -472,7 +475,8 @@ def main() -> None:
     for name in options.cases:
         for batch, pos in SHAPES[name]:
             if not options.lengths or pos in options.lengths:
-                results["cases"].append(run_case(name, batch, pos, options.repeats))
+                case = run_case(name, batch, pos, options.repeats, options.clock)
+                results["cases"].append(case)
                 write_json(options.json, results)
     results["long"] = long_lengths(tuple(options.long))
     if results["long"]:

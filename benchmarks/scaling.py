@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._side_by_side import (
+    CLOCKS,
     THREADS,
     Row,
     gpt2_shape,
@@ -41,7 +42,7 @@ LABELS = {
 D_MODEL, BATCH, VOCAB = 512, 2, 512
 
 
-def measure(sizes: dict[str, int], repeats: int) -> Row:
+def measure(sizes: dict[str, int], repeats: int, clock: str) -> Row:
     """Seconds of the plain pass and of the probe at these sizes."""
     import numpy as np
 
@@ -71,7 +72,8 @@ def measure(sizes: dict[str, int], repeats: int) -> Row:
         ]
 
     probe()  # the self-check, once per model, is no part of what grows
-    seconds = interleaved({"plain": lambda: case.bridge(case.tokens), "probe": probe}, repeats)
+    lines = {"plain": lambda: case.bridge(case.tokens), "probe": probe}
+    seconds = interleaved(lines, repeats, clock)
     ratios = [a / b for a, b in zip(seconds["probe"], seconds["plain"], strict=True)]
     ratio, low, high = spread(ratios)
     return {
@@ -119,17 +121,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--figures", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     import torch
 
     torch.set_num_threads(THREADS)
-    results: Row = {"machine": machine(), "base": BASE, "batch": BATCH, "d_model": D_MODEL}
+    results: Row = {
+        "machine": machine(),
+        "base": BASE,
+        "clock": options.clock,
+        "batch": BATCH,
+        "d_model": D_MODEL,
+    }
     print(f"{BATCH} prompts, d_model {D_MODEL}; unless it changes: {BASE}")
     for name in options.sweeps:
         rows = [
-            {name: value, **measure({**BASE, name: value}, options.repeats)}
+            {name: value, **measure({**BASE, name: value}, options.repeats, options.clock)}
             for value in SWEEPS[name]
         ]
         results[name] = rows
