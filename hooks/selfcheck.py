@@ -44,6 +44,8 @@ from hooks.errors import UnsupportedModelError
 from hooks.sites import AttentionSites, HookedModel, LayerSites
 
 _ATTEMPTS = 3
+# Switches of a HookedTransformer that change where q, k and v are computed, or the heads of k.
+_FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention")
 _LAYERS_PER_PASS = 8  # bounds the logits of the copies, which nobody reads
 
 _remembered: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], AttentionSites]] = (
@@ -59,8 +61,9 @@ def attention_sites(
     Runs a self-check (a few short tokens, some forward passes): every hook point fires once per
     forward; scaling q, k and v there changes what follows; the pattern predicted from the clean
     scores under a drawn noise equals the pattern observed under that noise, in every layer. The
-    result is remembered per model, attention implementation, compatibility mode, dtype and device,
-    and made again when one of them changes, or while hooks of the user's are on the attention.
+    result is remembered per model, attention implementation, compatibility mode, dtype, device and
+    switches such as ``use_split_qkv_input``, and made again when one of them changes, or while
+    hooks of the user's are on the attention.
     Attention modules that are left out are named in ``silent`` and ``outside`` of the result.
 
     Args:
@@ -129,7 +132,7 @@ def _configuration(model: HookedModel) -> tuple[Any, ...]:
         getattr(model.cfg, "attn_implementation", None),
         getattr(model.cfg, "attention_implementation", None),
     )
-    flags = tuple(getattr(model.cfg, name, None) for name in ("use_split_qkv_input", "use_attn_in"))
+    flags = tuple(getattr(model.cfg, name, None) for name in _FLAGS)
     return (
         *implementations,
         bool(getattr(model, "compatibility_mode", False)),

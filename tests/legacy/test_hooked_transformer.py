@@ -229,6 +229,21 @@ def test_split_inputs_and_ungrouped_heads() -> None:
     assert cache["blocks.0.attn.hook_k_normed"].shape == (4, 20, 4, 8)
 
 
+def test_sites_follow_a_switch_that_is_turned_afterwards() -> None:
+    """With its keys ungrouped, a model has noise on each query head's own key."""
+    model = to_hooked_transformer(random_model(**QKV, **GQA))
+    clean = model(tokens())
+    noise = hooks.NormNoise(sigma=0.3, on="k")
+    outs = []
+    for ungrouped, n_kv_heads in ((False, 2), (True, 4)):
+        model.set_ungroup_grouped_query_attention(ungrouped)
+        assert {s.n_kv_heads for s in hooks.attention_sites(model)} == {n_kv_heads}
+        with noise.applied(model):
+            outs.append(model(tokens()))
+    for one, other in ((outs[0], clean), (outs[1], clean), (outs[0], outs[1])):
+        assert float((one - other).abs().max().detach()) > 0.01
+
+
 def test_training_keeps_what_the_model_does_not_have_at_zero() -> None:
     plain = random_model(placement="qkv", positional_embedding_type="none").train()
     before = {name: p.clone() for name, p in plain.state_dict().items()}
