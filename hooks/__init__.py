@@ -1,5 +1,6 @@
 """Noise on the L2 norms of queries, keys and values, and the circuits that collapse under it."""
 
+from hooks._sweep_report import SweepReport, SweepSettings
 from hooks.collapse import DEFAULT_SIGMAS, collapse_probe
 from hooks.errors import UnsupportedModelError
 from hooks.laws import LAWS
@@ -9,18 +10,22 @@ from hooks.results import CollapseReport, ProbeSettings, RowTable
 from hooks.scores import ScoreParts, split
 from hooks.selfcheck import attention_sites
 from hooks.sites import AttentionSites, LayerSites, Site, VectorSite
+from hooks.sweep import sweep
 
 __all__ = [
     "attention_sites",
     "NormNoise",
     "collapse_probe",
     "CollapseReport",
+    "sweep",
+    "SweepReport",
     "UnsupportedModelError",
     "AttentionSites",
     "LayerSites",
     "VectorSite",
     "Site",
     "ProbeSettings",
+    "SweepSettings",
     "RowTable",
     "ScoreParts",
     "split",

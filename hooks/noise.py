@@ -313,30 +313,10 @@ class NormNoise:
                 clock.check_new(n_pos, site.hook)
                 first = clock.cached
             clock.check_width(n_pos, stream)
-            factor = self._drawn(sites, role, site, tensor.shape[0], n_pos, first, clock)
+            factor = clock.drawn(self, sites, role, site, (tensor.shape[0], n_pos, first))
             return site.scale(tensor, factor.to(tensor.device))
 
         return scale_norms
-
-    def _drawn(
-        self,
-        sites: LayerSites,
-        role: Role,
-        site: Site,
-        batch: int,
-        n_pos: int,
-        first: int,
-        clock: _Clock,
-    ) -> Tensor:
-        padding = clock.padding_of(batch, sites.sequence(role))
-        return self.factors(
-            layer=sites.layer,
-            role=role,
-            n_heads=site.n_heads,
-            prompts=clock.prompts(batch),
-            n_pos=n_pos,
-            start=[first - before for before in padding],
-        )
 
     def _row_hooks(self, sites: LayerSites, clock: _Clock) -> HookList:
         if not sites.scores_editable:
@@ -368,8 +348,8 @@ class NormNoise:
             )
             spans = {"q": (n_query, clock.cached), "k": (n_key, 0)}  # (length, first position)
             drawn = {
-                role: self._drawn(
-                    sites, role, sites.vector(role).dot, scores.shape[0], *spans[role], clock
+                role: clock.drawn(
+                    self, sites, role, sites.vector(role).dot, (scores.shape[0], *spans[role])
                 ).to(scores.device)
                 for role in self.roles
             }
@@ -448,8 +428,20 @@ class _Clock:
                 )
         return range(self.first_prompt, self.first_prompt + batch)
 
-    def padding_of(self, batch: int, stream: Stream) -> list[int]:
-        return self.padding.get(stream, [0] * batch)
+    def drawn(
+        self, noise: NormNoise, sites: LayerSites, role: Role, site: Site, shape: tuple[int, ...]
+    ) -> Float[Tensor, "batch pos head"]:
+        """Factors of one site; ``shape`` is (batch, positions, index of the first of them)."""
+        batch, n_pos, first = shape
+        padding = self.padding.get(sites.sequence(role), [0] * batch)
+        return noise.factors(
+            layer=sites.layer,
+            role=role,
+            n_heads=site.n_heads,
+            prompts=self.prompts(batch),
+            n_pos=n_pos,
+            start=[first - before for before in padding],
+        )
 
     def check_width(self, n_pos: int, stream: Stream) -> None:
         """Refuse a mask of another length than the sequence that it is said to be of."""

@@ -1,0 +1,327 @@
+"""The sweep: what a model's output loses when norm noise is on in all layers at once.
+
+Protocol of Menary et al. 2024, Fig. 2: independent noise on the norms of q, k and v in every layer
+of one pass; accuracy against its RMS sigma. Clean and noisy rows share their batches, and all
+sigmas their draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import _state
+from hooks._inputs import has_decoder, short_input
+from hooks._prompts import Prompts, encode
+from hooks._sweep_factors import Grid
+from hooks._sweep_report import SweepReport, SweepSettings
+from hooks._sweep_run import Pass, Runner, has_next_token, passes
+from hooks._sweep_score import UNSCORED, score
+from hooks.collapse import _facts
+from hooks.laws import check_sigma, get_law
+from hooks.noise import At, NormNoise, Rows, Shared, check_layers
+from hooks.selfcheck import attention_sites
+from hooks.sites import HookedModel
+
+SWEEP_SIGMAS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
+
+
+def sweep(
+    model: HookedModel,
+    tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],
+    *,
+    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
+    targets: Int[Tensor, "batch pos"] | Sequence[Any] | None = None,
+    sigmas: Sequence[float] | None = None,
+    replicates: int = 8,
+    on: str = "qkv",
+    law: str = "uniform",
+    shared: Shared = "none",
+    at: At = "dot",
+    rows: Rows = "all",
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 32,
+    first_prompt: int = 0,
+    progress: bool | None = None,
+) -> SweepReport:
+    """Accuracy, loss, KL(clean || noisy) and top-1 agreement under norm noise, against sigma.
+
+    x -> (1 + kappa) x for each q, k and v in all chosen layers of one pass, kappa of RMS sigma.
+    Draw d at sigma is ``NormNoise(sigma=sigma, draw=d, seed=seed, ...)``, the same uniform numbers
+    at every sigma. Source: Menary et al. 2024, Fig. 2.
+
+    Args:
+        model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and
+            ``run_with_hooks``). Left as found; run in eval mode. Hooks of your own stay on, and
+            see clean and noisy rows in one batch.
+        tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
+        targets: what should follow ``tokens[b, : p + 1]`` (in an encoder-decoder: the decoder's
+            tokens), -100 where nothing is scored; padded like the tokens. Default: the next token.
+            A model without one (BERT) has KL and agreement at all positions, and no accuracy.
+        sigmas: RMS of the relative change of a norm; default: 8 from 1% to 30%, as far as the law
+            goes. Sigma = 0 is always measured: it is the clean row.
+        replicates: draws per sigma.
+        on, law, shared, at, rows: as in :class:`NormNoise`.
+        layers: block indices; default: every attention layer.
+        seed: of the noise.
+        batch_size: rows per forward pass; a prompt has 1 + sigmas x replicates of them.
+        first_prompt: index of the first prompt: parts of a corpus, each swept with the index at
+            which it starts, draw the noise of the whole and :meth:`SweepReport.merge` exactly.
+        progress: show a progress bar; default: where standard error is a terminal.
+
+    Returns:
+        :class:`SweepReport`.
+
+    Raises:
+        UnsupportedModelError: the model failed the self-check, or gives no logits.
+        ValueError: no scored position, a target outside the vocabulary, a sigma that the law can't
+            have, an unknown layer, site, law or option; and as :func:`hooks.collapse_probe`.
+    """
+    values = _sigmas(sigmas, law)
+    for name, value, least in (
+        ("replicates", replicates, 1),
+        ("batch_size", batch_size, 1),
+        ("first_prompt", first_prompt, 0),
+    ):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
+    chosen_layers = None if layers is None else tuple(sorted(check_layers(layers)))
+    noise = NormNoise(
+        sigma=values[-1],
+        on=on,
+        law=law,
+        shared=shared,
+        at=at,
+        rows=rows,
+        layers=chosen_layers,
+        seed=seed,
+    )
+    unusual = tokens if isinstance(tokens, Mapping) else None
+    sites = attention_sites(model, unusual)
+    chosen = sites.layers if layers is None else tuple(map(sites.layer, chosen_layers or ()))
+    prompts = encode(
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+    )
+    grid = Grid(values, replicates)
+    with _state.evaluating(model):
+        example = short_input(model, 1, set()) if unusual is None else prompts.batch([0])
+        if targets is not None:
+            wanted = _given(model, tokens, targets, prompts, attention_mask)
+        else:
+            known = bool(prompts.decoder) or has_next_token(model, example)
+            wanted = _next_tokens(prompts, known)
+        tally = _Tally(prompts, wanted, grid)
+        runner = Runner(model, noise, chosen, grid)
+        with (
+            model.hooks(fwd_hooks=runner.hooks()),
+            tqdm(
+                total=len(prompts) * len(grid),
+                desc="sweep",
+                unit="row",
+                disable=None if progress is None else not progress,
+                leave=False,
+            ) as bar,
+        ):
+            runner.try_on(example)
+            # One row for the clean blocks pays where a prompt fills a pass by itself.
+            alone = bool(runner.block) and 2 * len(grid) >= batch_size
+            for part in passes(prompts, grid, batch_size, alone=alone):
+                tally.run(runner, part, first_prompt, alone)
+                bar.update(len(part.prompts) * len(part.conditions))
+    settings = SweepSettings(
+        sigmas=values,
+        replicates=replicates,
+        on="".join(noise.roles),
+        law=law,
+        shared=shared,
+        at=at,
+        rows=rows,
+        layers=tuple(s.layer for s in chosen),
+        seed=seed,
+    )
+    return tally.report(settings, _facts(model, sites, chosen), first_prompt)
+
+
+def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
+    known = get_law(law)
+    if sigmas is None:
+        top = known.limit
+        return tuple(s for s in SWEEP_SIGMAS if s < top or (s == top and known.limit_included))
+    if isinstance(sigmas, (str, bytes)) or not isinstance(sigmas, Iterable):
+        raise TypeError(f"sigmas: wanted a list of numbers; got {sigmas!r}")
+    values = sorted(float(s) for s in sigmas)
+    for sigma in values:
+        check_sigma(sigma, known)
+    if len(set(values)) < len(values):
+        raise ValueError(f"sigmas: wanted each once; got {values}")
+    noisy = tuple(s for s in values if s > 0)  # 0 is the clean row, which is always there
+    if not noisy:
+        raise ValueError(f"sigmas: wanted one or more above 0; got {values}")
+    return noisy
+
+
+# -- what is scored -------------------------------------------------------------------------
+
+
+def _next_tokens(prompts: Prompts, known: bool) -> list[Tensor | None]:
+    """Targets of each prompt: its next tokens; None for a model without such a thing."""
+    if not known:
+        return [None] * len(prompts)
+    rows = prompts.decoder or prompts.first
+    end = torch.tensor([UNSCORED])
+    return [torch.cat([row[1:].cpu(), end]) for row in rows]
+
+
+def _given(
+    model: HookedModel, tokens: Any, targets: Any, prompts: Prompts, mask: Tensor | None
+) -> list[Tensor | None]:
+    """Targets of each prompt, cut where the tokens were.
+
+    Raises:
+        ValueError: other shapes than the tokens', or an id outside the vocabulary.
+    """
+    if isinstance(targets, Tensor) and any(prompts.padding) and not has_decoder(model):
+        named = dict(tokens) if isinstance(tokens, Mapping) else {"input_ids": tokens}
+        if targets.shape != torch.as_tensor(named["input_ids"]).shape:
+            raise ValueError(
+                f"targets: wanted the shape of the tokens "
+                f"{list(torch.as_tensor(named['input_ids']).shape)}; got {list(targets.shape)}"
+            )
+        named["targets"] = targets
+        cut = encode(model, named, attention_mask=mask).each["targets"]
+    else:
+        cut = tuple(torch.as_tensor(row) for row in targets)
+    if len(cut) != len(prompts):
+        raise ValueError(
+            f"targets: wanted one row for each of {len(prompts)} prompts; got {len(cut)}"
+        )
+    rows = prompts.decoder or prompts.first
+    vocabulary = int(model.cfg.d_vocab)
+    for index, (row, ids) in enumerate(zip(cut, rows, strict=True)):
+        if row.is_floating_point() or row.ndim != 1 or (ids.ndim == 1 and len(row) != len(ids)):
+            raise ValueError(
+                f"targets: prompt {index}: wanted {len(ids)} integer ids, one for each token; got "
+                f"{row.dtype} of shape {list(row.shape)}"
+            )
+        real = row[row != UNSCORED]
+        if len(real) and not 0 <= int(real.min()) <= int(real.max()) < vocabulary:
+            raise ValueError(
+                f"targets: prompt {index}: wanted ids from 0 to {vocabulary - 1}, or {UNSCORED} "
+                f"where nothing is scored; got {int(real.min())} to {int(real.max())}"
+            )
+    return [row.cpu().long() for row in cut]
+
+
+class _Tally:
+    """Sums over the scored positions of each prompt, pass by pass."""
+
+    def __init__(self, prompts: Prompts, targets: list[Tensor | None], grid: Grid) -> None:
+        if all(row is not None and not bool((row != UNSCORED).any()) for row in targets):
+            raise ValueError(
+                "targets: wanted at least one scored position; got none (a prompt of one token has "
+                "no next token)"
+            )
+        self.prompts = prompts
+        self.targets = targets
+        self.grid = grid
+        self.sums = np.zeros((4, len(prompts), len(grid)))  # correct, agree, loss, KL
+        self.positions = np.zeros(len(prompts), dtype=np.int64)
+        self._clean: Tensor | None = None
+
+    def run(self, runner: Runner, part: Pass, first_prompt: int, alone: bool) -> None:
+        """One pass, summed up."""
+        some = [i for i in part.prompts if self._scored(i)]
+        if not some:
+            return
+        numbers = [first_prompt + i for i in some]
+        given = self.prompts.batch(some)
+        if alone:
+            with runner.spreading():
+                states = runner.run(given, numbers, part.conditions)
+        else:
+            states = runner.run(given, numbers, part.conditions)
+        prompt, pos, targets = self._places(some, states.shape[1])
+        begins, ends = part.conditions.start == 0, part.conditions.stop == len(self.grid)
+        scored, kept = score(
+            states,
+            (prompt, pos),
+            targets,
+            len(part.conditions),
+            runner.head,
+            None if begins else self._clean,
+            keep=not ends,
+        )
+        self._clean = None if ends else kept
+        values, of = scored.stacked().numpy(), prompt.numpy()
+        at = slice(part.conditions.start, part.conditions.stop)
+        for local, index in enumerate(some):
+            self.sums[:, index, at] = values[:, of == local].sum(1)
+            self.positions[index] = int((of == local).sum())
+
+    def _scored(self, index: int) -> bool:
+        row = self.targets[index]
+        return row is None or bool((row != UNSCORED).any())
+
+    def _places(self, some: Sequence[int], n_pos: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompt (counted in the pass), position and target of every scored position."""
+        prompt, pos, targets = [], [], []
+        for local, index in enumerate(some):
+            row = self.targets[index]
+            if row is None:
+                where, wanted = torch.arange(n_pos), torch.full((n_pos,), UNSCORED)
+            elif len(row) != n_pos:
+                raise ValueError(
+                    f"targets: prompt {index}: wanted {n_pos}, one for each position of the "
+                    f"logits; got {len(row)}"
+                )
+            else:
+                where = (row != UNSCORED).nonzero().flatten()
+                wanted = row[where]
+            prompt.append(torch.full_like(where, local))
+            pos.append(where)
+            targets.append(wanted)
+        return torch.cat(prompt), torch.cat(pos), torch.cat(targets)
+
+    def report(
+        self, settings: SweepSettings, model: dict[str, Any], first_prompt: int
+    ) -> SweepReport:
+        """Everything summed up, as [sigma, draw, prompt]."""
+        n = len(self.prompts)
+        known = self.targets[0] is not None
+        correct, agree, loss, kl = self.sums
+        if not known:
+            loss = np.zeros_like(loss)
+
+        def noisy(values: np.ndarray, kind: type) -> np.ndarray:
+            shape = (n, self.grid.replicates, len(self.grid.sigmas))
+            return np.ascontiguousarray(values[:, 1:].reshape(shape).T.astype(kind))
+
+        return SweepReport(
+            settings=settings,
+            model=model,
+            first_prompt=first_prompt,
+            tokens=self.prompts.strings,
+            decoder_tokens=self.prompts.decoder_strings,
+            positions=self.positions,
+            targets=self.positions if known else np.zeros_like(self.positions),
+            clean_correct=correct[:, 0].astype(np.int64),
+            clean_loss=loss[:, 0].copy(),
+            correct=noisy(correct, np.int64),
+            agree=noisy(agree, np.int64),
+            loss=noisy(loss, np.float64),
+            kl=noisy(kl, np.float64),
+        )
