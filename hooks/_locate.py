@@ -267,6 +267,7 @@ class _Finder:
         rows = pattern.double().sum(-1, keepdim=True)  # below 1 where a sink takes its share
         w = scores.double().masked_fill(~visible(scores), -torch.inf)
         apart = (torch.softmax(w, dim=-1) - pattern.double() / rows).abs()
+        # An even pattern is its own softmax: it must not pass for scores.
         return bool((apart.nan_to_num(0.0) < _CLOSE).all()) and bool((w != pattern).any())
 
     def _vector(
@@ -316,6 +317,7 @@ class _Finder:
         return site
 
     def _refuse_blind(self) -> NoReturn:
+        """Neither a hook nor a softmax showed scores: says what did fire."""
         fired = sorted(f.name.removeprefix(f"{self.module.prefix}.") for f in self.firings)
         self._refuse(
             "scores of the attention",
