@@ -211,7 +211,7 @@ class Comparison:
             limit = 1e-3 if name == HOOKS or self.nnsight_cached else 0.1
             if worst > limit:
                 raise SystemExit(f"{name}: wanted the predicted pattern, got {worst} beside it")
-            out[f"{name}: |pattern - predicted|, at most"] = worst
+            out[f"{name}: distance from the predicted pattern"] = worst
         return out
 
 
