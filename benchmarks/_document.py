@@ -33,6 +33,9 @@ Each timed run is checked: its curve against sampling (distance in the draws' ow
 and, for one head a layer, against `hooks.collapse_probability` on the scores of `run_with_cache`,
 to 1e-6; each tool's noised pattern against the one that its clean scores predict.
 """
+TARGETS = """*At the floor*: what a probe would reach that costs nothing beyond the pass up to
+the last scores. Where that misses the target, no probe can meet it.
+"""
 SCALING = """A random model of GPT-2's kind, {batch} prompts, width {d_model}; unless it changes:
 {base}. The self-check, once per model, is left out.
 """
@@ -89,7 +92,7 @@ def _targets(parts: dict[str, Any]) -> str:
         data = part["data"]
         if name != "one_pass" and isinstance(data, dict):
             rows += [{"where": name, **line} for line in data.get("targets", [])]
-    return f"## Targets and results\n\n{markdown_table(rows)}\n" if rows else ""
+    return f"## Targets and results\n\n{TARGETS}\n{markdown_table(rows)}\n" if rows else ""
 
 
 def _one_pass(data: Row) -> str:

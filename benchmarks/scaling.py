@@ -56,6 +56,8 @@ def measure(sizes: dict[str, int], repeats: int, clock: str) -> Row:
         n_head=sizes["heads"],
         vocab_size=VOCAB,
         n_positions=sizes["length"],
+        bos_token_id=0,
+        eos_token_id=0,
     )
     sigmas = np.geomspace(0.01, 0.5, sizes["sigmas"]) if sizes["sigmas"] > 1 else [0.1]
     reports: list[Any] = []
