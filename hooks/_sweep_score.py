@@ -21,7 +21,7 @@ from torch import Tensor
 UNSCORED = -100
 """Target of a position that is not scored, as in PyTorch."""
 
-_CHUNK = {"cpu": 24 << 20, "other": 512 << 20}  # bytes of logits made at once
+_CHUNK = 256 << 20  # bytes of logits made at once: fewer rows waste a matrix product's start
 _BLOCK = {"cpu": 3 << 19, "other": 512 << 20}  # bytes compared at once: what a cache holds
 _STEEP = 60.0  # exp(g) beyond: clean probabilities that underflow may matter
 _WIDE = 1024  # vocabularies whose arg max is taken in two steps
@@ -87,7 +87,7 @@ def score(
             kept.append(reference.clone())
         at += step
         size = n_conditions * logits.shape[-1] * logits.element_size()
-        step = max(1, _CHUNK[kind] // size)
+        step = max(1, _CHUNK // size)
     joined = [torch.cat(p) for p in zip(*(vars(part).values() for part in parts), strict=True)]
     return Scored(*joined), (torch.cat(kept) if kept else clean)
 
