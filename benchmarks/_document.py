@@ -33,6 +33,9 @@ Each timed run is checked: its curve against sampling (distance in the draws' ow
 and, for one head a layer, against `hooks.collapse_probability` on the scores of `run_with_cache`,
 to 1e-6; each tool's noised pattern against the one that its clean scores predict.
 """
+BUSY = """
+**The machine was busy with other work**: times are inflated and spread, ratios preliminary.
+"""
 TARGETS = """*At the floor*: what a probe would reach that costs nothing beyond the pass up to
 the last scores. Where that misses the target, no probe can meet it.
 """
@@ -65,10 +68,11 @@ def document(results: dict[str, Any]) -> str:
 
 def _machine(facts: Row) -> str:
     versions = ", ".join(f"{k} {v or 'not installed'}" for k, v in facts["versions"].items())
+    busy = "" if facts["load at the start"] <= 1 else BUSY
     return (
         f"Machine: {facts['processor']}, {facts['cores']} cores, torch on {facts['torch threads']} "
         f"threads, Python {facts['python']}; {versions}. Load when it began: "
-        f"{facts['load at the start']}.\n"
+        f"{facts['load at the start']}.\n{busy}"
     )
 
 
