@@ -27,6 +27,7 @@ QUICK = {
     "one_pass": ["--repeats", "2", "--lengths", "128", "21", "--long", "8192", "--no-memory"],
     "scaling": ["--repeats", "2"],
     "startup": ["--repeats", "2"],
+    "sweep": ["--rounds", "2"],
     "memory": ["--lengths", "384", "--layers", "2", "8"],
     "training": ["--steps", "10", "--repeats", "1"],
 }
