@@ -9,6 +9,7 @@ on the model first, and left alone where they do not give what whole passes give
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,6 +63,7 @@ class Runner:
         self.device = input_device(model)
         self.block = _first_block(model, layers)
         self.early = _bare(model, "unembed") and _UNEMBED in model.hook_dict
+        self._options = _without_cache(model)
         self._entries = noise._hooks(model, self.factors)
         if noise.rows != "all":
             self._entries = [(name, self._keeping_clean(fn)) for name, fn in self._entries]
@@ -156,7 +158,7 @@ class Runner:
         named = {
             n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in given.named.items()
         }
-        return self.model(given.first.to(self.device), **named)
+        return self.model(given.first.to(self.device), **self._options, **named)
 
     def _unembedded(self, states: Tensor) -> Tensor:
         out: Tensor = self.model.unembed(states)  # type: ignore[attr-defined]
@@ -204,6 +206,14 @@ def _first_block(model: HookedModel, layers: Sequence[LayerSites]) -> str:
     if not block.startswith("blocks.") or block == "blocks.0" or name not in model.hook_dict:
         return ""
     return name if _bare(model, "") else ""  # hooks of the user's see whole passes
+
+
+def _without_cache(model: HookedModel) -> dict[str, Any]:
+    """What keeps a model from copying every key and value to a cache that nobody reads."""
+    forward = getattr(getattr(model, "original_model", None), "forward", None)
+    if not callable(forward) or "use_cache" not in inspect.signature(forward).parameters:
+        return {}
+    return {"use_cache": False}
 
 
 def _bare(model: HookedModel, prefix: str) -> bool:

@@ -23,7 +23,8 @@ UNSCORED = -100
 
 _CHUNK = 256 << 20  # bytes of logits made at once: fewer rows waste a matrix product's start
 _BLOCK = {"cpu": 3 << 19, "other": 512 << 20}  # bytes compared at once: what a cache holds
-_STEEP = 60.0  # exp(g) beyond: clean probabilities that underflow may matter
+_RARE = 1e-37  # clean probabilities below are no normal float32 ...
+_STEEP = 60.0  # ... and matter where noise multiplies them by exp of this, or more
 _WIDE = 1024  # vocabularies whose arg max is taken in two steps
 _SPAN = 256
 
@@ -143,6 +144,7 @@ def _compare(
     step = max(1, size // max(1, n_rows))
     top = torch.empty(n_places, n_conditions, dtype=torch.long, device=noisy.device)
     mean, kl = (noisy.new_empty(n_places, n_conditions) for _ in range(2))
+    rare = bool((p < _RARE).any())  # clean probabilities that may have lost digits, or all
     scratch = noisy.new_empty(min(step, n_places) * n_rows * n_vocab)
     for a in range(0, n_places, step):
         here = slice(a, a + step)
@@ -154,11 +156,13 @@ def _compare(
             torch.sub(part, clean[here, None], out=g)
             shift = torch.bmm(g, weights)
             g.sub_(shift)
-            steep = g.amax(-1) > _STEEP
+            steep = g.amax(-1) > _STEEP if rare else None
             rest = torch.bmm(g, weights)  # zero up to rounding, which it takes out of what follows
             moved = torch.bmm(g.expm1_(), weights)
             kl[here, b : b + n_rows] = (torch.log1p(moved) - rest)[..., 0]
             mean[here, b : b + n_rows] = (shift + rest)[..., 0]
+            # Without rare tokens only an exponential beyond the float's range is left.
+            steep = ~moved[..., 0].isfinite() if steep is None else steep
             if bool(steep.any()):
                 _directly(part, lse[here], mean[here, b:], kl[here, b:], steep)
     return top, mean, kl
