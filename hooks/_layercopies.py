@@ -202,7 +202,7 @@ class LayerCopies:
             if taken is not None:
                 self.seen.keep("scores", taken.scores[self.rows])
                 self.seen.keep("pattern", taken.pattern[self.rows])
-                self.seen.fused = taken.fused
+                self.seen.fused = taken.fused is not None
                 self._see_operands(taken)
 
         return hook

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from hooks.results import CollapseReport, RowTable
+from hooks._table import join
 
-_PER_PROMPT = {"examined": 2, "single_key": 2, "ties": 2, "padding": 0, "rows": 2, "level": 2}
+if TYPE_CHECKING:
+    from hooks.results import CollapseReport
+
+_PER_PROMPT = {
+    "examined": 2,
+    "single_key": 2,
+    "ties": 2,
+    "padding": 0,
+    "rows": 2,
+    "able": 2,
+    "level": 2,
+}
 _PER_PROMPT |= {"loose": 3, "strict": 3, "centred": 3}  # the axis of the prompts
 _PER_DRAW = ("loose_draws", "strict_draws", "centred_draws")
 _UNLIKE = ("versions", "device")  # facts that two parts of one probe may differ in
@@ -36,6 +46,7 @@ def merge_reports(first: CollapseReport, later: CollapseReport) -> CollapseRepor
             f"merge: wanted a report that starts at prompt {follows} (first_prompt={follows}); got "
             f"one that starts at {later.first_prompt}"
         )
+    moved = replace(later.table, prompt=later.table.prompt + np.int32(len(first.tokens)))
     joined: dict[str, Any] = {
         name: np.concatenate([getattr(report, name) for report in (first, later)], axis=axis)
         for name, axis in _PER_PROMPT.items()
@@ -47,30 +58,7 @@ def merge_reports(first: CollapseReport, later: CollapseReport) -> CollapseRepor
         first,
         tokens=first.tokens + later.tokens,
         decoder_tokens=first.decoder_tokens + later.decoder_tokens,
-        table=_join_tables(first.table, later.table, len(first.tokens)),
+        table=join(first.table, moved, first.settings.keep),
         **joined,
         **summed,
-    )
-
-
-def _join_tables(first: RowTable, later: RowTable, n_prompts: int) -> RowTable:
-    """The rows of both, in the order of the model and the prompts, their entries with them."""
-    shifted = replace(later, prompt=later.prompt + np.int32(n_prompts))
-    per_row = [f.name for f in fields(first) if f.name not in ("start", "s", "beta")]
-    rows: dict[str, Any] = {
-        n: np.concatenate([getattr(t, n) for t in (first, shifted)]) for n in per_row
-    }
-    order = np.lexsort([rows[n] for n in ("query", "prompt", "head", "layer")])
-    count = np.concatenate([np.diff(t.start) for t in (first, shifted)])
-    begin = np.concatenate([first.start[:-1], later.start[:-1] + first.start[-1]])
-    start = np.concatenate([[0], np.cumsum(count[order])])
-    inside = np.arange(start[-1]) - np.repeat(start[:-1], count[order])
-    entry = np.repeat(begin[order], count[order]) + inside
-    entries = {n: np.concatenate([getattr(t, n) for t in (first, later)]) for n in ("s", "beta")}
-    return replace(
-        first,
-        **{name: values[order] for name, values in rows.items()},
-        start=start,
-        s=entries["s"][entry],
-        beta=entries["beta"][entry] if len(entries["beta"]) else entries["beta"],
     )

@@ -2,7 +2,8 @@
 
 Some bridges run Hugging Face's own attention: their scores hook carries the softmaxed pattern, or
 nothing (sdpa). A `TorchFunctionMode` sees every torch function of a forward pass, and so the
-softmax and the fused attention too: what goes into them are the model's scores.
+softmax and the fused attention too: what goes into them are the model's scores. A fused attention
+never makes its scores; they are made here, as many queries at a time as are asked for.
 """
 
 from __future__ import annotations
@@ -28,22 +29,86 @@ _FUSED = functional.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
+class Fused:
+    """The arguments of a `scaled_dot_product_attention`, from which its scores can be made."""
+
+    query: Float[Tensor, "batch head query d_head"]
+    key: Float[Tensor, "batch kv_head key d_head"]
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the scores: batch, head, query, key."""
+        batch, n_heads, n_query = self.query.shape[:3]
+        return (batch, n_heads, n_query, self.key.shape[-2])
+
+    def scores(
+        self, first: int, end: int, *, n_key: int | None = None
+    ) -> Float[Tensor, "batch head query key"]:
+        """Scores of some of the queries, as the function's documentation defines them.
+
+        ``n_key``: of so many keys only (what comes later may be known to be masked).
+        """
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        batch, n_heads, _, every = self.shape
+        n_key = every if n_key is None else n_key
+        n_kv = self.key.shape[1]
+        # The query heads of a key/value head follow each other: its keys need no copies.
+        q = self.query[:, :, first:end].to(wide).reshape(batch, n_kv, -1, self.query.shape[-1])
+        scale = 1 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale
+        scores = (q * scale) @ self.key[:, :, :n_key].to(wide).transpose(-1, -2)
+        scores = scores.reshape(batch, n_heads, end - first, n_key)
+        if self.is_causal:
+            at = torch.arange(first, end, device=scores.device)[:, None]
+            later = torch.arange(n_key, device=scores.device) > at
+            scores.masked_fill_(later, -math.inf)
+        if self.attn_mask is None:
+            return scores
+        mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], self.shape[2], every)
+        mask = mask[..., first:end, :n_key]
+        if mask.dtype == torch.bool:
+            return scores.masked_fill_(~mask, -math.inf)
+        return scores.add_(mask.to(wide))
+
+
+@dataclass(frozen=True)
 class Taken:
     """One attention as the model took it.
 
     Attributes:
-        scores: what the softmax was taken of, masked keys at -inf or the dtype's least number.
-        pattern: its result, or one made of the scores where the attention is ``fused`` and keeps
-            none.
+        made: what the softmax was taken of, masked keys at -inf or the dtype's least number, and
+            its result; None where the attention is fused and makes neither.
+        fused: the arguments of a fused attention.
         q, k: the vectors whose dot product the scores came from, keys as they are shared among the
             query heads; None where no such product was seen.
     """
 
-    scores: Float[Tensor, "batch head query key"]
-    pattern: Float[Tensor, "batch head query key"]
-    fused: bool = False
+    made: tuple[Tensor, Tensor] | None
+    fused: Fused | None = None
     q: Float[Tensor, "batch head query d_head"] | None = None
     k: Float[Tensor, "batch head key d_head"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the scores."""
+        if self.fused is not None:
+            return self.fused.shape
+        return tuple(self.scores.shape)
+
+    @property
+    def scores(self) -> Float[Tensor, "batch head query key"]:
+        """All scores; made anew at each call where the attention is fused."""
+        if self.fused is not None:
+            return self.fused.scores(0, self.fused.shape[2])
+        assert self.made is not None
+        return self.made[0]
+
+    @property
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """Their softmax."""
+        return torch.softmax(self.scores, dim=-1) if self.made is None else self.made[1]
 
 
 @dataclass(frozen=True)
@@ -73,11 +138,10 @@ class AttentionTap(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._latest: Callable[[], tuple[Tensor, Tensor]] | None = None
+        self._latest: tuple[Tensor, Tensor] | Fused | None = None
         self._operands: tuple[Tensor, Tensor] | None = None  # of the latest attention
         self._product: tuple[Tensor, Tensor] | None = None  # of the latest product
         self._armed: Factors | None = None
-        self._is_fused = False
         self.attentions = 0  # fused ones, and softmaxes with an axis for heads
 
     def arm(self, factors: Factors) -> None:
@@ -97,8 +161,7 @@ class AttentionTap(TorchFunctionMode):
             taken = args[0] if args else kwargs["input"]
             self.attentions += taken.ndim >= 4
             if taken.ndim >= 3:
-                self._latest, self._operands = (lambda: (taken, out)), self._product
-                self._is_fused = False
+                self._latest, self._operands = (taken, out), self._product
         return out
 
     def _multiplied(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -128,15 +191,26 @@ class AttentionTap(TorchFunctionMode):
             q, k = self._armed.scale(q, k)
             self._armed = None
             given |= {"query": q, "key": k, "value": given["value"].repeat_interleave(group, -3)}
-        self._latest, self._is_fused = (lambda: _of_fused(**given)), True
+        self._latest = Fused(
+            given["query"],
+            given["key"],
+            given.get("attn_mask"),
+            given.get("is_causal", False),
+            given.get("scale"),
+        )
         return (), given
 
     def take(self, batch: int) -> Taken | None:
         """The latest attention, its axes told apart; None where nothing was taken."""
         if self._latest is None:
             return None
-        scores, pattern = self._latest()
-        operands, self._latest, self._operands = self._operands, None, None
+        latest, operands = self._latest, self._operands
+        self._latest, self._operands = None, None
+        if isinstance(latest, Fused):
+            if latest.query.ndim != 4 or operands is None:
+                return None
+            return Taken(None, latest, *operands)
+        scores, pattern = latest
         if scores.ndim == 3 and scores.shape[0] % batch == 0:  # batch and heads in one axis
             scores, pattern = (x.unflatten(0, (batch, -1)) for x in (scores, pattern))
         elif scores.ndim == 5:  # key/value heads and the query heads of each
@@ -144,31 +218,5 @@ class AttentionTap(TorchFunctionMode):
         if scores.ndim != 4:
             return None
         if operands is None or (*operands[0].shape[:3], operands[1].shape[2]) != scores.shape:
-            return Taken(scores, pattern, self._is_fused)
-        return Taken(scores, pattern, self._is_fused, *operands)
-
-
-def _of_fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Scores and pattern of `scaled_dot_product_attention`, as its documentation defines them."""
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * scale
-    if is_causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, -math.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask.to(wide)
-    return scores, torch.softmax(scores, dim=-1)
+            return Taken((scores, pattern))
+        return Taken((scores, pattern), None, *operands)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from hooks.laws import get_law
-from hooks.probability import collapse_probability, critical_half_width
+from hooks.probability import collapse_probability
 
 if TYPE_CHECKING:
     from hooks.results import CollapseReport
@@ -20,7 +21,6 @@ _LARGEST = 1e6  # where a law has no limit: its rates have long settled there
 _STEPS = 80
 _TOLERANCE = 1e-7
 _CLOSE = 1e-3  # relative width of a trustworthy answer where competitors were left out
-_ROWS_AT_ONCE = 4096
 _MIN_ROWS = 20  # a head with fewer sparse rows is not named in the summary
 
 
@@ -28,67 +28,51 @@ def rate_of_rows(
     report: CollapseReport,
     sigma: Float[np.ndarray, "row"],
     rows: Int[np.ndarray, "row"],
-    with_rest: bool,
 ) -> Float[np.ndarray, "row"]:
     """Collapse probability of rows of the table (see :meth:`CollapseReport.exact_rate`)."""
-    table = report.table
+    from hooks._integrals import LAW_CODES, table_rates
+
+    table, on = report.table, report.settings.on
     out = np.zeros(len(rows))
-    reach = math.sqrt(3) * sigma if report.settings.law == "uniform" else math.inf
-    within = np.flatnonzero(table.half_width[rows] <= reach)
-    for part in np.array_split(within, len(within) // _ROWS_AT_ONCE + 1):
-        picked = rows[part]
-        s, beta = table.competitors(picked)
-        p = _probability(report, table.s_star[picked], s, beta, sigma[part])
-        if with_rest and table.rest[picked].any():
-            each = _bound_of_left_out(report, table.s_star[picked], s, beta, sigma[part])
-            p = np.minimum(p + each * table.rest[picked], 1)
-        out[part] = p
+
+    def part(at: np.ndarray) -> None:
+        p = np.zeros(len(at))
+        table_rates(
+            LAW_CODES[report.settings.law],
+            table.s_star,
+            table.start,
+            table.s,
+            table.beta,
+            rows[at].astype(np.int64),
+            sigma[at].astype(np.float64),
+            "q" in on,
+            "k" in on,
+            p,
+        )
+        out[at] = p
+
+    pieces = np.array_split(np.arange(len(rows)), max(1, torch.get_num_threads()))
+    with ThreadPoolExecutor(len(pieces)) as pool:
+        list(pool.map(part, pieces))
     return out
 
 
-def _probability(
-    report: CollapseReport,
-    s_star: np.ndarray,
-    s: np.ndarray,
-    beta: np.ndarray | None,
-    sigma: np.ndarray,
-) -> np.ndarray:
-    valid = ~np.isnan(s)
+def _bound_of_left_out(
+    report: CollapseReport, sigma: Float[np.ndarray, "group"]
+) -> Float[np.ndarray, "group"]:
+    """At most this probably does one competitor win that the table does not list."""
+    cutoff, law = float(report.table.cutoff), get_law(report.settings.law)
+    uniform = law.name == "uniform"
+    able = math.sqrt(3) * sigma > cutoff if uniform else sigma > 0
+    if len(report.table.beta):  # distance orders who is able to win, not how probably
+        return able.astype(float)
+    if not able.any():
+        return np.zeros_like(sigma)
+    near = torch.full((len(sigma), 1), (1 - cutoff) / (1 + cutoff), dtype=torch.float64)
     p = collapse_probability(
-        torch.tensor(s_star, dtype=torch.float64),
-        torch.tensor(np.where(valid, s, 0.0)),
-        torch.tensor(sigma, dtype=torch.float64),
-        get_law(report.settings.law),
-        valid=torch.tensor(valid),
-        beta=None if beta is None else torch.tensor(beta),
-        noise_on_q="q" in report.settings.on,
-        noise_on_k="k" in report.settings.on,
-        quick=True,
+        torch.ones(len(sigma), dtype=torch.float64), near, torch.from_numpy(sigma.copy()), law
     )
     return np.asarray(p)
-
-
-def _bound_of_left_out(
-    report: CollapseReport,
-    s_star: np.ndarray,
-    s: np.ndarray,
-    beta: np.ndarray | None,
-    sigma: np.ndarray,
-) -> np.ndarray:
-    """At most this probably does one competitor win that is further away than those listed."""
-    last = s[:, -1:]
-    if beta is None:
-        return _probability(report, s_star, last, None, sigma)
-    far = critical_half_width(
-        torch.tensor(s_star, dtype=torch.float64),
-        torch.tensor(last),
-        torch.tensor(beta[:, -1:]),
-        noise_on_q="q" in report.settings.on,
-        noise_on_k="k" in report.settings.on,
-    )[:, 0].numpy()
-    # With a bias distance orders who is able to win, not how probably.
-    reach = math.sqrt(3) * sigma if report.settings.law == "uniform" else np.ones_like(sigma)
-    return (far < reach).astype(float)
 
 
 def solve_sigma_at(
@@ -97,31 +81,37 @@ def solve_sigma_at(
     group: Int[np.ndarray, "row"],
     keep: Bool[np.ndarray, "row"],
     counts: Int[np.ndarray, "group"],
+    left_out: Int[np.ndarray, "group"],
 ) -> Float[np.ndarray, "group"]:
-    """Per group of rows, the sigma at which the pooled collapse probability reaches ``rate``."""
+    """Per group of rows, the sigma at which the pooled collapse probability reaches ``rate``.
+
+    ``left_out`` counts the competitors able to win that the table had no room for: they bound the
+    rate from above by what all of them add, each at the cutoff.
+    """
     n_groups = len(counts)
 
     def pooled(sigma: np.ndarray, upper: bool) -> np.ndarray:
         """Mean collapse probability of each group at its own sigma."""
         mine = np.flatnonzero(keep & (sigma[group] > 0))
-        p = report.exact_rate(sigma[group[mine]], mine, with_rest=upper)
+        p = report.exact_rate(sigma[group[mine]], mine)
         total = np.bincount(group[mine], p, n_groups)
-        mean: np.ndarray = total / np.maximum(counts, 1)
+        if upper:
+            total = total + left_out * _bound_of_left_out(report, sigma)
+        mean: np.ndarray = np.minimum(total / np.maximum(counts, 1), 1)
         return mean
 
     low = _solve(lambda s: pooled(s, False), rate, counts, report)
-    if not report.table.rest.any():
+    if not left_out.any():
         return low
     high = _solve(lambda s: pooled(s, True), rate, counts, report)
     with np.errstate(invalid="ignore"):
-        apart = (low != high) & ~(np.isnan(low) | (np.abs(low - high) <= _CLOSE * low))
+        apart = (low != high) & ~(np.isnan(low) | (low - high <= _CLOSE * high))
     if apart.any():
         at = int(np.flatnonzero(apart)[0])
         raise ValueError(
             f"sigma_at({rate:g}): wanted an answer within {_CLOSE:.0e}; got between "
-            f"{high[at]:.6g} and {low[at]:.6g}, because each row keeps only its "
-            f"{int(np.diff(report.table.start).max())} nearest competitors: "
-            "probe again with more (competitors=)"
+            f"{high[at]:.6g} and {low[at]:.6g}, because the table keeps only the "
+            f"{len(report.table.a)} nearest competitors: probe again with more (keep=)"
         )
     return low
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._inputs import input_device
 from hooks._prompts import encode
-from hooks._rows import LayerReducer, Tally
-from hooks._tap import AttentionTap
+from hooks._tally import Tally
+from hooks._tap import AttentionTap, Fused
 from hooks.laws import check_sigma, get_law
 from hooks.noise import SPARSE, NormNoise, Shared, check_layers
 from hooks.results import CollapseReport, ProbeSettings
@@ -30,9 +30,16 @@ from hooks.scores import qk_part
 from hooks.selfcheck import attention_sites
 from hooks.sites import AttentionSites, HookedModel, LayerSites
 
+if TYPE_CHECKING:
+    from hooks._rows import LayerReducer, Workers
+
 DEFAULT_SIGMAS = (
     0.01, 0.015, 0.02, 0.03, 0.04, 0.055, 0.075, 0.1, 0.11, 0.14, 0.17, 0.2, 0.25, 0.3, 0.4, 0.5,
 )  # fmt: skip
+
+KEEP = 1 << 19
+"""Competitors that a report's table has room for: some 10 MiB, whatever the model."""
+_BLOCK_BYTES = 1 << 24
 
 Method = Literal["exact", "sample"]
 
@@ -54,7 +61,8 @@ def collapse_probe(
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
-    competitors: int = 128,
+    keep: int = KEEP,
+    query_block: int | None = None,
     first_prompt: int = 0,
     progress: bool | None = None,
 ) -> CollapseReport:
@@ -91,7 +99,10 @@ def collapse_probe(
         prepend_bos: passed on to ``model.to_tokens``; with text only.
         batch_size: prompts per forward pass; only prompts of one length share a pass, so that
             nothing is ever padded.
-        competitors: nearest competitors to keep of each row that can collapse, for ``sigma_at``.
+        keep: competitors, those nearest to winning, that the report's table has room for; from them
+            come ``sigma_at`` and ``fragile``.
+        query_block: where a fused attention makes no scores, they are made for so many queries at
+            a time and never as one [query, key] matrix; default: as many as fit into 16 MiB.
         first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
             which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
         progress: show a progress bar; default: where standard error is a terminal.
@@ -104,11 +115,20 @@ def collapse_probe(
         ValueError: empty text, a sequence longer than the context or of one token, a sigma that the
             law can't have, an unknown layer, site, law or method.
     """
+    from hooks._rows import Workers  # compiled code: whoever only injects noise needs none
+
     values = _sigmas(sigmas, law)
     if method not in ("exact", "sample"):
         raise ValueError(f"method: wanted 'exact' or 'sample'; got {method!r}")
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
-    _check_numbers(draws, method, sparse, batch_size, competitors, first_prompt)
+    _check_sparse(sparse)
+    _check_integers(
+        draws=(draws, 2 if method == "sample" else 0),
+        batch_size=(batch_size, 1),
+        keep=(keep, 1),
+        query_block=(1 if query_block is None else query_block, 1),
+        first_prompt=(first_prompt, 0),
+    )
     unusual = tokens if isinstance(tokens, Mapping) else None
     sites = attention_sites(model, unusual)
     chosen = _layers(sites, layers)
@@ -129,11 +149,13 @@ def collapse_probe(
         layers=tuple(s.layer for s in chosen),
         draws=draws,
         seed=seed,
+        keep=keep,
     )
-    tally = Tally(settings, chosen, len(prompts), competitors, first_prompt)
+    tally = Tally(settings, chosen, len(prompts), first_prompt)
     batches = prompts.batches(batch_size)
     with (
         _state.evaluating(model),
+        Workers().open() as workers,
         tqdm(
             total=len(prompts),
             desc="collapse probe",
@@ -143,7 +165,7 @@ def collapse_probe(
         ) as bar,
     ):
         for indices, given in batches:
-            watch = _Watch(chosen, tally, noise, indices)
+            watch = _Watch(chosen, tally, noise, indices, workers, query_block)
             with (
                 contextlib.suppress(_state.Finished),
                 watch.tap or contextlib.nullcontext(),
@@ -171,20 +193,16 @@ def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
     return values
 
 
-def _check_numbers(
-    draws: int, method: str, sparse: float, batch_size: int, competitors: int, first_prompt: int
-) -> None:
-    least = 2 if method == "sample" else 0
-    for name, value, minimum in (
-        ("draws", draws, least),
-        ("batch_size", batch_size, 1),
-        ("competitors", competitors, 1),
-        ("first_prompt", first_prompt, 0),
-    ):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
-            raise ValueError(f"{name}: wanted an integer >= {minimum}; got {value!r}")
+def _check_sparse(sparse: float) -> None:
     if not 0 < sparse <= 1:
         raise ValueError(f"sparse: wanted a maximum in (0, 1]; got {sparse!r}")
+
+
+def _check_integers(**given: tuple[Any, int]) -> None:
+    """Each with its least value."""
+    for name, (value, least) in given.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
 
 
 def _layers(sites: AttentionSites, layers: Sequence[int] | None) -> tuple[LayerSites, ...]:
@@ -202,11 +220,15 @@ class _Watch:
         tally: Tally,
         noise: NormNoise,
         indices: Sequence[int],
+        workers: Workers,
+        query_block: int | None,
     ) -> None:
         self.layers = layers
         self.tally = tally
         self.noise = noise
         self.indices = indices
+        self.workers = workers
+        self.query_block = query_block
         self.tap = AttentionTap() if any(s.tapped for s in layers) else None
 
     def hooks(self) -> list[tuple[str, Callable[..., None]]]:
@@ -225,25 +247,41 @@ class _Watch:
 
             return hook_fn
 
-        def reduce(scores: Tensor, pattern: Tensor) -> None:
-            s = None
-            if sites.has_bias:
-                q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
-                wide = torch.promote_types(q.dtype, torch.float32)
-                s = qk_part(sites, q.to(wide), k.to(wide))
-            LayerReducer(self.tally, index, sites, self.noise, self.indices).add(scores, pattern, s)
+        def reducer() -> LayerReducer:
+            from hooks._rows import LayerReducer
+
+            return LayerReducer(self.tally, index, sites, self.noise, self.indices, self.workers)
+
+        def q_and_k() -> tuple[Tensor, Tensor] | None:
+            """The vectors that enter the dot product, where a bias is added to it."""
+            if not sites.has_bias:
+                return None
+            q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
+            wide = torch.promote_types(q.dtype, torch.float32)
+            return q.to(wide), k.to(wide)
+
+        def finish() -> None:
             if index == len(self.layers) - 1:
                 raise _state.Finished  # what follows, the unembedding above all, is not needed
 
         def at_pattern(pattern: Tensor, hook: Any) -> None:
-            reduce(kept.pop("scores"), pattern)
+            vectors = q_and_k()
+            s = None if vectors is None else qk_part(sites, *vectors)
+            reducer().add(kept.pop("scores"), pattern, s)
+            finish()
 
         def at_z(z: Tensor, hook: Any) -> None:
             assert self.tap is not None
             taken = self.tap.take(z.shape[0])
             if taken is None:  # the self-check saw it happen
                 raise RuntimeError(f"layer {sites.layer}: no softmax was seen before {hook.name}")
-            reduce(taken.scores, taken.pattern)
+            vectors = q_and_k()
+            if taken.fused is not None:
+                self._in_blocks(reducer(), sites, taken.fused, vectors)
+            else:
+                s = None if vectors is None else qk_part(sites, *vectors)
+                reducer().add(taken.scores, taken.pattern, s)
+            finish()
 
         if sites.has_bias:
             entries += [(sites.vector(r).dot.hook, keep(r)) for r in ("q", "k")]
@@ -251,6 +289,29 @@ class _Watch:
             assert sites.z is not None
             return [*entries, (sites.z.hook, at_z)]
         return [*entries, (sites.scores, keep("scores")), (sites.pattern, at_pattern)]
+
+    def _in_blocks(
+        self,
+        reducer: LayerReducer,
+        sites: LayerSites,
+        fused: Fused,
+        vectors: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Some queries' scores at a time, so that no [query, key] matrix is ever made."""
+        batch, n_heads, n_query, n_key = fused.shape
+        fits = _BLOCK_BYTES // (4 * batch * n_heads * n_key)
+        block = max(1, fits) if self.query_block is None else self.query_block
+        square = fused.is_causal and n_query == n_key
+        for first in range(0, n_query, block):
+            end = min(first + block, n_query)
+            seen = end if square else n_key  # later keys are masked for all of these
+            s = None
+            if vectors is not None:
+                q, k = vectors
+                s = qk_part(sites, q[:, first:end], k[:, :seen])
+            scores = fused.scores(first, end, n_key=seen)
+            eps = torch.finfo(fused.query.dtype).eps
+            reducer.add(scores, None, s, first_query=first, n_query=n_query, n_key=n_key, eps=eps)
 
 
 def _facts(

@@ -32,6 +32,10 @@ class Law(Protocol):
         """The factor whose distribution function has the value u, 0 < u < 1 (inverse CDF)."""
         ...
 
+    def base(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The number behind a factor that sigma has no part in: the same draw at every sigma."""
+        ...
+
     def cdf(
         self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
     ) -> Float[Tensor, "*shape"]:
@@ -65,7 +69,11 @@ class Uniform:
 
     def factor(self, u: Float[Tensor, "*shape"], sigma: float) -> Float[Tensor, "*shape"]:
         """The factor at which the distribution function is u."""
-        return 1 + (math.sqrt(3) * sigma) * (2 * u - 1)
+        return 1 + (math.sqrt(3) * sigma) * self.base(u)
+
+    def base(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Uniform in (-1, 1)."""
+        return 2 * u - 1
 
     def cdf(
         self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
@@ -97,8 +105,12 @@ class Gaussian:
 
     def factor(self, u: Float[Tensor, "*shape"], sigma: float) -> Float[Tensor, "*shape"]:
         """The factor at which the distribution function is u."""
+        return 1 + sigma * self.base(u)
+
+    def base(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Standard normal."""
         z: Tensor = torch.special.ndtri(u)
-        return 1 + sigma * z
+        return z
 
     def cdf(
         self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]
@@ -136,7 +148,12 @@ class LogNormal:
     def factor(self, u: Float[Tensor, "*shape"], sigma: float) -> Float[Tensor, "*shape"]:
         """The factor at which the distribution function is u."""
         s = math.sqrt(math.log1p(sigma * sigma))
-        return torch.exp(s * torch.special.ndtri(u) - s * s / 2)
+        return torch.exp(s * self.base(u) - s * s / 2)
+
+    def base(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Standard normal."""
+        z: Tensor = torch.special.ndtri(u)
+        return z
 
     def cdf(
         self, f: Float[Tensor, "*shape"], sigma: Float[Tensor, "*#shape"]

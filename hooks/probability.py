@@ -26,10 +26,8 @@ from hooks.laws import Law
 _NODES = 10  # Gauss-Legendre nodes per panel: exact for polynomials of degree 19
 _MANY = 16  # up to so many linear factors a panel's rule is exact, beyond it panels get finer
 _TURNS = 96  # nearest competitors whose turns split panels, where there are many
-_FEW_NODES = 4  # nodes of the many short panels then
 _DYADIC = 12  # extra panels towards an end where many competitors together fall steeply
 _Q_PANELS = 12  # panels of the outer integral over f_q
-_GRID_PANELS = 24  # per axis of the quick rule, two nodes each
 _BUDGET = 1 << 18  # elements of the largest intermediate tensor
 
 
@@ -106,7 +104,6 @@ def collapse_probability(
     beta: Float[Tensor, "rows competitors"] | None = None,
     noise_on_q: bool = True,
     noise_on_k: bool = True,
-    quick: bool = False,
 ) -> Float[Tensor, "rows"]:
     """Probability that independent norm noise moves the arg max of a row.
 
@@ -124,14 +121,11 @@ def collapse_probability(
         sigma: RMS of the relative change, per row; 0 gives 0.
         law: law of the factors.
         valid: False for padding among the competitors.
-        quick: under uniform noise, rows with a bias and query noise, whose integral is twofold, by
-            a fixed grid of 48 x 48 nodes: thirty times faster, wrong by up to 1e-4 in a row.
     """
     s_star, s, sigma = (x.to(torch.float64) for x in (s_star, s, sigma))
     valid = torch.ones_like(s, dtype=torch.bool) if valid is None else valid
     beta = None if beta is None else beta.to(torch.float64)
     out = torch.zeros_like(s_star)
-    quick = quick and law.name == "uniform"
     if s.shape[1] == 0 or not (noise_on_k or (noise_on_q and beta is not None)):
         return out
     a_star = critical_half_width(
@@ -153,7 +147,7 @@ def collapse_probability(
     # Rows of like size together: the padding of a block is at most twofold.
     for size in _powers_of_two(int(counts[rows].max()) if len(rows) else 0):
         block = rows[(counts[rows] <= size) & (counts[rows] > size // 2)]
-        per_row = _elements_per_row(size, law, beta is not None, noise_on_q, quick)
+        per_row = _elements_per_row(size, law, beta is not None, noise_on_q)
         for part in block.split(max(1, _BUDGET // per_row)):
             # Nearest first; never-winning competitors of an unbounded law before padding.
             near = a_star[part].clamp(max=2).masked_fill(~valid[part], math.inf)
@@ -166,7 +160,6 @@ def collapse_probability(
                 valid[part].gather(1, first),
                 None if beta is None else beta[part].gather(1, first),
                 noise_on_q,
-                quick,
             )
     return out
 
@@ -178,9 +171,7 @@ def _powers_of_two(top: int) -> list[int]:
     return sizes
 
 
-def _elements_per_row(size: int, law: Law, biased: bool, noise_on_q: bool, quick: bool) -> int:
-    if biased and noise_on_q and quick:
-        return size * (2 * _GRID_PANELS) ** 2
+def _elements_per_row(size: int, law: Law, biased: bool, noise_on_q: bool) -> int:
     knots = 2 if law.name == "uniform" else 15
     turns = min(size, _TURNS)
     splits = turns * knots if biased else turns if law.name == "uniform" else 0
@@ -209,14 +200,11 @@ def _integrate(
     valid: Tensor,
     beta: Tensor | None,
     noise_on_q: bool,
-    quick: bool,
 ) -> Tensor:
     if beta is None:
         return 1 - _stays(s_star, s, sigma, law, valid, None)
     if not noise_on_q:
         return 1 - _stays(s_star, s, sigma, law, valid, beta)
-    if quick:
-        return _grid(s_star, s, sigma, law, valid, beta)
     edges = _query_edges(s_star, s, sigma, law, valid, beta)
     f_q, weight = _panels(edges)
     weight = weight * law.density(f_q, sigma[:, None])
@@ -228,28 +216,6 @@ def _integrate(
     shifted = (beta[:, None, :] / f_q[:, :, None]).reshape(-1, n_t)
     stays = _stays(spread(s_star), spread(s), spread(sigma), law, spread(valid), shifted)
     return 1 - (stays.reshape(-1, n_q) * weight).sum(1) / weight.sum(1)
-
-
-def _grid(
-    s_star: Tensor, s: Tensor, sigma: Tensor, law: Law, valid: Tensor, beta: Tensor
-) -> Tensor:
-    """P over a fixed grid of f_q and of those f_* at which some competitor can win."""
-    own = law.knots(sigma)
-    lo, hi = own[:, :1], own[:, -1:]
-    pieces = torch.linspace(0, 1, _GRID_PANELS + 1, dtype=own.dtype, device=own.device)
-    f_q, w_q = _panels(lo + (hi - lo) * pieces, nodes=2)
-    worst = torch.where(beta > 0, beta / hi, beta / lo)  # the f_q that helps t most
-    end = _active_end(s_star, s, valid, own, worst)[:, None]
-    rising = s_star[:, None] > 0
-    first, last = torch.where(rising, lo, end), torch.where(rising, end, hi)
-    f, w = _panels(first + (last - first) * pieces, nodes=2)
-    w_q, w = w_q * law.density(f_q, sigma[:, None]), w * law.density(f, sigma[:, None])
-    threshold = (f * s_star[:, None])[:, None, :, None] + (beta[:, None, :] / f_q[:, :, None])[
-        :, :, None, :
-    ]
-    stays = _not_winning(threshold, s[:, None, None, :], valid[:, None, None, :], sigma, law)
-    wins = 1 - stays.prod(-1)
-    return torch.einsum("rqf,rq,rf->r", wins, w_q, w) / w_q.sum(1)
 
 
 def _query_edges(
@@ -296,11 +262,9 @@ def _stays(
         # Where many competitors act at once their product falls within a fraction of a panel.
         span = 0.5 ** torch.arange(1, _DYADIC + 1, dtype=grid.dtype, device=grid.device)
         active = _active_end(s_star, s, valid, own, beta)
-        far = torch.where(active > own.mean(1), own[:, 0], own[:, -1])
+        far = torch.where(s_star > 0, own[:, 0], own[:, -1])  # where f_* s_* is least
         towards = active[:, None] + (far - active)[:, None] * span
         grid = torch.cat([grid, towards.clamp(own[:, :1], own[:, -1:])], 1).sort(1).values
-        if law.name == "uniform" and n_t > _TURNS // 2:
-            nodes = _FEW_NODES  # so many turns that every panel is short
     elif law.name == "uniform":
         nodes = n_t // 2 + 1  # a product of n_t linear factors: exact
     f, weight = _panels(grid, nodes)

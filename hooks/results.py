@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 By = Literal["head", "layer", "model"]
 CONTENT, SINK = 0, 1
-_FORMAT = "qkvnorm-lens collapse report 2"
+_FORMAT = "qkvnorm-lens collapse report 3"
 _BOOTSTRAPS = 400
 
 
@@ -37,16 +37,18 @@ class ProbeSettings:
     layers: tuple[int, ...]
     draws: int
     seed: int
+    keep: int
 
 
 @dataclass(frozen=True, eq=False)
 class RowTable:
-    """The sparse rows that can collapse at all, with their nearest competitors.
+    """The sparse rows that can collapse within the cutoff, with their competitors there.
 
     ``s_star`` is the q.k part of the attended token's score. The competitors of row i, nearest
-    first, are the entries ``start[i]`` to ``start[i + 1]`` of ``s`` (their q.k parts) and of
-    ``beta`` = b_* - b_t (empty where no layer adds a bias). ``rest`` counts the competitors that
-    are able to win and are not listed.
+    first, are the entries ``start[i]`` to ``start[i + 1]`` of ``s`` (their q.k parts), of ``beta``
+    = b_* - b_t (empty where no layer adds a bias) and of ``a`` (the half-width from which each can
+    win; 2 where only factors above 2 would do); ``rival`` is the first one's position. Below the
+    half-width ``cutoff`` the table is complete, beyond it it lists nobody.
     """
 
     layer: Int[np.ndarray, "row"]
@@ -55,23 +57,18 @@ class RowTable:
     query: Int[np.ndarray, "row"]
     key: Int[np.ndarray, "row"]
     rival: Int[np.ndarray, "row"]
-    half_width: Float[np.ndarray, "row"]
     s_star: Float[np.ndarray, "row"]
-    rest: Int[np.ndarray, "row"]
     start: Int[np.ndarray, "edge"]
     s: Float[np.ndarray, "entry"]
     beta: Float[np.ndarray, "entry_or_none"]
+    a: Float[np.ndarray, "entry"]
+    cutoff: Float[np.ndarray, ""]
 
-    def competitors(
-        self, rows: Int[np.ndarray, "picked"]
-    ) -> tuple[Float[np.ndarray, "picked most"], Float[np.ndarray, "picked most"] | None]:
-        """``s`` and ``beta`` of some rows, side by side, NaN where a row has fewer."""
-        first, count = self.start[rows], np.diff(self.start)[rows]
-        at = np.arange(int(count.max(initial=0)))
-        listed = at < count[:, None]
-        entry = np.where(listed, first[:, None] + at, 0)
-        s = np.where(listed, self.s[entry].astype(float), np.nan)
-        return s, self.beta[entry].astype(float) if len(self.beta) else None
+    @property
+    def half_width(self) -> Float[np.ndarray, "row"]:
+        """Each row's critical half-width, that of its nearest competitor; inf above 1."""
+        nearest = self.a[self.start[:-1]]
+        return np.where(nearest < 1, nearest, np.float32(np.inf))
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -94,12 +91,13 @@ class CollapseReport:
         single_key, ties: rows left out: one visible key; two keys share the maximum.
         padding: padding positions of each prompt, left out.
         rows: sparse rows.
+        able: competitors able to win at all (by factors between 0 and 2), over these rows.
         level: sum over sparse rows of the attended score's q.k part.
         loose, strict, centred: sums over rows of the probability that the arg max moves; that it
             moves to a new maximum that is sparse again; that it moves when each row's mean visible
             q.k part is taken away first (the centred gauge, a control).
         loose_draws, strict_draws, centred_draws: the same per draw, where they were sampled.
-        table: the rows that can collapse.
+        table: the rows that go first.
     """
 
     settings: ProbeSettings
@@ -112,6 +110,7 @@ class CollapseReport:
     ties: Int[np.ndarray, "layer head prompt"] = field(repr=False)
     padding: Int[np.ndarray, "prompt"] = field(repr=False)
     rows: Int[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    able: Int[np.ndarray, "layer head prompt kind"] = field(repr=False)
     level: Float[np.ndarray, "layer head prompt kind"] = field(repr=False)
     loose: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
     strict: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
@@ -209,7 +208,7 @@ class CollapseReport:
     ) -> float | pd.Series | pd.DataFrame:
         """The sigma at which a share ``rate`` of the sparse rows collapses (loose).
 
-        Solved on the exact curve of the kept rows, not on the grid of sigmas.
+        Solved on the exact curve of the table's rows, not on the grid of sigmas.
 
         Args:
             rate: share of the rows, in (0, 1).
@@ -221,8 +220,8 @@ class CollapseReport:
             inf where the law never reaches the rate, NaN where there are no rows.
 
         Raises:
-            ValueError: a rate outside (0, 1), a law without a largest sigma at which it was not
-                reached, or a rate so high that competitors which the report does not keep matter.
+            ValueError: a rate outside (0, 1), or one at which competitors matter that the table
+                had no room for.
         """
         from hooks._thresholds import solve_sigma_at
 
@@ -236,11 +235,20 @@ class CollapseReport:
         }
         if by not in groups:
             raise ValueError(f"by: wanted one of {list(groups)}; got {by!r}")
-        counts = self.rows[..., CONTENT] if content else self.rows.sum(-1)
         of_row, n_groups = groups[by]
-        keep = self.table.key != 0 if content else np.ones(len(self.table), dtype=bool)
+        kinds = (CONTENT,) if content else (CONTENT, SINK)
+
+        def pooled(x: np.ndarray) -> np.ndarray:
+            """Sums per group of rows."""
+            total: np.ndarray = x[..., kinds].sum((-1, -2)).reshape(n_groups, -1).sum(1)
+            return total
+
+        of_kind = np.where(self.table.key == 0, SINK, CONTENT)
+        keep = np.isin(of_kind, kinds)
+        listed = np.zeros(n_groups, dtype=np.int64)
+        np.add.at(listed, of_row[keep], np.diff(self.table.start)[keep])
         sigma = solve_sigma_at(
-            self, rate, of_row, keep, counts.sum(-1).reshape(n_groups, -1).sum(1)
+            self, rate, of_row, keep, pooled(self.rows), pooled(self.able) - listed
         )
         if by == "model":
             return float(sigma[0])
@@ -346,7 +354,9 @@ class CollapseReport:
             "tokens": json.dumps(self.tokens),
             "decoder_tokens": json.dumps(self.decoder_tokens),
         }
-        save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, path, metadata=head)
+        # ascontiguousarray gives a number an axis; take it away again.
+        whole = {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in arrays.items()}
+        save_file(whole, path, metadata=head)
         return path
 
     @classmethod
@@ -379,22 +389,17 @@ class CollapseReport:
         )
 
     def exact_rate(
-        self,
-        sigma: float | Float[np.ndarray, "row"],
-        rows: Int[np.ndarray, "row"],
-        *,
-        with_rest: bool = False,
+        self, sigma: float | Float[np.ndarray, "row"], rows: Int[np.ndarray, "row"]
     ) -> Float[np.ndarray, "row"]:
         """Collapse probability of rows of the table, from the competitors that it lists.
 
-        ``sigma`` is one number or one for each row. A lower bound where
-        competitors were left out; with ``with_rest`` their union bound is
-        added, which makes it an upper bound.
+        ``sigma`` is one number or one for each row. Exact under uniform noise whose half-width
+        sqrt(3) sigma is at most the table's ``cutoff``; else a lower bound.
         """
         from hooks._thresholds import rate_of_rows
 
         each = np.broadcast_to(np.asarray(sigma, dtype=float), rows.shape)
-        return rate_of_rows(self, each, rows, with_rest)
+        return rate_of_rows(self, each, rows)
 
 
 _ARRAYS = tuple(

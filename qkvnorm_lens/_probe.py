@@ -41,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("how it runs")
     where.add_argument("--batch-size", type=int, metavar="N", help="prompts per forward pass")
     where.add_argument(
-        "--competitors",
+        "--keep",
         type=positive,
-        default=128,
+        default=1 << 19,
         metavar="N",
-        help="tokens to remember of each row, for the sigma at which 1%% collapse [128]",
+        help="competitors to remember, for the sigma at which 1%% collapse [524288]",
     )
     where.add_argument("--device", help="cpu, cuda, cuda:1, ... [an accelerator, else cpu]")
     where.add_argument(
@@ -287,7 +287,7 @@ def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> Collap
             draws=args.draws,
             seed=args.seed,
             batch_size=batch_size,
-            competitors=args.competitors,
+            keep=args.keep,
         )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(

@@ -169,7 +169,7 @@ def test_choices_are_the_librarys() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["on", "method", "law", "shared", "sparse", "draws", "seed", "competitors"]
+    "name", ["on", "method", "law", "shared", "sparse", "draws", "seed", "keep"]
 )
 def test_defaults_are_the_librarys(name: str) -> None:
     assert _action(name).default == inspect.signature(hooks.collapse_probe).parameters[name].default
@@ -348,7 +348,7 @@ def test_a_directory_of_ours(run: Run, ours_dir: str, printed: str) -> None:
 def test_every_option_reaches_the_probe(run: Run, seen: dict[str, Any]) -> None:
     argv = ["--method", "sample", "--layers", "0,2-3", "--law", "lognormal", "--shared", "heads"]
     argv += ["--on", "k", "--sparse", "0.9", "--seed", "3", "--draws", "5", "--sigmas", "1%"]
-    rest = ["--batch-size", "2", "--prompts", "9", "--competitors", "7"]
+    rest = ["--batch-size", "2", "--prompts", "9", "--keep", "7"]
     _refused(run("probe", *argv, *rest), "enough")
     assert len(seen.pop("tokens")) == 9
     assert seen == {
@@ -362,7 +362,7 @@ def test_every_option_reaches_the_probe(run: Run, seen: dict[str, Any]) -> None:
         "draws": 5,
         "seed": 3,
         "batch_size": 2,
-        "competitors": 7,
+        "keep": 7,
     }
     run("probe")
     assert len(seen["tokens"]) == 128

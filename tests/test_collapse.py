@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
-from hooks._rows import LayerReducer, Tally
+from hooks._rows import LayerReducer, Workers
+from hooks._tally import Tally
 from hooks.results import CollapseReport, ProbeSettings
 from hooks.sites import LayerSites
 from tests import models, reference
@@ -168,11 +169,11 @@ def test_factors_above_two_count(on: str, method: Any) -> None:
     w = (s + bias).masked_fill(~mask, -torch.inf)
     settings = ProbeSettings(
         sigmas=(sigma,), on=on, law="lognormal", method=method, shared="none", sparse=0.1,
-        layers=(0,), draws=draws, seed=3,
+        layers=(0,), draws=draws, seed=3, keep=999,
     )  # fmt: skip
-    tally = Tally(settings, (sites,), 1, 128)
+    tally = Tally(settings, (sites,), 1)
     noise = NormNoise(sigma=sigma, on=on, law="lognormal", seed=3)
-    LayerReducer(tally, 0, sites, noise, [0]).add(w, w.softmax(-1), s)
+    LayerReducer(tally, 0, sites, noise, [0], Workers()).add(w, w.softmax(-1), s)
     moved = 0
     for draw in range(draws):
         how = {"layer": 0, "n_heads": 4, "prompts": [0], "n_pos": n_pos}
@@ -581,7 +582,8 @@ def test_half_precision_is_near(dtype: torch.dtype) -> None:
         ({"draws": -1}, "draws: wanted an integer >= 0; got -1"),
         ({"draws": 1, "method": "sample"}, "draws: wanted an integer >= 2; got 1"),
         ({"batch_size": 0}, "batch_size: wanted an integer >= 1; got 0"),
-        ({"competitors": 0}, "competitors: wanted an integer >= 1; got 0"),
+        ({"keep": 0}, "keep: wanted an integer >= 1; got 0"),
+        ({"query_block": 0}, "query_block: wanted an integer >= 1; got 0"),
         ({"sparse": 0.0}, r"sparse: wanted a maximum in \(0, 1\]; got 0"),
         ({"sparse": 1.5}, "got 1.5"),
         ({"seed": -1}, "seed: wanted an integer >= 0; got -1"),

@@ -203,11 +203,6 @@ def biased_rows(draw: st.DrawFn, law: str = "uniform", most: int = 6) -> Row:
     return Row("random", s_star, tuple(s), sigma, law, tuple(beta), on)
 
 
-@given(biased_rows())
-def test_quick_rule_is_within_its_bound(row: Row) -> None:
-    assert abs(probability(row, quick=True) - probability(row)) < 1e-4
-
-
 @settings(max_examples=12)
 @given(biased_rows(most=3))
 def test_random_biased_rows_equal_quadrature(row: Row) -> None:

@@ -197,13 +197,40 @@ def test_sigma_at_under_other_laws(llama: Any, law: str, rate: float) -> None:
     assert again["loose"][0] == pytest.approx(rate, abs=1e-5)
 
 
-def test_too_few_competitors_are_reported_not_guessed_over(llama: Any) -> None:
-    whole, few = probe(llama), probe(llama, competitors=1)
+@pytest.mark.parametrize("content", [False, True])
+def test_a_full_table_still_answers_exactly_below_its_cutoff(model: Any, content: bool) -> None:
+    """It lists the nearest of all rows: what it can't answer it refuses, and guesses nothing."""
+    whole = probe(model)
+    assert whole.able.sum() == len(whole.table.a)
+    few = probe(model, keep=len(whole.table.a) // 4)
     assert np.array_equal(whole.loose, few.loose)  # the rates themselves know all competitors
-    sigma = whole.sigma_at(0.2)
-    with pytest.raises(ValueError, match=r"nearest competitors: probe again with more"):
-        few.sigma_at(0.2)
-    assert probe(llama, competitors=64).sigma_at(0.2) == sigma
+    assert 0.9 * len(whole.table.a) / 4 <= len(few.table.a) <= len(whole.table.a) // 4
+    assert few.table.a.max() < few.table.cutoff <= np.sort(whole.table.a)[len(few.table.a)]
+    answered, refused = 0, 0
+    for rate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.2):
+        sigma = whole.sigma_at(rate, content=content)
+        reach = math.sqrt(3) * sigma / few.table.cutoff
+        if reach <= 1:
+            assert few.sigma_at(rate, content=content) == pytest.approx(sigma, rel=1e-6)
+            answered += 1
+        elif reach > 1.3:
+            with pytest.raises(ValueError, match=r"nearest competitors: probe again with more"):
+                few.sigma_at(rate, content=content)
+            refused += 1
+    assert answered
+    assert refused
+
+
+def test_a_table_is_what_is_nearest_whatever_the_order(llama: Any) -> None:
+    """Cut while it grows, or at the end: the competitors below one half-width, and all of them."""
+    whole = probe(llama)
+    for keep in (7, 50, 200):
+        few = probe(llama, keep=keep, batch_size=1)
+        nearest = np.sort(whole.table.a)
+        assert np.array_equal(np.sort(few.table.a), nearest[nearest < few.table.cutoff])
+        again = probe(llama, keep=keep, batch_size=8)
+        for name in vars(few.table):
+            assert np.array_equal(getattr(few.table, name), getattr(again.table, name)), name
 
 
 # -- fragile rows -----------------------------------------------------------------------------
@@ -349,7 +376,7 @@ def test_loading_something_else_is_refused(tmp_path: Path) -> None:
         CollapseReport.load(junk)
     other = tmp_path / "other"
     save_file({"x": np.zeros(2)}, other)
-    with pytest.raises(ValueError, match="wanted the format 'qkvnorm-lens collapse report 2'"):
+    with pytest.raises(ValueError, match="wanted the format 'qkvnorm-lens collapse report 3'"):
         CollapseReport.load(other)
     with pytest.raises(FileNotFoundError):
         CollapseReport.load(tmp_path / "absent")

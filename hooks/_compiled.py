@@ -1,0 +1,56 @@
+"""The one way functions are compiled here: for the CPU, without the GIL, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+from numba import njit
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# Sums may be reordered and multiplied-and-added at once; infinities and NaNs keep their meaning.
+_ALLOWED = {"contract", "reassoc", "nsz", "arcp"}
+
+
+def _cache_folder() -> str:
+    """A folder for exactly these sources.
+
+    Numba looks at a function's own file alone when it asks whether its machine code is stale; ours
+    call each other across files.
+    """
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in ("_compiled", "_integrals", "_scan", "_scanner"):
+        digest.update((here / f"{name}.py").read_bytes())
+    return str(here / "__pycache__" / f"compiled-{digest.hexdigest()[:16]}")
+
+
+_FOLDER = _cache_folder()
+
+
+def _compile(function: _F, allowed: set[str]) -> _F:
+    plain = inspect.unwrap(function)  # the tests' shape checks wrap every function
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = _FOLDER  # where it can't be written, numba takes the user's own
+    try:
+        decorate = njit(cache=True, nogil=True, error_model="numpy", fastmath=allowed)
+        made: Any = decorate(plain)
+    finally:
+        config.CACHE_DIR = before
+    return cast(_F, made)
+
+
+def compiled(function: _F) -> _F:
+    """Compile at the first call; later processes load the machine code from the cache."""
+    return _compile(function, _ALLOWED)
+
+
+def compiled_without_nan(function: _F) -> _F:
+    """The same for loops over numbers that are no NaN: only then do their maxima vectorise."""
+    return _compile(function, {*_ALLOWED, "nnan"})
