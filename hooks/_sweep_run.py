@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,8 +61,9 @@ class Runner:
         self.model = model
         self.factors = RowFactors(noise, layers, grid)
         self.device = input_device(model)
-        self.block = _first_block(model, layers)
-        self.early = _bare(model, "unembed") and _UNEMBED in model.hook_dict
+        points = model.hook_dict  # made anew at each look
+        self.block = _first_block(points, layers)
+        self.early = _UNEMBED in points and _bare(points, "unembed")
         self._options = _without_cache(model)
         self._entries = noise._hooks(model, self.factors)
         if noise.rows != "all":
@@ -199,13 +200,13 @@ class Runner:
             self._spreading = False
 
 
-def _first_block(model: HookedModel, layers: Sequence[LayerSites]) -> str:
+def _first_block(points: Mapping[str, Any], layers: Sequence[LayerSites]) -> str:
     """Hook at the input of the first noised block, where clean blocks lie before it."""
     block = layers[0].prefix.rpartition(".")[0]
     name = f"{block}.hook_resid_pre"
-    if not block.startswith("blocks.") or block == "blocks.0" or name not in model.hook_dict:
+    if not block.startswith("blocks.") or block == "blocks.0" or name not in points:
         return ""
-    return name if _bare(model, "") else ""  # hooks of the user's see whole passes
+    return name if _bare(points, "") else ""  # hooks of the user's see whole passes
 
 
 def _without_cache(model: HookedModel) -> dict[str, Any]:
@@ -216,12 +217,10 @@ def _without_cache(model: HookedModel) -> dict[str, Any]:
     return {"use_cache": False}
 
 
-def _bare(model: HookedModel, prefix: str) -> bool:
+def _bare(points: Mapping[str, Any], prefix: str) -> bool:
     """Whether nobody else's hooks are on these points."""
-    points = model.hook_dict.items()
-    return not any(
-        getattr(point, "fwd_hooks", ()) for name, point in points if name.startswith(prefix)
-    )
+    mine = (point for name, point in points.items() if name.startswith(prefix))
+    return not any(getattr(point, "fwd_hooks", ()) for point in mine)
 
 
 def has_next_token(model: HookedModel, example: ModelInput) -> bool:

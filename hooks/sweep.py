@@ -88,13 +88,9 @@ def sweep(
             have, an unknown layer, site, law or option; and as :func:`hooks.collapse_probe`.
     """
     values = _sigmas(sigmas, law)
-    for name, value, least in (
-        ("replicates", replicates, 1),
-        ("batch_size", batch_size, 1),
-        ("first_prompt", first_prompt, 0),
-    ):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
+    _check_numbers(
+        replicates=(replicates, 1), batch_size=(batch_size, 1), first_prompt=(first_prompt, 0)
+    )
     chosen_layers = None if layers is None else tuple(sorted(check_layers(layers)))
     noise = NormNoise(
         sigma=values[-1],
@@ -142,18 +138,30 @@ def sweep(
             for part in passes(prompts, grid, batch_size, alone=alone):
                 tally.run(runner, part, first_prompt, alone)
                 bar.update(len(part.prompts) * len(part.conditions))
-    settings = SweepSettings(
-        sigmas=values,
-        replicates=replicates,
-        on="".join(noise.roles),
-        law=law,
-        shared=shared,
-        at=at,
-        rows=rows,
-        layers=tuple(s.layer for s in chosen),
-        seed=seed,
-    )
+    settings = _settings(noise, grid, tuple(s.layer for s in chosen))
     return tally.report(settings, _facts(model, sites, chosen), first_prompt)
+
+
+def _check_numbers(**given: tuple[Any, int]) -> None:
+    """Each a value and its least one."""
+    for name, (value, least) in given.items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or value < least:
+            raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
+
+
+def _settings(noise: NormNoise, grid: Grid, layers: tuple[int, ...]) -> SweepSettings:
+    return SweepSettings(
+        sigmas=grid.sigmas,
+        replicates=grid.replicates,
+        on="".join(noise.roles),
+        law=noise.law,
+        shared=noise.shared,
+        at=noise.at,
+        rows=noise.rows,
+        layers=layers,
+        seed=noise.seed,
+    )
 
 
 def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
