@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,25 +25,47 @@ from hooks.noise import NormNoise
 from hooks.sites import LayerSites
 
 _PARTS_PER_THREAD = 2
+_WAITING = 2  # layers that may lie copied and not yet reduced
 _ROWS, _ENTRIES = 1 << 13, 1 << 15  # of one part's piece of the table
 
 
 class Workers:
-    """Threads over the matrices of a layer: the compiled loop holds no lock."""
+    """Threads over the matrices of a layer: the compiled loop holds no lock.
+
+    What comes from an accelerator is copied while the model goes on, and reduced behind its back,
+    layer after layer: the model's thread waits for no copy.
+    """
 
     def __init__(self) -> None:
         self.count = max(1, torch.get_num_threads())
         self._pool: ThreadPoolExecutor | None = None
+        self._behind: ThreadPoolExecutor | None = None
+        self._waiting: deque[Future[None]] = deque()
 
     @contextmanager
     def open(self) -> Iterator[Workers]:
-        """Threads for the time of a probe."""
-        with ThreadPoolExecutor(self.count) as pool:
-            self._pool = pool
+        """Threads for the time of a probe; at its end all work is done."""
+        with ThreadPoolExecutor(self.count) as pool, ThreadPoolExecutor(1) as behind:
+            self._pool, self._behind = pool, behind
             try:
                 yield self
+                self.finish()
             finally:
-                self._pool = None
+                for job in self._waiting:
+                    job.cancel()
+                self._pool, self._behind = None, None
+
+    def later(self, job: Callable[[], None]) -> None:
+        """Do it behind the model's back, the jobs in their order; few wait at a time."""
+        assert self._behind is not None
+        self._waiting.append(self._behind.submit(job))
+        while len(self._waiting) > _WAITING:  # bounds the memory of what was copied
+            self._waiting.popleft().result()
+
+    def finish(self) -> None:
+        """Wait for what is under way; raises what a job raised."""
+        while self._waiting:
+            self._waiting.popleft().result()
 
     def each(self, work: Callable[[int, int], None], n: int) -> None:
         """Call ``work(first, end)`` on parts of ``range(n)``; raises what a part raised."""
@@ -97,23 +120,38 @@ class LayerReducer:
             n_query, n_key: queries and keys of the layer, all blocks together (default: these).
             eps: rounding of the dtype that the scores were made in (default: theirs).
         """
-        batch, n_heads, queries, keys = scores.shape
-        draws = self._drawn(n_query or queries, n_key or keys)
+        given = [x.detach() for x in (scores, pattern, s) if x is not None]
+        eps = torch.finfo(scores.dtype).eps if eps is None else eps
+        has = (pattern is not None, s is not None)
+        rows = (first_query, n_query or scores.shape[2], n_key or scores.shape[3])
+        if scores.device.type == "cpu":
+            self._reduce(given, has, rows, eps)
+            return
+        arrive = _copies_to_the_cpu(given)
+        self.workers.later(lambda: self._reduce(arrive(), has, rows, eps))
+
+    def _reduce(
+        self, given: list[Tensor], has: tuple[bool, bool], rows: tuple[int, int, int], eps: float
+    ) -> None:
+        """Count rows that lie in the CPU's memory: scores, and the pattern and s where given."""
+        (has_pattern, has_s), (first_query, n_query, n_key) = has, rows
+        batch, n_heads, queries, _ = given[0].shape
+        draws = self._drawn(n_query, n_key)
         if self.settings.draws:  # this block's own queries
             draws = draws._replace(
                 q=np.ascontiguousarray(draws.q[..., first_query : first_query + queries])
             )
-        given = [x.detach().flatten(0, 1) for x in (scores, pattern, s) if x is not None]
-        rule = self._rule(first_query, torch.finfo(scores.dtype).eps if eps is None else eps)
+        flat = [x.flatten(0, 1) for x in given]
+        rule = self._rule(first_query, eps)
         sums = self._sums(batch * n_heads)
 
         def work(first: int, end: int) -> None:
-            arrays = [_array(x[first:end]) for x in given]
+            arrays = [_array(x[first:end]) for x in flat]
             empty = np.zeros((0, 0, 0), arrays[0].dtype)
             layer = _scanner.Layer(
                 arrays[0],
-                empty if pattern is None else arrays[1],
-                empty if s is None else arrays[-1],
+                arrays[1] if has_pattern else empty,
+                arrays[-1] if has_s else empty,
             )
             self._scan_part(rule, layer, draws, sums, first, end)
 
@@ -230,6 +268,25 @@ class LayerReducer:
                 )
                 out[draw, i] = u.T
         return law.base(torch.from_numpy(out)).numpy()
+
+
+def _copies_to_the_cpu(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Start copying; the function that is returned waits until the copies are there."""
+    if tensors[0].device.type != "cuda":
+        here = [x.cpu() for x in tensors]
+        return lambda: here
+    copies = []
+    for x in tensors:
+        copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        copies.append(copy.copy_(x, non_blocking=True))
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensors[0].device))
+
+    def arrive() -> list[Tensor]:
+        copied.synchronize()
+        return copies
+
+    return arrive
 
 
 def _room(n_rows: int, n_entries: int, biased: bool) -> _scanner.Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,13 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
+from hooks import NormNoise, UnsupportedModelError, _rows, attention_sites, collapse_probe
 from hooks._rows import LayerReducer, Workers
 from hooks._tally import Tally
 from hooks.results import CollapseReport, ProbeSettings
 from hooks.sites import LayerSites
+from qkvnorm_lens.config import ARCHITECTURE as OURS
 from tests import models, reference
 from tests.agreement import compare
+from tests.support import builders
 from tests.watching import (
     Found,
     attn,
@@ -846,3 +849,106 @@ def test_an_effect_that_drowns_is_no_pass() -> None:
 def test_scores_too_small_for_the_pattern_show_the_noise_themselves() -> None:
     sites = attention_sites(models.tiny_llama(qk_scale=1e-12))
     assert sites.check["check"].str.startswith("scores under").any()
+
+
+def test_work_behind_the_models_back_counts_the_same(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator: every layer is copied and reduced while the model goes on."""
+    plain = probe(model, draws=3)
+    started: list[int] = []
+
+    def copies(tensors: list[Tensor]) -> Any:
+        started.append(len(tensors))
+        held = [x.clone() for x in tensors]
+        return lambda: held
+
+    def add(self: _rows.LayerReducer, scores: Tensor, pattern: Any, s: Any) -> None:
+        given = [x for x in (scores, pattern, s) if x is not None]
+        arrive = copies(given)
+        scores.zero_()  # what the model does with its own is no matter
+        has = (pattern is not None, s is not None)
+        eps = torch.finfo(scores.dtype).eps
+        rows = (0, scores.shape[2], scores.shape[3])
+        self.workers.later(lambda: self._reduce(arrive(), has, rows, eps))
+
+    monkeypatch.setattr(_rows.LayerReducer, "add", add)
+    later = probe(model, draws=3)
+    assert len(started) == len(later.settings.layers)
+    for name in ("rows", "loose", "strict", "centred", "able", "strict_draws"):
+        assert np.array_equal(getattr(plain, name), getattr(later, name)), name
+
+
+def test_an_error_behind_the_models_back_is_raised(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: _rows.LayerReducer, *given: Any) -> None:
+        raise ZeroDivisionError("while it was reduced")
+
+    monkeypatch.setattr(
+        _rows.LayerReducer, "add", lambda self, *given: self.workers.later(lambda: broken(self))
+    )
+    with pytest.raises(ZeroDivisionError, match="while it was reduced"):
+        probe(llama)
+
+
+@pytest.mark.parametrize("block", [1, 5, 24, None])
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [("OPTForCausalLM", None), ("T5ForConditionalGeneration", None), (OURS, "gqa")],
+)
+def test_blocks_of_queries_change_nothing(name: str, heads: str | None, block: int | None) -> None:
+    """Fused attention, its scores made for some queries at a time: a mask, a bias, is_causal."""
+    built = builders.build(name, heads, attn="sdpa")
+    tokens = models.tokens(vocab=int(built.model.cfg.d_vocab))
+    # A tiny model's attention is flat: what counts as sparse here is little.
+    how: dict[str, Any] = {"sparse": 0.3}
+    if name.startswith("T5"):
+        how["decoder_tokens"] = tokens.flip(1)
+    whole = probe(built.model, tokens, query_block=10**6, **how)
+    assert whole.n_sparse > 20
+    parts = probe(built.model, tokens, query_block=block, **how)
+    for report_name in ("examined", "rows", "strict"):
+        assert np.array_equal(getattr(whole, report_name), getattr(parts, report_name))
+    for report_name in ("loose", "centred", "level"):
+        got, wanted = getattr(parts, report_name), getattr(whole, report_name)
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+    if "decoder_tokens" not in how:  # with a bias the last to be able are so up to rounding
+        assert np.array_equal(whole.able, parts.able)
+        np.testing.assert_allclose(parts.table.a, whole.table.a, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_probe_runs_under_inference_mode(dtype: torch.dtype) -> None:
+    built = models.tiny_gpt2().to(dtype)
+    plain = probe(built)
+    with torch.inference_mode():
+        again = probe(built)
+    assert plain.n_sparse > 50
+    for name in ("rows", "loose", "strict"):
+        assert np.array_equal(getattr(plain, name), getattr(again, name)), name
+
+
+def test_the_table_is_bounded_and_the_rates_are_not_touched(llama: Any) -> None:
+    """Room for the table is what a report may cost, however many layers and sigmas there are."""
+    whole, small = probe(llama), probe(llama, keep=20)
+    assert len(small.table.a) <= 20 < len(whole.table.a)
+    for name in ("rows", "able", "loose", "centred", "strict"):
+        assert np.array_equal(getattr(whole, name), getattr(small, name)), name
+    rows = ["label", "prompt", "query_pos", "key_pos", "jump_pos", "half_width"]
+    n = min(5, len(small.table))
+    assert small.fragile(n)[rows].equals(whole.fragile(n)[rows])
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_probed_as_it_is() -> None:
+    built = models.tiny_gpt2()
+    plain = probe(built)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo tells of every hook at which it breaks the graph
+        compiled = torch.compile(built)
+        with torch.no_grad():
+            compiled(ids)
+        again = probe(compiled)
+    assert np.array_equal(plain.rows, again.rows)
+    np.testing.assert_allclose(again.loose, plain.loose, atol=1e-5)

@@ -132,10 +132,12 @@ def scaled_by(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
 
 def tapped_by(**wrong: Any) -> Callable[[Patch], None]:
     """A fused attention that is taken apart without one of its arguments."""
-    original = _tap._of_fused
-    return lambda patch: patch.setattr(
-        _tap, "_of_fused", lambda *args, **kwargs: original(*args[:3], **(kwargs | wrong))
-    )
+    original = _tap.Fused.scores
+
+    def scores(self: _tap.Fused, *args: Any, **kwargs: Any) -> Tensor:
+        return original(replace(self, **wrong), *args, **kwargs)
+
+    return lambda patch: patch.setattr(_tap.Fused, "scores", scores)
 
 
 # -- the mistakes -----------------------------------------------------------------------------
@@ -234,7 +236,10 @@ def mix_batch_and_heads(patch: Patch) -> None:
             return x.transpose(0, 1).reshape(x.shape)
 
         taken = take(self, batch)
-        return taken and replace(taken, scores=turn(taken.scores), pattern=turn(taken.pattern))
+        if taken is None:
+            return None
+        made = (turn(taken.scores), turn(taken.pattern))
+        return replace(taken, made=made, fused=None)
 
     patch.setattr(_tap.AttentionTap, "take", mixed)
 
