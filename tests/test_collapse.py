@@ -941,7 +941,7 @@ def test_the_table_is_bounded_and_the_rates_are_not_touched(llama: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_probed_as_it_is() -> None:
+def test_a_compiled_model_is_probed_as_it_is(unchecked: None) -> None:
     built = models.tiny_gpt2()
     plain = probe(built)
     with warnings.catch_warnings():
