@@ -196,20 +196,36 @@ def _sharp_kinks(
 
 
 @compiled
-def _trapezoid(A: Array, g: Array, d: Array, n: int, width: float, h: Array) -> float:
+def _cut(g: Array, d: Array, n: int, width: float) -> tuple[int, float, float]:
+    """Where H is as good as zero: competitors and width up to there, and how deep H is then.
+
+    log H <= -depth(y) = -sum_t g_t (y - d_t) over those with d_t < y.
+    """
+    depth, steep = 0.0, 0.0
+    for t in range(n):
+        if t > 0:
+            depth += steep * (min(d[t], width) - d[t - 1])
+        if depth >= _DEEP or d[t] >= width:
+            return t, min(d[t], width) - max(0.0, depth - _DEEP) / steep, min(depth, _DEEP)
+        steep += g[t]
+    depth += steep * (width - d[n - 1])
+    return n, width - max(0.0, depth - _DEEP) / steep, min(depth, _DEEP)
+
+
+@compiled
+def _inside(A: Array, g: Array, d: Array, n: int, width: float, grid: Array) -> float:
+    """Integral of H over 0 < y < width; d ascends."""
+    n, width, depth = _cut(g, d, n, width)
+    if width <= 0.0:
+        return 0.0  # H is as good as zero from the start
+    if n <= FEW:
+        return _panels(A, g, d, n, width)
+    return _trapezoid(A, g, d, n, width, depth, grid)
+
+
+@compiled
+def _trapezoid(A: Array, g: Array, d: Array, n: int, width: float, depth: float, h: Array) -> float:
     """Integral of H over 0 < y < width by one grid; h holds its values."""
-    for _ in range(2):  # log H <= -sum g (y - d): Newton's steps end where that is -_DEEP or less
-        depth, slope = 0.0, 0.0
-        for t in range(n):
-            depth += g[t] * (width - d[t])
-            slope += g[t]
-        if depth <= _DEEP + 1:
-            break
-        width -= (depth - _DEEP) / slope
-        if width <= 0.0:
-            return 0.0  # H is as good as zero from the start
-        while d[n - 1] >= width:
-            n -= 1
     # The less H falls, the fewer points it takes.
     extra = int((GRID - _COARSE) / _BLOCK * min(1.0, depth / _DEEP) + 0.999)
     points = _COARSE + _BLOCK * extra
@@ -252,23 +268,25 @@ def uniform_plain(
     half = a * abs(s_star)
     low = s_star - half
     up = 1 + a if s_star > 0 else 1 - a
-    count = 0
-    while count < n and s[count] * up > low and (s[count] > 0) == (s_star > 0):
-        count += 1
-    if count == 0 or s_star == 0.0:
+    if n == 0 or s_star == 0.0 or s[0] * up <= low or (s[0] > 0) != (s_star > 0):
         return 0.0
     top = s[0] * up
     A, g, d = work[0], work[1], work[2]
     slope = 0.5 / a if s_star > 0 else -0.5 / a
-    for t in range(count):
-        g[t] = slope * inverse[t]
-        d[t] = top - s[t] * up
-        A[t] = 1 + g[t] * d[t]
-    width = top - low
-    inside = (
-        _panels(A, g, d, count, width) if count <= FEW else _trapezoid(A, g, d, count, width, grid)
-    )
-    return max(0.0, float(width - inside) / (2 * half))
+    # As in `_cut`, so that competitors beyond it are not even looked at.
+    depth, steep, count = 0.0, 0.0, 0
+    while count < n and s[count] * up > low and (s[count] > 0) == (s_star > 0):
+        d[count] = top - s[count] * up
+        if count > 0:
+            depth += steep * (d[count] - d[count - 1])
+            if depth > _DEEP:
+                break
+        g[count] = slope * inverse[count]
+        A[count] = 1 + g[count] * d[count]
+        steep += g[count]
+        count += 1
+    inside = _inside(A, g, d, count, d[count] if depth > _DEEP else top - low, grid)
+    return max(0.0, float(top - low - inside) / (2 * half))
 
 
 @compiled
@@ -322,9 +340,7 @@ def _uniform_shifted(
             kept += 1
     width = top - begin
     _sort_together(d, A, g, kept)
-    inside = (
-        _panels(A, g, d, kept, width) if kept <= FEW else _trapezoid(A, g, d, kept, width, grid)
-    )
+    inside = _inside(A, g, d, kept, width, grid) if kept else width
     return max(0.0, (top - low - inside) / (2 * half))
 
 

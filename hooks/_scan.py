@@ -46,6 +46,22 @@ def at_least_two(row: Floats) -> int:
 
 
 @compiled
+def holds_sparse(weights: Floats, sparse: float) -> bool:
+    """Whether one of a row's attention weights is at least ``sparse``.
+
+    They sum to one at most: where smaller ones already take more than it leaves, none can be.
+    """
+    room = 1.01 - sparse  # 0.01 more than it leaves, for rounding
+    for x in weights:
+        if x >= sparse:
+            return True
+        room -= x
+        if room < 0:
+            return False
+    return False
+
+
+@compiled
 def is_sparse(row: Floats, top: float, sparse: float) -> bool:
     """Whether the softmax of these scores has a maximum >= sparse; stops where it can't."""
     room = 1 / sparse - 1

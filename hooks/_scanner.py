@@ -24,6 +24,7 @@ from hooks._scan import (
     exact_plain,
     first_sigma,
     half_width,
+    holds_sparse,
     is_sparse,
     largest,
     last_seen,
@@ -148,10 +149,8 @@ def scan(
             return at
         m, q = at // n_query, at % n_query
         row = layer.scores[m, q]
-        # Under a causal mask, what comes after the query's own key need not be looked at again.
-        row = row[: last_seen(row, n_key - n_query + q + 1)]
         if layer.pattern.size:
-            sparse = largest(layer.pattern[m, q, : len(row)]) >= rule.sparse
+            sparse = holds_sparse(layer.pattern[m, q], rule.sparse)
         else:
             sparse = is_sparse(row, largest(row), rule.sparse)
         seen = at_least_two(row)
@@ -161,6 +160,8 @@ def scan(
         sums.counts[EXAMINED, m] += 1
         if not sparse:
             continue
+        # Under a causal mask, what comes after the query's own key need not be looked at again.
+        row = row[: last_seen(row, n_key - n_query + q + 1)]
         if layer.qk.size or rule.soft_cap > 0:
             _unpacked_row(rule, layer, draws, sums, table, use, m, q, reach)
         else:
