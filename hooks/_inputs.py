@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,11 +35,11 @@ class ModelInput:
         """Number of prompts."""
         return int(self.first.shape[0])
 
-    def run(self, model: HookedModel) -> None:
-        """One forward pass."""
+    def run(self, model: HookedModel, **options: Any) -> None:
+        """One forward pass; ``options`` are arguments that the inputs may already hold."""
         device = input_device(model)
         named = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.named.items()}
-        model(self.first.to(device), **named)
+        model(self.first.to(device), **{**options, **named})
 
     def rows(self, index: Sequence[int]) -> ModelInput:
         """Some of the prompts, in this order; a prompt may be asked for several times."""
@@ -116,6 +117,14 @@ def _signal(model: HookedModel, generator: torch.Generator) -> Tensor | None:
         frame = int(torch.tensor(list(strides)).prod())
         return torch.randn(1, 20 * frame, generator=generator)
     return None
+
+
+def without_cache(model: HookedModel) -> dict[str, Any]:
+    """What keeps a model from copying every key and value to a cache that nobody reads."""
+    forward = getattr(getattr(model, "original_model", None), "forward", None)
+    if not callable(forward) or "use_cache" not in inspect.signature(forward).parameters:
+        return {}
+    return {"use_cache": False}
 
 
 def input_device(model: HookedModel) -> torch.device:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from hooks.laws import get_law
 from hooks.noise import NormNoise
 from hooks.sites import LayerSites
 
-_PARTS_PER_THREAD = 2
 _WAITING = 2  # layers that may lie copied and not yet reduced
 _ROWS, _ENTRIES = 1 << 13, 1 << 15  # of one part's piece of the table
 
@@ -45,7 +45,8 @@ class Workers:
     @contextmanager
     def open(self) -> Iterator[Workers]:
         """Threads for the time of a probe; at its end all work is done."""
-        with ThreadPoolExecutor(self.count) as pool, ThreadPoolExecutor(1) as behind:
+        others = ThreadPoolExecutor(max(1, self.count - 1))
+        with others as pool, ThreadPoolExecutor(1) as behind:
             self._pool, self._behind = pool, behind
             try:
                 yield self
@@ -69,13 +70,15 @@ class Workers:
 
     def each(self, work: Callable[[int, int], None], n: int) -> None:
         """Call ``work(first, end)`` on parts of ``range(n)``; raises what a part raised."""
-        parts = min(n, self.count * _PARTS_PER_THREAD)
+        parts = min(n, self.count)
         edges = [n * i // parts for i in range(parts + 1)]
         if self._pool is None or parts == 1:
             work(0, n)
             return
-        for _ in self._pool.map(work, edges[:-1], edges[1:]):
-            pass
+        jobs = [self._pool.submit(work, *edge) for edge in pairwise(edges[1:])]
+        work(edges[0], edges[1])  # this thread takes its share
+        for job in jobs:
+            job.result()
 
 
 class LayerReducer:

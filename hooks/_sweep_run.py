@@ -9,7 +9,6 @@ on the model first, and left alone where they do not give what whole passes give
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hooks import _state
-from hooks._inputs import ModelInput, input_device
+from hooks._inputs import ModelInput, input_device, without_cache
 from hooks._prompts import Prompts
 from hooks._sweep_factors import Grid, RowFactors
 from hooks.errors import UnsupportedModelError
@@ -64,7 +63,7 @@ class Runner:
         points = model.hook_dict  # made anew at each look
         self.block = _first_block(points, layers)
         self.early = _UNEMBED in points and _bare(points, "unembed")
-        self._options = _without_cache(model)
+        self._options = without_cache(model)
         self._entries = noise._hooks(model, self.factors)
         if noise.rows != "all":
             self._entries = [(name, self._keeping_clean(fn)) for name, fn in self._entries]
@@ -207,14 +206,6 @@ def _first_block(points: Mapping[str, Any], layers: Sequence[LayerSites]) -> str
     if not block.startswith("blocks.") or block == "blocks.0" or name not in points:
         return ""
     return name if _bare(points, "") else ""  # hooks of the user's see whole passes
-
-
-def _without_cache(model: HookedModel) -> dict[str, Any]:
-    """What keeps a model from copying every key and value to a cache that nobody reads."""
-    forward = getattr(getattr(model, "original_model", None), "forward", None)
-    if not callable(forward) or "use_cache" not in inspect.signature(forward).parameters:
-        return {}
-    return {"use_cache": False}
 
 
 def _bare(points: Mapping[str, Any], prefix: str) -> bool:

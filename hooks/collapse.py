@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
-from hooks._inputs import input_device
+from hooks._inputs import input_device, without_cache
 from hooks._prompts import encode
 from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused
@@ -153,6 +153,7 @@ def collapse_probe(
     )
     tally = Tally(settings, chosen, len(prompts), first_prompt)
     batches = prompts.batches(batch_size)
+    options = without_cache(model)
     with (
         _state.evaluating(model),
         Workers().open() as workers,
@@ -171,7 +172,7 @@ def collapse_probe(
                 watch.tap or contextlib.nullcontext(),
                 model.hooks(fwd_hooks=watch.hooks()),
             ):
-                given.run(model)
+                given.run(model, **options)
             bar.update(len(indices))
     return tally.report(model=_facts(model, sites, chosen), prompts=prompts)
 
