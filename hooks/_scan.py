@@ -34,6 +34,16 @@ def largest(row: Floats) -> float:
 
 
 @compiled
+def first_of_largest(row: Floats) -> int:
+    """argmax_t row_t; 0 where nothing is a number."""
+    best = 0
+    for k in range(len(row)):
+        if row[k] > row[best]:
+            best = k
+    return best
+
+
+@compiled
 def at_least_two(row: Floats) -> int:
     """How many keys are visible, counted up to two."""
     count = 0
@@ -70,7 +80,7 @@ def is_sparse(row: Floats, top: float, sparse: float) -> bool:
             room -= math.exp(x - top)
             if room < -1:  # the maximum itself counts one
                 return False
-    return True
+    return -1 <= room < 1 / sparse - 1  # false where nothing is a number
 
 
 @compiled
@@ -345,3 +355,49 @@ def sparse_again(
             if room < 0:
                 return False
     return True
+
+
+UNDECIDED, NOT_SPARSE, SPARSE = -1, 0, 1
+
+
+@compiled
+def sparse_by_nearest(
+    s_star: float,
+    s: Array,
+    place: Ints,
+    n: int,
+    sigma: float,
+    f_q: float,
+    own: float,
+    base: Array,
+    sparse: float,
+) -> int:
+    """:func:`sparse_again` from the competitors alone, where all other keys are out of reach.
+
+    Without a bias, under uniform noise; competitors descend, and no other key lies above them. A
+    key more than exp(45) below the maximum, at its longest, adds nothing to the sum.
+    """
+    a = math.sqrt(3.0) * sigma
+    top, second = (1 + a * own) * s_star, -math.inf
+    count, reached = 0, True
+    while count < n:
+        reached = f_q * (top - max(0.0, (1 + a) * s[count])) < 45
+        if not reached:
+            break
+        x = (1 + a * base[place[count]]) * s[count]
+        if x > top:
+            top, second = x, top
+        elif x > second:
+            second = x
+        count += 1
+    if n == 0 or (reached and f_q * (top - max(0.0, (1 + a) * s[n - 1])) < 45):
+        return UNDECIDED
+    room = 1 / sparse - 1
+    if math.exp(f_q * (second - top)) > room:
+        return NOT_SPARSE
+    room -= math.exp(f_q * ((1 + a * own) * s_star - top)) - 1  # the maximum itself is in the sum
+    for t in range(count):
+        room -= math.exp(f_q * ((1 + a * base[place[t]]) * s[t] - top))
+        if room < 0:
+            return NOT_SPARSE
+    return SPARSE

@@ -16,12 +16,14 @@ from hooks._scan import (
     SINGLE,
     TIE,
     TIES,
+    UNDECIDED,
     at_least_two,
     collect_plain,
     count_above,
     drawn_factor,
     exact_biased,
     exact_plain,
+    first_of_largest,
     first_sigma,
     half_width,
     holds_sparse,
@@ -32,6 +34,7 @@ from hooks._scan import (
     moves,
     sort_descending,
     sparse_again,
+    sparse_by_nearest,
     tied,
     visible_sum,
 )
@@ -182,9 +185,7 @@ def _plain_row(
     reach: float,
 ) -> None:
     """A row whose scores are its q.k parts: nothing is copied but competitors."""
-    top, star = largest(row), 0
-    while row[star] != top:
-        star += 1
+    top, star = largest(row), first_of_largest(row)
     if (not rule.on_k or top == 0) and tied(row, star, rule.eps):
         sums.counts[TIES, m] += 1
         return
@@ -402,6 +403,7 @@ def _draw(
     matrix, kind = m + rule.first_matrix, 1 if star == 0 else 0
     head, batch = matrix % rule.n_heads, matrix // rule.n_heads
     simple = rule.law != LOGNORMAL and not unpacked and rule.on_k
+    near = simple and rule.law == UNIFORM and s_star > 0 and rule.sink[head] == -math.inf
     ready = unpacked
     for d in range(draws.k.shape[0]):
         base = draws.k[d, batch, rule.kv_head[head]]
@@ -433,6 +435,13 @@ def _draw(
                 out[i, d, m, kind] += 1
             if gauge:
                 continue
+            if near:
+                verdict = sparse_by_nearest(
+                    s_star, use.near, use.place, count, sigma, f_q, own, base, rule.sparse
+                )
+                if verdict != UNDECIDED:
+                    sums.strict_draws[i, d, m, kind] += verdict
+                    continue
             if not ready:
                 n_visible = _visible(row, use)
                 ready = True

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooks import _integrals, collapse_probability, critical_half_width
-from hooks._scan import first_sigma, half_width, is_sparse, sort_descending
+from hooks._scan import (
+    UNDECIDED,
+    first_of_largest,
+    first_sigma,
+    half_width,
+    holds_sparse,
+    is_sparse,
+    sort_descending,
+    sparse_by_nearest,
+)
 from hooks.laws import LAWS, get_law
 from tests import reference
 from tests.test_probability import ROWS, Row, biased_rows, probability
@@ -162,8 +171,10 @@ def test_half_widths_are_those_of_the_simple_implementation(
 def test_a_row_is_sparse_where_its_softmax_is(x: list[float], masked: int, sparse: float) -> None:
     row = np.asarray([*x, *[np.finfo(np.float32).min] * masked], np.float32)
     top = float(torch.softmax(torch.from_numpy(row).double(), -1).max())
-    if abs(top - sparse) > 1e-9:
+    if abs(top - sparse) > 1e-6:
         assert is_sparse(row, float(max(x)), sparse) == (top >= sparse)
+        weights = torch.softmax(torch.from_numpy(row), -1).numpy()
+        assert holds_sparse(weights, sparse) == (top >= sparse)
 
 
 @given(x=st.lists(st.floats(-9, 9) | st.just(1.0), min_size=0, max_size=90))
@@ -208,3 +219,34 @@ def test_a_row_of_one_million_competitors() -> None:
         torch.tensor([20.0]), torch.full((1, 1), 19.0), torch.tensor([0.3]), get_law("uniform")
     )
     assert float(few) < p <= 1
+
+
+@given(
+    s_star=st.floats(1, 90),
+    gaps=st.lists(st.floats(0, 120), min_size=1, max_size=30),
+    sigma=st.floats(0.01, 0.57),
+    f_q=st.floats(0.05, 1.95),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=300)
+def test_the_nearest_decide_as_all_keys_do(
+    s_star: float, gaps: list[float], sigma: float, f_q: float, seed: int
+) -> None:
+    """The short way to the strict rate gives the softmax's answer, or none."""
+    s = s_star - np.sort(gaps)
+    base = np.random.default_rng(seed).uniform(-1, 1, len(s) + 1)
+    near = int((s > -0.3 * s_star).sum())  # the others lie below them, and are not told of
+    verdict = sparse_by_nearest(
+        s_star, s, np.arange(1, len(s) + 1), near, sigma, f_q, base[0], base, 0.95
+    )
+    w = f_q * (1 + math.sqrt(3) * sigma * base) * np.r_[s_star, s]
+    top = float(torch.softmax(torch.from_numpy(w), -1).max())
+    if verdict != UNDECIDED and abs(top - 0.95) > 1e-9:
+        assert verdict == (top >= 0.95)
+
+
+def test_what_is_no_number_is_neither_sparse_nor_endless() -> None:
+    row = np.full(9, np.nan, np.float32)
+    assert not is_sparse(row, float("nan"), 0.95)
+    assert not holds_sparse(row, 0.95)
+    assert first_of_largest(row) == 0
