@@ -22,13 +22,14 @@ from benchmarks._document import document
 from benchmarks._side_by_side import CLOCKS, ROOT, THREADS, machine, write_json
 
 DOCS = ROOT / "docs"
-PARTS = ("one_pass", "scaling", "sweep", "memory", "startup", "training")
+PARTS = ("one_pass", "kernel", "scaling", "sweep", "memory", "startup", "training")
 QUICK = {
     "one_pass": ["--repeats", "2", "--lengths", "128", "21", "--long", "8192", "--no-memory"],
     "scaling": ["--repeats", "2"],
     "startup": ["--repeats", "2"],
     "sweep": ["--rounds", "2"],
-    "memory": ["--lengths", "384", "--layers", "2", "8"],
+    "memory": ["--lengths", "512", "--layers", "2", "8"],
+    "kernel": ["--repeats", "2"],
     "training": ["--steps", "10", "--repeats", "1"],
 }
 
