@@ -218,18 +218,26 @@ def summarise(report: CollapseReport) -> str:
 def _threshold_sentence(report: CollapseReport) -> str:
     if not {"k", "q"} & set(report.settings.on) or not len(report.table):
         return "No row can collapse: this noise never moves an arg max in its own layer."
-    try:
-        everything, content = report.sigma_at(0.01), report.sigma_at(0.01, content=True)
-    except ValueError as error:  # too few competitors kept: say so rather than guess
-        return str(error)
-    assert isinstance(everything, float)
-    assert isinstance(content, float)
-    if math.isinf(everything):
+    everything, content = _one_percent(report, "loose"), _one_percent(report, "loose_content")
+    if everything == percent(math.inf):
         return "1% of sparse rows never collapse within this law."
-    return (
-        f"1% of sparse rows collapse at sigma = {percent(everything)} "
-        f"(sinks left out: {percent(content)})."
-    )
+    return f"1% of sparse rows collapse at sigma = {everything} (sinks left out: {content})."
+
+
+def _one_percent(report: CollapseReport, rate: str) -> str:
+    """The sigma at which 1% of the rows collapse or, from the grid, two between which it lies."""
+    try:
+        sigma = report.sigma_at(0.01, content=rate == "loose_content")
+    except ValueError:  # the table has no room for those that decide it
+        frame = report.to_frame("model")
+        reached = frame["sigma"][frame[rate] >= 0.01]
+        if not len(reached):
+            return f"more than {percent(frame['sigma'].iloc[-1])}"
+        below = frame["sigma"][frame["sigma"] < reached.iloc[0]]
+        low = percent(below.iloc[-1]) if len(below) else "0"
+        return f"{low} to {percent(reached.iloc[0])} (keep= more of the table for one number)"
+    assert isinstance(sigma, float)
+    return percent(sigma)
 
 
 def _first_head(report: CollapseReport) -> str:

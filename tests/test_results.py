@@ -415,3 +415,13 @@ def test_reports_that_do_not_belong_together_are_not_merged(model: Any) -> None:
     other = probe(models.tiny_gpt2(n_layers=2, seed=5), ids[1:], first_prompt=1)
     with pytest.raises(ValueError, match="merge: wanted reports of one model"):
         replace(first, model={**first.model, "name": "another"}).merge(other)
+
+
+def test_a_summary_without_room_names_the_sigmas_it_lies_between(llama: Any) -> None:
+    whole = probe(llama)
+    low, high = 0.1, 0.2
+    assert low < whole.sigma_at(0.01) < high
+    few = probe(llama, keep=1, sigmas=[low, high])
+    assert "1% of sparse rows collapse at sigma = 10% to 20% (keep= more" in str(few)
+    assert "sigma = 0 to 20%" in str(probe(llama, keep=1, sigmas=[high]))
+    assert "sigma = more than 1%" in str(probe(llama, keep=1, sigmas=[0.01]))
