@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,17 +20,27 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _ALLOWED = {"contract", "reassoc", "nsz", "arcp"}
 
 
-def _cache_folder() -> str:
-    """A folder for exactly these sources.
+def _cache_folder() -> str | None:
+    """A folder for exactly these sources that can be written; None where there is none.
 
     Numba looks at a function's own file alone when it asks whether its machine code is stale; ours
     call each other across files.
     """
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("_compiled", "_integrals", "_scan", "_scanner"):
+    for name in ("_compiled", "_integrals", "_scan", "_scanner", "_table"):
         digest.update((here / f"{name}.py").read_bytes())
-    return str(here / "__pycache__" / f"compiled-{digest.hexdigest()[:16]}")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    config: Any = numba.config
+    chosen = config.CACHE_DIR  # NUMBA_CACHE_DIR
+    roots = [Path(chosen)] if chosen else [here / "__pycache__", user / "qkvnorm-lens"]
+    for root in roots:
+        folder = root / f"compiled-{digest.hexdigest()[:16]}"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return str(folder)
+    return None
 
 
 _FOLDER = _cache_folder()
@@ -37,9 +50,11 @@ def _compile(function: _F, allowed: set[str]) -> _F:
     plain = inspect.unwrap(function)  # the tests' shape checks wrap every function
     config: Any = numba.config
     before = config.CACHE_DIR
-    config.CACHE_DIR = _FOLDER  # where it can't be written, numba takes the user's own
+    config.CACHE_DIR = _FOLDER or before
     try:
-        decorate = njit(cache=True, nogil=True, error_model="numpy", fastmath=allowed)
+        decorate = njit(
+            cache=_FOLDER is not None, nogil=True, error_model="numpy", fastmath=allowed
+        )
         made: Any = decorate(plain)
     finally:
         config.CACHE_DIR = before

@@ -35,7 +35,9 @@ _SLIGHT = 0.04  # turn of log H in one cell below which its kinks can be taken o
 _DEEP = 15.0  # H < exp(-15), and less beyond: what is cut off is below 1e-7
 _Z_END, _Z_STEP = 8.5, 0.125  # normal variable behind a factor; 1e-17 of the mass lies beyond
 _Q_NODES = 8  # nodes per panel of the outer integral over f_q, under uniform noise
-_Q_PANELS = 2  # even panels, further split where the nearest competitors turn
+# Panels, finer towards small f_q (by which the bias is divided), further split where the nearest
+# competitors turn.
+_Q_PANELS = (0.0, 1 / 64, 1 / 16, 1 / 4, 1.0)
 _Q_NEAREST = 8
 
 
@@ -348,11 +350,11 @@ def _uniform_shifted(
 def _turning_points(s_star: float, s: Array, beta: Array, n: int, a: float, edges: Array) -> int:
     """Factors of the query between which P is smooth, ascending in ``edges``; returns how many.
 
-    An even grid, and where the nearest competitors become able, or certain, to win.
+    A grid, and where the nearest competitors become able, or certain, to win.
     """
     count = 0
-    for i in range(_Q_PANELS + 1):
-        edges[count] = 1 - a + 2 * a * i / _Q_PANELS
+    for share in _Q_PANELS:
+        edges[count] = 1 - a + 2 * a * share
         count += 1
     for t in range(min(n, _Q_NEAREST)):
         for corner in range(4):
@@ -457,7 +459,7 @@ def biased(
                 p = _smooth(law, s_star, s, beta, True, f_q, n, sigma)
                 total += _normal_rule(_Z_STEP, z) * p
         return total
-    edges = np.empty(_Q_PANELS + 1 + 4 * _Q_NEAREST)
+    edges = np.empty(len(_Q_PANELS) + 4 * _Q_NEAREST)
     count = _turning_points(s_star, s, beta, n, a, edges)
     for i in range(count - 1):
         span = edges[i + 1] - edges[i]

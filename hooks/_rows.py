@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hooks import _scanner
 from hooks._integrals import LAW_CODES
-from hooks._scan import ABLE, EXAMINED, N_COUNTS, SINGLE, TIES
+from hooks._scan import ABLE, BROKEN, EXAMINED, N_COUNTS, SINGLE, TIES
 from hooks._table import COMPLETE
 from hooks._tally import Tally
 from hooks.laws import get_law
@@ -159,7 +159,17 @@ class LayerReducer:
             self._scan_part(rule, layer, draws, sums, first, end)
 
         self.workers.each(work, batch * n_heads)
+        self._refuse_broken(sums.counts[BROKEN].reshape(batch, n_heads))
         self._take(sums, batch)
+
+    def _refuse_broken(self, rows: np.ndarray) -> None:
+        if rows.any():
+            at = int(rows.sum(1).argmax())
+            raise ValueError(
+                f"layer {self.sites.label or self.sites.layer}: wanted scores that are finite "
+                f"numbers; got NaN or inf in {int(rows[at].sum())} rows of prompt "
+                f"{self.tally.first_prompt + int(self.prompts[at])}"
+            )
 
     def _scan_part(
         self,
@@ -179,7 +189,7 @@ class LayerReducer:
             table.used[:] = 0
             near = rule._replace(cutoff=self.tally.parts.cutoff, first_matrix=first)
             at = _scanner.scan(near, layer, draws, own, table, use, at)
-            self.tally.parts.take(table, self.index, self.sites.n_heads, self.prompts)
+            self.tally.parts.take(table, near.cutoff, self.index, self.sites.n_heads, self.prompts)
         for name, values in own._asdict().items():
             where = (slice(None),) * _MATRIX_AXIS.get(name, 2)
             getattr(sums, name)[(*where, slice(first, end))] = values
@@ -193,6 +203,8 @@ class LayerReducer:
             on_k="k" in self.noise.roles,
             exact=self.settings.method == "exact",
             sparse=self.settings.sparse,
+            # A row of this dtype shows the weight 1 where the others have less than half its eps.
+            room=max(1 / self.settings.sparse - 1, eps / 2),
             cutoff=COMPLETE,
             n_heads=self.sites.n_heads,
             first_matrix=0,

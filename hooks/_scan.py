@@ -19,9 +19,10 @@ TIE = 2.0  # scores closer than this many eps of their size differ by rounding a
 _BUCKETS = 64
 
 # Rows of the counts: looked at; one visible key; two keys that share the maximum; competitors able
-# to win at all, of rows that attend to content and of those that attend to the first token.
-EXAMINED, SINGLE, TIES, ABLE = 0, 1, 2, 3
-N_COUNTS = 5
+# to win at all, of rows that attend to content and of those that attend to the first token; rows
+# in which something is no finite number.
+EXAMINED, SINGLE, TIES, ABLE, BROKEN = 0, 1, 2, 3, 5
+N_COUNTS = 6
 
 
 @compiled_without_nan
@@ -41,6 +42,15 @@ def first_of_largest(row: Floats) -> int:
         if row[k] > row[best]:
             best = k
     return best
+
+
+@compiled
+def has_no_number(row: Floats) -> bool:
+    """Whether a score is NaN or +inf."""
+    wrong = 0
+    for x in row:
+        wrong += not x < math.inf
+    return wrong > 0
 
 
 @compiled
@@ -72,15 +82,15 @@ def holds_sparse(weights: Floats, sparse: float) -> bool:
 
 
 @compiled
-def is_sparse(row: Floats, top: float, sparse: float) -> bool:
-    """Whether the softmax of these scores has a maximum >= sparse; stops where it can't."""
-    room = 1 / sparse - 1
+def is_sparse(row: Floats, top: float, room: float) -> bool:
+    """Whether all others together have at most ``room`` times the maximum's weight."""
+    left = room
     for x in row:
         if top - 40 < x and x > MASKED:
-            room -= math.exp(x - top)
-            if room < -1:  # the maximum itself counts one
+            left -= math.exp(x - top)
+            if left < -1:  # the maximum itself counts one
                 return False
-    return -1 <= room < 1 / sparse - 1  # false where nothing is a number
+    return True
 
 
 @compiled
@@ -330,10 +340,10 @@ def sparse_again(
     on_k: bool,
     soft_cap: float,
     sink: float,
-    sparse: float,
+    room: float,
     w: Array,
 ) -> bool:
-    """Whether the noised row's maximum is again at least ``sparse``; s, bias of visible keys."""
+    """Whether the noised row is sparse again (:func:`is_sparse`); s, bias of visible keys."""
     top, second = -math.inf, sink
     for i in range(n):
         f = drawn_factor(law, base[visible[i]], sigma) if on_k else 1.0
@@ -345,7 +355,6 @@ def sparse_again(
             top, second = x, max(top, second)
         elif x > second:
             second = x
-    room = 1 / sparse - 1
     if math.exp(second - top) > room:
         return False
     room -= math.exp(sink - top) - 1  # the maximum itself is among the w
@@ -370,7 +379,7 @@ def sparse_by_nearest(
     f_q: float,
     own: float,
     base: Array,
-    sparse: float,
+    room: float,
 ) -> int:
     """:func:`sparse_again` from the competitors alone, where all other keys are out of reach.
 
@@ -392,7 +401,6 @@ def sparse_by_nearest(
         count += 1
     if n == 0 or (reached and f_q * (top - max(0.0, (1 + a) * s[n - 1])) < 45):
         return UNDECIDED
-    room = 1 / sparse - 1
     if math.exp(f_q * (second - top)) > room:
         return NOT_SPARSE
     room -= math.exp(f_q * ((1 + a * own) * s_star - top)) - 1  # the maximum itself is in the sum

@@ -11,6 +11,7 @@ from hooks._compiled import compiled
 from hooks._integrals import GRID, LOGNORMAL, UNIFORM, Array, Floats, Ints
 from hooks._scan import (
     ABLE,
+    BROKEN,
     EXAMINED,
     MASKED,
     SINGLE,
@@ -26,6 +27,7 @@ from hooks._scan import (
     first_of_largest,
     first_sigma,
     half_width,
+    has_no_number,
     holds_sparse,
     is_sparse,
     largest,
@@ -50,6 +52,7 @@ class Rule(NamedTuple):
     on_k: bool
     exact: bool  # probabilities, or draws of the loose rate too
     sparse: float
+    room: float  # the same as a share of the maximum that all others may have together
     cutoff: float  # half-width up to which the table lists competitors
     n_heads: int
     first_matrix: int  # index of these rows' first matrix and query in the whole layer
@@ -152,10 +155,14 @@ def scan(
             return at
         m, q = at // n_query, at % n_query
         row = layer.scores[m, q]
+        shown = layer.pattern[m, q, :1] if layer.pattern.size else row
+        if has_no_number(shown) and (at_least_two(row) or has_no_number(row)):
+            sums.counts[BROKEN, m] += 1
+            continue
         if layer.pattern.size:
             sparse = holds_sparse(layer.pattern[m, q], rule.sparse)
         else:
-            sparse = is_sparse(row, largest(row), rule.sparse)
+            sparse = is_sparse(row, largest(row), rule.room)
         seen = at_least_two(row)
         if seen < 2:
             sums.counts[SINGLE, m] += seen
@@ -259,7 +266,7 @@ def _list(
     begin = table.used[1]
     end = begin
     for t in range(n):
-        if use.a[t] < rule.cutoff:
+        if np.float32(use.a[t]) < np.float32(rule.cutoff):  # as the table keeps it
             table.s[end], table.a[end] = use.near[t], use.a[t]
             if len(table.beta):
                 table.beta[end] = use.beta[t]
@@ -437,7 +444,7 @@ def _draw(
                 continue
             if near:
                 verdict = sparse_by_nearest(
-                    s_star, use.near, use.place, count, sigma, f_q, own, base, rule.sparse
+                    s_star, use.near, use.place, count, sigma, f_q, own, base, rule.room
                 )
                 if verdict != UNDECIDED:
                     sums.strict_draws[i, d, m, kind] += verdict
@@ -457,7 +464,7 @@ def _draw(
                 rule.on_k,
                 rule.soft_cap,
                 rule.sink[head],
-                rule.sparse,
+                rule.room,
                 use.key,
             ):
                 sums.strict_draws[i, d, m, kind] += 1

@@ -103,8 +103,10 @@ class TableParts:
         self._parts: list[RowTable] = []
         self._lock = threading.Lock()
 
-    def take(self, piece: Table, layer: int, n_heads: int, prompts: np.ndarray) -> None:
-        """Copy a filled piece; callable from several threads."""
+    def take(
+        self, piece: Table, cutoff: float, layer: int, n_heads: int, prompts: np.ndarray
+    ) -> None:
+        """Copy a piece that was filled up to ``cutoff``; callable from several threads."""
         n_rows, n_entries = (int(n) for n in piece.used)
         if n_rows == 0:
             return
@@ -124,7 +126,7 @@ class TableParts:
             s=piece.s[:n_entries].copy(),
             beta=piece.beta[:n_entries].copy(),
             a=piece.a[:n_entries].copy(),
-            cutoff=np.asarray(self.cutoff, np.float32),
+            cutoff=np.asarray(cutoff, np.float32),
         )
         with self._lock:
             self._parts.append(part)

@@ -145,7 +145,7 @@ def collapse_probe(
         law=law,
         method=method,
         shared=shared,
-        sparse=sparse,
+        sparse=float(sparse),
         layers=tuple(s.layer for s in chosen),
         draws=draws,
         seed=seed,

@@ -87,8 +87,8 @@ class CollapseReport:
         first_prompt: index of the first prompt, where this is a part of a corpus.
         tokens: each prompt's tokens as strings; none for images and sound.
         decoder_tokens: the same of an encoder-decoder's decoder; empty for other models.
-        examined: rows looked at (two or more visible keys, no tie), sparse or not.
-        single_key, ties: rows left out: one visible key; two keys share the maximum.
+        examined: rows looked at (two or more visible keys), sparse or not.
+        single_key, ties: rows left out: one visible key; sparse ones whose maximum two keys share.
         padding: padding positions of each prompt, left out.
         rows: sparse rows.
         able: competitors able to win at all (by factors between 0 and 2), over these rows.

@@ -38,7 +38,7 @@ def sweep(
     tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],
     *,
     decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    targets: Int[Tensor, "batch pos"] | Sequence[Any] | None = None,
+    targets: Int[Tensor, "*batch pos"] | Sequence[Any] | None = None,
     sigmas: Sequence[float] | None = None,
     replicates: int = 8,
     on: str = "qkv",
@@ -48,7 +48,7 @@ def sweep(
     rows: Rows = "all",
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Int[Tensor, "*batch pos"] | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
     first_prompt: int = 0,
@@ -202,17 +202,23 @@ def _given(
     Raises:
         ValueError: other shapes than the tokens', or an id outside the vocabulary.
     """
-    if isinstance(targets, Tensor) and any(prompts.padding) and not has_decoder(model):
+    given = [torch.as_tensor(row) for row in targets]
+    if given and given[0].ndim == 0:  # one prompt's own
+        given = [torch.stack(given)]
+    if any(prompts.padding) and not has_decoder(model):
         named = dict(tokens) if isinstance(tokens, Mapping) else {"input_ids": tokens}
-        if targets.shape != torch.as_tensor(named["input_ids"]).shape:
+        ids = _of_prompts(torch.as_tensor(named["input_ids"]))
+        shapes = [list(row.shape) for row in given]
+        if shapes != [[ids.shape[1]]] * len(ids):
             raise ValueError(
-                f"targets: wanted the shape of the tokens "
-                f"{list(torch.as_tensor(named['input_ids']).shape)}; got {list(targets.shape)}"
+                f"targets: wanted the shape of the tokens {list(ids.shape)}, padding included; got "
+                f"{len(given)} rows of shapes {shapes[:3]}"
             )
-        named["targets"] = targets
-        cut = encode(model, named, attention_mask=mask).each["targets"]
-    else:
-        cut = tuple(torch.as_tensor(row) for row in targets)
+        named |= {"input_ids": ids, "targets": torch.stack(given)}
+        if mask is not None:
+            mask = _of_prompts(torch.as_tensor(mask))
+        given = list(encode(model, named, attention_mask=mask).each["targets"])
+    cut = tuple(given)
     if len(cut) != len(prompts):
         raise ValueError(
             f"targets: wanted one row for each of {len(prompts)} prompts; got {len(cut)}"
@@ -232,6 +238,11 @@ def _given(
                 f"where nothing is scored; got {int(real.min())} to {int(real.max())}"
             )
     return [row.cpu().long() for row in cut]
+
+
+def _of_prompts(ids: Tensor) -> Tensor:
+    """``[batch, pos]`` also where there is one prompt ``[pos]``."""
+    return ids[None] if ids.ndim == 1 else ids
 
 
 class _Tally:

@@ -952,3 +952,30 @@ def test_a_compiled_model_is_probed_as_it_is(unchecked: None) -> None:
         again = probe(compiled)
     assert np.array_equal(plain.rows, again.rows)
     np.testing.assert_allclose(again.loose, plain.loose, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_scores_that_are_no_numbers_are_refused(bad: float, attn: str) -> None:
+    """One token's embedding is broken: no rate of what is left, but an error that names it."""
+    built = builders.build("OPTForCausalLM", attn=attn).model
+    tokens = models.tokens(vocab=int(built.cfg.d_vocab))
+    attention_sites(built)
+    tokens[tokens == 7] = 8
+    tokens[1, 5] = 7
+    with torch.no_grad():
+        built.original_model.get_input_embeddings().weight[7] = bad
+    with pytest.raises(ValueError, match=r"wanted scores that are finite numbers.*prompt 1$"):
+        probe(built, tokens)
+
+
+def test_a_threshold_of_one_is_the_dtypes_own(unchecked: None) -> None:
+    """Rows whose pattern shows 1 are sparse, before and after: the strict rate is no zero."""
+    built = models.tiny_llama(qk_scale=60.0)
+    report = probe(built, sparse=1, sigmas=[0.2, 0.5], draws=8)
+    nearly = probe(built, sparse=0.9999999, sigmas=[0.2, 0.5], draws=8)
+    assert report.n_sparse > 50
+    rates, others = (r.to_frame("model")["strict"].to_numpy() for r in (report, nearly))
+    assert (rates > 0).all()
+    np.testing.assert_allclose(rates, others, atol=0.02)
+    assert isinstance(report.settings.sparse, float)

@@ -16,6 +16,7 @@ from hooks._scan import (
     first_of_largest,
     first_sigma,
     half_width,
+    has_no_number,
     holds_sparse,
     is_sparse,
     sort_descending,
@@ -172,7 +173,7 @@ def test_a_row_is_sparse_where_its_softmax_is(x: list[float], masked: int, spars
     row = np.asarray([*x, *[np.finfo(np.float32).min] * masked], np.float32)
     top = float(torch.softmax(torch.from_numpy(row).double(), -1).max())
     if abs(top - sparse) > 1e-6:
-        assert is_sparse(row, float(max(x)), sparse) == (top >= sparse)
+        assert is_sparse(row, float(max(x)), 1 / sparse - 1) == (top >= sparse)
         weights = torch.softmax(torch.from_numpy(row), -1).numpy()
         assert holds_sparse(weights, sparse) == (top >= sparse)
 
@@ -237,7 +238,7 @@ def test_the_nearest_decide_as_all_keys_do(
     base = np.random.default_rng(seed).uniform(-1, 1, len(s) + 1)
     near = int((s > -0.3 * s_star).sum())  # the others lie below them, and are not told of
     verdict = sparse_by_nearest(
-        s_star, s, np.arange(1, len(s) + 1), near, sigma, f_q, base[0], base, 0.95
+        s_star, s, np.arange(1, len(s) + 1), near, sigma, f_q, base[0], base, 1 / 0.95 - 1
     )
     w = f_q * (1 + math.sqrt(3) * sigma * base) * np.r_[s_star, s]
     top = float(torch.softmax(torch.from_numpy(w), -1).max())
@@ -245,8 +246,9 @@ def test_the_nearest_decide_as_all_keys_do(
         assert verdict == (top >= 0.95)
 
 
-def test_what_is_no_number_is_neither_sparse_nor_endless() -> None:
+def test_what_is_no_number_is_told_apart_and_ends_every_search() -> None:
     row = np.full(9, np.nan, np.float32)
-    assert not is_sparse(row, float("nan"), 0.95)
     assert not holds_sparse(row, 0.95)
     assert first_of_largest(row) == 0
+    for x, wrong in ((np.nan, True), (np.inf, True), (-np.inf, False), (-3e38, False)):
+        assert has_no_number(np.array([0.5, x, 1.0], np.float32)) == wrong

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from hooks import CollapseReport, attention_sites, collapse_probe
+from hooks import CollapseReport, _rows, attention_sites, collapse_probe
+from hooks._table import COMPLETE, TableParts
 from tests import models
 from tests.watching import attn, one_thread, shape_checks_off, watch
 
@@ -425,3 +426,21 @@ def test_a_summary_without_room_names_the_sigmas_it_lies_between(llama: Any) -> 
     assert "1% of sparse rows collapse at sigma = 10% to 20% (keep= more" in str(few)
     assert "sigma = 0 to 20%" in str(probe(llama, keep=1, sigmas=[high]))
     assert "sigma = more than 1%" in str(probe(llama, keep=1, sigmas=[0.01]))
+
+
+def test_a_piece_is_cut_as_far_as_it_was_looked_for() -> None:
+    """A piece scanned before another thread lowered the cutoff still holds what lies beyond it."""
+
+    def piece(a: list[float]) -> Any:
+        room = _rows._room(8, 8, False)
+        room.row[0] = (0, 5, 1, 2, len(a))
+        room.s_star[0], room.used[:] = 9.0, (1, len(a))
+        room.s[: len(a)], room.a[: len(a)] = 8.0, a
+        return room
+
+    parts = TableParts(1, biased=False)
+    for a in ([0.1, 0.2, 0.3], [0.5, 0.6]):
+        parts.take(piece(a), COMPLETE, 0, 1, np.arange(1))
+    table = parts.table()
+    np.testing.assert_allclose(table.a, [0.1])
+    assert float(table.cutoff) == pytest.approx(0.2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -554,3 +555,24 @@ def test_clean_layers_run_once_and_only_scored_positions_are_unembedded(gpt2: An
 def test_bad_input_is_refused_in_words(gpt2: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hooks.sweep(gpt2, ids, progress=False, **options)
+
+
+def test_one_prompts_own_targets_may_be_one_row(gpt2: Any) -> None:
+    """Ids, mask and targets ``[pos]``, as tensors or lists, padded or not."""
+    options = {"sigmas": [0.2], "replicates": 2, "progress": False}
+    targets = torch.full_like(ids[0], UNSCORED)
+    targets[3], targets[9] = 7, 8
+    whole = hooks.sweep(gpt2, ids[:1], targets=targets[None], **options).to_frame()
+    pad = torch.nn.functional.pad
+    mask = pad(torch.ones_like(ids[0]), (2, 4))
+    wide = (pad(ids[0], (2, 4)), pad(targets, (2, 4), value=UNSCORED))
+    for tokens, wanted, how in (
+        (ids[0], targets, {}),
+        (ids[0].tolist(), targets.tolist(), {}),
+        (wide[0], wide[1], {"attention_mask": mask}),
+        (wide[0], wide[1].tolist(), {"attention_mask": mask}),
+    ):
+        again = hooks.sweep(gpt2, tokens, targets=wanted, **how, **options).to_frame()
+        pd.testing.assert_frame_equal(again, whole)
+    with pytest.raises(ValueError, match=r"targets: wanted the shape of the tokens .*padding incl"):
+        hooks.sweep(gpt2, wide[0], targets=targets, attention_mask=mask, **options)
