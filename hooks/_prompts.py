@@ -71,7 +71,7 @@ def encode(
     tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
     *,
     decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Int[Tensor, "*batch pos"] | None = None,
     prepend_bos: bool | None = None,
 ) -> Prompts:
     """Prompts from a text, texts, ids ``[pos]`` or ``[batch, pos]``, a list of ids, or inputs.

@@ -58,7 +58,7 @@ def collapse_probe(
     sparse: float = SPARSE,
     draws: int = 16,
     seed: int = 0,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Int[Tensor, "*batch pos"] | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     keep: int = KEEP,
