@@ -38,7 +38,7 @@ def sweep(
     tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],
     *,
     decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    targets: Int[Tensor, "*batch pos"] | Sequence[Any] | None = None,
+    targets: Int[Tensor, "*prompts target"] | Sequence[Any] | None = None,
     sigmas: Sequence[float] | None = None,
     replicates: int = 8,
     on: str = "qkv",
