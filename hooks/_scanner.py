@@ -155,15 +155,18 @@ def scan(
             return at
         m, q = at // n_query, at % n_query
         row = layer.scores[m, q]
-        shown = layer.pattern[m, q, :1] if layer.pattern.size else row
-        if has_no_number(shown) and (at_least_two(row) or has_no_number(row)):
+        seen = at_least_two(row)
+        if layer.pattern.size:  # one score that is no number spoils all of a row's weights
+            broken = has_no_number(layer.pattern[m, q, :1])
+        else:
+            broken = has_no_number(row)
+        if broken and (seen > 0 or has_no_number(row)):
             sums.counts[BROKEN, m] += 1
             continue
         if layer.pattern.size:
             sparse = holds_sparse(layer.pattern[m, q], rule.sparse)
         else:
             sparse = is_sparse(row, largest(row), rule.room)
-        seen = at_least_two(row)
         if seen < 2:
             sums.counts[SINGLE, m] += seen
             continue
