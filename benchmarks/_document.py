@@ -71,6 +71,8 @@ def document(results: dict[str, Any]) -> str:
         if part is None:
             continue
         sections.append(write(part["data"]) if part["data"] is not None else f"## {name}\n")
+        if "note" in part:
+            sections.append(f"{part['note']}\n")
         if "failed" in part:
             sections.append(f"This part ended with: {part['failed']}\n")
     return "\n".join(sections)
