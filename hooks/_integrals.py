@@ -485,38 +485,3 @@ def plain(
     if law == UNIFORM:
         return uniform_plain(s_star, s, inverse, n, math.sqrt(3.0) * sigma, work, grid)
     return _smooth(law, s_star, s, s, False, 1.0, n, sigma)
-
-
-@compiled
-def table_rates(
-    law: int,
-    s_star: Floats,
-    start: Ints,
-    s: Floats,
-    beta: Floats,
-    rows: Ints,
-    sigma: Array,
-    on_q: bool,
-    on_k: bool,
-    out: Array,
-) -> None:
-    """P of some rows of a table, each at its own sigma."""
-    most = 1
-    for r in rows:
-        most = max(most, start[r + 1] - start[r])
-    near, shift, inverse = np.empty(most), np.zeros(most), np.empty(most)
-    work, grid = np.empty((3, most)), np.empty(GRID)
-    for i in range(len(rows)):
-        begin, end = start[rows[i]], start[rows[i] + 1]
-        n, own = end - begin, float(s_star[rows[i]])
-        for t in range(n):
-            near[t] = s[begin + t]
-            inverse[t] = 1 / near[t] if near[t] != 0 else 0.0
-            if len(beta):
-                shift[t] = beta[begin + t]
-        if sigma[i] == 0.0:
-            out[i] = 0.0
-        elif len(beta):
-            out[i] = biased(law, own, near, shift, n, sigma[i], on_q, on_k, work, grid)
-        else:
-            out[i] = plain(law, own, near, inverse, n, sigma[i], work, grid) if on_k else 0.0

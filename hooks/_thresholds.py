@@ -30,7 +30,8 @@ def rate_of_rows(
     rows: Int[np.ndarray, "row"],
 ) -> Float[np.ndarray, "row"]:
     """Collapse probability of rows of the table (see :meth:`CollapseReport.exact_rate`)."""
-    from hooks._integrals import LAW_CODES, table_rates
+    from hooks._integrals import LAW_CODES
+    from hooks._scan import table_rates
 
     table, on = report.table, report.settings.on
     out = np.zeros(len(rows))
