@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -46,11 +45,13 @@ TESTS: Final = {
 }
 
 
-def card(name: str, run: Run, model: QKVNormTransformer, *, rows: int = 20_000) -> dict[str, Any]:
+def card(
+    name: str, run: Run, model: QKVNormTransformer, command: str, *, rows: int = 20_000
+) -> dict[str, Any]:
     """How a model was made, and its accuracy on sums that were drawn apart from training."""
     return {
         "name": name,
-        "command": f"python -m qkvnorm_lens.checkpoints.make {name} --out runs/{name}",
+        "command": command,
         "run": describe(run),
         "sequences": sequences(run),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -67,13 +68,13 @@ def card(name: str, run: Run, model: QKVNormTransformer, *, rows: int = 20_000) 
 
 
 def install(
-    name: str, run: Run, model: QKVNormTransformer, log: Path, folder: Path
+    name: str, run: Run, model: QKVNormTransformer, log: Path, folder: Path, *, command: str
 ) -> dict[str, Any]:
     """Write a trained model with its card and log into a folder; gives back the card."""
     model.tokenizer = build_tokenizer()
     model.write(folder)
     shutil.copyfile(log, folder / "log.csv")
-    made = card(name, run, model)
+    made = card(name, run, model, command)
     (folder / "card.json").write_text(json.dumps(made, indent=2) + "\n")
     return made
 
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = RUNS[options.name]
     model = train(run, options.out, device=options.device).cpu()
     folder = options.folder or Path(__file__).parent / options.name
-    install(options.name, run, model, options.out / "log.csv", Path(os.fspath(folder)))
+    command = f"python -m qkvnorm_lens.checkpoints.make {options.name} --out runs/{options.name}"
+    install(options.name, run, model, options.out / "log.csv", folder, command=command)
     return 0
 
 

@@ -1,0 +1,94 @@
+"""The experiments of the paper, and the questions it left open: one module for each.
+
+    from qkvnorm_lens import experiments
+    outcome = experiments.run("collapse", ["addition-pre", "gpt2"], out="runs/collapse")
+    outcome.table
+
+On the command line: ``qkvnorm-lens experiment``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from qkvnorm_lens.experiments._base import Experiment, Size
+    from qkvnorm_lens.experiments._run import Outcome
+
+__all__ = ["NAMES", "get_experiment", "run"]
+
+NAMES: Final = (
+    "accuracy",
+    "spread",
+    "noise",
+    "collapse",
+    "sparsity",
+    "stability",
+    "theorems",
+    "interference",
+    "gauge",
+    "confound",
+    "quantisation",
+)
+"""In the order of the paper's figures; the last four go beyond it."""
+
+
+def get_experiment(name: str) -> Experiment:
+    """The experiment of that name.
+
+    Raises:
+        ValueError: no such name; the message lists them.
+        ImportError: a package that experiments need is missing.
+    """
+    if name not in NAMES:
+        raise ValueError(f"experiment: wanted one of {list(NAMES)}; got {name!r}")
+    try:
+        module = importlib.import_module(f"qkvnorm_lens.experiments.{name}")
+    except ModuleNotFoundError as error:
+        if error.name in ("scipy", "matplotlib"):
+            raise ImportError(
+                f"experiments want {error.name}, which is not installed: "
+                "pip install 'qkvnorm-lens[experiments]'"
+            ) from error
+        raise
+    experiment: Experiment = module.EXPERIMENT
+    return experiment
+
+
+def run(
+    name: str,
+    models: Sequence[str] | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    size: Size = "quick",
+    progress: bool | None = None,
+) -> Outcome:
+    """Run an experiment, or what is missing of it, and write its table, figure and text.
+
+    Args:
+        name: one of `NAMES`.
+        models: names of shipped models, directories or Hugging Face ids; default: the study models
+            and the shipped ones (few of them where ``size`` is not ``"full"``).
+        out: the directory; the results go into a folder of the experiment's name there [
+            ``runs/experiments``].
+        size: ``"quick"`` (minutes), ``"full"`` (what the report is made of) or ``"smoke"``.
+        progress: show a progress bar; default: where standard error is a terminal.
+
+    Raises:
+        ValueError: no such experiment or size, or no model that it can look at.
+        LoadError: no such model.
+    """
+    from qkvnorm_lens.experiments._base import SIZES
+    from qkvnorm_lens.experiments._run import run_experiment
+    from qkvnorm_lens.experiments._subjects import default_subjects, find_subjects
+
+    if size not in SIZES:
+        raise ValueError(f"size: wanted one of {list(SIZES)}; got {size!r}")
+    experiment = get_experiment(name)
+    subjects = default_subjects(size) if models is None else find_subjects(models)
+    folder = Path("runs/experiments") if out is None else Path(out)
+    return run_experiment(experiment, subjects, folder, size=size, progress=progress)

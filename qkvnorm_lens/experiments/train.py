@@ -1,0 +1,96 @@
+"""Train the models that the experiments compare, with one command.
+
+    python -m qkvnorm_lens.experiments.train [NAME ...] [--out runs/study]
+
+Each run goes on where it stopped, and is written with its card and log into
+``qkvnorm_lens/experiments/models`` as it ends; what is there is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from qkvnorm_lens.config import named_config
+from qkvnorm_lens.recipes import get_recipe
+from qkvnorm_lens.training import Run, train
+
+SEEDS: Final = (1, 2, 3)
+PLACEMENTS: Final = ("pre", "qkv", "none")
+CONFOUND_STEPS: Final = 6_000
+# Cell of the confound experiment: placement, score scale, weight decay on gains too.
+CONFOUNDS: Final[dict[str, tuple[str, str, bool]]] = {
+    "pre": ("pre", "inv_sqrt", False),
+    "qkv": ("qkv", "inv_sqrt", False),
+    "pre-paper": ("pre", "calibrated", True),
+    "qkv-paper": ("qkv", "calibrated", True),
+    "qkv-calibrated": ("qkv", "calibrated", False),
+    "qkv-learned": ("qkv", "learned", False),
+}
+MODELS: Final = Path(__file__).parent / "models"
+
+
+def study_run(placement: str, seed: int) -> Run:
+    """A study model: 2 layers of width 64, 16,000 steps, some twelve minutes of one core."""
+    config = named_config("study", placement, seed=seed)
+    return Run(config, "small-train", "study", steps=16_000, seed=seed)
+
+
+def confound_run(cell: str, seed: int) -> Run:
+    """A cell of the confound experiment: the study model, 6,000 steps, some five minutes."""
+    placement, scale, decay = CONFOUNDS[cell]
+    config = named_config("study", placement, seed=seed, score_scale=scale)
+    recipe = dataclasses.replace(get_recipe("study"), decay_all=decay)
+    return Run(config, "small-train", recipe, steps=CONFOUND_STEPS, seed=seed)
+
+
+def runs() -> dict[str, Run]:
+    """Every run by the name of its model, in the order in which they are trained."""
+    study = {f"study-{p}-{seed}": study_run(p, seed) for seed in SEEDS for p in PLACEMENTS}
+    confound = {f"confound-{c}-{seed}": confound_run(c, seed) for seed in SEEDS for c in CONFOUNDS}
+    return study | confound
+
+
+def trained(prefix: str = "") -> dict[str, Path]:
+    """Directories of the trained models whose name starts so."""
+    found = (path.parent for path in sorted(MODELS.glob("*/model.safetensors")))
+    return {path.name: path for path in found if path.name.startswith(prefix)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and write the runs that are not there yet."""
+    from qkvnorm_lens.checkpoints.make import install
+
+    known = runs()
+    parser = argparse.ArgumentParser(prog="python -m qkvnorm_lens.experiments.train")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(known)} [all]")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="state of the runs")
+    parser.add_argument("--folder", type=Path, default=MODELS, help="where to write the models")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in known]
+    if unknown:
+        parser.error(f"NAME: wanted some of {sorted(known)}; got {unknown}")
+    _threads(options.threads)
+    for name in options.names or known:
+        if (options.folder / name / "card.json").exists():
+            continue
+        out = options.out / name
+        model = train(known[name], out)
+        command = f"python -m qkvnorm_lens.experiments.train {name}"
+        folder = options.folder / name
+        install(name, known[name], model, out / "log.csv", folder, command=command)
+    return 0
+
+
+def _threads(n: int) -> None:
+    import torch
+
+    torch.set_num_threads(n)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
