@@ -6,8 +6,11 @@ import math
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from benchmarks._side_by_side import Row
+
+_MANY_DRAWS = 16
 
 
 def against_sampling(report: Any, on_whole: list[Any], on_gathered: list[Any]) -> Row:
@@ -19,17 +22,18 @@ def against_sampling(report: Any, on_whole: list[Any], on_gathered: list[Any]) -
     rows = report.rows.sum((-1, -2))  # [layer, head]
     exact = report.loose.sum((-1, -2))  # [sigma, layer, head], in rows
     n = len(whole)
-    limit = 3.0 if n >= 30 else 4.5  # Student's t with few degrees of freedom has long tails
+    limit = float(stats.t.ppf(0.9985, n - 1))  # 3 standard deviations; a few draws' tails are long
     error = whole.std(0, ddof=1) / math.sqrt(n)
     judged = ((whole > 0).sum(0) >= n / 3) & (error > 0)
     z = np.abs(whole.mean(0) - exact)[judged] / error[judged]
     pooled = whole.sum((-1, -2))
     far = np.abs(pooled.mean(0) - exact.sum((-1, -2)))
     of_all = far / np.maximum(pooled.std(0, ddof=1) / math.sqrt(n), 1 / n)
-    share = float((z > limit).mean()) if z.size else 0.0
+    # Rows that attend to one key move together: of a few draws a head's own error says too little.
+    share = float((z > limit).mean()) if z.size and n >= _MANY_DRAWS else 0.0
     if share > 0.02 or of_all.max() > 2 * limit:
         raise SystemExit(
-            f"exact and sampled rates differ: {share:.1%} of heads beyond {limit} errors, the "
+            f"exact and sampled rates differ: {share:.1%} of heads beyond {limit:.2g} errors, the "
             f"model by {of_all.max():.1f}"
         )
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -38,7 +42,8 @@ def against_sampling(report: Any, on_whole: list[Any], on_gathered: list[Any]) -
     return {
         "draws compared": n,
         "heads and sigmas compared": int(judged.sum()),
-        f"share beyond {limit:g} standard errors": share,
+        f"share beyond {limit:.2g} standard errors": share if n >= _MANY_DRAWS else None,
+        "the model's largest distance, standard errors": float(of_all.max()),
         "median distance, standard errors": float(np.median(z)) if z.size else None,
         "draws for 1% relative error where a head's rate is near 1%": (
             float(np.median(needed[near])) if near.any() else None

@@ -85,7 +85,7 @@ def _pass_to_the_last_attention(model: Any, tokens: Any) -> None:
 
     last = list(hooks.attention_sites(model))[-1].pattern
     with contextlib.suppress(Ended), torch.no_grad(), model.hooks(fwd_hooks=[(last, end)]):
-        model(tokens)
+        model(tokens, use_cache=False)  # the probe fills none either
 
 
 def child(kind: str, n_layers: int, length: int) -> dict[str, float]:
