@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,10 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from hooks._merge import _UNLIKE
+from hooks._reports import check_follows, read_report, write_report
 
 SweepBy = Literal["sigma", "prompt", "draw"]
 _FORMAT = "qkvnorm-lens sweep report 1"
@@ -193,24 +190,7 @@ class SweepReport:
         Raises:
             ValueError: other settings, another model, or prompts that do not follow.
         """
-        if not isinstance(later, SweepReport):
-            raise TypeError(f"merge: wanted another SweepReport; got {type(later).__name__}")
-        if self.settings != later.settings:
-            raise ValueError(
-                f"merge: wanted reports of equal settings; got {self.settings} and {later.settings}"
-            )
-        for fact in sorted({*self.model, *later.model} - {*_UNLIKE}):
-            if self.model.get(fact) != later.model.get(fact):
-                raise ValueError(
-                    f"merge: wanted reports of one model; got {fact} {self.model.get(fact)!r} and "
-                    f"{later.model.get(fact)!r}"
-                )
-        follows = self.first_prompt + len(self.tokens)
-        if later.first_prompt != follows:
-            raise ValueError(
-                f"merge: wanted a report that starts at prompt {follows} (first_prompt={follows}); "
-                f"got one that starts at {later.first_prompt}"
-            )
+        check_follows(self, later)
         joined: dict[str, Any] = {
             name: np.concatenate([getattr(self, name), getattr(later, name)], axis=-1)
             for name in _ARRAYS
@@ -272,13 +252,8 @@ class SweepReport:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with the settings as JSON in its header; returns its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        head = {"format": _FORMAT, "settings": json.dumps(asdict(self.settings))}
-        head |= {name: json.dumps(getattr(self, name)) for name in _HEAD}
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        save_file(arrays, path, metadata=head)
-        return path
+        head = {"settings": asdict(self.settings)} | {name: getattr(self, name) for name in _HEAD}
+        return write_report(path, _FORMAT, head, {name: getattr(self, name) for name in _ARRAYS})
 
     @classmethod
     def load(cls, path: str | Path) -> SweepReport:
@@ -287,19 +262,11 @@ class SweepReport:
         Raises:
             ValueError: the file is no sweep report.
         """
-        try:
-            with safe_open(path, "np") as file:
-                head = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: wanted a sweep report; got {error}") from error
-        if head.get("format") != _FORMAT:
-            raise ValueError(f"{path}: wanted the format {_FORMAT!r}; got {head.get('format')!r}")
-        settings = json.loads(head["settings"])
+        head, arrays = read_report(path, _FORMAT, "sweep report")
+        settings = head.pop("settings")
         settings |= {name: tuple(settings[name]) for name in ("sigmas", "layers")}
-        rest = {name: json.loads(head[name]) for name in _HEAD}
-        rest |= {name: tuple(tuple(p) for p in rest[name]) for name in ("tokens", "decoder_tokens")}
-        return cls(settings=SweepSettings(**settings), **rest, **arrays)
+        head |= {name: tuple(tuple(p) for p in head[name]) for name in ("tokens", "decoder_tokens")}
+        return cls(settings=SweepSettings(**settings), **head, **arrays)
 
 
 _HEAD = ("model", "first_prompt", "tokens", "decoder_tokens")

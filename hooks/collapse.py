@@ -9,8 +9,7 @@ counts while its scores exist and is let go of.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,11 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._arguments import check_integers, read_sigmas
 from hooks._inputs import input_device, without_cache
 from hooks._prompts import encode
 from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused
-from hooks.laws import check_sigma, get_law
 from hooks.noise import SPARSE, NormNoise, Shared, check_layers
 from hooks.results import CollapseReport, ProbeSettings
 from hooks.scores import qk_part
@@ -75,8 +74,8 @@ def collapse_probe(
     Fig. 3 and theorem 7.
 
     Args:
-        model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and
-            ``run_with_hooks``). Left as found; probed in eval mode.
+        model: a TransformerBridge (or anything that can be called and has ``cfg``, ``hook_dict``,
+            ``hooks`` and ``run_with_hooks``). Left as found; probed in eval mode.
         tokens: a text, several texts, token ids ``[pos]`` or ``[batch, pos]``, or a list of ids;
             pixel values or wave forms where the model reads those; or named inputs, such as
             ``{"input_ids": ..., "pixel_values": ...}``.
@@ -122,7 +121,7 @@ def collapse_probe(
         raise ValueError(f"method: wanted 'exact' or 'sample'; got {method!r}")
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
     _check_sparse(sparse)
-    _check_integers(
+    check_integers(
         draws=(draws, 2 if method == "sample" else 0),
         batch_size=(batch_size, 1),
         keep=(keep, 1),
@@ -178,32 +177,17 @@ def collapse_probe(
 
 
 def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
-    known = get_law(law)
-    if sigmas is None:
-        top = known.limit
-        return tuple(s for s in DEFAULT_SIGMAS if s < top or (s == top and known.limit_included))
-    if isinstance(sigmas, (str, bytes)) or not isinstance(sigmas, Iterable):
-        raise TypeError(f"sigmas: wanted a list of numbers; got {sigmas!r}")
-    values = tuple(float(s) for s in sigmas)
+    values = read_sigmas(sigmas, law, DEFAULT_SIGMAS)
     if not values:
         raise ValueError("sigmas: wanted one or more; got none")
-    for sigma in values:
-        check_sigma(sigma, known)
-    if list(values) != sorted(set(values)):
-        raise ValueError(f"sigmas: wanted ascending and distinct; got {list(values)}")
-    return values
+    if values != sorted(set(values)):
+        raise ValueError(f"sigmas: wanted ascending and distinct; got {values}")
+    return tuple(values)
 
 
 def _check_sparse(sparse: float) -> None:
     if not 0 < sparse <= 1:
         raise ValueError(f"sparse: wanted a maximum in (0, 1]; got {sparse!r}")
-
-
-def _check_integers(**given: tuple[Any, int]) -> None:
-    """Each with its least value."""
-    for name, (value, least) in given.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
 
 
 def _layers(sites: AttentionSites, layers: Sequence[int] | None) -> tuple[LayerSites, ...]:

@@ -5,7 +5,6 @@ Frozen, on the CPU, without a reference to the model; tidy frames; safetensors w
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -15,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+
+from hooks._reports import read_report, write_report
 
 By = Literal["head", "layer", "model"]
 CONTENT, SINK = 0, 1
@@ -342,22 +341,11 @@ class CollapseReport:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with the settings as JSON in its header; returns its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        head = {"settings": asdict(self.settings)}
+        head |= {"model": dict(self.model)} | {n: getattr(self, n) for n in _HEAD}
         arrays = {n: getattr(self, n) for n in _ARRAYS}
         arrays |= {f"table.{f.name}": getattr(self.table, f.name) for f in fields(RowTable)}
-        head = {
-            "format": _FORMAT,
-            "settings": json.dumps(asdict(self.settings)),
-            "model": json.dumps(dict(self.model)),
-            "first_prompt": json.dumps(self.first_prompt),
-            "tokens": json.dumps(self.tokens),
-            "decoder_tokens": json.dumps(self.decoder_tokens),
-        }
-        # ascontiguousarray gives a number an axis; take it away again.
-        whole = {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in arrays.items()}
-        save_file(whole, path, metadata=head)
-        return path
+        return write_report(path, _FORMAT, head, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> CollapseReport:
@@ -366,24 +354,17 @@ class CollapseReport:
         Raises:
             ValueError: the file is no collapse report.
         """
-        try:
-            with safe_open(path, "np") as file:
-                head = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: wanted a collapse report; got {error}") from error
-        if head.get("format") != _FORMAT:
-            raise ValueError(f"{path}: wanted the format {_FORMAT!r}; got {head.get('format')!r}")
-        settings = json.loads(head["settings"])
+        head, arrays = read_report(path, _FORMAT, "collapse report")
+        settings = head["settings"]
         for name in ("sigmas", "layers"):
             settings[name] = tuple(settings[name])
         table = RowTable(**{f.name: arrays[f"table.{f.name}"] for f in fields(RowTable)})
         return cls(
             settings=ProbeSettings(**settings),
-            model=json.loads(head["model"]),
-            first_prompt=json.loads(head["first_prompt"]),
-            tokens=tuple(tuple(prompt) for prompt in json.loads(head["tokens"])),
-            decoder_tokens=tuple(tuple(p) for p in json.loads(head["decoder_tokens"])),
+            model=head["model"],
+            first_prompt=head["first_prompt"],
+            tokens=tuple(tuple(prompt) for prompt in head["tokens"]),
+            decoder_tokens=tuple(tuple(p) for p in head["decoder_tokens"]),
             table=table,
             **{name: arrays[name] for name in _ARRAYS},
         )
@@ -402,10 +383,9 @@ class CollapseReport:
         return rate_of_rows(self, each, rows)
 
 
+_HEAD = ("first_prompt", "tokens", "decoder_tokens")
 _ARRAYS = tuple(
-    f.name
-    for f in fields(CollapseReport)
-    if f.name not in ("settings", "model", "first_prompt", "tokens", "decoder_tokens", "table")
+    f.name for f in fields(CollapseReport) if f.name not in ("settings", "model", "table", *_HEAD)
 )
 
 

@@ -7,8 +7,7 @@ sigmas their draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._arguments import check_integers, read_sigmas
 from hooks._inputs import has_decoder, short_input
 from hooks._prompts import Prompts, encode
 from hooks._sweep_factors import Grid
@@ -25,7 +25,6 @@ from hooks._sweep_report import SweepReport, SweepSettings
 from hooks._sweep_run import Pass, Runner, has_next_token, passes
 from hooks._sweep_score import UNSCORED, score
 from hooks.collapse import _facts
-from hooks.laws import check_sigma, get_law
 from hooks.noise import At, NormNoise, Rows, Shared, check_layers
 from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel
@@ -61,9 +60,9 @@ def sweep(
     at every sigma. Source: Menary et al. 2024, Fig. 2.
 
     Args:
-        model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and
-            ``run_with_hooks``). Left as found; run in eval mode. Hooks of your own stay on, and
-            see clean and noisy rows in one batch.
+        model: a TransformerBridge (or anything that can be called and has ``cfg``, ``hook_dict``,
+            ``hooks`` and ``run_with_hooks``). Left as found; run in eval mode. Hooks of your own
+            stay on, and see clean and noisy rows in one batch.
         tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
         targets: what should follow ``tokens[b, : p + 1]`` (in an encoder-decoder: the decoder's
             tokens), -100 where nothing is scored; padded like the tokens. Default: the next token.
@@ -88,7 +87,7 @@ def sweep(
             have, an unknown layer, site, law or option; and as :func:`hooks.collapse_probe`.
     """
     values = _sigmas(sigmas, law)
-    _check_numbers(
+    check_integers(
         replicates=(replicates, 1), batch_size=(batch_size, 1), first_prompt=(first_prompt, 0)
     )
     chosen_layers = None if layers is None else tuple(sorted(check_layers(layers)))
@@ -142,14 +141,6 @@ def sweep(
     return tally.report(settings, _facts(model, sites, chosen), first_prompt)
 
 
-def _check_numbers(**given: tuple[Any, int]) -> None:
-    """Each a value and its least one."""
-    for name, (value, least) in given.items():
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if not whole or value < least:
-            raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
-
-
 def _settings(noise: NormNoise, grid: Grid, layers: tuple[int, ...]) -> SweepSettings:
     return SweepSettings(
         sigmas=grid.sigmas,
@@ -165,15 +156,7 @@ def _settings(noise: NormNoise, grid: Grid, layers: tuple[int, ...]) -> SweepSet
 
 
 def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
-    known = get_law(law)
-    if sigmas is None:
-        top = known.limit
-        return tuple(s for s in SWEEP_SIGMAS if s < top or (s == top and known.limit_included))
-    if isinstance(sigmas, (str, bytes)) or not isinstance(sigmas, Iterable):
-        raise TypeError(f"sigmas: wanted a list of numbers; got {sigmas!r}")
-    values = sorted(float(s) for s in sigmas)
-    for sigma in values:
-        check_sigma(sigma, known)
+    values = sorted(read_sigmas(sigmas, law, SWEEP_SIGMAS))
     if len(set(values)) < len(values):
         raise ValueError(f"sigmas: wanted each once; got {values}")
     noisy = tuple(s for s in values if s > 0)  # 0 is the clean row, which is always there

@@ -1,0 +1,71 @@
+"""What reports share: one file on disk, and which two of them can be merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+_UNLIKE = ("versions", "device")  # facts that two parts of one measurement may differ in
+
+
+def write_report(
+    path: str | Path, form: str, head: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> Path:
+    """Write one safetensors file, ``head`` as JSON in its header; returns its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = {"format": form} | {name: json.dumps(value) for name, value in head.items()}
+    # ascontiguousarray gives a number an axis; take it away again.
+    whole = {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in arrays.items()}
+    save_file(whole, path, metadata=words)
+    return path
+
+
+def read_report(path: str | Path, form: str, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Header and arrays of what `write_report` wrote.
+
+    Raises:
+        ValueError: the file is none, or of another format.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            head = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: wanted a {what}; got {error}") from error
+    if head.get("format") != form:
+        raise ValueError(f"{path}: wanted the format {form!r}; got {head.get('format')!r}")
+    return {k: json.loads(v) for k, v in head.items() if k != "format"}, arrays
+
+
+def check_follows(first: Any, later: Any) -> None:
+    """Whether ``later`` goes on where ``first`` ends: settings, model and prompts.
+
+    Raises:
+        TypeError: another kind of report.
+        ValueError: other settings, another model, or prompts that do not follow.
+    """
+    if not isinstance(later, type(first)):
+        raise TypeError(f"merge: wanted another {type(first).__name__}; got {type(later).__name__}")
+    if first.settings != later.settings:
+        raise ValueError(
+            f"merge: wanted reports of equal settings; got {first.settings} and {later.settings}"
+        )
+    for fact in sorted({*first.model, *later.model} - {*_UNLIKE}):
+        if first.model.get(fact) != later.model.get(fact):
+            raise ValueError(
+                f"merge: wanted reports of one model; got {fact} {first.model.get(fact)!r} and "
+                f"{later.model.get(fact)!r}"
+            )
+    follows = first.first_prompt + len(first.tokens)
+    if later.first_prompt != follows:
+        raise ValueError(
+            f"merge: wanted a report that starts at prompt {follows} (first_prompt={follows}); got "
+            f"one that starts at {later.first_prompt}"
+        )
