@@ -1,8 +1,11 @@
 """Noise on the L2 norms of queries, keys and values, and the circuits that collapse under it."""
 
+from hooks._interference_report import InterferenceReport, InterferenceSettings
+from hooks._spread_report import SpreadReport, SpreadSettings
 from hooks._sweep_report import SweepReport, SweepSettings
 from hooks.collapse import DEFAULT_SIGMAS, collapse_probe
 from hooks.errors import UnsupportedModelError
+from hooks.interference import interference
 from hooks.laws import LAWS
 from hooks.noise import NON_SPARSE, SPARSE, NormNoise
 from hooks.probability import collapse_probability, critical_half_width
@@ -10,6 +13,7 @@ from hooks.results import CollapseReport, ProbeSettings, RowTable
 from hooks.scores import ScoreParts, split
 from hooks.selfcheck import attention_sites
 from hooks.sites import AttentionSites, LayerSites, Site, VectorSite
+from hooks.spread import spread
 from hooks.sweep import sweep
 
 __all__ = [
@@ -19,6 +23,10 @@ __all__ = [
     "CollapseReport",
     "sweep",
     "SweepReport",
+    "spread",
+    "SpreadReport",
+    "interference",
+    "InterferenceReport",
     "UnsupportedModelError",
     "AttentionSites",
     "LayerSites",
@@ -26,6 +34,8 @@ __all__ = [
     "Site",
     "ProbeSettings",
     "SweepSettings",
+    "SpreadSettings",
+    "InterferenceSettings",
     "RowTable",
     "ScoreParts",
     "split",

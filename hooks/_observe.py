@@ -1,0 +1,221 @@
+"""One pass over prompts that shows each attention layer once: scores, pattern, vectors, stream.
+
+For measurements that need more of a layer than its scores, on any supported model. Nothing outlives
+a layer: what the caller wants to keep it reduces in ``on_layer``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import _state
+from hooks._inputs import without_cache
+from hooks._prompts import Prompts
+from hooks._tap import AttentionTap
+from hooks.errors import UnsupportedModelError
+from hooks.scores import ScoreParts, split, visible
+from hooks.sites import HookedModel, LayerSites, Role
+
+Hook = tuple[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One attention layer of one batch of prompts of one length.
+
+    Attributes:
+        index: of the layer among those watched.
+        sites: its hook points.
+        prompts: indices of the batch's prompts.
+        scores: what goes into the softmax, float32 or wider.
+        pattern: its softmax.
+        vectors: those asked for of q, k, v: the ones that enter the dot product (v: that are
+            averaged), ``[batch, pos, head, d_head]``.
+        stream: the residual stream at the block's input, if asked for.
+    """
+
+    index: int
+    sites: LayerSites
+    prompts: Sequence[int]
+    scores: Float[Tensor, "batch head query key"]
+    pattern: Float[Tensor, "batch head query key"]
+    vectors: dict[Role, Float[Tensor, "batch _ _ d"]]
+    stream: Float[Tensor, "batch pos d_model"] | None
+
+    @cached_property
+    def visible(self) -> Bool[Tensor, "batch head query key"]:
+        """True where the key is not masked."""
+        return visible(self.scores)
+
+    @cached_property
+    def parts(self) -> ScoreParts:
+        """The scores taken apart; where a bias is added, q and k must have been asked for."""
+        q, k = (self.vectors.get(role) for role in ("q", "k"))
+        wide = self.scores.dtype
+        q, k = (None if x is None else x.to(wide) for x in (q, k))
+        return split(self.sites, self.scores, q, k)
+
+
+def observe(
+    model: HookedModel,
+    layers: Sequence[LayerSites],
+    prompts: Prompts,
+    on_layer: Callable[[LayerView], None],
+    *,
+    vectors: Collection[Role] = (),
+    stream: bool = False,
+    hooks: Sequence[Hook] = (),
+    batch_size: int = 8,
+    progress: bool | None = False,
+    what: str = "prompts",
+) -> None:
+    """Run the prompts and hand each of these layers over once, while it exists.
+
+    The pass ends behind the last of them.
+
+    Args:
+        model: the model; left as found, run in eval mode and without gradients.
+        layers: of `attention_sites`.
+        prompts: of `encode`.
+        on_layer: is called for each layer and batch.
+        vectors: which of q, k and v to show.
+        stream: show the block's input too.
+        hooks: further hooks, for interventions: they run first.
+        batch_size: prompts per pass; only prompts of one length share one.
+        progress: show a progress bar; None: where standard error is a terminal.
+        what: its title.
+
+    Raises:
+        UnsupportedModelError: a vector or stream that the model has no hook for.
+    """
+    options = without_cache(model)
+    with (
+        _state.evaluating(model),
+        tqdm(
+            total=len(prompts),
+            desc=what,
+            unit="prompt",
+            disable=None if progress is None else not progress,
+            leave=False,
+        ) as bar,
+    ):
+        for indices, given in prompts.batches(batch_size):
+            tap = AttentionTap() if any(s.tapped for s in layers) else None
+            watch = _Watch(layers, indices, on_layer, tuple(vectors), stream, tap)
+            entries = [*hooks, *watch.hooks(model)]
+            with (
+                contextlib.suppress(_state.Finished),
+                tap or contextlib.nullcontext(),
+                model.hooks(fwd_hooks=entries),
+            ):
+                given.run(model, **options)
+            bar.update(len(indices))
+
+
+class _Watch:
+    """Hooks of one forward pass."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSites],
+        indices: Sequence[int],
+        on_layer: Callable[[LayerView], None],
+        vectors: tuple[Role, ...],
+        stream: bool,
+        tap: AttentionTap | None,
+    ) -> None:
+        self.layers = layers
+        self.indices = indices
+        self.on_layer = on_layer
+        self.vectors = vectors
+        self.stream = stream
+        self.tap = tap
+
+    def hooks(self, model: HookedModel) -> list[Hook]:
+        entries: list[Hook] = []
+        for index, sites in enumerate(self.layers):
+            entries += self._of_layer(model, index, sites)
+        return entries
+
+    def _of_layer(self, model: HookedModel, index: int, sites: LayerSites) -> list[Hook]:
+        kept: dict[str, Tensor] = {}
+        entries: list[Hook] = []
+        roles: set[Role] = {*self.vectors}
+        if sites.has_bias:
+            roles |= {"q", "k"}
+        for role in sorted(roles):
+            name = sites.vector(role).dot.hook
+            if not name:
+                raise UnsupportedModelError(
+                    f"reading {role}",
+                    wanted="a hook point where it enters the dot product",
+                    got="none of TransformerLens's",
+                    layer=sites.layer,
+                )
+            entries.append((name, _keep(kept, role)))
+        if self.stream:
+            entries.append((stream_hook(model, sites), _keep(kept, "stream")))
+
+        def show(scores: Tensor, pattern: Tensor) -> None:
+            wide = torch.promote_types(scores.dtype, torch.float32)
+            view = LayerView(
+                index=index,
+                sites=sites,
+                prompts=self.indices,
+                scores=scores.to(wide),
+                pattern=pattern.to(wide),
+                vectors={r: sites.vector(r).dot.by_position(kept.pop(r)) for r in sorted(roles)},
+                stream=kept.pop("stream", None),
+            )
+            self.on_layer(view)
+            if index == len(self.layers) - 1:
+                raise _state.Finished
+
+        def at_pattern(pattern: Tensor, hook: Any) -> None:
+            show(kept.pop("scores"), pattern)
+
+        def at_z(z: Tensor, hook: Any) -> None:
+            assert self.tap is not None
+            taken = self.tap.take(z.shape[0])
+            if taken is None:  # the self-check saw it happen
+                raise RuntimeError(f"layer {sites.layer}: no softmax was seen before {hook.name}")
+            show(taken.scores, taken.pattern)
+
+        if sites.tapped:
+            assert sites.z is not None
+            return [*entries, (sites.z.hook, at_z)]
+        return [*entries, (sites.scores, _keep(kept, "scores")), (sites.pattern, at_pattern)]
+
+
+def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook_fn(tensor: Tensor, hook: Any) -> None:
+        kept[name] = tensor
+
+    return hook_fn
+
+
+def stream_hook(model: HookedModel, sites: LayerSites) -> str:
+    """Name of the hook with the residual stream at the input of a layer's block.
+
+    Raises:
+        UnsupportedModelError: the model has none of that name.
+    """
+    block = sites.prefix.rpartition(".")[0]
+    for name in (f"{block}.hook_in", f"{block}.hook_resid_pre"):
+        if name in model.hook_dict:
+            return name
+    raise UnsupportedModelError(
+        "the residual stream",
+        wanted=f"a hook {block}.hook_in or {block}.hook_resid_pre",
+        got="neither",
+        layer=sites.layer,
+    )
