@@ -1,0 +1,190 @@
+"""Running an experiment: part by part, each written as it ends; then table, figure and text.
+
+DIR/NAME/parts/KEY.json   rows of one part, with what they depend on
+DIR/NAME/table.csv        all rows
+DIR/NAME/about.json       configuration, models, seeds, versions, cost
+DIR/NAME/figure.png, text.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from qkvnorm_lens.experiments._base import Experiment, Part, Size, Subject
+
+VERSIONS: Final = ("qkvnorm-lens", "torch", "transformer-lens", "transformers", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What an experiment gave.
+
+    Attributes:
+        table: all rows.
+        about: configuration, models, seeds, versions and cost.
+        text: what was found.
+        folder: where it was written.
+    """
+
+    table: pd.DataFrame
+    about: dict[str, Any]
+    text: str
+    folder: Path
+
+
+def fitting(experiment: Experiment, subjects: Sequence[Subject]) -> tuple[Subject, ...]:
+    """Those of the models that the experiment can look at."""
+    if experiment.models == "addition":
+        return tuple(s for s in subjects if s.kind == "addition")
+    return tuple(subjects) if experiment.models == "any" else ()
+
+
+def run_experiment(
+    experiment: Experiment,
+    subjects: Sequence[Subject],
+    out: str | os.PathLike[str],
+    *,
+    size: Size = "quick",
+    command: str = "",
+    progress: bool | None = None,
+) -> Outcome:
+    """Run what is missing of an experiment, and write its table, figure and text.
+
+    Args:
+        experiment: which.
+        subjects: the models; those it can't look at are left out.
+        out: the directory; parts that lie there and depend on the same are not run again.
+        size: how much.
+        command: what to write down as the way to get these results.
+        progress: show a progress bar; default: where standard error is a terminal.
+
+    Raises:
+        ValueError: no model that the experiment can look at.
+    """
+    chosen = fitting(experiment, subjects)
+    if experiment.models != "none" and not chosen:
+        raise ValueError(
+            f"{experiment.name}: wanted a model that adds integers; got "
+            f"{[s.name for s in subjects]}"
+        )
+    folder = Path(out) / experiment.name
+    parts = list(experiment.parts(chosen, size))
+    keys = [part.key for part in parts]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"{experiment.name}: wanted parts of different keys; got {keys}")
+    done: list[dict[str, Any]] = []
+    with tqdm(
+        parts, desc=experiment.name, unit="part", disable=None if progress is None else not progress
+    ) as bar:
+        for part in bar:
+            bar.set_postfix_str(part.key)
+            done.append(_one(experiment, part, size, folder / "parts" / f"{part.key}.json"))
+    table = pd.concat([_frame(d) for d in done], ignore_index=True)
+    about = _about(experiment, chosen, size, parts, done, command)
+    text = experiment.text(table)
+    _write(folder / "about.json", json.dumps(about, indent=2) + "\n")
+    _write(folder / "table.csv", table.to_csv(index=False, lineterminator="\n"))
+    _write(folder / "text.md", text.rstrip() + "\n")
+    experiment.figure(table).savefig(folder / "figure.png")
+    return Outcome(table, about, text, folder)
+
+
+def read_table(folder: Path) -> pd.DataFrame:
+    """The table that an experiment wrote, number for number."""
+    with warnings.catch_warnings():  # pandas 3.1 always reads so, and earlier ones have to be told
+        warnings.filterwarnings("ignore", message=".*float_precision.*")
+        table = pd.read_csv(
+            folder / "table.csv",
+            float_precision="round_trip",
+            keep_default_na=False,
+            na_values=["", "nan"],
+        )
+    if "placement" in table:  # empty for other people's models, and no number
+        table["placement"] = table["placement"].astype(object).fillna("")
+    return table
+
+
+def depends_on(experiment: Experiment, part: Part, size: Size) -> dict[str, Any]:
+    """What the rows of a part depend on; a part of other settings is run again."""
+    subject = part.subject
+    return {
+        "experiment": experiment.name,
+        "version": experiment.version,
+        "part": part.key,
+        "size": size,
+        "settings": json.loads(json.dumps(dict(part.settings))),
+        "model": None if subject is None else [subject.name, subject.digest],
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+
+
+def _one(experiment: Experiment, part: Part, size: Size, path: Path) -> dict[str, Any]:
+    wanted = depends_on(experiment, part, size)
+    if path.exists():
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if held.get("depends_on") == wanted:
+            return held
+    cpu, clock = time.process_time(), time.perf_counter()
+    rows = part.work()
+    made = {
+        "depends_on": wanted,
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "seconds": round(time.perf_counter() - clock, 1),
+        "columns": list(rows.columns),
+        "rows": [[_plain(x) for x in row] for row in rows.itertuples(index=False)],
+    }
+    _write(path, json.dumps(made) + "\n")
+    return made
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value; NaN becomes null, and infinity stays what Python's json writes for it."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _frame(part: dict[str, Any]) -> pd.DataFrame:
+    frame = pd.DataFrame(part["rows"], columns=part["columns"])
+    return frame.infer_objects()
+
+
+def _about(
+    experiment: Experiment,
+    subjects: Sequence[Subject],
+    size: Size,
+    parts: Sequence[Part],
+    done: Sequence[dict[str, Any]],
+    command: str,
+) -> dict[str, Any]:
+    return {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "source": experiment.source,
+        "size": size,
+        "command": command,
+        "models": [{**s.columns, "digest": s.digest} for s in subjects],
+        "settings": {p.key: dict(p.settings) for p in parts},
+        "budget_core_minutes": experiment.minutes[size],
+        "cpu_seconds": round(sum(d["cpu_seconds"] for d in done), 1),
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)

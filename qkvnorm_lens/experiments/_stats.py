@@ -1,0 +1,55 @@
+"""Means over seeds and their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds with its 95% interval (Student's t); NaN half-width for one seed.
+
+    Attributes:
+        value: the mean.
+        half: half the interval's width.
+        n: seeds.
+    """
+
+    value: float
+    half: float
+    n: int
+
+    def percent(self, digits: int = 1) -> str:
+        """``97.8 ± 0.4``, in percent."""
+        if math.isnan(self.half):
+            return f"{100 * self.value:.{digits}f}"
+        return f"{100 * self.value:.{digits}f} ± {100 * self.half:.{digits}f}"
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero; never for one seed."""
+        return abs(self.value) > self.half
+
+
+def mean(values: Sequence[float], level: float = 0.95) -> Mean:
+    """Mean and interval over seeds: x̄ ± t s / sqrt(n)."""
+    x = np.asarray(values, dtype=float)
+    if len(x) < 2:
+        return Mean(float(x.mean()) if len(x) else math.nan, math.nan, len(x))
+    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    return Mean(float(x.mean()), float(half), len(x))
+
+
+def difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Mean:
+    """Mean of a minus mean of b, with Welch's interval."""
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    value = float(x.mean() - y.mean())
+    if min(len(x), len(y)) < 2:
+        return Mean(value, math.nan, min(len(x), len(y)))
+    interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(level)
+    return Mean(value, float(interval.high - interval.low) / 2, min(len(x), len(y)))

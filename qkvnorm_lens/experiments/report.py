@@ -1,0 +1,106 @@
+"""The page of all results beside the published ones, made from the files that experiments wrote.
+
+Nothing on it is typed in: every number comes from a ``table.csv`` under the results' directory,
+through the experiment's own ``text`` and ``claims``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qkvnorm_lens.experiments import NAMES, get_experiment
+from qkvnorm_lens.experiments._base import Claim
+from qkvnorm_lens.experiments._run import read_table
+
+HEAD = """\
+# Reproduction
+
+What became of each published number and figure of Menary, Kaski and Freitas (arXiv 2406.17837), and
+what their open questions gave. This page is made by `{command}` from the files under `{results}`,
+each of which says the command, configuration, seeds and versions that it came from.
+
+**Scale.** The paper's Baseline has 10 layers of width 512 (about 21.6M parameters) and was trained
+on 110M sums of 3 to 6 numbers with 2 or 3 digits. The *study* models here have 2 layers of width 64
+(0.1M parameters), trained on 2.0M sums of 2 or 4 numbers with 1 or 2 digits, several seeds for
+each placement; the shipped *addition* models have 4 layers of width 128 (0.5M), 1.3M such sums, one
+seed. Where the paper's numbers hang on size, ours can't confirm or refute them; the column "same"
+is about what is stated, at our size.
+"""
+
+
+def results(folder: Path) -> list[Path]:
+    """Directories of finished experiments below a directory, in the order of `NAMES`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = sorted(path.parent for path in folder.rglob("about.json"))
+    found = [path for path in found if path.name in NAMES and (path / "table.csv").is_file()]
+    if not found:
+        raise ValueError(f"--out: wanted a directory with results of experiments; got {folder}")
+    return sorted(found, key=lambda path: (NAMES.index(path.name), str(path)))
+
+
+def write_report(folder: Path, page: Path) -> Path:
+    """Write the page; gives back its path.
+
+    Raises:
+        ValueError: no results under the directory.
+    """
+    found = results(folder)
+    text = compose(found, folder, page)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def compose(found: list[Path], folder: Path, page: Path) -> str:
+    """The page's text."""
+    command = (
+        f"qkvnorm-lens experiment report --out {folder.name} --to {page.parent.name}/{page.name}"
+    )
+    sections = [HEAD.format(command=command, results=folder.name)]
+    claims: list[tuple[str, Claim]] = []
+    chapters = []
+    for path in found:
+        experiment = get_experiment(path.name)
+        table = read_table(path)
+        about: dict[str, Any] = json.loads((path / "about.json").read_text(encoding="utf-8"))
+        claims += [(path.name, claim) for claim in experiment.claims(table)]
+        figure = os.path.relpath(path / "figure.png", page.parent)
+        where = os.path.relpath(path, page.parent)
+        chapters.append(
+            f"## {experiment.title}{_among(path, found, folder)}\n\n"
+            f"{experiment.source}. `{about['command']}`; {_cost(about)}. "
+            f"[Table]({where}/table.csv), [settings]({where}/about.json).\n\n"
+            f"![{experiment.title}]({figure})\n\n{experiment.text(table).rstrip()}\n"
+        )
+    sections.append(_summary(claims))
+    return "\n".join([*sections, *chapters])
+
+
+def _among(path: Path, found: list[Path], folder: Path) -> str:
+    """Which set of models, where there are several for one experiment."""
+    same = [p for p in found if p.name == path.name]
+    return "" if len(same) == 1 else f": {path.relative_to(folder).parent}"
+
+
+def _cost(about: dict[str, Any]) -> str:
+    minutes = about["cpu_seconds"] / 60
+    return f"{minutes:.1f} core-minutes of a budget of {about['budget_core_minutes']:g}"
+
+
+def _summary(claims: list[tuple[str, Claim]]) -> str:
+    lines = ["## Published and ours", ""]
+    lines += ["| from | what | published | ours | same | why |", "|---|---|---|---|---|---|"]
+    for name, claim in claims:
+        cells = [name, claim.what, claim.published, claim.ours, f"**{claim.same}**", claim.why]
+        lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
