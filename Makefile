@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := .venv/installed
 LEGACY := .venv-legacy
 
-.PHONY: help setup probe test test-legacy slow matrix lint format real-model benchmarks clean
+.PHONY: help setup probe test test-legacy slow matrix smoke lint format real-model benchmarks clean
 
 help:
 	@echo "make probe       which heads of the shipped model lose their token at which noise"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-legacy a HookedTransformer of TransformerLens 3.9, in its own .venv-legacy"
 	@echo "make slow        the slow tests"
 	@echo "make matrix      every architecture that TransformerLens knows"
+	@echo "make smoke       every experiment of the paper, in its smallest form"
 	@echo "make lint        ruff and mypy;  make format rewrites"
 	@echo "make real-model  fetch and convert the models that the tests read"
 	@echo "make benchmarks  time and memory"
@@ -55,6 +56,11 @@ $(LEGACY)/installed: pyproject.toml constraints-legacy.txt
 
 slow: real-model
 	$(BIN)/pytest -m slow --durations=10 $(ARGS)
+
+smoke: real-model
+	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens experiment all --smoke --out runs/smoke
+	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens experiment all --smoke --out runs/smoke/smollm2 \
+		--model "$$($(BIN)/python -c 'from tests.real_models import *; print(smollm2_path())')"
 
 lint: $(SETUP)
 	$(BIN)/ruff check
