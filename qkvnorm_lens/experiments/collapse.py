@@ -115,7 +115,8 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
     keys = ["model", "sigma"]
     exact = whole[whole["quantity"] == "loose"].set_index(keys)
     counted = whole[whole["quantity"] == "loose, sampled"].set_index(keys)
-    both = exact[["value", "rows"]].join(counted[["value", "se"]], rsuffix="_sampled")
+    sampled = counted[["value", "se"]].rename(columns={"value": "value_sampled"})
+    both = exact[["value", "rows"]].join(sampled)
     both = both[both["rows"] > 0]
     gap = both["value_sampled"] - both["value"]
     independent = np.sqrt(both["value"] * (1 - both["value"]) / both["rows"])

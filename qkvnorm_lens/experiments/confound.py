@@ -84,16 +84,25 @@ def _largest_score(model: Any, tokens: Any) -> float:
 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
-    """One for each trained cell and seed; of the smoke form: two of the first seed."""
+    """One for each trained cell and seed; two of them in the smoke form.
+
+    Raises:
+        ValueError: none is trained.
+    """
     from qkvnorm_lens.experiments._subjects import find_subjects
 
-    names = list(trained("confound-"))
+    names = sorted(trained("confound-"), key=_order)
+    if not names:
+        raise ValueError(
+            "confound: wanted trained cells; got none. To train them: "
+            "python -m qkvnorm_lens.experiments.train"
+        )
     if size == "smoke":
-        names = [n for n in names if n in ("confound-pre-1", "confound-qkv-paper-1")]
+        names = names[:2]
     settings = {"sums": SUMS[size], "steps": CONFOUND_STEPS}
     return [
         Part(s.name, partial(measure, s, size), s, {**settings, **AMOUNT[size].settings(s)})
-        for s in find_subjects(sorted(names, key=_order))
+        for s in find_subjects(names)
     ]
 
 
