@@ -34,9 +34,16 @@ MODELS: Final = Path(__file__).parent / "models"
 
 
 def study_run(placement: str, seed: int) -> Run:
-    """A study model: 2 layers of width 64, 16,000 steps, some eleven minutes of one core."""
+    """A study model: 2 layers of width 64, 16,000 steps, some eleven minutes of one core.
+
+    No-Norm learns nothing at the recipe's rate (scores of a million, every second token right), so
+    it has the rate of the shipped models.
+    """
     config = named_config("study", placement, seed=seed)
-    return Run(config, "small-train", "study", steps=16_000, seed=seed, bf16=True)
+    recipe = get_recipe("study")
+    if placement == "none":
+        recipe = dataclasses.replace(recipe, lr=get_recipe("modern").lr)
+    return Run(config, "small-train", recipe, steps=16_000, seed=seed, bf16=True)
 
 
 def confound_run(cell: str, seed: int) -> Run:
