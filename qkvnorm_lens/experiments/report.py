@@ -11,9 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qkvnorm_lens.checkpoints import checkpoint_path
 from qkvnorm_lens.experiments import NAMES, get_experiment
 from qkvnorm_lens.experiments._base import Claim
 from qkvnorm_lens.experiments._run import read_table
+from qkvnorm_lens.experiments.train import trained
 
 HEAD = """\
 # Reproduction
@@ -23,11 +25,8 @@ what their open questions gave. This page is made by `{command}` from the files 
 each of which says the command, configuration, seeds and versions that it came from.
 
 **Scale.** The paper's Baseline has 10 layers of width 512 (about 21.6M parameters) and was trained
-on 110M sums of 3 to 6 numbers with 2 or 3 digits. The *study* models here have 2 layers of width 64
-(0.1M parameters), trained on 2.0M sums of 2 or 4 numbers with 1 or 2 digits, several seeds for
-each placement; the shipped *addition* models have 4 layers of width 128 (0.5M), 1.3M such sums, one
-seed. Where the paper's numbers hang on size, ours can't confirm or refute them; the column "same"
-is about what is stated, at our size.
+on 110M sums of 3 to 6 numbers with 2 or 3 digits. {ours} Where the paper's numbers hang on size,
+ours can't confirm or refute them; the column "same" is about what is stated, at our size.
 """
 
 
@@ -62,7 +61,7 @@ def compose(found: list[Path], folder: Path, page: Path) -> str:
     command = (
         f"qkvnorm-lens experiment report --out {folder.name} --to {page.parent.name}/{page.name}"
     )
-    sections = [HEAD.format(command=command, results=folder.name)]
+    sections = [HEAD.format(command=command, results=folder.name, ours=_scale())]
     claims: list[tuple[str, Claim]] = []
     chapters = []
     for path in found:
@@ -80,6 +79,26 @@ def compose(found: list[Path], folder: Path, page: Path) -> str:
         )
     sections.append(_summary(claims))
     return "\n".join([*sections, *chapters])
+
+
+def _scale() -> str:
+    """Size and training of our models, from their cards."""
+    out = []
+    for what, path in (
+        ("The *study* models", trained("study-").get("study-pre-1")),
+        ("The shipped *addition* models", checkpoint_path("addition-pre")),
+    ):
+        if path is None:
+            continue
+        card = json.loads((path / "card.json").read_text(encoding="utf-8"))
+        config, split = card["run"]["config"], card["run"]["split"]
+        counts, digits = (" or ".join(map(str, split[k])) for k in ("counts", "digits"))
+        out.append(
+            f"{what} have {config['n_layers']} layers of width {config['d_model']} "
+            f"({card['parameters'] / 1e6:.2g}M parameters) and were trained on "
+            f"{card['sequences'] / 1e6:.2g}M sums of {counts} numbers with {digits} digits."
+        )
+    return " ".join(out)
 
 
 def _among(path: Path, found: list[Path], folder: Path) -> str:
