@@ -65,13 +65,15 @@ def evaluating(model: Any) -> Iterator[None]:
     """Eval mode and no gradients inside; each module's own training flag afterwards."""
     flags = [(module, module.training) for module in modules(model)]
     try:
-        for module, _ in flags:
-            module.training = False
+        for module, training in flags:
+            if training:  # a module is slow to set anything on
+                module.training = False
         with torch.no_grad():
             yield
     finally:
         for module, training in flags:
-            module.training = training
+            if module.training != training:
+                module.training = training
 
 
 def active_dropout(model: Any) -> str | None:
