@@ -447,6 +447,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(module.AMOUNT, "smoke", Amount(sums=12, windows=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("little")
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_run_on_shipped_models_is_read_back_and_says_the_same(name: str, tmp_path: Path) -> None:
@@ -482,6 +483,7 @@ def test_a_language_model_has_no_placement_and_is_shown_too(
     module.figure(back)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("little")
 def test_parts_are_the_same_again() -> None:
     (subject,) = find_subjects(["addition-none"])
