@@ -88,6 +88,8 @@ def run(
 
     if size not in SIZES:
         raise ValueError(f"size: wanted one of {list(SIZES)}; got {size!r}")
+    if isinstance(models, str):
+        raise TypeError(f"models: wanted a list of names; got {models!r}")
     experiment = get_experiment(name)
     subjects = default_subjects(size) if models is None else find_subjects(models)
     folder = Path("runs/experiments") if out is None else Path(out)

@@ -1,6 +1,6 @@
 """Running an experiment: part by part, each written as it ends; then table, figure and text.
 
-DIR/NAME/parts/KEY.json   rows of one part, with what they depend on
+DIR/NAME/parts/SIZE/KEY.json   rows of one part, with what they depend on
 DIR/NAME/table.csv        all rows
 DIR/NAME/about.json       configuration, models, seeds, versions, cost
 DIR/NAME/figure.png, text.md
@@ -22,7 +22,7 @@ from typing import Any, Final
 import pandas as pd
 from tqdm.auto import tqdm
 
-from qkvnorm_lens.experiments._base import Experiment, Part, Size, Subject
+from qkvnorm_lens.experiments._base import SIZES, Experiment, Part, Size, Subject
 
 VERSIONS: Final = ("qkvnorm-lens", "torch", "transformer-lens", "transformers", "numpy")
 
@@ -71,15 +71,16 @@ def run_experiment(
         progress: show a progress bar; default: where standard error is a terminal.
 
     Raises:
-        ValueError: no model that the experiment can look at.
+        ValueError: no model that the experiment can look at, or a directory that holds the results
+            of a larger size.
     """
     chosen = fitting(experiment, subjects)
     if experiment.models != "none" and not chosen:
-        raise ValueError(
-            f"{experiment.name}: wanted a model that adds integers; got "
-            f"{[s.name for s in subjects]}"
-        )
+        what = "a model that adds integers" if experiment.models == "addition" else "a model"
+        got = [s.name for s in subjects] or "none"
+        raise ValueError(f"{experiment.name}: wanted {what}; got {got}")
     folder = Path(out) / experiment.name
+    _check_smaller(folder, size)
     parts = list(experiment.parts(chosen, size))
     keys = [part.key for part in parts]
     if len(set(keys)) < len(keys):
@@ -90,7 +91,7 @@ def run_experiment(
     ) as bar:
         for part in bar:
             bar.set_postfix_str(part.key)
-            done.append(_one(experiment, part, size, folder / "parts" / f"{part.key}.json"))
+            done.append(_one(experiment, part, size, folder / "parts" / size / f"{part.key}.json"))
     table = pd.concat([_frame(d) for d in done], ignore_index=True)
     about = _about(experiment, chosen, size, parts, done, command)
     text = experiment.text(table)
@@ -132,10 +133,9 @@ def depends_on(experiment: Experiment, part: Part, size: Size) -> dict[str, Any]
 
 def _one(experiment: Experiment, part: Part, size: Size, path: Path) -> dict[str, Any]:
     wanted = depends_on(experiment, part, size)
-    if path.exists():
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if held.get("depends_on") == wanted:
-            return held
+    held = _held(path)
+    if held.get("depends_on") == wanted:
+        return held
     cpu, clock = time.process_time(), time.perf_counter()
     rows = part.work()
     made = {
@@ -149,6 +149,28 @@ def _one(experiment: Experiment, part: Part, size: Size, path: Path) -> dict[str
     return made
 
 
+def _held(path: Path) -> dict[str, Any]:
+    """What an earlier run left there; nothing if it can't be read, and is made again."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _check_smaller(folder: Path, size: Size) -> None:
+    """Refuse to write a small run's table over a larger one's.
+
+    Raises:
+        ValueError: the folder holds the results of a larger size, or is no folder.
+    """
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise ValueError(f"--out: wanted a directory; got a file in {folder}")
+    there = _held(folder / "about.json").get("size")
+    if there in SIZES and SIZES.index(there) > SIZES.index(size):
+        raise ValueError(f"{folder} holds {there} results: wanted another --out for a {size} run")
+
+
 def _plain(value: Any) -> Any:
     """A JSON value; NaN becomes null, and infinity stays what Python's json writes for it."""
     value = value.item() if hasattr(value, "item") else value
@@ -156,8 +178,9 @@ def _plain(value: Any) -> Any:
 
 
 def _frame(part: dict[str, Any]) -> pd.DataFrame:
-    frame = pd.DataFrame(part["rows"], columns=part["columns"])
-    return frame.infer_objects()
+    frame = pd.DataFrame(part["rows"], columns=part["columns"]).infer_objects()
+    empty = [name for name in frame if frame[name].isna().all()]  # nothing but null: NaN again
+    return frame.astype(dict.fromkeys(empty, float))
 
 
 def _about(
@@ -176,6 +199,7 @@ def _about(
         "command": command,
         "models": [{**s.columns, "digest": s.digest} for s in subjects],
         "settings": {p.key: dict(p.settings) for p in parts},
+        "rows": sum(len(d["rows"]) for d in done),
         "budget_core_minutes": experiment.minutes[size],
         "cpu_seconds": round(sum(d["cpu_seconds"] for d in done), 1),
         "versions": {name: version(name) for name in VERSIONS},

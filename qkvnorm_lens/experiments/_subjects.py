@@ -13,8 +13,8 @@ from qkvnorm_lens.checkpoints import checkpoint_path, checkpoints
 from qkvnorm_lens.experiments._base import Size, Subject
 from qkvnorm_lens.experiments.train import trained
 
-_EDGE = 1 << 20
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_BLOCK = 1 << 24
+_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer*", "vocab.*", "merges.txt")
 
 
 def default_subjects(size: Size) -> tuple[Subject, ...]:
@@ -39,6 +39,7 @@ def find_subjects(names: Sequence[str]) -> tuple[Subject, ...]:
 
     Raises:
         LoadError: no such model.
+        ValueError: two models of one name, which results could not tell apart.
     """
     found: list[Subject] = []
     for name in names:
@@ -53,7 +54,13 @@ def find_subjects(names: Sequence[str]) -> tuple[Subject, ...]:
                 found.append(Subject(name, "language", None, "", name, None, ""))
             else:
                 found.append(_from_directory(source.path.name, source.path))
-    return tuple({subject.name: subject for subject in found}.values())
+    unique = list({(s.name, s.path): s for s in found}.values())
+    names_of = [s.name for s in unique]
+    for subject in unique:
+        if names_of.count(subject.name) > 1:
+            paths = [str(s.path) for s in unique if s.name == subject.name]
+            raise ValueError(f"models: wanted directories of different names; got {paths}")
+    return tuple(unique)
 
 
 def _from_directory(name: str, path: Path) -> Subject:
@@ -75,13 +82,11 @@ def _from_directory(name: str, path: Path) -> Subject:
 
 
 def _digest(path: Path) -> str:
-    """Of the configuration, and of the size and both ends of each file of weights."""
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted({f for pattern in _WEIGHTS for f in path.glob(pattern)}):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
+    """Of configuration, weights and tokenizer, byte by byte."""
+    digest = hashlib.sha256()
+    for file in sorted({f for pattern in _FILES for f in path.glob(pattern)}):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(_EDGE))
-            stream.seek(max(0, size - _EDGE))
-            digest.update(stream.read(_EDGE))
+            while block := stream.read(_BLOCK):
+                digest.update(block)
     return digest.hexdigest()[:16]

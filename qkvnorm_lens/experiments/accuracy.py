@@ -124,7 +124,10 @@ def text(table: pd.DataFrame) -> str:
         cells = " | ".join(m.percent() for m in [*means, bare])
         lines.append(f"| {group} | {means[0].n} | {cells} |")
     lines.append("")
-    lines.append("Per-token accuracy in percent, teacher forced, with 95% intervals over seeds.")
+    lines.append(
+        "Per-token accuracy in percent, teacher forced, with 95% intervals over seeds. `]` ends an "
+        "answer and is counted unless a column says otherwise: about a fifth of the scored tokens."
+    )
     for kind in KINDS:
         for column, name in (("per_token", "`]` counted"), ("per_token_without_end", "without")):
             gap = _study_difference(table, kind, column)

@@ -198,6 +198,8 @@ def text(table: pd.DataFrame) -> str:
     """Own level, centred gauge and a common level side by side; pairs of groups."""
     sigma = 0.1
     names = [g for g in groups(table) if np.isfinite(own_level(table, g))]
+    if not names:
+        return "No sparse rows: there is no rate."
     common = float(np.exp(np.mean([math.log(max(own_level(table, g), 1.0)) for g in names])))
     head = ["models", "seeds", "score level", "rate at its own level", "without sinks"]
     head += ["centred gauge", f"all at level {common:.3g}"]
@@ -215,7 +217,14 @@ def text(table: pd.DataFrame) -> str:
             at_level(table, group, sigma, common).percent(3),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *_pairs(table)]
+    lines += [
+        "",
+        f"Score level: mean q.k part of an attended score. Centred gauge: each row's mean visible "
+        f"q.k part taken away. At level {common:.3g} (the levels' geometric mean): every row moved "
+        "by one constant, so that the model's level is that; patterns stay what they are.",
+        "",
+        *_pairs(table),
+    ]
     return "\n".join(lines)
 
 

@@ -350,7 +350,10 @@ def _by_constant(group: str, mine: pd.DataFrame) -> list[str]:
         change = float((by_model.max() - by_model.min()).max())
         low, high = rates["constant"].min(), rates["constant"].max()
         what = (
-            "changes no count" if change == 0 else f"changes it by up to {100 * change:.2g} points"
+            "changes no count"
+            if change == 0
+            else f"changes the share of all sparse rows, sinks too, by up to "
+            f"{100 * change:.2g} points"
         )
         where = "the first token frozen too" if first == SPARED[False] else "the first token spared"
         lines.append(
@@ -369,6 +372,11 @@ def _points(gap: Mean) -> str:
     """``+0.30 ± 0.12``, in percent; never ``-0.00``."""
     half = "" if math.isnan(gap.half) else f" ± {100 * gap.half:.2f}"
     return f"{round(100 * gap.value, 2) + 0.0:+.2f}{half}"
+
+
+def _each(models: pd.DataFrame, column: str) -> str:
+    """Each model's share, in percent."""
+    return ", ".join(f"{100 * v:.2f}" for v in models[column].astype(float).dropna())
 
 
 def _without(table: pd.DataFrame) -> dict[str, list[str]]:
@@ -396,9 +404,11 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             Claim(
                 f"content rows that hang on the common length ({group})",
                 "not measured: interference is simulated, not observed (limitations)",
-                f"{moved.percent(2)}% ({seeds})",
+                f"{moved.percent(2)}% ({seeds}: {_each(whole, MOVED)}); with the first token "
+                f"spared {_each(of(mine, 'model', first=SPARED[True]), MOVED)}",
                 "-",
-                "the norm's scale frozen at one constant, one layer at a time; no noise",
+                "the norm's scale frozen at one constant, one layer at a time; no noise; first "
+                "token spared: it keeps its own scale",
             )
         )
         out.append(

@@ -277,9 +277,11 @@ def text(table: pd.DataFrame) -> str:
 def _legend() -> str:
     formats = "; ".join(f"{s.name}: {s.what}" for s in SCHEMES)
     return (
-        f"Formats: {formats}. Columns: RMS over tokens and heads of the relative error of |k| and "
-        "|v|; 1 - cos of the angle between k and the quantised k; share of sparse rows that the "
-        "norm error could move at all (critical half-width below the head's largest error), that "
+        f"Formats: {formats}. A group is never wider than a head or longer than a prompt: in heads "
+        f"of 16 channels it has 16, and sums of some 20 tokens are one. Columns: RMS over tokens "
+        f"and heads of the relative error of |k| and |v|; 1 - cos of the angle between k and the "
+        "quantised k; share of sparse rows that the norm error could move at all "
+        "(critical half-width below the head's largest error), that "
         "independent noise of that RMS is expected to move (exact), that the norms of the "
         "quantised keys alone, their directions alone, and the quantised keys really move (each "
         "layer on clean inputs; strict: onto a new maximum that is sparse again). All these in "
@@ -345,7 +347,15 @@ def _stand(own: pd.DataFrame) -> str:
 def _findings(table: pd.DataFrame) -> list[str]:
     """Does the norm error tell which rows move, and do these tell what the output loses?"""
     each, content = heads(table), heads(table, content=True)
-    lines = ["All models pooled:", ""]
+    by = {g: float(m["moved"].sum()) for g, m in by_group(each)}
+    moving = [f"{g} {n:,.0f}" for g, n in by.items() if n]
+    still = [g for g, n in by.items() if not n]
+    lines = [
+        f"Moved rows, over all formats: {', '.join(moving) or 'none'}"
+        f"{'; none in ' + ', '.join(still) if still else ''}. What follows pools the models, and "
+        "so speaks of those that have moved rows.",
+        "",
+    ]
     for scheme in schemes(each):
         own, apart = (frame[frame["scheme"] == scheme] for frame in (each, content))
         rows, total = own["rows"].sum(), own[_SHARES].sum()

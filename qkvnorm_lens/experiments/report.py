@@ -66,19 +66,43 @@ def compose(found: list[Path], folder: Path, page: Path) -> str:
     chapters = []
     for path in found:
         experiment = get_experiment(path.name)
+        about = _whole(path)
         table = read_table(path)
-        about: dict[str, Any] = json.loads((path / "about.json").read_text(encoding="utf-8"))
         claims += [(path.name, claim) for claim in experiment.claims(table)]
         figure = os.path.relpath(path / "figure.png", page.parent)
         where = os.path.relpath(path, page.parent)
         chapters.append(
-            f"## {experiment.title}{_among(path, found, folder)}\n\n"
+            f"## {experiment.title}{_among(path, found, folder)}{_size(about)}\n\n"
             f"{experiment.source}. `{about['command']}`; {_cost(about)}. "
             f"[Table]({where}/table.csv), [settings]({where}/about.json).\n\n"
             f"![{experiment.title}]({figure})\n\n{experiment.text(table).rstrip()}\n"
         )
+    missing = [name for name in NAMES if name not in {path.name for path in found}]
+    if missing:
+        sections.append(f"**Not here yet**: {', '.join(missing)}.\n")
     sections.append(_summary(claims))
     return "\n".join([*sections, *chapters])
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """What ``about.json`` says.
+
+    Raises:
+        ValueError: it or the figure can't be read, or the table is not the one that it is about.
+    """
+    try:
+        about: dict[str, Any] = json.loads((path / "about.json").read_text(encoding="utf-8"))
+        rows = about["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path / 'about.json'}: wanted what an experiment wrote; got {error!r}"
+        ) from error
+    if not (path / "figure.png").is_file():
+        raise ValueError(f"{path}: wanted figure.png; got none")
+    found = len(read_table(path))
+    if found != rows:
+        raise ValueError(f"{path / 'table.csv'}: wanted {rows} rows; got {found}")
+    return about
 
 
 def _scale() -> str:
@@ -105,6 +129,10 @@ def _among(path: Path, found: list[Path], folder: Path) -> str:
     """Which set of models, where there are several for one experiment."""
     same = [p for p in found if p.name == path.name]
     return "" if len(same) == 1 else f": {path.relative_to(folder).parent}"
+
+
+def _size(about: dict[str, Any]) -> str:
+    return "" if about["size"] == "full" else f" ({about['size']} form)"
 
 
 def _cost(about: dict[str, Any]) -> str:
