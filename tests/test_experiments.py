@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -119,6 +120,34 @@ def test_parts_that_depend_on_something_else_are_run_again(tmp_path: Path, chang
     assert other.worked == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("left", ["", "[]", '{"depends_on": ', '{"rows": [[1]]}'])
+def test_a_damaged_part_is_made_again(tmp_path: Path, left: str) -> None:
+    first = _run.run_experiment(Counting().experiment(), [NOBODY], tmp_path, progress=False)
+    (first.folder / "parts" / "quick" / "b.json").write_text(left)
+    again = Counting()
+    second = _run.run_experiment(again.experiment(), [NOBODY], tmp_path, progress=False)
+    assert again.worked == ["b"]
+    pd.testing.assert_frame_equal(second.table, first.table, check_exact=True)
+
+
+def test_a_small_run_does_not_replace_a_large_one(tmp_path: Path) -> None:
+    _run.run_experiment(Counting().experiment(), [NOBODY], tmp_path, size="full", progress=False)
+    small = Counting()
+    with pytest.raises(ValueError, match="holds full results: wanted another --out for a smoke"):
+        _run.run_experiment(small.experiment(), [NOBODY], tmp_path, size="smoke", progress=False)
+    assert not small.worked
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(ValueError, match="--out: wanted a directory; got a file"):
+        _run.run_experiment(small.experiment(), [NOBODY], file, progress=False)
+    assert not small.worked
+
+
+def test_a_column_of_nothing_but_nan_stays_one_of_numbers() -> None:
+    held = {"columns": ["a", "b"], "rows": [["x", None], ["y", None]]}
+    assert _run._frame(held)["b"].dtype == float
+
+
 def test_two_parts_of_one_key_are_refused(tmp_path: Path) -> None:
     twice = Counting()
     experiment = twice.experiment()
@@ -196,6 +225,30 @@ def test_models_by_name_directory_and_hub() -> None:
     assert len(found) == 2 + len(train.trained("study-"))
     assert found[-1].kind == "language"
     assert find_subjects(["study-qkv-2"])[0].group == "study-qkv"
+
+
+def test_one_byte_of_the_weights_makes_another_model(tmp_path: Path) -> None:
+    """Also one in the middle of a large file."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    weights = bytearray(6 << 20)
+    (folder / "model.safetensors").write_bytes(weights)
+    (before,) = find_subjects([str(folder)])
+    weights[3 << 20] = 1
+    (folder / "model.safetensors").write_bytes(weights)
+    (after,) = find_subjects([str(folder)])
+    assert before.digest != after.digest
+
+
+def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    for run in "ab":
+        (tmp_path / run / "final").mkdir(parents=True)
+        (tmp_path / run / "final" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="wanted directories of different names"):
+        find_subjects([str(tmp_path / run / "final") for run in "ab"])
+    with shape_checks_off(), pytest.raises(TypeError, match="models: wanted a list of names"):
+        experiments.run("gauge", "addition-pre")
 
 
 # -- collapse -------------------------------------------------------------------------------
@@ -285,6 +338,23 @@ def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == compose(results(RESULTS), RESULTS, page)
 
 
+@pytest.mark.parametrize("damage", ["table", "figure", "about"])
+def test_half_a_result_is_not_reported(tmp_path: Path, damage: str) -> None:
+    from qkvnorm_lens.experiments.report import write_report
+
+    folder = tmp_path / "accuracy"
+    shutil.copytree(RESULTS / "addition" / "accuracy", folder)
+    write_report(tmp_path, tmp_path / "page.md")
+    name = {"table": "table.csv", "figure": "figure.png", "about": "about.json"}[damage]
+    if damage == "figure":
+        (folder / name).unlink()
+    else:
+        text = (folder / name).read_text()
+        (folder / name).write_text(text[: len(text) // 2 - len(text) // 2 % 2].rpartition("\n")[0])
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        write_report(tmp_path, tmp_path / "page.md")
+
+
 def test_a_number_of_the_results_is_made_again() -> None:
     """One model's accuracies and collapse curve, computed anew, are those of the table."""
     (subject,) = find_subjects(["study-pre-1"])
@@ -327,9 +397,9 @@ def test_the_command_lists_runs_and_goes_on(tmp_path: Path, capsys: Any) -> None
     assert "addition-qkv" in first
     table = _run.read_table(tmp_path / "accuracy")
     assert list(table["kind"]) == list(accuracy.KINDS)
-    before = (tmp_path / "accuracy" / "parts" / "addition-qkv.json").stat().st_mtime_ns
+    before = (tmp_path / "accuracy" / "parts" / "smoke" / "addition-qkv.json").stat().st_mtime_ns
     assert main([*arguments, "--out", str(tmp_path)]) == 0
-    after = (tmp_path / "accuracy" / "parts" / "addition-qkv.json").stat().st_mtime_ns
+    after = (tmp_path / "accuracy" / "parts" / "smoke" / "addition-qkv.json").stat().st_mtime_ns
     assert before == after
     assert capsys.readouterr().out == first
 
