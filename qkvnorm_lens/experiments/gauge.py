@@ -144,18 +144,19 @@ def own_level(table: pd.DataFrame, group: str) -> float:
 
 def at_level(table: pd.DataFrame, group: str, sigma: float, level: float) -> Mean:
     """A group's rate at another score level, between the levels computed, over seeds."""
+    kinds = ("level", "sampled rows, own level")
     chosen = table[
-        (table["group"] == group) & (table["quantity"] == "level") & (table["sigma"] == sigma)
+        (table["group"] == group) & table["quantity"].isin(kinds) & (table["sigma"] == sigma)
     ]
-    rates = [
-        float(np.interp(math.log(level), np.log(one["level"]), one["value"]))
-        for _, one in chosen.groupby("model", sort=False)
-    ]
+    rates = []
+    for _, one in chosen.groupby("model", sort=False):
+        known = one[one["level"] > 0].sort_values("level")
+        rates.append(float(np.interp(math.log(level), np.log(known["level"]), known["value"])))
     return mean(rates)
 
 
 def figure(table: pd.DataFrame) -> Figure:
-    """Rate against score level for each sigma; dots: the models' own levels."""
+    """Rate against score level for each sigma; marks: models at their own level, lines: moved."""
     fig, axes = panels(1, len(SIGMAS), height=3.6)
     for ax, sigma in zip(axes, SIGMAS, strict=True):
         for i, group in enumerate(groups(table)):
@@ -163,13 +164,14 @@ def figure(table: pd.DataFrame) -> Figure:
             placement = mine["placement"].iloc[0]
             name = label(group, placement)
             style = ("-", "--", ":", "-.")[i % 4]
-            levels = [(x, at_level(table, group, sigma, x).value) for x in LEVELS]
+            own = mine[mine["quantity"] == "sampled rows, own level"]
+            at = sorted({*LEVELS, *(x for x in own["level"] if x > 0)})
+            levels = [(x, at_level(table, group, sigma, x).value) for x in at]
             line = [(x, y) for x, y in levels if np.isfinite(y)]
             if not line:
                 continue
             xs, ys = zip(*line, strict=True)
             ax.plot(xs, [100 * y for y in ys], style, color=COLOURS[placement], linewidth=1.1)
-            own = mine[mine["quantity"] == "sampled rows, own level"]
             ax.plot(
                 own["level"],
                 100 * own["value"],
@@ -189,7 +191,12 @@ def figure(table: pd.DataFrame) -> Figure:
         ax.grid(visible=True, linewidth=0.4, alpha=0.6)
     axes[0].set_ylabel("sparse rows that collapse (%)")
     fig.legend(
-        *axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8
+        *axes[-1].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8,
+        title="marks: at their own level; lines: all rows moved by one constant",
+        title_fontsize=8,
     )
     return fig
 

@@ -84,7 +84,8 @@ def figure(table: pd.DataFrame) -> Figure:
     for ax in axes[len(named) + 1 :]:
         ax.set_axis_off()
     handles, names = axes[0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    across = 4 if columns > 2 else 2
+    fig.legend(handles, names, loc="outside lower center", ncols=across, fontsize=8, frameon=False)
     return fig
 
 
@@ -154,7 +155,7 @@ def _draw_bands(ax: Axes, named: list[tuple[str, pd.DataFrame]]) -> None:
     ax.set_yticks(range(len(named)), [group for group, _ in named], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlim(left=0)
-    ax.set_xlabel("90% within ± (% of the median)")
+    ax.set_xlabel("90% within ± (%)")
     ax.legend(fontsize=7, frameon=False, loc="best")
     grid(ax)
 
