@@ -129,11 +129,12 @@ class LayerCheck:
             )
 
     def _averaging(self, pattern: Tensor, tolerance: Tensor) -> Averaging:
-        """What z is; ``unverified`` where the layer's v is another layer's, and noised there."""
+        """What z is; ``unverified`` too where v is another layer's, and noised there."""
         if not self.sites.v.dot.hooked:
             return "unverified"
         of_scores = tolerance if self.seen.fused else torch.zeros_like(tolerance)
-        return ValueCheck(self, pattern, self.seen.double("v"), of_scores).verdict()
+        shown = visible(self.seen.tensors["scores"])[:1]
+        return ValueCheck(self, pattern, self.seen.double("v"), shown, of_scores).verdict()
 
     def _refuse_other_firings(self) -> None:
         """Every tensor that this layer is judged by must have been shown, and once."""

@@ -23,17 +23,21 @@ class ValueCheck:
     """Is z the pattern's average of v, under noise on v as well?
 
     z = g * sum_t p_t (1 + kv_t) v_t with g = 1, or with any g that noise on v leaves alone (a gate
-    that is computed from the residual stream), read from the clean copy.
+    that is computed from the residual stream), read from the clean copy; or with p - u for p, where
+    u is uniform over the keys that a row sees.
 
     Args:
         check: the layer's, with what its hooks showed.
         pattern: of the clean copy and the layer's own, ``[copy, head, query, key]``.
         v: the same of v, ``[copy, key, kv_head, d_head]``.
+        visible: True where the clean copy's key is not masked, ``[1, head, query, key]``.
         of_scores: rounding of the scores that the pattern was made of, ``[1, head, query, 1]``;
             zero where the pattern is the model's own.
     """
 
-    def __init__(self, check: LayerCheck, pattern: Tensor, v: Tensor, of_scores: Tensor) -> None:
+    def __init__(
+        self, check: LayerCheck, pattern: Tensor, v: Tensor, visible: Tensor, of_scores: Tensor
+    ) -> None:
         if "z" not in check.seen.tensors:
             raise UnsupportedModelError(
                 "v-noise changes what follows",
@@ -46,11 +50,18 @@ class ValueCheck:
         self.z = check.seen.double("z")
         # Rounding of the scores that a fused attention's pattern was made of, [1, query, head, 1].
         self.of_scores = 2 * of_scores.transpose(1, 2).expm1()
-        self.clean = self._average("q", v[:1], row=0)
-        noised = v[:1] * check.copies.at_dot("v")[..., None]
-        self.noisy = {r: self._average(r, noised if r == "v" else v[:1]) for r in ROLES}
+        self.v = v[:1]
+        self.uniform = visible / visible.sum(-1, keepdim=True).clamp_min(1).double()
+        self.taken = torch.zeros_like(self.uniform)
+        self._predict()
         # A fused attention shows no pattern: there z must bear out the noise on q and k too.
         self.roles: tuple[Role, ...] = ROLES if check.sites.tapped else ("v",)
+
+    def _predict(self) -> None:
+        """The averages without noise, and under each vector's."""
+        self.clean = self._average("q", self.v, row=0)
+        noised = self.v * self.check.copies.at_dot("v")[..., None]
+        self.noisy = {r: self._average(r, noised if r == "v" else self.v) for r in ROLES}
 
     def _average(self, role: Role, v: Tensor, row: int | None = None) -> tuple[Tensor, Tensor]:
         """The pattern's average of v, and the size of what was added up."""
@@ -58,12 +69,12 @@ class ValueCheck:
         values = self.check.keys(v.double())
         pattern = self.pattern[at].nan_to_num(0.0)
         return (
-            torch.einsum("bhqk,bkhd->bqhd", pattern, values),
-            torch.einsum("bhqk,bkhd->bqhd", pattern, values.abs()),
+            torch.einsum("bhqk,bkhd->bqhd", pattern - self.taken, values),
+            torch.einsum("bhqk,bkhd->bqhd", pattern + self.taken, values.abs()),
         )
 
     def verdict(self) -> Averaging:
-        """``plain``, ``gated`` or ``unverified``.
+        """``plain``, ``gated``, ``centred`` or ``unverified``.
 
         Raises:
             UnsupportedModelError: noise on v changes nothing, or nothing bears out a fused
@@ -80,6 +91,12 @@ class ValueCheck:
         enough = float(clear.double().mean()) >= _ENOUGH
         if enough and all(self._holds(role, gate, rounding) for role in self.roles):
             return self._acting("gated", rounding)
+        self.taken = self.uniform
+        self._predict()
+        if all(self._holds(role, torch.ones_like(average), rounding) for role in self.roles):
+            return self._acting("centred", rounding)
+        self.taken = torch.zeros_like(self.uniform)
+        self._predict()
         if self.check.sites.tapped:
             predicted, observed = self.noisy["v"][0], self.z[self.check.copies.at("v")]
             raise UnsupportedModelError(

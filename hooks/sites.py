@@ -19,7 +19,7 @@ from torch import Tensor
 
 Role = Literal["q", "k", "v"]
 Shield = Literal["none", "removed", "mixed"]
-Averaging = Literal["plain", "gated", "unverified"]
+Averaging = Literal["plain", "gated", "centred", "unverified"]
 Stream = Literal["source", "target"]
 
 ROLES: tuple[Role, ...] = ("q", "k", "v")
@@ -129,7 +129,8 @@ class LayerSites:
         sink: score of each head's attention sink, a column of the softmax that is no token; empty
             without one.
         averaging: ``plain`` where z is the pattern's average of v, ``gated`` where each of its
-            components is then scaled, ``unverified`` where it is neither.
+            components is then scaled, ``centred`` where the mean over each row's visible keys is
+            taken away, ``unverified`` where it is none of these.
         scores_editable: whether an edit of ``scores`` changes the pattern.
     """
 
@@ -294,6 +295,10 @@ _FACTS: tuple[tuple[Callable[[LayerSites], bool], str], ...] = (
         "Each head has a sink beside its keys{}: a row's weights sum to less than one.",
     ),
     (lambda s: s.averaging == "gated", "The average of v is gated{}."),
+    (
+        lambda s: s.averaging == "centred",
+        "From the average of v the mean over the visible keys is taken away{}.",
+    ),
     (
         lambda s: s.averaging == "unverified",
         "What noise on v does could not be verified{}: it is refused there.",

@@ -309,7 +309,7 @@ def finish(
         "parameters": sum(p.numel() for p in model.parameters()),
         "accuracy": {
             kind: {
-                "split": dataclasses.asdict(get_split(split)),
+                "split": get_split(split).to_json(),
                 "seed": TEST_SEED,
                 **dataclasses.asdict(evaluate(model, split, rows=args.test_rows, device=device)),
             }

@@ -33,10 +33,13 @@ class Split:
         counts: how many integers a sum may have.
         digits: how many digits an integer may have (no leading zero, so zero itself is never
             drawn).
+        signed: half of the integers are negative and half of the operators minus; else all are
+            positive and added.
     """
 
     counts: tuple[int, ...]
     digits: tuple[int, ...]
+    signed: bool = True
 
     def __post_init__(self) -> None:
         for name, values, top in (("counts", self.counts, 64), ("digits", self.digits, 15)):
@@ -47,6 +50,11 @@ class Split:
     def answer_digits(self) -> int:
         """Digits of the largest possible answer."""
         return len(str(max(self.counts) * (10 ** max(self.digits) - 1)))
+
+    def to_json(self) -> dict[str, object]:
+        """The fields; ``signed`` only where it is false: older files lack it."""
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if k != "signed" or not self.signed}
 
     @property
     def max_length(self) -> int:
@@ -139,6 +147,8 @@ def draw(split: str | Split, n: int, *, seed: int | tuple[int, ...]) -> Batch:
     low = 10 ** (digits - 1)
     size = rng.integers(low, 10 * low)
     negative, minus = rng.integers(0, 2, size=(2, n, slots), dtype=np.int8).astype(bool)
+    if not split.signed:
+        negative, minus = np.zeros_like(negative), np.zeros_like(minus)
     minus[:, 0] = False  # there is no operator before the first integer
     total = np.where(used, np.where(negative ^ minus, -size, size), 0).sum(1)
 

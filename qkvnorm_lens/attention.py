@@ -147,6 +147,7 @@ class Attention(nn.Module):
         self.layer_idx = layer
         self.n_heads, self.n_kv_heads, self.d_head = cfg.n_heads, cfg.n_kv, cfg.d_head
         self.sdpa = cfg.attn_implementation == "sdpa"
+        self.centred = cfg.centred
         q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv * cfg.d_head
         self.q = nn.Linear(cfg.d_model, q_width, bias=cfg.attn_bias)
         self.k = nn.Linear(cfg.d_model, kv_width, bias=cfg.attn_bias)
@@ -188,6 +189,8 @@ class Attention(nn.Module):
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         z = self._sdpa(q, k, v, visible) if self.sdpa else self._eager(q, k, v, visible, tap)
+        if self.centred:
+            z = z - visible_mean(v, visible)
         out: torch.Tensor = self.update_scale(self.o(z.transpose(1, 2).flatten(-2)))
         return out
 
@@ -236,6 +239,26 @@ class Attention(nn.Module):
         blind = ~visible.any(-1, keepdim=True)
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, scale=1.0)
         return z.masked_fill(blind, 0.0)
+
+
+def visible_mean(
+    v: Float[torch.Tensor, "batch head key d_head"],
+    visible: Bool[torch.Tensor, "#batch 1 pos key"] | None,
+) -> Float[torch.Tensor, "batch head pos d_head"]:
+    """``sum_t U_qt v_t`` with U uniform over the keys that each row sees; zero where it sees none.
+
+    Without a mask it is the same for all rows, and taking it away is centring the values: the fix
+    ``A - (1/T) 1 1^T`` of Naderi et al. 2024 (arXiv 2410.07799).
+
+    Args:
+        v: values, of every head.
+        visible: which keys each query sees; None for plain causal.
+    """
+    if visible is None:
+        seen = torch.arange(1, v.shape[2] + 1, device=v.device, dtype=v.dtype)
+        return v.cumsum(2) / seen[:, None]
+    uniform = visible.to(v.dtype)
+    return (uniform / uniform.sum(-1, keepdim=True).clamp_min(1)) @ v
 
 
 class ScoreScale(nn.Module):

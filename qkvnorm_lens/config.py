@@ -21,6 +21,7 @@ NormKind = Literal["rms", "layer"]
 NormOver = Literal["input", "head", "projection"]
 Gains = Literal["none", "shared", "separate"]
 ScoreScale = Literal["inv_sqrt", "none", "calibrated", "learned"]
+Skip = Literal["both", "attn", "mlp", "none"]
 ACTIVATIONS: Final = ("relu", "gelu", "gelu_new", "silu")
 POSITIONS: Final = ("standard", "sinusoidal", "rotary", "none")
 
@@ -153,6 +154,11 @@ class QKVNormConfig(TransformerBridgeConfig):
             standard deviation of 0.5, the residual stream behind it 1, the inputs of W_Q, W_K, W_V
             1, each attention update 0.05.
         attn_bias: biases on W_Q, W_K, W_V, W_O.
+        centred: values are averaged with A - U instead of the pattern A, where U is uniform over
+            each row's visible keys: rank one of A is taken away, and what all tokens have in common
+            with it (Naderi et al. 2024, arXiv 2410.07799).
+        skip: which updates are added to the residual stream; the others replace it (``"attn"``:
+            the feed-forward's replaces it). Zuo & Guerzhoy 2024 (arXiv 2402.05969) ablate them.
         output_mlp: widths of hidden ReLU layers between the last norm and the unembedding.
         sinusoids: parameters of sinusoidal positions.
         **fields: TransformerLens's fields.
@@ -170,6 +176,8 @@ class QKVNormConfig(TransformerBridgeConfig):
         score_scale: ScoreScale | str = "inv_sqrt",
         calibrated: bool = False,
         attn_bias: bool = False,
+        centred: bool = False,
+        skip: Skip | str = "both",
         output_mlp: Sequence[int] = (),
         sinusoids: Sinusoids | None = None,
         **fields: Any,
@@ -187,6 +195,8 @@ class QKVNormConfig(TransformerBridgeConfig):
         self.score_scale = cast(ScoreScale, score_scale)
         self.calibrated = calibrated
         self.attn_bias = attn_bias
+        self.centred = centred
+        self.skip = cast(Skip, skip)
         self.output_mlp = tuple(output_mlp)
         self.sinusoids = sinusoids
         super().__init__(**fields)
@@ -221,6 +231,8 @@ class QKVNormConfig(TransformerBridgeConfig):
 
     def _check_choices(self) -> None:
         _one_of("score_scale", self.score_scale, get_args(ScoreScale))
+        _one_of("skip", self.skip, get_args(Skip))
+        _one_of("centred", self.centred, (False, True))
         _one_of("act_fn", self.act_fn, ACTIVATIONS)
         _one_of("normalization_type", self.normalization_type, ("LN", "RMS", None))
         _one_of("positional_embedding_type", self.positional_embedding_type, POSITIONS)
@@ -286,6 +298,7 @@ class QKVNormConfig(TransformerBridgeConfig):
             "score_scale": self.score_scale,
             "calibrated": self.calibrated,
             "attn_bias": self.attn_bias,
+            **_unless_default(centred=self.centred, skip=self.skip),
             "output_mlp": list(self.output_mlp),
             "sinusoids": dataclasses.asdict(self.sinusoids) if self.sinusoids else None,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -318,6 +331,11 @@ _PAPER_NORM: Final[dict[Placement, NormSpec | None]] = {
     "pre": NormSpec(over="input"),
     "qkv": NormSpec(over="head"),
 }
+
+
+def _unless_default(*, centred: bool, skip: str) -> dict[str, Any]:
+    """The two fields that older files lack, where they say something."""
+    return ({"centred": True} if centred else {}) | ({"skip": skip} if skip != "both" else {})
 
 
 def _tl_defaults() -> dict[str, Any]:

@@ -300,6 +300,8 @@ def _refuse_inexpressible(cfg: QKVNormConfig) -> None:
     wanted: list[tuple[str, bool, str, object]] = [
         ("output_mlp", not cfg.output_mlp, "()", cfg.output_mlp),
         ("calibrated", not cfg.calibrated, "False", cfg.calibrated),
+        ("centred", not cfg.centred, "False", cfg.centred),
+        ("skip", cfg.skip == "both", "'both'", cfg.skip),
         (
             "score_scale",
             cfg.score_scale in ("inv_sqrt", "none"),

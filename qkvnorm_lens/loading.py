@@ -182,4 +182,6 @@ def trained_on(source: Source) -> Split | None:
         return None
     card = json.loads((source.path / "card.json").read_text(encoding="utf-8"))
     split = card.get("run", {}).get("split")
-    return None if split is None else Split(tuple(split["counts"]), tuple(split["digits"]))
+    if split is None:
+        return None
+    return Split(tuple(split["counts"]), tuple(split["digits"]), split.get("signed", True))

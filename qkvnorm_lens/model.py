@@ -72,13 +72,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """``x <- x + Attn(n(x))``, then ``x <- x + FF(LN(x))``."""
+    """``x <- x + Attn(n(x))``, then ``x <- x + FF(LN(x))``; without a skip, ``x <- Attn(n(x))``."""
 
     def __init__(self, cfg: QKVNormConfig, layer: int) -> None:
         super().__init__()
         self.ln1 = block_norm(cfg)
         self.attn = Attention(cfg, layer)
         self.attn_only = cfg.attn_only
+        self.skip_attn, self.skip_mlp = (cfg.skip in ("both", name) for name in ("attn", "mlp"))
         if not cfg.attn_only:
             self.ln2 = plain_norm(cfg)
             self.mlp = FeedForward(cfg)
@@ -92,11 +93,13 @@ class Block(nn.Module):
     ) -> Float[torch.Tensor, "batch pos d_model"]:
         """The residual stream behind this block."""
         x = hidden_states
-        x = x + self.attn(
+        update = self.attn(
             self.ln1(x), visible=visible, rotation=rotation, past_key_values=past_key_values
         )
+        x = x + update if self.skip_attn else update
         if not self.attn_only:
-            x = x + self.mlp(self.ln2(x))
+            update = self.mlp(self.ln2(x))
+            x = x + update if self.skip_mlp else update
         out: torch.Tensor = x
         return out
 
@@ -165,10 +168,15 @@ def visible_keys(
     cfg: QKVNormConfig,
     n_new: int,
     n_old: int,
-    attention_mask: Shaped[torch.Tensor, "batch key"] | None,
+    attention_mask: Shaped[torch.Tensor, "..."] | None,
     device: torch.device,
 ) -> Bool[torch.Tensor, "#batch 1 pos key"] | None:
-    """Which keys each new token sees: direction, window, padding; None for sdpa's own mask."""
+    """Which keys each new token sees: direction, window, padding; None for sdpa's own mask.
+
+    A mask with four axes says it all, and takes the place of direction and window.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask.to(device)
     causal = cfg.attention_dir == "causal"
     plain = cfg.window_size is None and attention_mask is None and n_old == 0
     if cfg.attn_implementation == "sdpa" and causal and plain:
@@ -180,6 +188,21 @@ def visible_keys(
         seen = seen & (back.abs() < cfg.window_size)
     seen = seen[None, None]
     return seen if attention_mask is None else seen & attention_mask[:, None, None, :].bool()
+
+
+def _check_mask(mask: Shaped[torch.Tensor, "..."] | None) -> None:
+    """Refuse a mask that `visible_keys` can't read.
+
+    Raises:
+        ValueError: not [batch, key], and no boolean [batch, 1, query, key].
+    """
+    if mask is None or mask.ndim == 2:
+        return
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.dtype != torch.bool:
+        raise ValueError(
+            "attention_mask: wanted [batch, key], or booleans [batch, 1, query, key]; got "
+            f"{list(mask.shape)} of {mask.dtype}"
+        )
 
 
 @dataclasses.dataclass
@@ -248,7 +271,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
     def forward(
         self,
         input_ids: Int[torch.Tensor, "batch pos"] | None = None,
-        attention_mask: Shaped[torch.Tensor, "batch key"] | None = None,
+        attention_mask: Shaped[torch.Tensor, "..."] | None = None,
         position_ids: Int[torch.Tensor, "#batch pos"] | None = None,
         inputs_embeds: Float[torch.Tensor, "batch pos d_model"] | None = None,
         past_key_values: KVCache | None = None,
@@ -259,7 +282,9 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
 
         Args:
             input_ids: tokens.
-            attention_mask: 1 for tokens, 0 for padding, over the cached tokens too.
+            attention_mask: 1 for tokens, 0 for padding, over the cached tokens too; or boolean
+                ``[batch or 1, 1, query, key]``: the keys that each query sees, in place of the
+                configuration's direction and window.
             position_ids: positions; None for 0, 1, .. from each row's first token that is not
                 padding (shifted at random in training, where the positions are sinusoids).
             inputs_embeds: embedded tokens, in place of `input_ids`.
@@ -270,10 +295,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         Raises:
             ValueError: neither or both inputs, or more tokens than the context holds.
         """
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask: wanted [batch, key], got {list(attention_mask.shape)}"
-            )
+        _check_mask(attention_mask)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("wanted either input_ids or inputs_embeds, got both or neither")
         x = inputs_embeds if input_ids is None else self.tok_embed(input_ids)
@@ -304,10 +326,10 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         self,
         x: Float[torch.Tensor, "batch pos d_model"],
         n_old: int,
-        attention_mask: Shaped[torch.Tensor, "batch key"] | None,
+        attention_mask: Shaped[torch.Tensor, "..."] | None,
     ) -> Int[torch.Tensor, "#batch pos"]:
         """0, 1, .. from each row's first real token; sinusoids are shifted in training."""
-        if attention_mask is None:
+        if attention_mask is None or attention_mask.ndim == 4:
             positions = torch.arange(n_old, n_old + x.shape[1], device=x.device)[None]
         else:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, n_old:]

@@ -362,7 +362,7 @@ def describe(run: Run, processes: int = 1) -> dict[str, Any]:
     """What makes a run this run, in JSON types; a batch is each of the `processes`' own."""
     return {
         "config": run.config.to_json(),
-        "split": dataclasses.asdict(get_split(run.split)),
+        "split": get_split(run.split).to_json(),
         "recipe": dataclasses.asdict(get_recipe(run.recipe)),
         "steps": run.steps,
         "seed": run.seed,

@@ -41,6 +41,20 @@ def parse(expression: str) -> list[int]:
     return [s * int(m.group(3)) for s, m in zip(signs, found, strict=True)]
 
 
+def test_unsigned_sums_are_positive_and_added() -> None:
+    plain = Split((2, 3), (3,), signed=False)
+    for tokens, targets in rows(plain, 300, seed=5):
+        expression, answer = tokens.rstrip("*")[1:].split("=")
+        assert re.fullmatch(r"\d{3}(\+\d{3}){1,2}", expression)
+        assert int(answer) == sum(int(n) for n in expression.split("+"))
+        assert targets.strip("*") == f"{answer}]"
+
+
+def test_old_files_say_nothing_of_signs() -> None:
+    assert "signed" not in SPLITS["small-train"].to_json()
+    assert Split(**Split((2,), (3,), signed=False).to_json()) == Split((2,), (3,), signed=False)
+
+
 @pytest.mark.parametrize("name", sorted(SPLITS))
 def test_every_row_is_a_right_sum_in_the_decoder_format(name: str) -> None:
     split = SPLITS[name]

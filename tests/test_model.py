@@ -12,6 +12,7 @@ import torch
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from hooks import attention_sites
 from qkvnorm_lens.adapter import from_pretrained, save_pretrained, to_bridge, to_plain
 from qkvnorm_lens.addition import build_tokenizer
 from qkvnorm_lens.config import NormSpec, QKVNormConfig, named_config
@@ -55,6 +56,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attn-only": {"placement": "pre", "attn_only": True, "normalization_type": None},
     "window": {"placement": "pre", "window_size": 3, "normalization_type": "RMS"},
     "bidirectional": {"placement": "qkv", "attention_dir": "bidirectional"},
+    "centred": {"placement": "pre", "centred": True, "n_key_value_heads": 2},
+    "centred-window": {"placement": "qkv", "centred": True, "window_size": 4},
+    "no-skip": {"placement": "pre", "skip": "none"},
+    "skip-attn": {"placement": "qkv", "skip": "attn", "positional_embedding_type": "rotary"},
     "no-positions": {
         "placement": "none",
         "positional_embedding_type": "none",
@@ -612,3 +617,54 @@ def test_positions_are_shifted_in_training_only() -> None:
     positions = torch.arange(11)[None]
     shown = model(tokens(), position_ids=positions)
     torch.testing.assert_close(shown, model.eval()(tokens()))
+
+
+# --- what the neighbouring papers change -------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", ["both", "attn", "mlp", "none"])
+def test_an_update_without_a_skip_takes_the_streams_place(skip: str) -> None:
+    model = make(placement="pre", skip=skip, n_layers=1)
+    block, ids = model.layers[0], tokens()
+    x = model.tok_embed(ids) + model.pos(torch.arange(ids.shape[1]))
+    seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[None, None]
+    attn = block.attn(block.ln1(x), visible=seen)
+    middle = attn + (x if skip in ("both", "attn") else 0)
+    end = block.mlp(block.ln2(middle)) + (middle if skip in ("both", "mlp") else 0)
+    torch.testing.assert_close(model(ids), model.head(model.ln_out(end)))
+
+
+def test_a_mask_of_four_axes_says_which_keys_are_seen() -> None:
+    model, ids = make(placement="pre"), tokens(1, 9)
+    other = make(placement="pre", attention_dir="bidirectional")
+    other.load_state_dict(model.state_dict())
+    full = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    assert torch.equal(model(ids, attention_mask=full), other(ids))
+    assert torch.equal(model(ids, attention_mask=full.tril()), model(ids))
+    assert far(model(ids), other(ids))
+    torch.testing.assert_close(to_bridge(model)(ids, attention_mask=full), other(ids))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 1, 9, 9), torch.ones(1, 9, 9) > 0])
+def test_a_mask_that_cannot_be_read_is_refused(mask: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="attention_mask: wanted"):
+        make(placement="pre")(tokens(1, 9), attention_mask=mask)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_self_check_sees_that_the_average_is_centred(implementation: str) -> None:
+    bridge = to_bridge(make(placement="pre", centred=True, attn_implementation=implementation))
+    assert [s.averaging for s in attention_sites(bridge)] == ["centred", "centred"]
+
+
+def test_an_unknown_skip_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="skip: wanted one of.*'all'"):
+        make(placement="pre", skip="all")
+
+
+def test_defaults_leave_older_files_as_they_are() -> None:
+    plain = QKVNormConfig(placement="pre", **SIZES).to_json()
+    assert not {"skip", "centred"} & plain.keys()
+    changed = QKVNormConfig(placement="pre", skip="mlp", centred=True, **SIZES)
+    assert QKVNormConfig.from_json(changed.to_json()).skip == "mlp"
+    assert QKVNormConfig.from_json(changed.to_json()).centred is True

@@ -57,7 +57,7 @@ def card(
         "parameters": sum(p.numel() for p in model.parameters()),
         "accuracy": {
             kind: {
-                "split": dataclasses.asdict(get_split(split)),
+                "split": get_split(split).to_json(),
                 "seed": TEST_SEED,
                 **dataclasses.asdict(evaluate(model, split, rows=rows)),
             }

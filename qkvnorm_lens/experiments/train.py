@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from qkvnorm_lens.addition import Split
 from qkvnorm_lens.config import named_config
 from qkvnorm_lens.recipes import get_recipe
 from qkvnorm_lens.training import Run, train
@@ -29,6 +30,20 @@ CONFOUNDS: Final[dict[str, tuple[str, str, bool]]] = {
     "qkv-paper": ("qkv", "calibrated", True),
     "qkv-calibrated": ("qkv", "calibrated", False),
     "qkv-learned": ("qkv", "learned", False),
+}
+# Models with the spectral gap taken away, and No-Norm controls (Pre-Norm's: confound-pre).
+CENTRING: Final[dict[str, tuple[str, bool]]] = {
+    "centred-pre": ("pre", True),
+    "centred-none": ("none", True),
+    "plain-none": ("none", False),
+}
+# Sums of two integers of three digits: positions, and which updates have a skip connection.
+ORDER_STEPS: Final = 3_000
+ORDERS: Final[dict[str, tuple[str, str]]] = {
+    "rotary": ("rotary", "both"),
+    "nope": ("none", "both"),
+    "nope-no-attn": ("none", "mlp"),
+    "nope-no-skip": ("none", "none"),
 }
 MODELS: Final = Path(__file__).parent / "models"
 
@@ -54,11 +69,29 @@ def confound_run(cell: str, seed: int) -> Run:
     return Run(config, "small-train", recipe, steps=CONFOUND_STEPS, seed=seed, bf16=True)
 
 
+def centring_run(cell: str, seed: int) -> Run:
+    """The study model with or without the fix of the spectral gap, 4,000 steps."""
+    placement, centred = CENTRING[cell]
+    config = named_config("study", placement, seed=seed, centred=centred)
+    recipe = study_run(placement, seed).recipe
+    return Run(config, "small-train", recipe, steps=CONFOUND_STEPS, seed=seed, bf16=True)
+
+
+def order_run(cell: str, seed: int) -> Run:
+    """Three-digit addition with and without positions and skip connections, some two minutes."""
+    positions, skip = ORDERS[cell]
+    config = named_config("study", "pre", seed=seed, positional_embedding_type=positions, skip=skip)
+    split = Split((2,), (3,), signed=False)
+    return Run(config, split, get_recipe("study"), steps=ORDER_STEPS, seed=seed, bf16=True)
+
+
 def runs() -> dict[str, Run]:
     """Every run by the name of its model, in the order in which they are trained."""
     study = {f"study-{p}-{seed}": study_run(p, seed) for seed in SEEDS for p in PLACEMENTS}
     confound = {f"confound-{c}-{seed}": confound_run(c, seed) for seed in SEEDS for c in CONFOUNDS}
-    return study | confound
+    centring = {f"{c}-{seed}": centring_run(c, seed) for seed in SEEDS for c in CENTRING}
+    order = {f"order-{c}-{seed}": order_run(c, seed) for seed in SEEDS for c in ORDERS}
+    return study | confound | centring | order
 
 
 def trained(prefix: str = "") -> dict[str, Path]:

@@ -190,6 +190,8 @@ def test_options(options: dict[str, Any]) -> None:
         ({"score_scale": "learned"}, "score_scale.*'learned'"),
         ({"score_scale": "calibrated"}, "score_scale.*'calibrated'"),
         ({"calibrated": True}, "calibrated.*False.*got True"),
+        ({"centred": True}, "centred.*False.*got True"),
+        ({"skip": "mlp"}, "skip.*'both'.*'mlp'"),
         ({"attn_implementation": "sdpa"}, "attn_implementation.*'eager'.*'sdpa'"),
         ({"attention_dir": "bidirectional", "window_size": 3}, "window_size.*got 3"),
     ],
