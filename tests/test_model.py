@@ -658,7 +658,7 @@ def test_the_self_check_sees_that_the_average_is_centred(implementation: str) ->
 
 
 def test_an_unknown_skip_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="skip: wanted one of.*'all'"):
+    with pytest.raises(ValueError, match=r"skip: wanted one of.*'all'"):
         make(placement="pre", skip="all")
 
 
