@@ -16,6 +16,13 @@ def check_integers(**given: tuple[Any, int]) -> None:
             raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
 
 
+def check_booleans(**given: Any) -> None:
+    """Refuse what is neither True nor False: a text such as "no" would pass for yes."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: wanted True or False; got {value!r}")
+
+
 def read_sigmas(sigmas: Any, law: str, default: tuple[float, ...]) -> list[float]:
     """Sigmas as floats that the law can have; None stands for as much of the default as it can.
 

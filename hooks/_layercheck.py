@@ -14,7 +14,7 @@ from torch import Tensor
 from hooks._layercopies import HALF_WIDTH, LayerCopies
 from hooks._valuecheck import HALF_PRECISION, MARGIN, ValueCheck
 from hooks.errors import UnsupportedModelError
-from hooks.scores import ScoreParts, expand_factors, qk_product, split, visible
+from hooks.scores import MASKED, ScoreParts, expand_factors, qk_product, split, visible
 from hooks.sites import ROLES, Averaging, LayerSites, Role, Shield, Site, VectorSite
 
 _SAME_PRODUCT = 0.1  # a score differs from its product by rounding, or by much more
@@ -69,6 +69,7 @@ class LayerCheck:
         scores, pattern = self.seen.tensors["scores"], self.seen.double("pattern")
         q, k = self.seen.double("q"), self.seen.double("k")
         self._refuse_pattern_as_scores(scores)
+        self._refuse_scores_as_masks(scores)
         sites = self._measure_bias(scores, q, k)
         clean = split(sites, scores[:1], q[:1], k[:1], dtype=torch.float64)
         sink = self._measure_sink(clean, pattern[:1])
@@ -172,6 +173,17 @@ class LayerCheck:
                 f"{self.sites.scores or 'what the softmax takes'} carries pre-softmax scores",
                 wanted="scores, some of them negative or of rows that do not sum to 1",
                 got="no negative ones, and rows that sum to 1: the softmaxed pattern",
+                layer=self.sites.layer,
+            )
+
+    def _refuse_scores_as_masks(self, raw: Tensor) -> None:
+        """Scores so large that their negatives can't be told from the values that masks write."""
+        top = float(raw.double().max())
+        if top > -MASKED:
+            raise UnsupportedModelError(
+                f"{self.sites.scores or 'what the softmax takes'} can be told from masks",
+                wanted=f"scores up to {-MASKED:g}",
+                got=f"one of {top:.3g}: attention this sharp has diverged, or was never scaled",
                 layer=self.sites.layer,
             )
 

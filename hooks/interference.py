@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
-from hooks._arguments import check_integers
+from hooks._arguments import check_booleans, check_integers
 from hooks._inner_norm import CHECK, InnerNorm, inner_norms
 from hooks._inputs import short_input
 from hooks._interference_count import (
@@ -115,13 +115,17 @@ def interference(
     Raises:
         UnsupportedModelError: the model failed the self-check; a layer has no norm in front of its
             attention (No-Norm, QKV-Norm, post-norm models), or one that could not be verified.
-        ValueError: constants that are no positive numbers, another ``on``, scores that are no
-            finite numbers; and as :func:`hooks.collapse_probe`.
+        TypeError: ``spare_first`` or ``output`` that is neither True nor False.
+        ValueError: targets without ``output``; constants that are no positive numbers, another
+            ``on``, scores that are no finite numbers; and as :func:`hooks.collapse_probe`.
     """
     settings = _settings(constants, on, sparse, spare_first)
     check_integers(
         draws=(draws, 0), seed=(seed, 0), batch_size=(batch_size, 1), first_prompt=(first_prompt, 0)
     )
+    check_booleans(spare_first=spare_first, output=output)
+    if targets is not None and not output:
+        raise ValueError("targets: wanted output=True with them, which compares the output")
     unusual = tokens if isinstance(tokens, Mapping) else None
     sites = attention_sites(model, unusual)
     chosen = _layers(sites, layers)
@@ -168,7 +172,7 @@ def _settings(
         on=roles,
         constants=values,
         sparse=float(sparse),
-        spare_first=bool(spare_first),
+        spare_first=spare_first,
         draws=0,
         layers=(),
         seed=0,

@@ -61,14 +61,13 @@ class ScoreParts:
         return softmax_with_sink(w, None if self.sink is None else self.sink[:, None])
 
 
-_MASKED = (
-    -3e4
-)  # masks in use: -inf, -1e9 and the least number of a dtype, float16's -65504 the last
+# Masks in use: -inf, -1e9 and the least number of a dtype, float16's -65504 the last.
+MASKED = -3e4
 
 
 def visible(scores: Float[Tensor, "*rows key"]) -> Bool[Tensor, "*rows key"]:
     """True where a key is not masked, whatever number the model masks with."""
-    return scores > _MASKED
+    return scores > MASKED
 
 
 def softmax_with_sink(

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooks._arguments import check_integers
+from hooks._arguments import check_booleans, check_integers
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
 from hooks._spread_report import Of, SpreadReport, SpreadSettings
@@ -67,11 +67,13 @@ def spread(
         UnsupportedModelError: the model failed the self-check, has no hook for what was asked for,
             or gave a norm or a weight that is no finite number; or ``of="stream"`` of a
             cross-attention, whose keys come from another stream than its block's.
+        TypeError: a ``without_first`` that is neither True nor False.
         ValueError: an unknown ``of`` or layer, empty text, a sequence longer than the context.
     """
     if of not in get_args(Of):
         raise ValueError(f"of: wanted one of {list(get_args(Of))}; got {of!r}")
     check_integers(batch_size=(batch_size, 1))
+    check_booleans(without_first=without_first)
     sites = attention_sites(model, tokens if isinstance(tokens, Mapping) else None)
     chosen = _layers(sites, layers)
     for layer in chosen:

@@ -619,6 +619,17 @@ def test_the_model_is_left_as_found(unchecked: None) -> None:
     before.assert_same(Found(model))
 
 
+@pytest.mark.parametrize("option", ["spare_first", "output"])
+def test_a_text_is_no_boolean(unchecked: None, option: str) -> None:
+    with pytest.raises(TypeError, match=f"{option}: wanted True or False; got 'no'"):
+        measure(models.tiny_llama(), **{option: "no"})
+
+
+def test_targets_that_nothing_reads_are_refused() -> None:
+    with pytest.raises(ValueError, match="targets: wanted output=True"):
+        measure(models.tiny_llama(), targets=ids)
+
+
 def test_scores_that_overflow_are_refused() -> None:
     with pytest.raises(ValueError, match="norm frozen at 1e-42 times its median; got NaN or inf"):
         measure(models.tiny_llama(), constants=[1e-42])

@@ -10,7 +10,9 @@ import torch
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from hooks import UnsupportedModelError, attention_sites
 from qkvnorm_lens.adapter import to_bridge, to_plain
+from tests import models
 from tests.test_model import make, tokens
 
 
@@ -67,6 +69,15 @@ def test_the_switches_of_absent_hooks_are_refused(flag: str) -> None:
     assert torch.equal(bridge(tokens()), clean)
     with pytest.raises(ValueError, match=f"{flag}: .*wanted the default False, got True"):
         make(placement="pre", **{flag: True})
+
+
+def test_scores_that_pass_for_masks_are_refused_by_size() -> None:
+    model = models.tiny_llama()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.q.weight.mul_(1e5)
+    with pytest.raises(UnsupportedModelError, match=r"told from masks: wanted scores up to 30000"):
+        attention_sites(model)
 
 
 def test_heads_results_are_z_times_their_output_matrix() -> None:

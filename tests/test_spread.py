@@ -326,6 +326,12 @@ def test_two_tokens_that_see_themselves_only_have_no_spread() -> None:
 # -- what is left alone, and what is refused --------------------------------------------------
 
 
+def test_a_text_is_no_boolean(gpt2: Any) -> None:
+    refused = pytest.raises(TypeError, match="without_first: wanted True or False; got 'no'")
+    with shape_checks_off(), refused:
+        hooks.spread(gpt2, ids, without_first="no", progress=False)
+
+
 @pytest.mark.parametrize("of", ALL)
 def test_the_model_is_left_as_it_was_found(of: str) -> None:
     bridge = models.tiny_llama()
