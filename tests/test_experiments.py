@@ -21,6 +21,7 @@ from scipy import stats
 
 import hooks
 from qkvnorm_lens import experiments
+from qkvnorm_lens.addition import get_split
 from qkvnorm_lens.cli import main
 from qkvnorm_lens.experiments import _base, _run, _stats, accuracy, collapse, gauge, train
 from qkvnorm_lens.experiments._base import Claim, Experiment, Part, Subject
@@ -216,6 +217,8 @@ def test_trained_models_are_what_their_command_makes() -> None:
         card = json.loads((path / "card.json").read_text())
         assert card["run"] == json.loads(json.dumps(describe(known[name]))), name
         assert card["command"] == f"python -m qkvnorm_lens.experiments.train {name}"
+        own = json.loads(json.dumps(get_split(known[name].split).to_json()))
+        assert card["accuracy"]["in distribution"]["split"] == own, name
 
 
 def test_models_by_name_directory_and_hub() -> None:

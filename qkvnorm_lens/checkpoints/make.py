@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import torch
 
-from qkvnorm_lens.addition import build_tokenizer, get_split
+from qkvnorm_lens.addition import Split, build_tokenizer, get_split
 from qkvnorm_lens.config import named_config
 from qkvnorm_lens.model import QKVNormTransformer
 from qkvnorm_lens.training import (
@@ -45,6 +45,13 @@ TESTS: Final = {
 }
 
 
+def tests(run: Run) -> dict[str, str | Split]:
+    """The kinds of sums that a model's card says its accuracy on."""
+    if get_split(run.split) == get_split(TESTS["in distribution"]):
+        return dict(TESTS)
+    return {"in distribution": run.split}
+
+
 def card(
     name: str, run: Run, model: QKVNormTransformer, command: str, *, rows: int = 20_000
 ) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def card(
                 "seed": TEST_SEED,
                 **dataclasses.asdict(evaluate(model, split, rows=rows)),
             }
-            for kind, split in TESTS.items()
+            for kind, split in tests(run).items()
         },
         "versions": {name: version(name) for name in ("torch", "transformer-lens")},
     }
