@@ -1,4 +1,4 @@
-"""The experiments of the paper, and the questions it left open: one module for each.
+"""The experiments of the paper, the questions it left open, related papers: a module for each.
 
     from qkvnorm_lens import experiments
     outcome = experiments.run("collapse", ["addition-pre", "gpt2"], out="runs/collapse")
@@ -33,8 +33,14 @@ NAMES: Final = (
     "gauge",
     "confound",
     "quantisation",
+    "rank",
+    "masks",
+    "spectrum",
+    "centring",
+    "symmetry",
+    "positions",
 )
-"""In the order of the paper's figures; the last four go beyond it."""
+"""In the order of the paper's figures; then four that go beyond it, and those of related papers."""
 
 
 def get_experiment(name: str) -> Experiment:

@@ -20,9 +20,11 @@ from qkvnorm_lens.experiments.train import trained
 HEAD = """\
 # Reproduction
 
-What became of each published number and figure of Menary, Kaski and Freitas (arXiv 2406.17837), and
-what their open questions gave. This page is made by `{command}` from the files under `{results}`,
-each of which says the command, configuration, seeds and versions that it came from.
+What became of each published number and figure of Menary, Kaski and Freitas (arXiv 2406.17837),
+what their open questions gave, and the measurements of three related papers: rank collapse (Wu et
+al., arXiv 2405.18781), the spectral gap (Naderi et al., arXiv 2410.07799) and permutation symmetry
+(Zuo and Guerzhoy, arXiv 2402.05969). This page is made by `{command}` from the files under
+`{results}`, each of which says the command, configuration, seeds and versions that it came from.
 
 **Scale.** The paper's Baseline has 10 layers of width 512 (about 21.6M parameters) and was trained
 on 110M sums of 3 to 6 numbers with 2 or 3 digits. {ours} Where the paper's numbers hang on size,

@@ -41,6 +41,7 @@ CENTRING: Final[dict[str, tuple[str, bool]]] = {
 ORDER_STEPS: Final = 3_000
 ORDERS: Final[dict[str, tuple[str, str]]] = {
     "rotary": ("rotary", "both"),
+    "rotary-no-skip": ("rotary", "none"),
     "nope": ("none", "both"),
     "nope-no-attn": ("none", "mlp"),
     "nope-no-skip": ("none", "none"),
@@ -96,7 +97,7 @@ def runs() -> dict[str, Run]:
 
 def trained(prefix: str = "") -> dict[str, Path]:
     """Directories of the trained models whose name starts so."""
-    found = (path.parent for path in sorted(MODELS.glob("*/model.safetensors")))
+    found = (path.parent for path in sorted(MODELS.glob("*/card.json")))  # written last
     return {path.name: path for path in found if path.name.startswith(prefix)}
 
 

@@ -1,0 +1,108 @@
+"""How far the rows of a matrix are from being one row: what `rank_profile` reduces a tensor to.
+
+All of it in float64, from the singular values themselves: those of a Gram matrix are squares, in
+which nothing below sqrt(eps) of the largest is left.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+MEASURES: Final = (
+    "mu",
+    "relative_mu",
+    "stable_rank",
+    "effective_rank",
+    "rank",
+    "least",
+    "relative_least",
+    "mean_cosine",
+    "norm",
+)
+
+
+def distance_to_mean(x: Float[Tensor, "*batch token d"]) -> Float[Tensor, "*batch"]:
+    """mu(X) = || X - 1 mean(X)^T ||_F, in the units of X; exactly 0 where all rows are equal.
+
+    Source: Wu et al. 2024.
+    """
+    # The first row taken away first: what all rows share leaves no rounding behind.
+    apart = x - x[..., :1, :]
+    mu: Tensor = torch.linalg.matrix_norm(apart - apart.mean(-2, keepdim=True))
+    return mu
+
+
+def mean_cosine(x: Float[Tensor, "token d"]) -> float:
+    """Mean |cosine| over the pairs of different rows, those of zero length left out; NaN if none.
+
+    Source: Wu et al. 2024.
+    """
+    lengths = torch.linalg.vector_norm(x, dim=-1)
+    unit = x[lengths > 0] / lengths[lengths > 0, None]
+    n = len(unit)
+    if n < 2:
+        return math.nan
+    cosines = (unit @ unit.T).abs().clamp(max=1)
+    return float((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)))
+
+
+def measures(
+    x: Float[Tensor, "token d"], rounding: float = torch.finfo(torch.float64).eps
+) -> dict[str, float]:
+    """The measures of one prompt's tokens, s its min(token, d) singular values.
+
+        mu                || X - 1 mean(X)^T ||_F
+        relative_mu       mu / ||X||_F, in [0, 1]
+        stable_rank       ||X||_F^2 / ||X||_2^2 = sum s^2 / max s^2
+        effective_rank    exp(-sum p ln p), p = s / sum s
+        rank              number of s > max(token, d) rounding max s
+        least             min s
+        relative_least    min s / max s
+        mean_cosine       mean over pairs of different tokens of |cos|
+        norm              ||X||_F
+
+    1 <= stable_rank <= rank of X, and 1 <= effective_rank <= rank. For X = 0 mu, rank, least and
+    norm are 0 and the rest is NaN.
+    Source: Wu et al. 2024 (mu, rank, least, cosine); Naderi et al. 2024 (stable rank); Roy and
+    Vetterli 2007 (effective rank).
+
+    Args:
+        x: finite; is widened to float64.
+        rounding: relative error of the numbers in x, below which no singular value counts in
+            ``rank``: the machine epsilon of the model's dtype. ``least`` is given as it is.
+    """
+    x = x.double()
+    top = float(x.abs().max()) if x.numel() else 0.0
+    if top == 0:
+        zero = dict.fromkeys(("mu", "rank", "least", "norm"), 0.0)
+        return {name: zero.get(name, math.nan) for name in MEASURES}
+    scaled = x / top  # squares of what is large or small in float32 stay in range
+    s = torch.linalg.svdvals(scaled)
+    first = float(s[0])
+    p = s[s > 0] / s.sum()
+    size = float(torch.linalg.vector_norm(s))
+    mu = float(distance_to_mean(scaled))
+    least = float(s[-1])
+    found = {
+        "mu": mu * top,
+        "relative_mu": min(mu / size, 1.0),
+        "stable_rank": max((size / first) ** 2, 1.0),
+        "effective_rank": max(math.exp(-float((p * p.log()).sum())), 1.0),
+        "rank": float((s > max(x.shape) * rounding * first).sum()),
+        "least": least * top,
+        "relative_least": least / first,
+        "mean_cosine": mean_cosine(scaled),
+        "norm": size * top,
+    }
+    return {name: found[name] for name in MEASURES}
+
+
+def first_share(x: Float[Tensor, "token d"]) -> float:
+    """Share of ||X||_F^2 that is the first token's; NaN for X = 0."""
+    squares = (x.double() / x.double().abs().max()).square().sum(-1)
+    return float(squares[0] / squares.sum())

@@ -1,0 +1,196 @@
+"""RankReport: how far a prompt's tokens are from being one token, by depth and site, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from hooks._rank_measures import MEASURES
+from hooks._reports import read_report, write_report
+
+RankBy = Literal["prompt", "site"]
+_FORMAT = "qkvnorm-lens rank report 1"
+_ARRAYS = ("numbers", "first_share")
+_HEAD = ("model", "tokens", "decoder_tokens")
+WITH: Final = ("all", "without first")  # the axis of tokens
+
+LETTERS: Final = {"encoder_blocks": "E", "decoder_blocks": "D"}
+MEANING: Final = {
+    "in": "the stream at the block's input",
+    "attn_norm": "behind the norm that attention reads",
+    "mid": "the stream between attention and MLP",
+    "cross_norm": "behind the norm that cross-attention reads",
+    "mid2": "the stream between cross-attention and MLP",
+    "mlp_norm": "behind the norm that the MLP reads",
+    "mixer_norm": "behind the norm that the block's mixer reads",
+    "out": "the stream at the block's output",
+    "final_norm": "behind the norm of the last block's output",
+}
+"""Sites, in the order of the forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSite:
+    """Where the tokens were looked at.
+
+    Attributes:
+        stack: ``blocks``; ``encoder_blocks`` or ``decoder_blocks``.
+        layer: block index within the stack.
+        site: one of `MEANING`.
+        hook: the hook point that was read.
+    """
+
+    stack: str
+    layer: int
+    site: str
+    hook: str
+
+    @property
+    def label(self) -> str:
+        """``L3 mid``; ``E3``, ``D3`` in an encoder and a decoder."""
+        return f"{LETTERS.get(self.stack, 'L')}{self.layer} {self.site}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings:
+    """Where a profile was measured; ``layers`` None: in all blocks."""
+
+    layers: tuple[int, ...] | None
+    sites: tuple[RankSite, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RankReport:
+    """Measures of each prompt's tokens at each site.
+
+    Attributes:
+        settings: how they were measured.
+        model: facts of the model, versions; ``notes``: what of the sites is missing, and why.
+        tokens, decoder_tokens: each prompt's tokens as strings; empty where there are none.
+        numbers: ``[prompt, site, tokens, measure]``: tokens are `all` and `without first`, measures
+            those of `to_frame`.
+        first_share: share of ||X||_F^2 that is the first token's, ``[prompt, site]``.
+    """
+
+    settings: RankSettings
+    model: Mapping[str, Any]
+    tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    decoder_tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    numbers: Float[np.ndarray, "prompt site 2 measure"] = field(repr=False)
+    first_share: Float[np.ndarray, "prompt site"] = field(repr=False)
+
+    def to_frame(self, by: RankBy = "site", *, without_first: bool = False) -> pd.DataFrame:
+        """One row per site, the prompts averaged; or per prompt and site.
+
+        Args:
+            by: ``"site"`` or ``"prompt"``.
+            without_first: leave the first token out of X: an attention sink's length can be a
+                hundred times the others', and then it alone decides every measure but the cosine.
+
+        Columns:
+            stack, layer, site, label: where; ``prompt``: which.
+            mu: || X - 1 mean(X)^T ||_F, in the units of the stream.
+            relative_mu: the same over ||X||_F.
+            stable_rank: ||X||_F^2 / ||X||_2^2.
+            effective_rank: exp of the entropy of the singular values over their sum.
+            rank: singular values above max(T, d) eps times the largest, eps of the model's dtype.
+            least, relative_least: the least of the min(T, d) singular values; over the largest.
+            mean_cosine: mean |cosine| of different tokens.
+            norm: ||X||_F.
+            first_share: share of ||X||_F^2 that is the first token's, in any case.
+
+        A mean leaves out prompts for which there is no number (of zeros only; of one token).
+
+        Raises:
+            ValueError: another ``by``.
+        """
+        if by not in ("prompt", "site"):
+            raise ValueError(f"by: wanted 'prompt' or 'site'; got {by!r}")
+        if not isinstance(without_first, bool):
+            raise ValueError(f"without_first: wanted True or False; got {without_first!r}")
+        names = [
+            {"stack": s.stack, "layer": s.layer, "site": s.site, "label": s.label}
+            for s in self.settings.sites
+        ]
+        n = len(self.numbers)
+        rows = pd.DataFrame(names * n)
+        rows["prompt"] = np.repeat(np.arange(n), len(names))
+        rows[list(MEASURES)] = self.numbers[:, :, int(without_first)].reshape(-1, len(MEASURES))
+        rows["first_share"] = self.first_share.ravel()
+        if by == "prompt":
+            return rows
+        where = ["stack", "layer", "site", "label"]
+        return rows.drop(columns="prompt").groupby(where, sort=False).mean().reset_index()
+
+    # -- words ------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """A few sentences: the stream at its first and last site, and what the first token does."""
+        n, sites = len(self.numbers), self.settings.sites
+        parts = [
+            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}, {len(sites)} sites in "
+            f"{len({(s.stack, s.layer) for s in sites})} blocks."
+        ]
+        for stack in dict.fromkeys(s.stack for s in sites):
+            parts += [_depth(self, stack, without_first=w) for w in (False, True)]
+        frame = self.to_frame()
+        for _, most in frame.dropna(subset="first_share").nlargest(1, "first_share").iterrows():
+            parts.append(
+                f"The first token has up to {100 * most['first_share']:.3g}% of ||X||_F^2 "
+                f"({most['label']})."
+            )
+        return " ".join([*parts, *self.model["notes"]])
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    # -- disk -------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with the settings as JSON in its header; returns its path."""
+        head = {"settings": asdict(self.settings)} | {name: getattr(self, name) for name in _HEAD}
+        return write_report(path, _FORMAT, head, {name: getattr(self, name) for name in _ARRAYS})
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankReport:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no rank report.
+        """
+        head, arrays = read_report(path, _FORMAT, "rank report")
+        given = head.pop("settings")
+        layers = given["layers"]
+        settings = RankSettings(
+            layers=None if layers is None else tuple(layers),
+            sites=tuple(RankSite(**site) for site in given["sites"]),
+        )
+        head |= {name: tuple(tuple(p) for p in head[name]) for name in ("tokens", "decoder_tokens")}
+        return cls(settings=settings, **head, **{name: arrays[name] for name in _ARRAYS})
+
+
+def _depth(report: RankReport, stack: str, *, without_first: bool) -> str:
+    """From the first to the last stream site of a stack."""
+    frame = report.to_frame(without_first=without_first)
+    stream = frame[(frame["stack"] == stack) & frame["site"].isin(("in", "mid", "mid2", "out"))]
+    first, last = stream.iloc[0], stream.iloc[-1]
+    what = "Without the first token" if without_first else "All tokens"
+    changes = [
+        f"{name} {first[column]:.3g} to {last[column]:.3g}"
+        for column, name in (
+            ("relative_mu", "mu/||X||_F"),
+            ("stable_rank", "stable rank"),
+            ("effective_rank", "effective rank"),
+            ("mean_cosine", "mean |cosine|"),
+        )
+    ]
+    return f"{what}, from {first['label']} to {last['label']}: {', '.join(changes)}."

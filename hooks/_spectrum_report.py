@@ -1,0 +1,191 @@
+"""SpectrumReport: leading singular values of attention matrices, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from hooks._reports import read_report, write_report
+
+SpectrumBy = Literal["prompt", "head", "layer", "length"]
+_FORMAT = "qkvnorm-lens spectrum report 1"
+_HEAD = ("model", "tokens", "decoder_tokens")
+_ARRAYS = ("length", "singular", "uniform", "left", "square", "left_square")
+_NAMES = {
+    "prompt": ("layer", "head", "label", "prompt", "length"),
+    "head": ("layer", "head", "label"),
+    "layer": ("layer", "label"),
+    "length": ("layer", "label", "length"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumSettings:
+    """How spectra were measured; ``lengths``: to which the prompts were cut, or None."""
+
+    k: int
+    lengths: tuple[int, ...] | None
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SpectrumReport:
+    """Leading singular values of each head's attention matrix A on each prompt.
+
+    An array per layer and field; matrices of T rows and columns. U is the uniform matrix of A's
+    mask.
+
+    Attributes:
+        settings: how they were measured.
+        model: facts of the model, versions.
+        tokens, decoder_tokens: each prompt's tokens as strings; empty where there are none.
+        prompt: which of the caller's prompts each is (several are the same one cut to lengths).
+        length: T ``[prompt]``.
+        singular: of A, largest first ``[prompt, head, k]``; NaN where T < k.
+        uniform, left: the same of U and of A - U.
+        square, left_square: |A|_F^2 and |A - U|_F^2 ``[prompt, head]``.
+    """
+
+    settings: SpectrumSettings
+    model: Mapping[str, Any]
+    tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    decoder_tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    prompt: Int[np.ndarray, "_"] = field(repr=False)
+    length: tuple[Int[np.ndarray, "_"], ...] = field(repr=False)
+    singular: tuple[Float[np.ndarray, "_ _ k"], ...] = field(repr=False)
+    uniform: tuple[Float[np.ndarray, "_ _ k"], ...] = field(repr=False)
+    left: tuple[Float[np.ndarray, "_ _ k"], ...] = field(repr=False)
+    square: tuple[Float[np.ndarray, "_ _"], ...] = field(repr=False)
+    left_square: tuple[Float[np.ndarray, "_ _"], ...] = field(repr=False)
+
+    def to_frame(self, by: SpectrumBy = "head") -> pd.DataFrame:
+        """One row per layer and head (or layer; or layer and length; or layer, head and prompt).
+
+        Each number is made for every matrix, and rows of several give its mean.
+
+        Args:
+            by: ``"prompt"``, ``"head"``, ``"layer"`` or ``"length"``.
+
+        Columns:
+            layer, head, label: block index; head; ``L5H1`` (``L5`` by layer and length).
+            prompt, length: which prompt; T (a mean where rows of several lengths are averaged).
+            s1, s2, ... : singular values of A.
+            gap, ratio: s1 - s2, and s2 / s1.
+            stable_rank: |A|_F^2 / s1^2.
+            uniform_s1, uniform_s2, uniform_gap: of the uniform matrix U of A's mask.
+            left_s1, left_s2, left_stable_rank: of A - U, what the fix leaves (NaN: A = U).
+            edge: 2 / sqrt(T), the bulk's edge of a random Markov matrix without a mask whose
+                entries' standard deviation is their mean.
+            edge_left: 2 |A - U|_F / sqrt(T), the edge of a random matrix as large as A - U.
+
+        Raises:
+            ValueError: another ``by``.
+        """
+        if by not in get_args(SpectrumBy):
+            raise ValueError(f"by: wanted one of {list(get_args(SpectrumBy))}; got {by!r}")
+        rows = pd.concat([self._rows(i) for i in range(len(self.singular))], ignore_index=True)
+        if by == "prompt":
+            return rows
+        if by != "head":
+            rows["label"] = rows["label"].str.rpartition("H")[0]
+        names = list(_NAMES[by])
+        numbers = [c for c in rows.columns if c not in (*names, "head", "label", "prompt")]
+        return rows.groupby(names, sort=False)[numbers].mean().reset_index()
+
+    def _rows(self, index: int) -> pd.DataFrame:
+        """One layer's matrices."""
+        s, u, rest = self.singular[index], self.uniform[index], self.left[index]
+        n_prompts, n_heads, k = s.shape
+        length = np.repeat(self.length[index], n_heads)
+        head = np.tile(np.arange(n_heads), n_prompts)
+        s, u, rest = (x.reshape(-1, k) for x in (s, u, rest))
+        square, left_square = self.square[index].ravel(), self.left_square[index].ravel()
+        label = self.model["labels"][index]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            left_rank = left_square / rest[:, 0] ** 2
+            numbers = {
+                **{f"s{i + 1}": s[:, i] for i in range(k)},
+                "gap": s[:, 0] - s[:, 1],
+                "ratio": s[:, 1] / s[:, 0],
+                "stable_rank": square / s[:, 0] ** 2,
+                "uniform_s1": u[:, 0],
+                "uniform_s2": u[:, 1],
+                "uniform_gap": u[:, 0] - u[:, 1],
+                "left_s1": rest[:, 0],
+                "left_s2": rest[:, 1],
+                "left_stable_rank": np.where(rest[:, 0] > 0, left_rank, np.nan),
+                "edge": 2 / np.sqrt(length),
+                "edge_left": 2 * np.sqrt(left_square / length),
+            }
+        return pd.DataFrame(
+            {
+                "layer": self.settings.layers[index],
+                "head": head,
+                "label": [f"{label}H{h}" for h in head],
+                "prompt": np.repeat(self.prompt, n_heads),
+                "length": length,
+                **numbers,
+            }
+        )
+
+    # -- words ------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """A few sentences: the gap, beside the uniform matrix's, and what the fix leaves."""
+        s, rows = self.settings, self.to_frame("prompt")
+        n, layers = len(set(self.prompt.tolist())), self.to_frame("layer")
+        low, high = rows["length"].min(), rows["length"].max()
+        mean = rows.mean(numeric_only=True)
+        least, most = (layers.loc[layers["gap"].agg(f)] for f in ("idxmin", "idxmax"))
+        parts = [
+            f"{self.model['name']}: {n} prompt{'s' * (n != 1)} of "
+            f"{f'{low}' if low == high else f'{low} to {high}'} tokens, {len(s.layers)} attention "
+            f"layer{'s' * (len(s.layers) != 1)}; singular values of each head's attention matrix.",
+            f"On average the largest is {mean['s1']:.3g} and the second {mean['s2']:.3g}, a gap of "
+            f"{mean['gap']:.3g} (by layer from {least['gap']:.3g} in {least['label']} to "
+            f"{most['gap']:.3g} in {most['label']}); uniform attention under the same mask has "
+            f"{mean['uniform_s1']:.3g} and {mean['uniform_s2']:.3g}, a gap of "
+            f"{mean['uniform_gap']:.3g}.",
+            f"The stable rank is {mean['stable_rank']:.3g}. Without the uniform part the largest "
+            f"is {mean['left_s1']:.3g}; 2/sqrt(T), the edge of an unmasked random Markov matrix, "
+            f"is {mean['edge']:.3g}.",
+        ]
+        return " ".join(parts)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    # -- disk -------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with the settings as JSON in its header; returns its path."""
+        head = {"settings": asdict(self.settings)} | {name: getattr(self, name) for name in _HEAD}
+        arrays = {
+            f"{name}.{i}": array for name in _ARRAYS for i, array in enumerate(getattr(self, name))
+        }
+        return write_report(path, _FORMAT, head, arrays | {"prompt": self.prompt})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SpectrumReport:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no spectrum report.
+        """
+        head, arrays = read_report(path, _FORMAT, "spectrum report")
+        settings = head.pop("settings")
+        for name in ("layers", "lengths"):
+            settings[name] = None if settings[name] is None else tuple(settings[name])
+        head |= {name: tuple(tuple(p) for p in head[name]) for name in ("tokens", "decoder_tokens")}
+        n_layers = len(settings["layers"])
+        head |= {name: tuple(arrays[f"{name}.{i}"] for i in range(n_layers)) for name in _ARRAYS}
+        return cls(settings=SpectrumSettings(**settings), prompt=arrays["prompt"], **head)

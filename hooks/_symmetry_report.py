@@ -1,0 +1,281 @@
+"""SymmetryReport: what permuting the earlier tokens changes at the last position, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from hooks._positions import Variant
+from hooks._reports import read_report, write_report
+
+SymmetryBy = Literal["variant", "layer", "permutation", "distance"]
+FLOORS = 2  # how often each prompt is run again with the last digit of its stream changed
+REACH = 16  # the greatest distance of positions that are compared
+CLEAR = 10.0  # a gap that is not so many times what rounding does is called zero
+_FORMAT = "qkvnorm-lens symmetry report 1"
+_ARRAYS = (
+    "kl", "tv", "logits", "moved", "stream", "added", "floor_tv", "floor_logits", "floor_stream",
+    "similarity", "pairs", "nearer",
+)  # fmt: skip
+_MEASURES = ("kl", "tv", "logits", "moved")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SymmetrySettings:
+    """How a symmetry gap was measured; ``seed`` is None where permutations were given."""
+
+    permutations: int
+    seed: int | None
+    keep_first: bool
+    variants: tuple[str, ...]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SymmetryReport:
+    """What changed at the last position, by variant, prompt and permutation.
+
+    The axis ``run`` holds the permutations, and ``tried`` the runs of the prompt as it is with the
+    last digit of the stream changed, which say what rounding does. ``point`` is the stream before
+    the first of the blocks, and behind each.
+
+    Attributes:
+        settings: how it was measured.
+        model: facts of the model, versions; and of ``positions`` and ``mask`` whether they can be
+            removed.
+        tokens: each prompt's tokens as strings.
+        orders: each prompt's permutations: which position's token stands where.
+        kl: KL(p || p_pi) of the next token's distributions, nats.
+        tv: their total variation, half the sum of absolute differences.
+        logits: largest absolute difference of logits.
+        moved: whether the arg max is another.
+        stream: |y - y_pi| / |y| of the last position's stream y.
+        added: the same of what each block adds to the stream, over the |y| behind it.
+        floor_tv, floor_logits, floor_stream: what rounding does to them.
+        similarity: mean cosine of positions i and i - d by d = 1, 2, ..; the first left out.
+        pairs: how many such pairs there are.
+        nearer: share of pairs of distances in which the nearer position is more alike.
+    """
+
+    settings: SymmetrySettings
+    model: Mapping[str, Any]
+    tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    orders: tuple[Int[np.ndarray, "_ _"], ...] = field(repr=False)
+    kl: Float[np.ndarray, "variant prompt run"] = field(repr=False)
+    tv: Float[np.ndarray, "variant prompt run"] = field(repr=False)
+    logits: Float[np.ndarray, "variant prompt run"] = field(repr=False)
+    moved: Bool[np.ndarray, "variant prompt run"] = field(repr=False)
+    stream: Float[np.ndarray, "variant prompt run point"] = field(repr=False)
+    added: Float[np.ndarray, "variant prompt run layer"] = field(repr=False)
+    floor_tv: Float[np.ndarray, "variant prompt tried"] = field(repr=False)
+    floor_logits: Float[np.ndarray, "variant prompt tried"] = field(repr=False)
+    floor_stream: Float[np.ndarray, "variant prompt tried point"] = field(repr=False)
+    similarity: Float[np.ndarray, "variant point distance"] = field(repr=False)
+    pairs: Float[np.ndarray, "variant distance"] = field(repr=False)
+    nearer: Float[np.ndarray, "variant prompt point"] = field(repr=False)
+
+    def vanishes(self, variant: str) -> bool:
+        """Whether no permutation changes a logit by ten times what rounding does.
+
+        Raises:
+            ValueError: a variant that was not measured.
+        """
+        i = self._index(variant)
+        return bool(self.logits[i].max() <= CLEAR * self.floor_logits[i].max())
+
+    def _index(self, variant: str) -> int:
+        if variant not in self.settings.variants:
+            raise ValueError(
+                f"variant: wanted one of {list(self.settings.variants)}; got {variant!r}"
+            )
+        return self.settings.variants.index(variant)
+
+    def to_frame(self, by: SymmetryBy = "variant") -> pd.DataFrame:
+        """Tidy numbers: one row per variant, per layer, per permutation, or per distance.
+
+        Columns:
+            variant: ``"as is"``, ``"positions removed"``, ``"mask removed"``, ``"both removed"``.
+
+            By variant: kl, tv, logits, moved, stream (behind the last block), each a mean over
+            prompts and permutations; largest (of the differences of logits); floor_tv,
+            floor_logits, floor_stream (what rounding does: the largest of its runs); vanishes.
+
+            By layer, the stream before the first block (layer -1, ``embed``) and behind each:
+            layer, label, stream, added (means), floor_stream, neighbours and distant (mean cosine
+            at distance 1 and at the greatest one that all prompts have), nearer.
+
+            By permutation: prompt, permutation, kl, tv, logits, moved, stream.
+
+            By distance: layer, label, distance, similarity, pairs.
+
+        Raises:
+            ValueError: another ``by``.
+        """
+        if by not in get_args(SymmetryBy):
+            raise ValueError(f"by: wanted one of {list(get_args(SymmetryBy))}; got {by!r}")
+        make = {
+            "variant": self._of_variant,
+            "layer": self._of_layers,
+            "permutation": self._of_permutations,
+            "distance": self._of_distances,
+        }[by]
+        rows = [row for i, v in enumerate(self.settings.variants) for row in make(i, v)]
+        return pd.DataFrame(rows)
+
+    def _of_variant(self, i: int, variant: str) -> list[dict[str, Any]]:
+        row: dict[str, Any] = {"variant": variant}
+        row |= {name: float(getattr(self, name)[i].mean()) for name in _MEASURES}
+        row["stream"] = float(self.stream[i, :, :, -1].mean())
+        row["largest"] = float(self.logits[i].max())
+        row["floor_tv"] = float(self.floor_tv[i].max())
+        row["floor_logits"] = float(self.floor_logits[i].max())
+        row["floor_stream"] = float(self.floor_stream[i, :, :, -1].max())
+        row["vanishes"] = self.vanishes(variant)
+        return [row]
+
+    def _points(self) -> list[tuple[int, str]]:
+        return [(-1, "embed"), *zip(self.settings.layers, self.model["labels"], strict=True)]
+
+    def _of_layers(self, i: int, variant: str) -> list[dict[str, Any]]:
+        some = np.flatnonzero(self.pairs[i])
+        out = []
+        for point, (layer, label) in enumerate(self._points()):
+            alike = self.similarity[i, point]
+            nearer = self.nearer[i, :, point]
+            out.append(
+                {
+                    "variant": variant,
+                    "layer": layer,
+                    "label": label,
+                    "stream": float(self.stream[i, :, :, point].mean()),
+                    "added": float(self.added[i, :, :, point - 1].mean()) if point else np.nan,
+                    "floor_stream": float(self.floor_stream[i, :, :, point].max()),
+                    "neighbours": float(alike[0]),
+                    "distant": float(alike[some[-1]]) if len(some) else np.nan,
+                    "nearer": float(np.nanmean(nearer)) if (nearer == nearer).any() else np.nan,
+                }
+            )
+        return out
+
+    def _of_permutations(self, i: int, variant: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "variant": variant,
+                "prompt": prompt,
+                "permutation": run,
+                **{name: getattr(self, name)[i, prompt, run].item() for name in _MEASURES},
+                "stream": float(self.stream[i, prompt, run, -1]),
+            }
+            for prompt in range(len(self.tokens))
+            for run in range(self.settings.permutations)
+        ]
+
+    def _of_distances(self, i: int, variant: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "variant": variant,
+                "layer": layer,
+                "label": label,
+                "distance": d + 1,
+                "similarity": float(self.similarity[i, point, d]),
+                "pairs": int(self.pairs[i, d]),
+            }
+            for point, (layer, label) in enumerate(self._points())
+            for d in np.flatnonzero(self.pairs[i])
+        ]
+
+    # -- words ------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """A few sentences: the gap, what of it is left without positions and mask, and where."""
+        s, frame = self.settings, self.to_frame().set_index("variant")
+        n = len(self.tokens)
+        drawn = f"{s.permutations} permutation{'s' * (s.permutations != 1)}"
+        kept = ", the first and the last kept" if s.keep_first else ", the last kept"
+        parts = [
+            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}, {drawn} of the earlier tokens "
+            f"each{kept}."
+        ]
+        for variant, row in frame.iterrows():
+            named = "As it is" if variant == "as is" else f"{str(variant).capitalize()}"
+            if row["vanishes"]:
+                parts.append(
+                    f"{named}: no gap (a logit moves by {row['largest']:.2g} at most, by rounding "
+                    f"{row['floor_logits']:.2g})."
+                )
+                continue
+            parts.append(
+                f"{named}: total variation {row['tv']:.3g}, KL {row['kl']:.3g} nats, the arg max "
+                f"moves in {100 * row['moved']:.3g}%."
+            )
+        bare = self._bare()
+        if bare in s.variants and not self.vanishes(bare):
+            parts.append("Something else than positions and mask tells this model the order.")
+        return " ".join([*parts, *self._where(), *self._left()])
+
+    def _bare(self) -> str:
+        """The variant in which nothing is left of positions and mask."""
+        absent = {name: self.model[name]["status"] == "absent" for name in ("positions", "mask")}
+        return Variant(positions=absent["positions"], mask=absent["mask"]).name
+
+    def _where(self) -> list[str]:
+        """Which block adds most, in the first variant that has a gap."""
+        for variant in self.settings.variants:
+            if not self.vanishes(variant):
+                layers = self.to_frame("layer")
+                mine = layers[(layers["variant"] == variant) & (layers["layer"] >= 0)]
+                top = mine.nlargest(1, "added").iloc[0]
+                how = "" if variant == "as is" else f" ({variant})"
+                return [
+                    f"The block of {top['label']} adds most to the change of the stream: "
+                    f"{100 * top['added']:.3g}% of its length{how}."
+                ]
+        return []
+
+    def _left(self) -> list[str]:
+        """What is not there, and what could not be removed."""
+        out = []
+        for name, words in (("positions", "positions"), ("mask", "mask")):
+            fact = self.model[name]
+            if fact["status"] == "absent":
+                out.append(f"The model has no {words}.")
+            elif fact["status"] == "unremovable":
+                verb = "are" if name == "positions" else "is"
+                out.append(f"The {words} {verb} not removed: {fact['why']}.")
+        return out
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    # -- disk -------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with the settings as JSON in its header; returns its path."""
+        head = {"settings": asdict(self.settings), "model": self.model, "tokens": self.tokens}
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays |= {f"orders.{i}": order for i, order in enumerate(self.orders)}
+        return write_report(path, _FORMAT, head, arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SymmetryReport:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no symmetry report.
+        """
+        head, arrays = read_report(path, _FORMAT, "symmetry report")
+        settings = head.pop("settings")
+        settings |= {name: tuple(settings[name]) for name in ("variants", "layers")}
+        head["tokens"] = tuple(tuple(p) for p in head["tokens"])
+        orders = tuple(arrays[f"orders.{i}"] for i in range(len(head["tokens"])))
+        kept = {name: arrays[name] for name in _ARRAYS}
+        return cls(settings=SymmetrySettings(**settings), orders=orders, **head, **kept)

@@ -1,0 +1,297 @@
+"""CentredAttention: attention with A - U in place of its pattern A, as TransformerLens hooks.
+
+U is uniform over each row's visible keys. Without a mask U = (1/T) 1 1^T, and A - U takes away the
+one large singular value of a random Markov matrix. Source: Naderi et al. 2024 (arXiv 2410.07799).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooks import _state
+from hooks._inputs import short_input, without_cache
+from hooks._tap import AttentionTap
+from hooks.errors import UnsupportedModelError
+from hooks.noise import check_layers
+from hooks.scores import visible
+from hooks.selfcheck import attention_sites
+from hooks.sites import HookedModel, LayerSites
+
+HookList = list[tuple[str, Callable[..., Any]]]
+
+_ROUNDING, _ROUNDING_HALF = 64.0, 4.0  # eps of the sizes added up
+_HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
+_MARGIN = 4.0  # the edit must show so many times above rounding
+_COPIES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentredAttention:
+    """The fix of the spectral gap: z_q -> z_q - mean of v over the keys that q sees.
+
+        z_q = sum_t (A_qt - U_qt) v_t,    U_qt = 1 / |visible keys of q|, 0 for the others
+
+    Without a mask that is A applied to values centred over all tokens, A (v - 1 mean(v)^T), and
+    A - (1/T) 1 1^T applied to v. Under a causal mask each row has a mean of its own: that is no
+    centring of the values. The pattern stays what it was, A. Values that are the same for all
+    tokens give nothing. Source: Naderi et al. 2024, arXiv 2410.07799.
+
+    Args:
+        layers: block indices; None for every attention layer.
+
+    Raises:
+        ValueError: layers that are no list of indices.
+
+    Example:
+        >>> fix = CentredAttention()
+        >>> with fix.applied(model):          # doctest: +SKIP
+        ...     logits = model(tokens)
+    """
+
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", check_layers(self.layers))
+
+    def hooks(self, model: HookedModel) -> HookList:
+        """TransformerLens hooks for ``model.run_with_hooks(tokens, fwd_hooks=...)``.
+
+        For whole sequences: a cached step of ``generate`` raises (keys and values seen earlier pass
+        no hook). Padded batches need no mask here: padding is masked in the scores.
+
+        Args:
+            model: the model; its self-check runs first, then a short pass in which the edit must
+                land: what the attention writes must change as W_O applied to the change of z.
+
+        Raises:
+            UnsupportedModelError: the self-check failed; cross-attention; a layer without hooks for
+                z or v, or whose z is no plain average of v, or whose rows share their weight with
+                a sink; an edit that does not land; or no hook that shows the scores (there
+                :meth:`applied` works).
+            ValueError: unknown layer.
+        """
+        chosen = self._checked(model)
+        for sites in chosen:
+            if sites.tapped:
+                raise UnsupportedModelError(
+                    "CentredAttention.hooks",
+                    wanted="a hook that shows the scores, and with them each row's visible keys",
+                    got="none; use CentredAttention.applied(model), which reads them where the "
+                    "model takes its softmax",
+                    layer=sites.layer,
+                )
+        return _entries(chosen, None)
+
+    @contextmanager
+    def applied(self, model: HookedModel) -> Iterator[CentredAttention]:
+        """The same as a context manager; the hooks that were on the model stay.
+
+        Errors as :meth:`hooks`, but for layers without a hook for the scores, which work here.
+        """
+        chosen = self._checked(model)
+        tap = AttentionTap() if any(sites.tapped for sites in chosen) else None
+        with model.hooks(fwd_hooks=_entries(chosen, tap)), tap or contextlib.nullcontext():
+            yield self
+
+    def _checked(self, model: HookedModel) -> list[LayerSites]:
+        """The layers, on which the edit was seen to land."""
+        sites = attention_sites(model)
+        chosen = list(sites) if self.layers is None else [sites.layer(n) for n in self.layers]
+        for layer in chosen:
+            _refuse(layer)
+        _check_landing(model, sorted(chosen, key=lambda s: s.layer))
+        return chosen
+
+
+def _refuse(sites: LayerSites) -> None:
+    """Raise where z is not the pattern's average of values that a hook shows."""
+    wanted, got = "", ""
+    if sites.sequence("q") != sites.sequence("k"):
+        wanted, got = "self-attention", f"cross-attention {sites.label} (name layers= without it)"
+    elif sites.z is None or not sites.v.dot.hooked:
+        wanted, got = "hooks of TransformerLens for v and z", "none for one of them"
+    elif sites.averaging != "plain":
+        wanted = "a z that is the pattern's average of v"
+        got = f"another ({sites.averaging}; a model that is centred already is one)"
+    elif sites.sink:
+        wanted, got = "rows that sum to one", "rows that share their weight with a sink"
+    if wanted:
+        raise UnsupportedModelError("CentredAttention", wanted=wanted, got=got, layer=sites.layer)
+
+
+def visible_mean(
+    values: Float[Tensor, "batch key head d_head"], mask: Bool[Tensor, "batch #head query key"]
+) -> Float[Tensor, "batch query head d_head"]:
+    """Mean of the values over each row's visible keys; zero for a row that sees none."""
+    share = mask.to(values.dtype)
+    share = share / share.sum(-1, keepdim=True).clamp_min(1)
+    mean: Tensor = torch.einsum(
+        "bhqk,bkhd->bqhd", share.expand(-1, values.shape[2], -1, -1), values
+    )
+    return mean
+
+
+class _Layer:
+    """What one layer's hooks keep of a pass until z comes."""
+
+    def __init__(self, sites: LayerSites, tap: AttentionTap | None) -> None:
+        self.sites = sites
+        self.tap = tap
+        self._v: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def hooks(self, at_z: Callable[..., Tensor]) -> HookList:
+        assert self.sites.z is not None
+        entries: HookList = [(self.sites.v.dot.hook, self._keep_values)]
+        if not self.sites.tapped:
+            entries.append((self.sites.scores, self._keep_mask))
+        return [*entries, (self.sites.z.hook, at_z)]
+
+    def _keep_values(self, tensor: Tensor, hook: Any) -> None:
+        self._v = self.sites.v.dot.by_position(tensor)
+
+    def _keep_mask(self, tensor: Tensor, hook: Any) -> None:
+        self._mask = visible(tensor)
+
+    def mean(self, z: Tensor) -> Float[Tensor, "batch query head d_head"]:
+        """What is taken from z ``[batch, query, head, d_head]``; in float32 or wider."""
+        v, mask = self._v, self._mask
+        self._v, self._mask = None, None
+        if self.sites.tapped:
+            taken = None if self.tap is None else self.tap.take(z.shape[0])
+            mask = None if taken is None else visible(taken.scores)
+        if v is None or mask is None:
+            raise RuntimeError(f"layer {self.sites.layer}: wanted v and scores before z; got none")
+        if mask.shape[-1] != v.shape[1]:
+            raise ValueError(
+                f"CentredAttention on a cached step: wanted the values of {mask.shape[-1]} visible "
+                f"positions at {self.sites.v.dot.hook}; got {v.shape[1]}. Pass "
+                "use_past_kv_cache=False to generate"
+            )
+        wide = torch.promote_types(z.dtype, torch.float32)
+        return visible_mean(v[:, :, list(self.sites.kv_head_of)].to(wide), mask)
+
+    def centred(self, tensor: Tensor, hook: Any) -> Tensor:
+        """The edit of z, in the hook's own layout."""
+        assert self.sites.z is not None
+        z = self.sites.z.by_position(tensor)
+        mean = self.mean(z)
+        return _as_given((z.to(mean.dtype) - mean).to(z.dtype), self.sites)
+
+
+def _as_given(z: Tensor, sites: LayerSites) -> Tensor:
+    """``[batch, query, head, d_head]`` in the layout of the layer's z hook."""
+    assert sites.z is not None
+    if sites.z.head_axis == 1:
+        return z.transpose(1, 2)
+    return z if sites.z.head_axis == 2 else z.flatten(2)
+
+
+def _entries(layers: Sequence[LayerSites], tap: AttentionTap | None) -> HookList:
+    entries: HookList = []
+    for sites in layers:
+        layer = _Layer(sites, tap)
+        entries += layer.hooks(layer.centred)
+    return [(name, _state.resting(hook_fn)) for name, hook_fn in entries]
+
+
+# -- does the edit land? --------------------------------------------------------------------------
+
+
+def _check_landing(model: HookedModel, layers: Sequence[LayerSites]) -> None:
+    """One short pass over four copies: their z become z, z - m, m and 0 in each of these layers.
+
+    What is written must be affine in z: f(z) - f(z - m) = f(m) - f(0). Behind each attention the
+    copies are made equal again, so that every layer is judged on clean inputs.
+    """
+    counts = {n for s in layers for n in (s.n_heads, s.n_kv_heads)}
+    tap = AttentionTap() if any(sites.tapped for sites in layers) else None
+    written: dict[int, Tensor] = {}
+    entries: HookList = []
+    for sites in layers:
+        layer = _Layer(sites, tap)
+        entries += layer.hooks(_copies_of_z(layer))
+        entries.append((_output_hook(model, sites), _keep_output(written, sites)))
+    given = short_input(model, _COPIES, counts | {_COPIES})
+    with (
+        _state.evaluating(model),
+        _state.checking(),
+        model.hooks(fwd_hooks=entries),
+        tap or contextlib.nullcontext(),
+    ):
+        given.run(model, **without_cache(model))
+    for sites in layers:
+        _judge(model, sites, written.get(sites.layer))
+
+
+def _copies_of_z(layer: _Layer) -> Callable[..., Tensor]:
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
+        assert layer.sites.z is not None
+        z = layer.sites.z.by_position(tensor)
+        mean = layer.mean(z)[0].to(z.dtype)
+        return _as_given(
+            torch.stack([z[0], z[0] - mean, mean, torch.zeros_like(mean)]), layer.sites
+        )
+
+    return hook_fn
+
+
+def _keep_output(written: dict[int, Tensor], sites: LayerSites) -> Callable[..., Tensor]:
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
+        written[sites.layer] = tensor.detach().double()
+        return tensor[:1].expand_as(tensor).clone()
+
+    return hook_fn
+
+
+def _output_hook(model: HookedModel, sites: LayerSites) -> str:
+    """Name of the hook with what W_O gives, before a norm that may follow it."""
+    block = sites.prefix.rpartition(".")[0]
+    names = (f"{sites.prefix}.o.hook_out", f"{sites.prefix}.hook_out", f"{block}.hook_attn_out")
+    for name in names:
+        if name in model.hook_dict:
+            return name
+    raise UnsupportedModelError(
+        "CentredAttention",
+        wanted=f"a hook {', '.join(names[:-1])} or {names[-1]}, to see the edit land",
+        got="none",
+        layer=sites.layer,
+    )
+
+
+def _judge(model: HookedModel, sites: LayerSites, written: Tensor | None) -> None:
+    """Raise unless the edit moved what is written, and moved it linearly."""
+    check = "an edit of z in what the attention writes"
+    if written is None or len(written) != _COPIES:
+        raise UnsupportedModelError(
+            check, wanted="the attention's output", got="no such hook fired", layer=sites.layer
+        )
+    eps = torch.finfo(_state.model_dtype(model)).eps
+    rounding = _ROUNDING_HALF if eps > _HALF_PRECISION else _ROUNDING
+    clean, edited, mean, nothing = written
+    moved, predicted = clean - edited, mean - nothing
+    allowed = rounding * eps * float(written.abs().max())
+    error, effect = float((moved - predicted).abs().max()), float(moved.abs().max())
+    if not error <= allowed:  # NaN fails
+        raise UnsupportedModelError(
+            check,
+            wanted=f"a change of W_O times that of z, up to {allowed:.2g}",
+            got=f"a difference of {error:.2g}",
+            layer=sites.layer,
+        )
+    if not effect > _MARGIN * allowed:
+        raise UnsupportedModelError(
+            check,
+            wanted=f"more than {_MARGIN * allowed:.2g}",
+            got=f"{effect:.2g}",
+            layer=sites.layer,
+        )

@@ -1,0 +1,440 @@
+"""Random Markov networks, and the experiments spectrum and centring."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qkvnorm_lens.experiments import _base, _run, centring, spectrum, train
+from qkvnorm_lens.experiments import _spectrum_words as words
+from qkvnorm_lens.experiments._subjects import find_subjects
+from qkvnorm_lens.markov import (
+    VARIANCE,
+    Recursion,
+    gradient_norms,
+    propagate,
+    random_markov,
+    random_softmax,
+    stable_rank,
+    uniform,
+)
+from tests.watching import one_thread, shape_checks_off
+
+SEEDS = st.integers(0, 2**20)
+ALL = [
+    Recursion(attention=a, causal=c, centred=f, norm=n, skip=s)  # type: ignore[arg-type]
+    for a in ("markov", "softmax")
+    for c in (False, True)
+    for f in (False, True)
+    for n in (False, True)
+    for s in (False, True)
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+    _base._latest.clear()
+
+
+def svd(matrix: Tensor) -> np.ndarray:
+    return np.linalg.svd(matrix.detach().numpy(), compute_uv=False)
+
+
+def rotation(n: int, seed: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, n, generator=rng).double())[0]
+
+
+# -- random matrices ----------------------------------------------------------------------------
+
+
+@given(seed=SEEDS, n=st.integers(1, 40), causal=st.booleans())
+def test_random_attention_is_row_stochastic(seed: int, n: int, causal: bool) -> None:
+    x = rotation(n, seed) * math.sqrt(n)
+    for a in (
+        random_markov(n, seed=seed, causal=causal),
+        random_softmax(x, seed=seed, causal=causal),
+        uniform(n, causal=causal),
+    ):
+        assert a.dtype == torch.float64
+        assert (a >= 0).all()
+        torch.testing.assert_close(a.sum(1), torch.ones(n).double())
+        assert torch.equal(a.triu(1), torch.zeros(n, n).double()) or not causal
+        assert svd(a)[0] >= 1 - 1e-12  # A 1 = 1
+
+
+def test_entries_have_mean_and_variance_one_before_they_are_normed() -> None:
+    """exp of N(-ln2/2, ln2)."""
+    assert math.exp(-VARIANCE / 2 + VARIANCE / 2) == 1
+    assert math.exp(VARIANCE) - 1 == pytest.approx(1)
+    a = random_markov(400, seed=0)
+    # Behind the norm: mean 1/T, variance near 1/T^2, so that |A - U|_F^2 is near 1.
+    assert float((a - uniform(400)).square().sum()) == pytest.approx(1, abs=0.06)
+
+
+def test_the_gap_of_random_markov_matrices() -> None:
+    """Top near 1; the bulk's edge near 2/sqrt(T); s_2 within a tenth of it at T = 400."""
+    values = np.stack([svd(random_markov(400, seed=seed)) for seed in range(3)])
+    np.testing.assert_allclose(values[:, 0], 1, atol=0.005)
+    np.testing.assert_allclose(values[:, 1], 2 / 20, rtol=0.1)
+    # Quarter circle of radius 2/sqrt(T): mean of s is 8/(3 pi) times half of the radius.
+    np.testing.assert_allclose(values[:, 1:].mean(1), 8 / (3 * math.pi) / 20, rtol=0.02)
+
+
+def test_the_uniform_matrices() -> None:
+    whole = svd(uniform(30))
+    assert whole[0] == pytest.approx(1)
+    assert (whole[1:] < 1e-12).all()
+    masked = svd(uniform(30, causal=True))
+    assert masked[0] == pytest.approx(1.53, abs=0.005)
+    assert masked[1] == pytest.approx(0.91, abs=0.005)
+
+
+def test_softmax_of_orthogonal_tokens_has_the_scores_variance_of_the_markov_matrix() -> None:
+    """Also for narrow heads; ln of the entries is the scores up to a constant in each row."""
+    x = math.sqrt(300) * rotation(300, 0)
+    for d_head in (300, 64):
+        scores = random_softmax(x, seed=1, d_head=d_head).log()
+        scores = scores - scores.mean(1, keepdim=True)
+        assert float(scores.var()) == pytest.approx(VARIANCE, rel=0.1)
+        # softmax keeps scores up to their rows' means: rank d_head, less or more one
+        rank = int((torch.linalg.svdvals(scores) > 1e-9).sum())
+        assert rank <= d_head + 1
+
+
+# -- stable rank --------------------------------------------------------------------------------
+
+
+@given(seed=SEEDS, n=st.integers(1, 12), d=st.integers(1, 12))
+def test_stable_rank_is_that_of_the_gram_matrix(seed: int, n: int, d: int) -> None:
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).double()
+    gram = (x @ x.T).numpy()
+    wanted = np.linalg.norm(gram) ** 2 / np.linalg.norm(gram, 2) ** 2
+    got = stable_rank(x)
+    assert got == pytest.approx(wanted, rel=1e-6)
+    assert 1 - 1e-9 <= got <= min(n, d) + 1e-9
+    assert stable_rank(3 * x @ rotation(d, seed)) == pytest.approx(got, rel=1e-9)
+
+
+def test_stable_rank_of_equal_and_of_orthogonal_tokens() -> None:
+    assert stable_rank(torch.ones(7, 9).double()) == pytest.approx(1)
+    assert stable_rank(rotation(7, 0)) == pytest.approx(7)
+    with pytest.raises(ValueError, match="wanted finite numbers that are not all zero"):
+        stable_rank(torch.zeros(3, 3).double())
+
+
+# -- recursions ---------------------------------------------------------------------------------
+
+
+def test_states_are_the_recursion_by_hand() -> None:
+    made = propagate(Recursion(), 6, 2, seed=5, width=8)
+    x0, x1, x2 = (x.detach() for x in made.states)
+    torch.testing.assert_close(x0 @ x0.T, 8 * torch.eye(6).double())
+    # One layer's attention is found from what it did: A = X_1 (X_0 W)^+ for T <= d.
+    a = x1 @ torch.linalg.pinv(x0 @ made.weights[0].detach())
+    torch.testing.assert_close(a.sum(1), torch.ones(6).double(), atol=1e-6, rtol=1e-6)
+    fixed = propagate(Recursion(centred=True), 6, 2, seed=5, width=8).states[1].detach()
+    u = torch.full((6, 6), 1 / 6).double()
+    torch.testing.assert_close(fixed, (a - u) @ x0 @ made.weights[0].detach())
+    skip = propagate(Recursion(skip=True), 6, 2, seed=5, width=8).states[1].detach()
+    torch.testing.assert_close(skip, x0 + x1)
+    scaled = propagate(Recursion(gain=3.0), 6, 2, seed=5, width=8).states[2].detach()
+    torch.testing.assert_close(scaled, 9 * x2)
+
+
+@pytest.mark.parametrize("made", ALL, ids=str)
+def test_states_are_finite_and_layer_norm_centres_each_token(made: Recursion) -> None:
+    signal = propagate(made, 12, 3, seed=1)
+    assert len(signal.states) == 4
+    for x in signal.states:
+        assert bool(torch.isfinite(x).all())
+    last = signal.states[-1].detach()
+    if made.norm:
+        torch.testing.assert_close(last.mean(1), torch.zeros(12).double(), atol=1e-9, rtol=0)
+        size = last.square().mean(1)
+        assert (size < 1 + 1e-9).all()
+        if not made.centred:  # the fix may empty a token, and LayerNorm's eps leaves it empty
+            torch.testing.assert_close(size, torch.ones(12).double(), atol=0.01, rtol=0)
+
+
+def test_without_mask_the_fix_takes_the_mean_away() -> None:
+    """1^T does not vanish in general, but (A - U) gives constant tokens nothing."""
+    for attention in ("markov", "softmax"):
+        made = Recursion(attention=attention, centred=True)  # type: ignore[arg-type]
+        equal = torch.ones(9, 1).double() * torch.arange(9).double()
+        assert float(made.step(equal, torch.eye(9).double(), seed=3).abs().max()) < 1e-12
+
+
+def test_rank_collapses_in_width_and_the_fix_holds_it() -> None:
+    """papers.md: after one layer, as T grows; A - U and W have 3/(27/4)^2 T in the limit."""
+    for n in (50, 200):
+        plain = stable_rank(propagate(Recursion(), n, 1, seed=0).states[1].detach())
+        fixed = stable_rank(propagate(Recursion(centred=True), n, 1, seed=0).states[1].detach())
+        assert plain < 1.2
+        assert fixed == pytest.approx(words.LIMIT * n, rel=0.35)
+    assert plain < 1.03
+
+
+# -- gradients ----------------------------------------------------------------------------------
+
+
+def jacobian_norms(made: Recursion, n: int, depth: int, seed: int) -> list[float]:
+    """The whole Jacobian, entry by entry."""
+    signal = propagate(made, n, depth, seed=seed)
+    rows = []
+    for entry in signal.states[-1].flatten():
+        rows.append(torch.autograd.grad(entry, signal.weights, retain_graph=True))
+    return [
+        float(torch.stack([r[layer] for r in rows]).norm()) for layer in range(len(signal.weights))
+    ]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Recursion(),
+        Recursion(centred=True, norm=True),
+        Recursion(attention="softmax", skip=True),
+        Recursion(attention="softmax", causal=True, centred=True, norm=True, skip=True),
+    ],
+    ids=str,
+)
+def test_gradient_norms_are_those_of_the_whole_jacobian(made: Recursion) -> None:
+    wanted = jacobian_norms(made, 7, 3, 2)
+    signal = propagate(made, 7, 3, seed=2)
+    got = gradient_norms(signal, probes=400, seed=1)
+    np.testing.assert_allclose(got, wanted, rtol=0.15)
+
+
+def test_gradients_of_the_linear_network_have_a_closed_form() -> None:
+    """|dX_L/dW_l|_F = |A_L..A_l X_l|_F |W_{l+1}..W_L|_F."""
+    signal = propagate(Recursion(), 10, 2, seed=4)
+    x0, x1, _ = (x.detach() for x in signal.states)
+    w0, w1 = (w.detach() for w in signal.weights)
+    a1 = signal.states[2].detach() @ torch.linalg.pinv(w1) @ torch.linalg.pinv(x1)
+    a0 = x1 @ torch.linalg.pinv(w0) @ torch.linalg.pinv(x0)
+    first = float((a1 @ a0 @ x0).norm() * w1.norm())
+    last = float((a1 @ x1).norm()) * math.sqrt(10)
+    got = gradient_norms(signal, probes=2000)
+    np.testing.assert_allclose(got, [first, last], rtol=0.1)
+
+
+# -- seeds, and what is refused -----------------------------------------------------------------
+
+
+def test_seeds_decide_all_and_the_global_state_is_left() -> None:
+    before = torch.get_rng_state()
+    with shape_checks_off():
+        one, other = (propagate(ALL[-1], 10, 2, seed=3).states[-1] for _ in range(2))
+        assert torch.equal(one, other)
+        assert not torch.equal(one, propagate(ALL[-1], 10, 2, seed=4).states[-1])
+        gradient_norms(propagate(ALL[-1], 10, 2, seed=3), probes=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: random_markov(0, seed=1), "n_tokens: wanted an integer >= 1; got 0"),
+        (lambda: random_markov(3, seed=-1), "seed: wanted an integer >= 0; got -1"),
+        (lambda: propagate(Recursion(), 5, 0, seed=1), "depth: wanted an integer >= 1; got 0"),
+        (lambda: propagate(Recursion(), 5, 1, seed=1, width=4), "width: wanted an integer >= 5"),
+        (lambda: Recursion(attention="sparse"), "attention: wanted one of"),  # type: ignore[arg-type]
+        (lambda: Recursion(gain=0.0), "gain: wanted a number > 0; got 0.0"),
+        (lambda: gradient_norms(propagate(Recursion(), 3, 1, seed=0), probes=0), "probes: wanted"),
+    ],
+)
+def test_wrong_arguments_are_refused(call: Any, message: str) -> None:
+    with shape_checks_off(), pytest.raises(ValueError, match=message):
+        call()
+
+
+# -- the experiment spectrum ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with one_thread():
+        subjects = find_subjects(["study-pre-1", "study-qkv-1"])
+        out = tmp_path_factory.mktemp("spectrum")
+        return _run.run_experiment(spectrum.EXPERIMENT, subjects, out, size="smoke", progress=False)
+
+
+def test_it_reads_the_same_from_disk(outcome: Any) -> None:
+    again = _run.read_table(outcome.folder)
+    assert list(again.columns) == list(spectrum.COLUMNS)
+    assert spectrum.text(again) == outcome.text
+    assert spectrum.claims(again) == spectrum.claims(outcome.table)
+    assert (outcome.folder / "figure.png").stat().st_size > 10_000
+
+
+def test_its_numbers_are_the_librarys(outcome: Any) -> None:
+    table = outcome.table
+    for seed in (0, 1):
+        for mask in ("none", "causal"):
+            at = {"attention": "markov", "mask": mask, "tokens": 50, "seed": seed}
+            got = words.pick(table, what="spectrum", quantity="s2", **at)["value"].item()
+            wanted = svd(random_markov(50, seed=seed, causal=mask == "causal"))[1]
+            assert got == pytest.approx(wanted)
+    got = words.pick(
+        table, what="depth", quantity="stable rank", attention="markov", mask="none", fix=1,
+        norm=0, skip=1, layer=3, seed=1,
+    )["value"].item()  # fmt: skip
+    signal = propagate(Recursion(centred=True, skip=True), 20, 3, seed=1)
+    assert got == pytest.approx(stable_rank(signal.states[-1].detach()))
+
+
+def test_every_model_has_its_rows_trained_and_untrained(outcome: Any) -> None:
+    table = outcome.table
+    for name in ("study-pre-1", "study-qkv-1"):
+        mine = table[table["model"] == name]
+        assert set(mine["what"]) == {"trained", "start"}
+        masked = words.pick(mine, what="start", mask="causal", tokens=50)
+        of = masked.groupby("quantity")["value"].first()
+        assert of["uniform_s1"] == pytest.approx(svd(uniform(50, causal=True))[0])
+        free = words.pick(mine, what="start", mask="none", tokens=50, quantity="uniform_gap")
+        np.testing.assert_allclose(free["value"], 1)
+
+
+def test_the_random_start_is_the_untrained_model() -> None:
+    """Same seed, same weights as a model that is made of its configuration."""
+    subject = find_subjects(["study-pre-1"])[0]
+    bridge, ids = spectrum.random_start(subject, "causal", 32)
+    assert ids.shape == (2, 32)
+    from qkvnorm_lens.config import named_config
+    from qkvnorm_lens.model import QKVNormTransformer
+
+    fresh = QKVNormTransformer(named_config("study", "pre", seed=1)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(bridge(ids), fresh(ids))
+
+
+def test_claims_follow_the_numbers(outcome: Any) -> None:
+    """Turn what the fix does around in the table, and the claims turn with it."""
+    said = {c.what[:30]: c.same for c in spectrum.claims(outcome.table)}
+    turned = outcome.table.copy()
+    turned["fix"] = 1 - turned["fix"]
+    again = {c.what[:30]: c.same for c in spectrum.claims(turned)}
+    width = next(k for k in said if k.startswith("with the fix the stable"))
+    depth = next(k for k in said if k.startswith("the fix keeps rank in depth"))
+    assert again[width] == "no"
+    assert said[width] != "no"
+    assert said[depth] in ("yes", "in part")
+    assert again[depth] == "no"
+
+
+# -- the experiment centring ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twelve copies of one small model under the names of the runs, and logs made by hand."""
+    source = train.MODELS / "study-pre-1"
+    for placement, groups in centring.PAIRS.items():
+        for seed in centring.SEEDS:
+            for fix, group in enumerate(groups):
+                path = tmp_path / f"{group}-{seed}"
+                shutil.copytree(source, path)
+                card = json.loads((path / "card.json").read_text())
+                card["run"]["seed"] = seed
+                card["run"]["config"] |= {"centred": True} if fix else {}
+                (path / "card.json").write_text(json.dumps(card))
+                config = json.loads((path / "config.json").read_text())
+                config["placement"] = placement
+                config |= {"norm": None} if placement == "none" else {}
+                # Only the first is loaded and run (the smoke form): its weights fit.
+                (path / "config.json").write_text(json.dumps(config))
+                write_log(path / "log.csv", [2.0 - 0.5 * fix - 0.01 * seed] * 10)
+    monkeypatch.setattr(train, "MODELS", tmp_path)
+    return tmp_path
+
+
+def write_log(path: Path, losses: list[float]) -> None:
+    steps = range(100, 100 * len(losses) + 1, 100)
+    pd.DataFrame({"step": steps, "loss": losses}).to_csv(path, index=False)
+
+
+def test_it_reads_the_logs(folder: Path, tmp_path: Path) -> None:
+    out = _run.run_experiment(
+        centring.EXPERIMENT, (), tmp_path / "out", size="smoke", progress=False
+    )
+    table = out.table
+    assert list(table["model"].unique()) == ["confound-pre-1", "centred-pre-1"]
+    curve = table[(table["what"] == "curve") & (table["fix"] == 1)]
+    assert curve["step"].tolist() == list(range(100, 1001, 100))
+    np.testing.assert_allclose(curve["value"], 1.49)
+    found = centring.gain(table, "pre", centring.FINAL)
+    assert found.value == pytest.approx(-0.5)
+    assert found.n == 1
+    assert "final loss -0.500" in out.text
+    assert centring.claims(table)[0].same == "not decided"  # one seed decides nothing
+    # The same weights twice: what is measured on the models does not differ.
+    for quantity in (*centring.SPECTRUM, "accuracy, in distribution"):
+        assert centring.gain(table, "pre", quantity).value == pytest.approx(0)
+    again = _run.read_table(out.folder)
+    assert centring.text(again) == out.text
+
+
+@given(
+    st.lists(st.floats(-0.3, 0.3), min_size=3, max_size=3),
+    st.sampled_from([-0.5, 0.5]),
+)
+def test_differences_are_taken_within_a_seed(shift: list[float], gain: float) -> None:
+    """What seeds have in common drops out."""
+    rows = []
+    for placement in centring.PAIRS:
+        for seed, of in enumerate(shift):
+            for fix in (0, 1):
+                for quantity in (centring.FINAL, centring.WHOLE):
+                    value = 2 + of + fix * (gain + 0.001 * seed)
+                    rows.append((placement, seed, fix, "number", quantity, value))
+    columns = ["placement", "seed", "fix", "what", "quantity", "value"]
+    table = pd.DataFrame(rows, columns=columns)
+    found = centring.gain(table, "pre", centring.FINAL)
+    assert found.value == pytest.approx(gain + 0.001)
+    assert found.n == 3
+    assert {c.same for c in centring.claims(table)} == {"yes" if gain < 0 else "no"}
+
+
+def test_missing_runs_are_named_with_their_command(folder: Path) -> None:
+    for name in ("centred-none-2", "plain-none-3"):
+        shutil.rmtree(folder / name)
+    with pytest.raises(ValueError, match=r"train centred-none-2 plain-none-3$"):
+        centring.parts((), "full")
+    assert len(centring.parts((), "smoke")) == 2
+
+
+def test_runs_that_differ_in_more_than_the_fix_are_refused(folder: Path) -> None:
+    assert len(centring.parts((), "full")) == 12
+    path = folder / "centred-none-1" / "card.json"
+    card = json.loads(path.read_text())
+    card["run"]["steps"] = 17
+    path.write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"differ in the fix alone; got .*steps"):
+        centring.parts((), "full")
+
+
+def test_the_runs_that_are_trained_are_such_pairs() -> None:
+    """The command's own runs: equal but for the fix."""
+    from qkvnorm_lens.training import describe
+
+    known = train.runs()
+    for plain, fixed in centring.PAIRS.values():
+        for seed in centring.SEEDS:
+            one, other = (describe(known[f"{group}-{seed}"]) for group in (plain, fixed))
+            assert other["config"].pop("centred") is True
+            assert one == other
