@@ -209,7 +209,7 @@ def figure(table: pd.DataFrame) -> Figure:
         ax.set_title(f"width {width}", fontsize=10)
         ax.set_xlabel("learning rate")
         ax.set_ylim(low, top + 0.04 * (top - low))
-    axes[0].set_ylabel("loss of the last tenth (nats per token)")
+    axes[0].set_ylabel("loss at the end (nats per token)")
     axes[0].annotate(
         "knows only frequencies",
         (axes[0].get_xlim()[0], known),
