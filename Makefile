@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := .venv/installed
 LEGACY := .venv-legacy
 
-.PHONY: help setup probe test test-legacy slow matrix smoke lint format real-model benchmarks clean
+.PHONY: help setup probe test test-legacy slow matrix browser smoke lint format real-model benchmarks \
+	docs clean
 
 help:
 	@echo "make probe       which heads of the shipped model lose their token at which noise"
@@ -20,10 +21,12 @@ help:
 	@echo "make test-legacy a HookedTransformer of TransformerLens 3.9, in its own .venv-legacy"
 	@echo "make slow        the slow tests"
 	@echo "make matrix      every architecture that TransformerLens knows"
+	@echo "make browser     the report's page in the system's Chromium"
 	@echo "make smoke       every experiment of the paper, in its smallest form"
 	@echo "make lint        ruff and mypy;  make format rewrites"
 	@echo "make real-model  fetch and convert the models that the tests read"
 	@echo "make benchmarks  time and memory"
+	@echo "make docs        the documentation as a site, in site/"
 	@echo "make clean       remove what the tools leave behind; the environment stays"
 
 setup: $(SETUP)
@@ -38,10 +41,13 @@ probe: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens probe $(ARGS)
 
 test: real-model
-	$(BIN)/pytest -m "not slow and not matrix" --durations=5 $(ARGS)
+	$(BIN)/pytest -m "not slow and not matrix and not browser" --durations=5 $(ARGS)
 
 matrix: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m matrix --durations=5 $(ARGS)
+
+browser: $(SETUP)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m browser --durations=5 $(ARGS)
 
 # The main environment writes weights and results, which the other compares with its own.
 test-legacy: $(SETUP) $(LEGACY)/installed
@@ -77,6 +83,10 @@ real-model: $(SETUP)
 benchmarks: real-model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
 
+# Offline, and every warning is an error (mkdocs.yml: strict).
+docs: $(SETUP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
 clean:
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf site .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

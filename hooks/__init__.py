@@ -1,6 +1,7 @@
 """Noise on the L2 norms of queries, keys and values, and the circuits that collapse under it."""
 
 from hooks._interference_report import InterferenceReport, InterferenceSettings
+from hooks._kept import KeptRows
 from hooks._rank_report import RankReport, RankSettings, RankSite
 from hooks._spectrum_report import SpectrumReport, SpectrumSettings
 from hooks._spread_report import SpreadReport, SpreadSettings
@@ -55,6 +56,7 @@ __all__ = [
     "RankSettings",
     "RankSite",
     "RowTable",
+    "KeptRows",
     "ScoreParts",
     "split",
     "critical_half_width",

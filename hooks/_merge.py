@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hooks._kept import join_kept
 from hooks._reports import check_follows
 from hooks._table import join
 
@@ -37,11 +38,21 @@ def merge_reports(first: CollapseReport, later: CollapseReport) -> CollapseRepor
     summed: dict[str, Any] = {
         name: getattr(first, name) + getattr(later, name) for name in _PER_DRAW
     }
+    settings = first.settings
+    table = join(first.table, moved, settings.keep)
+    kept = join_kept(
+        first.kept,
+        later.kept,
+        prompts=len(first.tokens),
+        keep=settings.keep_rows,
+        cutoff=float(table.cutoff),
+    )
     return replace(
         first,
         tokens=first.tokens + later.tokens,
         decoder_tokens=first.decoder_tokens + later.decoder_tokens,
-        table=join(first.table, moved, first.settings.keep),
+        table=table,
+        kept=kept,
         **joined,
         **summed,
     )

@@ -189,7 +189,17 @@ class LayerReducer:
             table.used[:] = 0
             near = rule._replace(cutoff=self.tally.parts.cutoff, first_matrix=first)
             at = _scanner.scan(near, layer, draws, own, table, use, at)
-            self.tally.parts.take(table, near.cutoff, self.index, self.sites.n_heads, self.prompts)
+            heads = self.sites.n_heads
+            self.tally.parts.take(table, near.cutoff, self.index, heads, self.prompts)
+            self.tally.showing.take(
+                table,
+                layer,
+                index=self.index,
+                n_heads=heads,
+                prompts=self.prompts,
+                first=(first, rule.first_query),
+                eps=rule.eps,
+            )
         for name, values in own._asdict().items():
             where = (slice(None),) * _MATRIX_AXIS.get(name, 2)
             getattr(sums, name)[(*where, slice(first, end))] = values

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hooks._prompts import Prompts
+from hooks._showing import Showing
 from hooks._table import TableParts
 from hooks.results import CollapseReport, ProbeSettings
 from hooks.sites import LayerSites
@@ -25,6 +26,7 @@ class Tally:
     ) -> None:
         self.settings = settings
         self.first_prompt = first_prompt
+        self.layers = layers
         self.biased = any(s.has_bias for s in layers)
         n_s, n_d, n_l = len(settings.sigmas), settings.draws, len(layers)
         n_h = max(s.n_heads for s in layers)
@@ -43,9 +45,12 @@ class Tally:
             "centred": np.zeros((n_s, sampled, n_l, n_h, 2)),
         }
         self.parts = TableParts(settings.keep, biased=self.biased)
+        self.showing = Showing(settings.keep_rows)
 
     def report(self, *, model: Mapping[str, Any], prompts: Prompts) -> CollapseReport:
         """The frozen result."""
+        table = self.parts.table()
+        kept = self.showing.rows(self.settings, self.layers, self.first_prompt, float(table.cutoff))
         return CollapseReport(
             settings=self.settings,
             model=model,
@@ -59,5 +64,6 @@ class Tally:
             **self.counts,
             **self.sums,
             **{f"{name}_draws": values for name, values in self.draws.items()},
-            table=self.parts.table(),
+            table=table,
+            kept=kept,
         )

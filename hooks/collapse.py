@@ -23,6 +23,7 @@ from hooks._inputs import input_device, without_cache
 from hooks._prompts import encode
 from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused
+from hooks.laws import LAWS
 from hooks.noise import SPARSE, NormNoise, Shared, check_layers
 from hooks.results import CollapseReport, ProbeSettings
 from hooks.scores import qk_part
@@ -38,6 +39,8 @@ DEFAULT_SIGMAS = (
 
 KEEP = 1 << 19
 """Competitors that a report's table has room for: some 10 MiB, whatever the model."""
+KEEP_ROWS = 16
+"""Rows, the most fragile ones, whose attention a report keeps before and after noise."""
 _BLOCK_BYTES = 1 << 24
 
 Method = Literal["exact", "sample"]
@@ -61,6 +64,7 @@ def collapse_probe(
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     keep: int = KEEP,
+    keep_rows: int = KEEP_ROWS,
     query_block: int | None = None,
     first_prompt: int = 0,
     progress: bool | None = None,
@@ -100,6 +104,8 @@ def collapse_probe(
             nothing is ever padded.
         keep: competitors, those nearest to winning, that the report's table has room for; from them
             come ``sigma_at`` and ``fragile``.
+        keep_rows: rows, the most fragile ones, whose attention the report keeps for showing, before
+            and after noise (:class:`hooks.KeptRows`).
         query_block: where a fused attention makes no scores, they are made for so many queries at
             a time and never as one [query, key] matrix; default: as many as fit into 16 MiB.
         first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
@@ -114,8 +120,15 @@ def collapse_probe(
         ValueError: empty text, a sequence longer than the context or of one token, a sigma that the
             law can't have, an unknown layer, site, law or method.
     """
-    from hooks._rows import Workers  # compiled code: whoever only injects noise needs none
+    # Compiled code: whoever only injects noise needs none.
+    from hooks._integrals import LAW_CODES
+    from hooks._rows import Workers
 
+    if law not in LAW_CODES and law in LAWS:
+        raise ValueError(
+            f"law: wanted one of {sorted(LAW_CODES)}, whose probabilities are compiled; got "
+            f"{law!r} (NormNoise, sweep and collapse_probability take laws of your own)"
+        )
     values = _sigmas(sigmas, law)
     if method not in ("exact", "sample"):
         raise ValueError(f"method: wanted 'exact' or 'sample'; got {method!r}")
@@ -125,6 +138,7 @@ def collapse_probe(
         draws=(draws, 2 if method == "sample" else 0),
         batch_size=(batch_size, 1),
         keep=(keep, 1),
+        keep_rows=(keep_rows, 0),
         query_block=(1 if query_block is None else query_block, 1),
         first_prompt=(first_prompt, 0),
     )
@@ -149,6 +163,7 @@ def collapse_probe(
         draws=draws,
         seed=seed,
         keep=keep,
+        keep_rows=keep_rows,
     )
     tally = Tally(settings, chosen, len(prompts), first_prompt)
     batches = prompts.batches(batch_size)

@@ -9,13 +9,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from hooks._kept import KeptRows, no_rows
 from hooks._reports import read_report, write_report
+
+if TYPE_CHECKING:
+    from hooks.noise import NormNoise
 
 By = Literal["head", "layer", "model"]
 CONTENT, SINK = 0, 1
@@ -37,6 +41,7 @@ class ProbeSettings:
     draws: int
     seed: int
     keep: int
+    keep_rows: int = 0  # reports written before rows were kept have none
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +102,7 @@ class CollapseReport:
             q.k part is taken away first (the centred gauge, a control).
         loose_draws, strict_draws, centred_draws: the same per draw, where they were sampled.
         table: the rows that go first.
+        kept: the very first of them, with their attention before and after noise.
     """
 
     settings: ProbeSettings
@@ -118,6 +124,7 @@ class CollapseReport:
     strict_draws: Float[np.ndarray, "sigma draw layer head kind"] = field(repr=False)
     centred_draws: Float[np.ndarray, "sigma loose_draw layer head kind"] = field(repr=False)
     table: RowTable = field(repr=False)
+    kept: KeptRows = field(repr=False, default_factory=no_rows)
 
     # -- rates ------------------------------------------------------------------------------
 
@@ -273,9 +280,64 @@ class CollapseReport:
         order = np.argsort(t.half_width, kind="stable")
         if content:
             order = order[t.key[order] != 0]
-        order = order[:n]
-        prompts = t.prompt[order]
+        return self._row_frame(t, order[:n])
 
+    def kept_rows(self) -> pd.DataFrame:
+        """The rows of ``kept``: the columns of :meth:`fragile`, and what the noise shown does.
+
+        ``shown_sigma`` and ``draw`` name the noise (:meth:`kept_noise`), ``lands_pos`` and
+        ``lands_token`` where the arg max is under it (-1, "" and NaN where none moves the row);
+        ``before`` and ``after`` are the attended token's weights, ``gained`` the new maximum's.
+        """
+        kept = self.kept
+        frame = self._row_frame(kept, np.arange(len(kept)))
+        lands, pairs = kept.lands, [kept.weights(i) for i in range(len(kept))]
+        moved = [i for i in range(len(kept)) if lands[i] >= 0]
+        frame["shown_sigma"], frame["draw"], frame["lands_pos"] = kept.sigma, kept.draw, lands
+        # A query's own token sequence differs from its keys' in cross-attention.
+        keys = "D" if self.decoder_tokens else ""
+        frame["lands_token"] = [
+            _token(self.decoder_tokens if label[0] in keys else self.tokens, int(prompt), int(at))
+            if at >= 0
+            else ""
+            for label, prompt, at in zip(frame["label"], kept.prompt, lands, strict=True)
+        ]
+        before = [float(clean[key]) for (clean, _), key in zip(pairs, kept.key, strict=True)]
+        after = [float(noisy[key]) for (_, noisy), key in zip(pairs, kept.key, strict=True)]
+        gained = np.full(len(kept), np.nan)
+        gained[moved] = [pairs[i][1][lands[i]] for i in moved]
+        frame["before"], frame["after"], frame["gained"] = before, after, gained
+        return frame
+
+    def kept_noise(self, row: int) -> NormNoise:
+        """The noise under which ``kept`` shows a row, in that row's layer alone.
+
+        A forward pass of the same prompts under ``noise.applied(model,
+        first_prompt=report.first_prompt)`` has that row of attention.
+
+        Raises:
+            IndexError: no such row.
+            ValueError: no noise is shown there.
+        """
+        from hooks.noise import NormNoise
+
+        kept, settings = self.kept, self.settings
+        kept.weights(row)
+        if kept.draw[row] < 0:
+            raise ValueError(f"row: wanted one that some noise moves; got {row}, which none does")
+        return NormNoise(
+            sigma=float(kept.sigma[row]),
+            on=settings.on,
+            law=settings.law,
+            shared=settings.shared,  # type: ignore[arg-type]
+            layers=(settings.layers[kept.layer[row]],),
+            seed=settings.seed,
+            draw=int(kept.draw[row]),
+        )
+
+    def _row_frame(self, t: RowTable | KeptRows, order: Int[np.ndarray, "n"]) -> pd.DataFrame:
+        """The columns of :meth:`fragile` for these rows."""
+        prompts = t.prompt[order]
         labels = [self.model["labels"][layer] for layer in t.layer[order]]
 
         def token(at: np.ndarray, decoded: str) -> list[str]:
@@ -345,6 +407,7 @@ class CollapseReport:
         head |= {"model": dict(self.model)} | {n: getattr(self, n) for n in _HEAD}
         arrays = {n: getattr(self, n) for n in _ARRAYS}
         arrays |= {f"table.{f.name}": getattr(self.table, f.name) for f in fields(RowTable)}
+        arrays |= {f"kept.{f.name}": getattr(self.kept, f.name) for f in fields(KeptRows)}
         return write_report(path, _FORMAT, head, arrays)
 
     @classmethod
@@ -359,6 +422,9 @@ class CollapseReport:
         for name in ("sigmas", "layers"):
             settings[name] = tuple(settings[name])
         table = RowTable(**{f.name: arrays[f"table.{f.name}"] for f in fields(RowTable)})
+        kept = no_rows()
+        if settings.get("keep_rows"):
+            kept = KeptRows(**{f.name: arrays[f"kept.{f.name}"] for f in fields(KeptRows)})
         return cls(
             settings=ProbeSettings(**settings),
             model=head["model"],
@@ -366,6 +432,7 @@ class CollapseReport:
             tokens=tuple(tuple(prompt) for prompt in head["tokens"]),
             decoder_tokens=tuple(tuple(p) for p in head["decoder_tokens"]),
             table=table,
+            kept=kept,
             **{name: arrays[name] for name in _ARRAYS},
         )
 
@@ -385,7 +452,9 @@ class CollapseReport:
 
 _HEAD = ("first_prompt", "tokens", "decoder_tokens")
 _ARRAYS = tuple(
-    f.name for f in fields(CollapseReport) if f.name not in ("settings", "model", "table", *_HEAD)
+    f.name
+    for f in fields(CollapseReport)
+    if f.name not in ("settings", "model", "table", "kept", *_HEAD)
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 RUNS: Final = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GRID: Final = "#E5E5E5"
+INK: Final = "#222222"
+PUBLISHED: Final = "#000000"
 _DPI = 150
 
 
@@ -69,3 +72,19 @@ def log_ticks(axis: Any) -> None:
 def plain(value: float, position: Any = None) -> str:
     """A number without an exponent."""
     return f"{value:g}"
+
+
+def ticks_between(low: float | int, high: float | int) -> list[float]:
+    """1, 2, 5 and their multiples by ten from ``low`` to ``high``; only 1 over many decades."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1.0,) if last - first > 4 else (1.0, 2.0, 5.0)
+    values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    return [v for v in values if low * 0.999 <= v <= high * 1.001]
+
+
+def printable(text: str) -> str:
+    """Text that the figures' font has: other characters as their code points."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(c if font.get_char_index(ord(c)) else f"\\u{ord(c):04x}" for c in text)

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="also write report.safetensors, frame.csv, summary.txt and two figures there",
+        help="also write report.html, report.safetensors, frame.csv, summary.txt and two figures",
     )
 
 
@@ -297,12 +297,15 @@ def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> Collap
 
 
 def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompts) -> None:
-    """Report, frame, summary and figures into the directory ``--out``, which exists."""
+    """Report, its page, frame, summary and figures into the directory ``--out``, which exists."""
     folder, content = args.out, args.no_sinks
     report.save(folder / "report.safetensors")
     report.to_frame().to_csv(folder / "frame.csv", index=False)
     summary = _tables.render(report, prompts, fragile=args.fragile, content=content)
     (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
+    from qkvnorm_lens.html_report import write_html
+
+    write_html(report, folder / "report.html", source=read_in_words(prompts), content=content)
     if importlib.util.find_spec("matplotlib") is None:
         _say("no figures: they want matplotlib, pip install 'qkvnorm-lens[plots]'")
         return
@@ -310,6 +313,11 @@ def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompt
 
     plots.collapse_curve(report).savefig(folder / "collapse.png")
     plots.head_map(report, rate=_tables.RATE, content=content).savefig(folder / "heads.png")
+
+
+def read_in_words(prompts: text.Prompts) -> str:
+    """What was read, and what was left out of it."""
+    return f"{prompts.source}{'; ' if prompts.left_out else ''}{prompts.left_out}"
 
 
 def _say(words: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``qkvnorm-lens probe``, ``models``, ``train`` and ``experiment``.
+"""The command line: ``qkvnorm-lens probe``, ``report``, ``models``, ``train``, ``experiment``.
 
 A command is a module with ``add_arguments(parser)`` and ``run(args) -> str``; what it returns is
 all that goes to standard output. Heavy imports belong into ``run``: ``--help`` must be quick.
@@ -13,10 +13,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qkvnorm_lens import __version__, _experiment, _models, _probe, _train
+from qkvnorm_lens import __version__, _experiment, _models, _probe, _report, _train
 
 PROG = "qkvnorm-lens"
-_COMMANDS = {"probe": _probe, "models": _models, "train": _train, "experiment": _experiment}
+_COMMANDS = {
+    "probe": _probe,
+    "report": _report,
+    "models": _models,
+    "train": _train,
+    "experiment": _experiment,
+}
 _SIGINT = 2
 
 

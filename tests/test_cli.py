@@ -301,6 +301,7 @@ def test_out_writes_everything_and_the_report_loads(
     folder = tmp_path / "new" / "folder"
     assert run(*SUMS, "--out", str(folder)) == (0, printed, "")
     assert {p.name for p in folder.iterdir()} == {
+        "report.html",
         "report.safetensors",
         "frame.csv",
         "summary.txt",
@@ -321,7 +322,7 @@ def test_without_matplotlib_only_the_figures_are_missing(
     code, _, err = run(*SUMS, "--out", str(tmp_path))
     assert code == 0
     assert "pip install 'qkvnorm-lens[plots]'" in err
-    assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".csv", ".txt"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".csv", ".txt", ".html"}
 
 
 def test_lines_of_sums(run: Run, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hooks import NormNoise, UnsupportedModelError, _rows, attention_sites, collapse_probe
+from hooks import LAWS, NormNoise, UnsupportedModelError, _rows, attention_sites, collapse_probe
 from hooks._rows import LayerReducer, Workers
 from hooks._tally import Tally
 from hooks.results import CollapseReport, ProbeSettings
@@ -392,6 +392,12 @@ def test_pad_tokens_of_the_tokenizer_are_padding(words: Any) -> None:
     assert_same_numbers(plain, said)
     assert said.tokens[0][:2] == tuple(text.split()[:2])
     assert probe(model, [text, "w5 w6"], prepend_bos=True).tokens[1] == ("[BOS]", "w5", "w6")
+
+
+def test_a_law_of_ones_own_is_refused_by_name(llama: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(LAWS, "mine", LAWS["uniform"])
+    with pytest.raises(ValueError, match=r"law: wanted one of .*'uniform'.*got 'mine'"):
+        probe(llama, law="mine")
 
 
 @pytest.mark.parametrize("empty", ["", "  \n", ["w3 w4", ""], [], [[]]])

@@ -346,7 +346,7 @@ def test_save_and_load(model: Any, method: Any, tmp_path: Path) -> None:
     for field in fields(CollapseReport):
         if field.name in ("first_prompt", "decoder_tokens"):
             assert getattr(report, field.name) == getattr(loaded, field.name)
-        elif field.name not in ("settings", "model", "tokens", "table"):
+        elif field.name not in ("settings", "model", "tokens", "table", "kept"):
             mine, theirs = getattr(report, field.name), getattr(loaded, field.name)
             assert mine.dtype == theirs.dtype
             np.testing.assert_array_equal(mine, theirs)

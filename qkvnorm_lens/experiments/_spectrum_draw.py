@@ -104,6 +104,8 @@ def _width(ax: Axes, rows: pd.DataFrame) -> None:
 
 def _depth(ax: Axes, rows: pd.DataFrame, *, legend: bool = False) -> None:
     """Random Markov matrices without a mask, layer by layer."""
+    from matplotlib.ticker import MaxNLocator
+
     rows = pick(rows, mask="none")
     n = int(rows["tokens"].iloc[0])
     kind = "gradients" if legend else "rank in depth"
@@ -127,7 +129,7 @@ def _depth(ax: Axes, rows: pd.DataFrame, *, legend: bool = False) -> None:
     ax.set_yscale("log")
     if not legend:
         log_ticks(ax.yaxis)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _gap(ax: Axes, rows: pd.DataFrame) -> None:

@@ -1,0 +1,39 @@
+"""Figures: a result goes in, a figure comes out, of matplotlib or (``backend="plotly"``) plotly.
+
+Nothing is shown and no global setting is read or changed: save a figure with
+``figure.savefig(path)`` (plotly: ``figure.write_html(path)``); a notebook shows the one that a cell
+ends with (under ``%matplotlib inline``).
+"""
+
+from qkvnorm_lens.plots._attention import (
+    View,
+    attention,
+    attention_rows,
+    fragile_text,
+)
+from qkvnorm_lens.plots._collapse import collapse_curve, row_margins
+from qkvnorm_lens.plots._heads import head_map
+from qkvnorm_lens.plots._measures import (
+    accuracy_curve,
+    rank_by_depth,
+    sparsity_histogram,
+    spectrum_by_depth,
+    spread_bands,
+    training_curves,
+)
+
+__all__ = [
+    "collapse_curve",
+    "head_map",
+    "row_margins",
+    "attention",
+    "attention_rows",
+    "fragile_text",
+    "View",
+    "spread_bands",
+    "accuracy_curve",
+    "sparsity_histogram",
+    "rank_by_depth",
+    "spectrum_by_depth",
+    "training_curves",
+]

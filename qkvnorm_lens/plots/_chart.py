@@ -1,0 +1,143 @@
+"""What a figure shows, apart from how it is drawn: prepared once, drawn by two libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Backend = Literal["matplotlib", "plotly"] | str
+Number = float | int
+Legend = Literal["best", "upper left"]
+Ticks = Literal["auto", "log", "plain", "thousands"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: what it says with its unit, its scale, its ends and its ticks."""
+
+    label: str
+    scale: Literal["linear", "log"] = "linear"
+    low: Number | None = None
+    high: Number | None = None
+    ticks: Ticks = "auto"
+    named: tuple[tuple[Number, str], ...] = ()  # ticks of their own, with these names
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Points, a line through them, or both, perhaps with error bars."""
+
+    x: np.ndarray
+    y: np.ndarray
+    label: str
+    colour: str
+    dash: str = "-"  # as in matplotlib; "none": points alone
+    width: Number = 1.2
+    marker: Number = 0  # size; 0 for none
+    bars: bool = False  # drawn as points with error bars, also where the error is None
+    error: np.ndarray | None = None
+    steps: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Band:
+    """The area between two curves."""
+
+    x: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    label: str
+    colour: str
+    opacity: Number = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class Bars:
+    """A histogram: its bins' left ends, their width, their heights."""
+
+    left: np.ndarray
+    width: Number
+    height: np.ndarray
+    label: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A published number: a diamond with a name beside it."""
+
+    x: Number
+    y: Number
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One pair of axes."""
+
+    x: Axis
+    y: Axis
+    title: str = ""
+    lines: Sequence[Line] = ()
+    bands: Sequence[Band] = ()
+    bars: Sequence[Bars] = ()
+    marks: Sequence[Mark] = ()
+    levels: Sequence[tuple[Number, str]] = ()  # horizontal lines: height, colour
+    note: str = ""  # said in the middle where there is nothing to draw
+    legend: Legend | None = "best"
+    scale: tuple[Number, Number, str] | None = None  # a colour bar in the legend's place
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def check_backend(backend: str, ax: Axes | Sequence[Axes] | np.ndarray | None) -> None:
+    """Refuse an unknown library, and an axis of matplotlib's beside plotly.
+
+    Raises:
+        ValueError: either of them.
+    """
+    if backend not in ("matplotlib", "plotly"):
+        raise ValueError(f"backend: wanted 'matplotlib' or 'plotly'; got {backend!r}")
+    if backend == "plotly" and ax is not None:
+        raise ValueError("ax: wanted None with backend='plotly', which makes its own; got an axis")
+
+
+def draw(
+    charts: Sequence[Chart],
+    ax: Any,
+    backend: Backend,
+    size: tuple[Number, Number],
+    *,
+    together: bool = False,
+) -> Any:
+    """A figure of these charts, side by side.
+
+    Args:
+        charts: what to draw.
+        ax: an axis of matplotlib's for each chart (one: itself), or None for a new figure.
+        backend: who draws.
+        size: of a new figure, inches.
+        together: the charts show the same things: one legend, in the first.
+    """
+    check_backend(backend, ax)
+    if backend == "plotly":
+        from qkvnorm_lens.plots._plotly import draw_charts
+
+        return draw_charts(charts, size, together=together)
+    from qkvnorm_lens._plot_style import new_figure, top_figure
+    from qkvnorm_lens.plots._matplotlib import draw_chart
+
+    if ax is None:
+        figure = new_figure(size)
+        axes = list(np.ravel(figure.subplots(1, len(charts))))
+    else:
+        axes = list(np.ravel(np.asarray(ax, dtype=object)))
+        figure = top_figure(axes[0])
+    for i, (chart, each) in enumerate(zip(charts, axes, strict=True)):
+        draw_chart(chart, each, figure, with_legend=i == 0 or not together)
+    return figure
