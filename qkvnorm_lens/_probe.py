@@ -310,9 +310,12 @@ def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompt
         _say("no figures: they want matplotlib, pip install 'qkvnorm-lens[plots]'")
         return
     from qkvnorm_lens import plots
+    from qkvnorm_lens._html.rows import shown_rows
 
     plots.collapse_curve(report).savefig(folder / "collapse.png")
     plots.head_map(report, rate=_tables.RATE, content=content).savefig(folder / "heads.png")
+    if shown_rows(report, 1, content=content):
+        plots.attention_rows(report, content=content).savefig(folder / "rows.png")
 
 
 def read_in_words(prompts: text.Prompts) -> str:

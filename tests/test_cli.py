@@ -307,6 +307,7 @@ def test_out_writes_everything_and_the_report_loads(
         "summary.txt",
         "collapse.png",
         "heads.png",
+        "rows.png",
     }
     report = hooks.CollapseReport.load(folder / "report.safetensors")
     pd.testing.assert_frame_equal(report.to_frame(), wanted.to_frame())
@@ -383,6 +384,7 @@ def test_no_sparse_rows_is_said(run: Run, tmp_path: Path) -> None:
     assert "No sparse row" in out
     assert "Share of sparse rows" not in out
     assert (tmp_path / "heads.png").exists()
+    assert not (tmp_path / "rows.png").exists()
 
 
 def test_bfloat16(run: Run) -> None:
