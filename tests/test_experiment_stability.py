@@ -106,7 +106,7 @@ def test_least_failing_rate() -> None:
     table = made(
         {
             ("pre", 32, 1e-3, 1): 1.0,
-            ("pre", 32, 1e-2, 1): 2.5,  # fails, and trains again above: not from here on
+            ("pre", 32, 1e-2, 1): 2.5,  # fails, and trains again above
             ("pre", 32, 3e-2, 1): 1.0,
             ("pre", 32, 1e-1, 1): 2.5,
             ("qkv", 32, 1e-3, 1): 1.0,
@@ -118,7 +118,20 @@ def test_least_failing_rate() -> None:
         }
     )
     rates = {p: stability.least_failing(table, p, 32) for p in ("pre", "qkv", "none")}
-    assert rates == {"pre": 1e-1, "qkv": math.inf, "none": 1e-2}
+    assert rates == {"pre": 1e-2, "qkv": math.inf, "none": 1e-2}
+
+
+def test_where_neither_fails_they_do_not_fail_at_the_same_rate() -> None:
+    losses = {32: (1.0, 1.0), 64: (2.5, 1.0), 128: (2.5, 2.5)}
+    table = made(
+        {
+            (p, width, 1e-2, 1): loss
+            for width, both in losses.items()
+            for p, loss in zip(("pre", "qkv"), both, strict=True)
+        }
+    )
+    found = stability._compared(table, stability.least_failing)
+    assert found == {"lower": [64], "same": [128], "higher": [], "neither": [32]}
 
 
 def test_half_gain_is_interpolated_in_the_logarithm() -> None:

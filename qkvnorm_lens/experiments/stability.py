@@ -163,14 +163,13 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
 
 
 def least_failing(table: pd.DataFrame, placement: str, width: int) -> float:
-    """The lowest rate from which on every rate has a run that failed; inf where there is none.
+    """The lowest rate at which a run failed; inf where none did.
 
-    A failure below a rate at which all seeds train again is not counted here; the text names it.
+    At a higher rate runs may pass again, narrowly: the text names every run that failed.
     """
     mine = table[(table["placement"] == placement) & (table["width"] == width)]
-    failed = mine.groupby("rate")["failed"].max().sort_index(ascending=False)
-    above = failed[failed.cumprod() == 1]
-    return float(above.index.min()) if len(above) else math.inf
+    failed = mine[mine["failed"] > 0]["rate"]
+    return float(failed.min()) if len(failed) else math.inf
 
 
 def half_gain(table: pd.DataFrame, placement: str, width: int) -> list[float]:
@@ -265,7 +264,9 @@ def text(table: pd.DataFrame) -> str:
         "between that of the best rate and the frequencies' (one number for each seed).",
         "",
         "| width | "
-        + " | ".join(f"{NAMES[p]}: {what}" for p in placements for what in ("fails from", "half"))
+        + " | ".join(
+            f"{NAMES[p]}: {what}" for p in placements for what in ("first fails at", "half")
+        )
         + " |",
         "|" + "---|" * (1 + 2 * len(placements)),
     ]
@@ -312,28 +313,31 @@ def _half(table: pd.DataFrame, placement: str, width: int) -> float:
 
 
 def _compared(table: pd.DataFrame, measure: Measure) -> dict[str, list[int]]:
-    """Widths at which Pre-Norm has a lower, the same and a higher rate than QKV-Norm."""
-    out: dict[str, list[int]] = {"lower": [], "same": [], "higher": []}
+    """Widths at which Pre-Norm has a lower, the same and a higher rate than QKV-Norm, or none."""
+    out: dict[str, list[int]] = {"lower": [], "same": [], "higher": [], "neither": []}
     for width in sorted(table["width"].unique().tolist()):
         pre, qkv = (measure(table, p, width) for p in ("pre", "qkv"))
-        out["lower" if pre < qkv else "higher" if pre > qkv else "same"].append(width)
+        if math.isinf(pre) and math.isinf(qkv):
+            out["neither"].append(width)
+        else:
+            out["lower" if pre < qkv else "higher" if pre > qkv else "same"].append(width)
     return out
 
 
 def _same(found: dict[str, list[int]]) -> Literal["yes", "no", "in part", "not decided"]:
     if found["lower"]:
-        return "in part" if found["same"] or found["higher"] else "yes"
+        return "in part" if any(found[k] for k in ("same", "higher", "neither")) else "yes"
     return "no" if found["higher"] else "not decided"
 
 
 def _verdict(found: dict[str, list[int]], does: str) -> str:
-    said = [
-        f"at {where} rates than QKV-Norm at width {', '.join(map(str, at))}"
-        if where != "same"
-        else f"at the same rate of this grid at width {', '.join(map(str, at))}"
-        for where, at in found.items()
-        if at
-    ]
+    words = {
+        "lower": "at lower rates than QKV-Norm",
+        "same": "at the same rate of this grid",
+        "higher": "at higher rates than QKV-Norm",
+        "neither": "like QKV-Norm at no rate of this grid",
+    }
+    said = [f"{words[k]} at width {', '.join(map(str, at))}" for k, at in found.items() if at]
     return f"Pre-Norm {does} {'; '.join(said)}."
 
 
