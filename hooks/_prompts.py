@@ -179,9 +179,9 @@ def _check_ids(model: Any, row: Tensor, name: str, *, least: int) -> None:
     n_ctx = int(getattr(model.cfg, "n_ctx", 0) or 0)
     vocabulary = int(model.cfg.d_vocab)
     if len(row) < least:
+        why = " (with one there is nothing to compare)" if least > 1 else ""
         raise ValueError(
-            f"{name}: wanted at least {least} tokens (the first sees one key and can't collapse); "
-            f"got {len(row)}"
+            f"{name}: wanted at least {least} token{'s' * (least > 1)}{why}; got {len(row)}"
         )
     if n_ctx and len(row) > n_ctx:
         raise ValueError(f"{name}: wanted at most {n_ctx} tokens (the context); got {len(row)}")

@@ -52,7 +52,7 @@ def mean_cosine(x: Float[Tensor, "token d"]) -> float:
 
 
 def measures(
-    x: Float[Tensor, "token d"], rounding: float = torch.finfo(torch.float64).eps
+    x: Float[Tensor, "token d"], rounding: float = torch.finfo(torch.float64).eps / 2
 ) -> dict[str, float]:
     """The measures of one prompt's tokens, s its min(token, d) singular values.
 
@@ -60,21 +60,32 @@ def measures(
         relative_mu       mu / ||X||_F, in [0, 1]
         stable_rank       ||X||_F^2 / ||X||_2^2 = sum s^2 / max s^2
         effective_rank    exp(-sum p ln p), p = s / sum s
-        rank              number of s > max(token, d) rounding max s
+        rank              number of s > rounding ||X||_F
         least             min s
         relative_least    min s / max s
         mean_cosine       mean over pairs of different tokens of |cos|
         norm              ||X||_F
 
-    1 <= stable_rank <= rank of X, and 1 <= effective_rank <= rank. For X = 0 mu, rank, least and
-    norm are 0 and the rest is NaN.
-    Source: Wu et al. 2024 (mu, rank, least, cosine); Naderi et al. 2024 (stable rank); Roy and
-    Vetterli 2007 (effective rank).
+    ``stable_rank`` is that of X itself, squares over a square (Rudelson and Vershynin 2007); that
+    of X X^T, sum s^4 / max s^4, is another number (Naderi et al. 2024; `qkvnorm_lens.markov`).
+
+    ``rank`` counts what rounding can't have made. Numbers stored with a relative error of u are
+    off by E with ||E||_F <= u ||X||_F, and no singular value moves by more than ||E||_2 <= ||E||_F
+    (Weyl): of tokens of rank r at most r lie above u ||X||_F. Beside it the error of the
+    decomposition itself, max(token, d) 2^-52 max s. As max s >= ||X||_F / sqrt(min(token, d)), the
+    rank is at least 1 for X != 0 while u sqrt(min(token, d)) < 1 (bfloat16, u = 2^-8: up to 65535);
+    beyond, where no singular value is above, it can't be told and is NaN. Errors from before X was
+    stored are part of X.
+
+    1 <= stable_rank and 1 <= effective_rank, both at most the number of s that aren't zero. The
+    numerical rank is that number, or less: many s of the size of rounding count in effective_rank
+    and not in rank. For X = 0 mu, rank, least and norm are 0 and the rest is NaN.
+    Source: Wu et al. 2024 (mu, rank, least, cosine); Roy and Vetterli 2007 (effective rank).
 
     Args:
         x: finite; is widened to float64.
-        rounding: relative error of the numbers in x, below which no singular value counts in
-            ``rank``: the machine epsilon of the model's dtype. ``least`` is given as it is.
+        rounding: u, the relative error of the numbers in x: half the machine epsilon of the model's
+            dtype. ``least`` is given as it is.
     """
     x = x.double()
     top = float(x.abs().max()) if x.numel() else 0.0
@@ -88,12 +99,14 @@ def measures(
     size = float(torch.linalg.vector_norm(s))
     mu = float(distance_to_mean(scaled))
     least = float(s[-1])
+    own = max(x.shape) * torch.finfo(torch.float64).eps * first
+    rank = float((s > rounding * size + own).sum())
     found = {
         "mu": mu * top,
         "relative_mu": min(mu / size, 1.0),
         "stable_rank": max((size / first) ** 2, 1.0),
         "effective_rank": max(math.exp(-float((p * p.log()).sum())), 1.0),
-        "rank": float((s > max(x.shape) * rounding * first).sum()),
+        "rank": rank if rank else math.nan,
         "least": least * top,
         "relative_least": least / first,
         "mean_cosine": mean_cosine(scaled),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,9 +98,11 @@ class RankReport:
             stack, layer, site, label: where; ``prompt``: which.
             mu: || X - 1 mean(X)^T ||_F, in the units of the stream.
             relative_mu: the same over ||X||_F.
-            stable_rank: ||X||_F^2 / ||X||_2^2.
+            stable_rank: ||X||_F^2 / ||X||_2^2, of X (of X X^T it would have fourth powers).
             effective_rank: exp of the entropy of the singular values over their sum.
-            rank: singular values above max(T, d) eps times the largest, eps of the model's dtype.
+            rank: singular values above eps/2 ||X||_F, eps of the model's dtype: those that
+                rounding X once can't have made. At least 1 for X != 0; NaN where rounding hides
+                all (eps/2 sqrt(min(T, d)) >= 1: bfloat16 from 65536 on).
             least, relative_least: the least of the min(T, d) singular values; over the largest.
             mean_cosine: mean |cosine| of different tokens.
             norm: ||X||_F.
@@ -185,7 +188,7 @@ def _depth(report: RankReport, stack: str, *, without_first: bool) -> str:
     first, last = stream.iloc[0], stream.iloc[-1]
     what = "Without the first token" if without_first else "All tokens"
     changes = [
-        f"{name} {first[column]:.3g} to {last[column]:.3g}"
+        _change(name, first[column], last[column])
         for column, name in (
             ("relative_mu", "mu/||X||_F"),
             ("stable_rank", "stable rank"),
@@ -194,3 +197,12 @@ def _depth(report: RankReport, stack: str, *, without_first: bool) -> str:
         )
     ]
     return f"{what}, from {first['label']} to {last['label']}: {', '.join(changes)}."
+
+
+def _change(name: str, first: float, last: float) -> str:
+    """From one number to the other; NaN in words."""
+    if math.isnan(first) and math.isnan(last):
+        few = "no two tokens of a length above 0 to compare"
+        return f"no {name} ({few if 'cosine' in name else 'tokens of zeros'})"
+    said = ("none" if math.isnan(x) else f"{x:.3g}" for x in (first, last))
+    return f"{name} {' to '.join(said)}"

@@ -43,7 +43,8 @@ class SpectrumReport:
 
     Attributes:
         settings: how they were measured.
-        model: facts of the model, versions.
+        model: facts of the model, versions; ``centred``: labels of the layers that average with
+            A - U, not with A.
         tokens, decoder_tokens: each prompt's tokens as strings; empty where there are none.
         prompt: which of the caller's prompts each is (several are the same one cut to lengths).
         length: T ``[prompt]``.
@@ -156,6 +157,14 @@ class SpectrumReport:
             f"is {mean['left_s1']:.3g}; 2/sqrt(T), the edge of an unmasked random Markov matrix, "
             f"is {mean['edge']:.3g}.",
         ]
+        centred = self.model.get("centred", [])
+        if centred:
+            where = "" if len(centred) == len(s.layers) else f" in {', '.join(centred)}"
+            parts.append(
+                f"Values are averaged with A - U{where}, not with A: the gap and the stable rank "
+                "above are of A, and what acts on the values is what is left without the uniform "
+                "part."
+            )
         return " ".join(parts)
 
     def __str__(self) -> str:

@@ -31,6 +31,7 @@ _ROUNDING, _ROUNDING_HALF = 64.0, 4.0  # eps of the sizes added up
 _HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
 _MARGIN = 4.0  # the edit must show so many times above rounding
 _COPIES = 4
+_CENTRED = "_hooks_centred"  # on the hooks at z, by which a second one is seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class CentredAttention:
     A - (1/T) 1 1^T applied to v. Under a causal mask each row has a mean of its own: that is no
     centring of the values. The pattern stays what it was, A. Values that are the same for all
     tokens give nothing. Source: Naderi et al. 2024, arXiv 2410.07799.
+
+    Two of them on one layer would give A - 2U: the second is refused.
 
     Args:
         layers: block indices; None for every attention layer.
@@ -75,8 +78,9 @@ class CentredAttention:
         Raises:
             UnsupportedModelError: the self-check failed; cross-attention; a layer without hooks for
                 z or v, or whose z is no plain average of v, or whose rows share their weight with
-                a sink; an edit that does not land; or no hook that shows the scores (there
-                :meth:`applied` works).
+                a sink; a layer on which a CentredAttention is active (also one that comes later:
+                then the pass raises); an edit that does not land; or no hook that shows the scores
+                (there :meth:`applied` works).
             ValueError: unknown layer.
         """
         chosen = self._checked(model)
@@ -108,6 +112,8 @@ class CentredAttention:
         chosen = list(sites) if self.layers is None else [sites.layer(n) for n in self.layers]
         for layer in chosen:
             _refuse(layer)
+            assert layer.z is not None
+            _refuse_second(model.hook_dict[layer.z.hook], layer, at_most=0)
         _check_landing(model, sorted(chosen, key=lambda s: s.layer))
         return chosen
 
@@ -126,6 +132,31 @@ def _refuse(sites: LayerSites) -> None:
         wanted, got = "rows that sum to one", "rows that share their weight with a sink"
     if wanted:
         raise UnsupportedModelError("CentredAttention", wanted=wanted, got=got, layer=sites.layer)
+
+
+def is_centred(model: HookedModel, sites: LayerSites) -> bool:
+    """Whether a layer averages with A - U: by itself, or by a CentredAttention that is active."""
+    if sites.averaging == "centred":
+        return True
+    return sites.z is not None and _active(model.hook_dict.get(sites.z.hook)) > 0
+
+
+def _active(point: Any) -> int:
+    """How many CentredAttention are on a hook point."""
+    handles = getattr(point, "fwd_hooks", ())
+    return sum(hasattr(getattr(h, "user_hook", None), _CENTRED) for h in handles)
+
+
+def _refuse_second(point: Any, sites: LayerSites, *, at_most: int) -> None:
+    """Raise where U would be taken away twice."""
+    n = _active(point)
+    if n > at_most:
+        raise UnsupportedModelError(
+            "CentredAttention",
+            wanted="a layer that averages with A: one CentredAttention at a time",
+            got=f"{n} on {sites.z.hook if sites.z else sites.label}: two would give A - 2U",
+            layer=sites.layer,
+        )
 
 
 def visible_mean(
@@ -183,6 +214,7 @@ class _Layer:
     def centred(self, tensor: Tensor, hook: Any) -> Tensor:
         """The edit of z, in the hook's own layout."""
         assert self.sites.z is not None
+        _refuse_second(hook, self.sites, at_most=1)  # hooks that were made before both were active
         z = self.sites.z.by_position(tensor)
         mean = self.mean(z)
         return _as_given((z.to(mean.dtype) - mean).to(z.dtype), self.sites)
@@ -200,8 +232,10 @@ def _entries(layers: Sequence[LayerSites], tap: AttentionTap | None) -> HookList
     entries: HookList = []
     for sites in layers:
         layer = _Layer(sites, tap)
-        entries += layer.hooks(layer.centred)
-    return [(name, _state.resting(hook_fn)) for name, hook_fn in entries]
+        mine = [(name, _state.resting(hook_fn)) for name, hook_fn in layer.hooks(layer.centred)]
+        setattr(mine[-1][1], _CENTRED, True)  # the one at z
+        entries += mine
+    return entries
 
 
 # -- does the edit land? --------------------------------------------------------------------------

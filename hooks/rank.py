@@ -1,6 +1,6 @@
 """Rank profile: how far the tokens of a prompt are from being one token, by depth and site.
 
-Source: Wu et al. 2024; Naderi et al. 2024 (stable rank).
+Source: Wu et al. 2024.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ def rank_profile(
         effective rank = exp(-sum p ln p), p = s / sum s,    X [token, d_model], s its singular
                                                              values
 
-    and mu / ||X||_F, the numerical rank, the least singular value, the mean |cosine| of different
-    tokens: for all tokens and without the first. Sites: the residual stream before, between and
-    after a block's attention and MLP, and what stands behind the norms in front of them and behind
-    the last block, wherever the model's hook points show it. What the sites are is found on the
-    tensors themselves, block by block; what is missing, and why, stands in the report. One forward
-    pass; a tensor is reduced to its numbers while its block runs. Needs no attention.
-    Source: Wu et al. 2024; Naderi et al. 2024; Roy and Vetterli 2007.
+    (the stable rank is that of X; Naderi et al. 2024 take X X^T's, with fourth powers) and mu /
+    ||X||_F, the numerical rank (at least 1 for X != 0; :meth:`RankReport.to_frame`), the least
+    singular value, the mean |cosine| of different tokens: for all tokens and without the first.
+    Sites: the residual stream before, between and after a block's attention and MLP, and what
+    stands behind the norms in front of them and behind the last block, wherever the model's hook
+    points show it. What the sites are is found on the tensors themselves, block by block; what is
+    missing, and why, stands in the report. One forward pass; a tensor is reduced to its numbers
+    while its block runs. Needs no attention.
+    Source: Wu et al. 2024; Rudelson and Vershynin 2007 (stable rank); Roy and Vetterli 2007.
 
     Args:
         model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and a forward
@@ -70,7 +72,13 @@ def rank_profile(
             block something else than the one before it gave out, or gave a number that is not
             finite.
         ValueError: an unknown layer, empty text, a sequence longer than the context.
+        TypeError: a model that is no TransformerBridge or HookedTransformer.
     """
+    if not isinstance(model, HookedModel):
+        raise TypeError(
+            "model: wanted a TransformerBridge (TransformerBridge.boot_transformers(name)) or a "
+            f"HookedTransformer; got {type(model).__name__}"
+        )
     check_integers(batch_size=(batch_size, 1))
     stacks = blocks_of(model)
     chosen = _chosen(stacks, layers)
@@ -81,7 +89,7 @@ def rank_profile(
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
     )
-    gathered = _Gathered(torch.finfo(_state.model_dtype(model)).eps)
+    gathered = _Gathered(torch.finfo(_state.model_dtype(model)).eps / 2)
     options = without_cache(model)
     with (
         _state.evaluating(model),

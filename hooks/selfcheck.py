@@ -185,6 +185,7 @@ def _check_all(
     for at in range(0, len(layers), _LAYERS_PER_PASS):
         checks = _check_some(example, layers[at : at + _LAYERS_PER_PASS], attempt)
         for check in checks:
+            _refuse_not_finite(check)
             try:
                 verified.append(check.judge())
             except Unpredicted:
@@ -199,6 +200,25 @@ def _check_all(
         again = tuple(stripped.get(sites.layer, sites) for sites in layers)
         return _check_all(example, again, attempt, may_strip=False)
     return AttentionSites(tuple(verified), pd.DataFrame(table))
+
+
+def _refuse_not_finite(check: LayerCheck) -> None:
+    """NaN passes for a masked key, and every verdict behind it would be on nothing.
+
+    Asked of the clean copy; -inf is what masks write.
+    """
+    scores = check.seen.tensors.get("scores")
+    if scores is None:  # the verdict says that they did not fire
+        return
+    clean = scores[:1]
+    nan = bool(clean.isnan().any())
+    if nan or bool(clean.isposinf().any()):
+        raise UnsupportedModelError(
+            "the scores of the self-check",
+            wanted="finite numbers",
+            got="NaN" if nan else "an infinite one",
+            layer=check.sites.layer,
+        )
 
 
 def _check_some(

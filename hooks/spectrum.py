@@ -20,6 +20,7 @@ from hooks._arguments import check_integers
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
 from hooks._spectrum_report import SpectrumReport, SpectrumSettings
+from hooks.centring import is_centred
 from hooks.collapse import _facts, _layers
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import attention_sites
@@ -45,10 +46,11 @@ def spectral_gap(
 
     U is the uniform matrix of the same mask (causal, sliding window or none, as the layer's scores
     show it): under a causal mask it has a spectrum of its own, beside which A's must be seen. A - U
-    is what the fix of :class:`hooks.CentredAttention` leaves. Without a mask U = (1/T) 1 1^T, and a
-    random Markov matrix has s_1 near 1 and its other singular values below about 2/sqrt(T) (for
-    entries of unit variance over their mean). One forward pass, one layer in memory; singular
-    values in float64. Source: Naderi et al. 2024, arXiv 2410.07799.
+    is what the fix of :class:`hooks.CentredAttention` leaves; where the model averages with it (by
+    itself, or by hooks of that class that are active) the report's summary says so. Without a mask
+    U = (1/T) 1 1^T, and a random Markov matrix has s_1 near 1 and its other singular values below
+    about 2/sqrt(T) (for entries of unit variance over their mean). One forward pass, one layer in
+    memory; singular values in float64. Source: Naderi et al. 2024, arXiv 2410.07799.
 
     Args:
         model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and
@@ -103,7 +105,9 @@ def spectral_gap(
         what="spectral gap",
     )
     settings = SpectrumSettings(k=k, lengths=cuts, layers=tuple(s.layer for s in chosen))
-    return gathered.report(settings, _facts(model, sites, chosen), prompts, origin)
+    facts = _facts(model, sites, chosen)
+    facts["centred"] = [s.label for s in chosen if is_centred(model, s)]
+    return gathered.report(settings, facts, prompts, origin)
 
 
 def uniform_of(mask: Bool[Tensor, "*rows key"]) -> Float[Tensor, "*rows key"]:

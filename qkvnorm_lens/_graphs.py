@@ -1,7 +1,8 @@
 """Attention masks as graphs: which token reaches which, and in how many layers.
 
 In a mask ``[N, N]`` True at (i, j) says that token i attends to token j, so that content flows
-from j to i. The graph's edges are that flow: j -> i.
+from j to i. The graph's edges are that flow: j -> i. (A networkx graph that is given as a mask says
+who sees whom, as the mask does: see `as_mask`.)
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks._arguments import check_integers
+
+MaskLike = Any  # numpy, scipy and networkx have no type in common
 
 
 def complete_mask(n: int) -> Bool[Tensor, "n n"]:
@@ -60,17 +63,18 @@ class MaskGraph:
     """Who reaches whom under a mask.
 
     Args:
-        mask: True at (i, j) where token i attends to token j.
+        mask: True at (i, j) where token i attends to token j; what `as_mask` reads. Kept as a
+            boolean tensor.
 
     Raises:
-        ValueError: no square boolean matrix, or a token that attends to none.
+        ValueError: as `as_mask`.
         ImportError: scipy is not installed.
     """
 
     mask: Bool[Tensor, "n n"]
 
-    def __post_init__(self) -> None:
-        check_mask(self.mask)
+    def __init__(self, mask: MaskLike) -> None:
+        object.__setattr__(self, "mask", as_mask(mask))
 
     @property
     def n(self) -> int:
@@ -102,7 +106,12 @@ class MaskGraph:
 
     @property
     def quasi_strongly_connected(self) -> bool:
-        """Whether some token reaches every token: the condition for collapse."""
+        """Whether some token reaches every token: without it tokens need not become one.
+
+        Alone it isn't enough for collapse: two tokens that see each other and not themselves change
+        places for ever. It is where such a token also attends to itself (``centre`` is not None)
+        and no weight on an edge goes to 0.
+        """
         return bool(self.centres)
 
     @property
@@ -117,18 +126,61 @@ class MaskGraph:
 
     @cached_property
     def centre(self) -> int | None:
-        """The first token of that eccentricity that attends to itself; None if there is none."""
+        """The nearest to all of the ``centres`` that attend to themselves; None if none does.
+
+        With one, pure attention with weights above some eps > 0 collapses (`Trajectory.bound`).
+        """
         fit = [i for i in self.centres if bool(self.mask[i, i])]
         return min(fit, key=lambda i: self.eccentricities[i], default=None)
 
 
-def check_mask(mask: Any) -> None:
-    """Refuse what is no square boolean matrix in which each token attends to one at least."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask: wanted a boolean tensor [N, N]; got {got}")
-    if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or not len(mask):
-        raise ValueError(f"mask: wanted a boolean tensor [N, N]; got shape {list(mask.shape)}")
-    alone = (~mask.any(1)).nonzero().flatten().tolist()
+def as_mask(mask: MaskLike) -> Bool[Tensor, "n n"]:
+    """A boolean tensor ``[N, N]``, True at (i, j) where token i attends to token j.
+
+    Args:
+        mask: a boolean tensor or numpy array; a scipy.sparse matrix of booleans or of zeros and
+            ones; a networkx graph, whose tokens are its nodes in the order of ``graph.nodes`` and
+            in which an edge u -> v says that u sees v (without directions: both ways). Self-loops
+            are taken as they are, and none is added.
+
+    Raises:
+        ValueError: something else, no square matrix, or a token that attends to none.
+    """
+    if callable(getattr(mask, "is_directed", None)) and hasattr(mask, "nodes"):
+        found = _from_graph(mask)
+    elif callable(getattr(mask, "toarray", None)):
+        found = _from_sparse(mask)
+    elif isinstance(mask, np.ndarray) and mask.dtype == np.bool_:
+        found = torch.tensor(mask)
+    elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        found = mask
+    else:
+        got = getattr(mask, "dtype", None) or type(mask).__name__
+        raise ValueError(
+            "mask: wanted a boolean tensor or numpy array [N, N], a scipy.sparse matrix or a "
+            f"networkx graph (a matrix of numbers: mask != 0); got {got}"
+        )
+    if found.ndim != 2 or found.shape[0] != found.shape[1] or not len(found):
+        raise ValueError(f"mask: wanted a boolean matrix [N, N]; got shape {list(found.shape)}")
+    alone = (~found.any(1)).nonzero().flatten().tolist()
     if alone:
         raise ValueError(f"mask: wanted a token to attend to in each row; got none in {alone}")
+    return found
+
+
+def _from_graph(graph: Any) -> Tensor:
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    mask = torch.zeros(len(place), len(place), dtype=torch.bool)
+    for u, v in graph.edges():
+        mask[place[u], place[v]] = True
+        if not graph.is_directed():
+            mask[place[v], place[u]] = True
+    return mask
+
+
+def _from_sparse(matrix: Any) -> Tensor:
+    entries = np.asarray(matrix.toarray())
+    if not np.isin(entries, (0, 1)).all():
+        other = entries[~np.isin(entries, (0, 1))][0]
+        raise ValueError(f"mask: wanted booleans, or zeros and ones; got {other}")
+    return torch.tensor(entries != 0)

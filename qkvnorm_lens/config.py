@@ -232,7 +232,8 @@ class QKVNormConfig(TransformerBridgeConfig):
     def _check_choices(self) -> None:
         _one_of("score_scale", self.score_scale, get_args(ScoreScale))
         _one_of("skip", self.skip, get_args(Skip))
-        _one_of("centred", self.centred, (False, True))
+        if not isinstance(self.centred, bool):  # 1 == True
+            raise ValueError(f"centred: wanted True or False, got {self.centred!r}")
         _one_of("act_fn", self.act_fn, ACTIVATIONS)
         _one_of("normalization_type", self.normalization_type, ("LN", "RMS", None))
         _one_of("positional_embedding_type", self.positional_embedding_type, POSITIONS)

@@ -17,9 +17,10 @@ MLP), A_t its attention, P_t = A_{t-1} ... A_0, s_t = |W_V,t|_2, D(X) = max_ij |
 with tau(P) = 1/2 max_ij sum_k |P_ik - P_jk| (Dobrushin's coefficient: two rows of P are one common
 part of weight 1 - tau and two rests, so that their difference is tau times one of points in the
 convex hull). If the mask's graph has a node c that attends to itself and reaches all within r
-layers, and eps is the least weight that any A has on an edge, then every row of a product of r
-layers has at least eps^r in column c (along a path from c, waiting at c first), so that its tau is
-at most 1 - eps^r, and tau of a product is at most the product of the taus:
+layers (one that reaches all isn't enough: two tokens that see each other and not themselves change
+places for ever), and eps is the least weight that any A has on an edge, then every row of a product
+of r layers has at least eps^r in column c (along a path from c, waiting at c first), so that its
+tau is at most 1 - eps^r, and tau of a product is at most the product of the taus:
 
     mu(X_t) <= sqrt((N-1)/2) D(X_t) <= sqrt((N-1)/2) D(X_0) (1 - eps^r)^floor(t/r) prod s.
 
@@ -39,6 +40,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Final, Literal
 
 import numpy as np
@@ -47,12 +49,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks._arguments import check_integers
+from hooks._arguments import check_booleans, check_integers
 from hooks._rank_measures import distance_to_mean, measures
 from qkvnorm_lens._graphs import (
     MaskGraph,
+    MaskLike,
+    as_mask,
     causal_mask,
-    check_mask,
     complete_mask,
     one_way_window_mask,
     star_mask,
@@ -64,6 +67,7 @@ __all__ = [
     "Fit",
     "MaskGraph",
     "Trajectory",
+    "as_mask",
     "causal_mask",
     "complete_mask",
     "fit_decay",
@@ -80,21 +84,35 @@ FLOOR: Final = 1e-10  # mu over |X|_F below which rounding is seen
 
 
 def orthogonal(d: int, seed: int, layers: int | None = None) -> Float[Tensor, "*layers d d"]:
-    """Orthogonal matrices, uniformly distributed (Haar); ``layers`` of them, or one."""
+    """Orthogonal matrices, uniformly distributed (Haar); ``layers`` of them, or one.
+
+    Raises:
+        ValueError: a width or a number of layers below 1, a negative seed, or no integers.
+    """
     q, r = torch.linalg.qr(gaussian(d, seed, layers))
     signed: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
     return signed
 
 
 def gaussian(d: int, seed: int, layers: int | None = None) -> Float[Tensor, "*layers d d"]:
-    """Entries N(0, 1/d); ``layers`` matrices, or one."""
+    """Entries N(0, 1/d); ``layers`` matrices, or one.
+
+    Raises:
+        ValueError: as `orthogonal`.
+    """
+    check_integers(d=(d, 1), seed=(seed, 0), layers=(1 if layers is None else layers, 1))
     shape = (d, d) if layers is None else (layers, d, d)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(d)
 
 
 def unit_tokens(n: int, d: int, seed: int) -> Float[Tensor, "n d"]:
-    """Tokens of length 1 in uniformly distributed directions."""
+    """Tokens of length 1 in uniformly distributed directions.
+
+    Raises:
+        ValueError: a number or a width below 1, a negative seed, or no integers.
+    """
+    check_integers(n=(n, 1), d=(d, 1), seed=(seed, 0))
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator, dtype=torch.float64)
     return normalise(x, "rms")
@@ -107,7 +125,8 @@ class Dynamics:
     Weights are ``[d, d]``, one for all layers, or ``[layers, d, d]``.
 
     Args:
-        mask: True at (i, j) where token i attends to token j.
+        mask: True at (i, j) where token i attends to token j; what `as_mask` reads. Kept as a
+            boolean tensor.
         w_q, w_k, w_v: query, key and value matrices.
         temperature: divides the scores beside sqrt(d).
         norm: ``"none"``, ``"rms"`` or ``"layer"``, at each layer's end.
@@ -116,10 +135,11 @@ class Dynamics:
 
     Raises:
         ValueError: weights of other shapes, a temperature that is not above 0, an unknown norm.
-        TypeError: weights that are not float64.
+        TypeError: weights that are not float64, a temperature that is no number, a residual that
+            is no boolean, an MLP that is no pair.
     """
 
-    mask: Tensor
+    mask: MaskLike
     w_q: Tensor
     w_k: Tensor
     w_v: Tensor
@@ -129,7 +149,7 @@ class Dynamics:
     mlp: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        check_mask(self.mask)
+        object.__setattr__(self, "mask", as_mask(self.mask))
         for name, w in (("w_q", self.w_q), ("w_k", self.w_k), ("w_v", self.w_v)):
             _check_float64(name, w)
             square = w.ndim in (2, 3) and w.shape[-1] == w.shape[-2]
@@ -138,19 +158,15 @@ class Dynamics:
                     f"{name}: wanted [d, d] or [layers, d, d] with d = {self.w_v.shape[-1]}; got "
                     f"{list(w.shape)}"
                 )
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, Real):
+            raise TypeError(f"temperature: wanted a number > 0; got {self.temperature!r}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature: wanted a number > 0; got {self.temperature!r}")
         if self.norm not in ("none", "rms", "layer"):
             raise ValueError(f"norm: wanted 'none', 'rms' or 'layer'; got {self.norm!r}")
+        check_booleans(residual=self.residual)
         if self.mlp is not None:
-            for w in self.mlp:
-                _check_float64("mlp", w)
-            w1, w2 = self.mlp
-            if w1.shape != w2.shape[::-1] or w1.shape[0] != self.d:
-                raise ValueError(
-                    f"mlp: wanted [{self.d}, f] and [f, {self.d}]; got {list(w1.shape)} and "
-                    f"{list(w2.shape)}"
-                )
+            _check_mlp(self.mlp, self.d)
 
     @property
     def d(self) -> int:
@@ -220,6 +236,19 @@ def _check_float64(name: str, x: object) -> None:
     if not isinstance(x, Tensor) or x.dtype != torch.float64:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: wanted a float64 tensor; got {got}")
+
+
+def _check_mlp(mlp: object, d: int) -> None:
+    if not isinstance(mlp, tuple) or len(mlp) != 2:
+        many = f" of {len(mlp)}" if isinstance(mlp, tuple) else ""
+        raise TypeError(f"mlp: wanted a pair (W_1, W_2); got a {type(mlp).__name__}{many}")
+    for w in mlp:
+        _check_float64("mlp", w)
+    w1, w2 = mlp
+    if w1.ndim != 2 or w1.shape != w2.shape[::-1] or w1.shape[0] != d:
+        raise ValueError(
+            f"mlp: wanted [{d}, f] and [f, {d}]; got {list(w1.shape)} and {list(w2.shape)}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,9 +379,9 @@ class Trajectory:
             mu, relative_mu, diameter: as the attributes.
             bound, ergodicity: what mu cannot exceed; tau of the attention's product.
             stable_rank, effective_rank, rank, mean_cosine: as in `hooks.RankReport`, of tokens of
-                which 1e-10 is taken for rounding.
+                which 1e-10 is taken for rounding (rank: singular values above 1e-10 ||X||_F).
         """
-        found = pd.DataFrame([measures(x, FLOOR / max(x.shape)) for x in self.states])
+        found = pd.DataFrame([measures(x, FLOOR) for x in self.states])
         columns = ["stable_rank", "effective_rank", "rank", "mean_cosine"]
         mine = {
             name: getattr(self, name)
@@ -391,10 +420,17 @@ def fit_decay(mu: Sequence[float] | np.ndarray, first: int = 0, floor: float = F
         floor: the window ends before the first layer, from ``first`` on, that is not above it.
 
     Raises:
-        ValueError: ``first`` outside the layers.
+        ValueError: ``first`` that is no integer, or outside the layers; ``mu`` that is no list of
+            numbers.
+        TypeError: a floor that is no number.
     """
     y = np.asarray(mu, dtype=float)
-    if not 0 <= first < len(y):
+    if y.ndim != 1 or not len(y):
+        raise ValueError(f"mu: wanted one number or more, by layer; got shape {list(y.shape)}")
+    if isinstance(floor, bool) or not isinstance(floor, Real):
+        raise TypeError(f"floor: wanted a number; got {floor!r}")
+    whole = isinstance(first, Integral) and not isinstance(first, bool)
+    if not whole or not 0 <= first < len(y):
         raise ValueError(f"first: wanted a layer from 0 to {len(y) - 1}; got {first!r}")
     below = np.flatnonzero(~(y[first:] > floor))
     end = first + int(below[0]) if len(below) else len(y)

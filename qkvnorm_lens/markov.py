@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Final, Literal, get_args
 
 import torch
@@ -63,9 +63,16 @@ def random_softmax(
         seed: of W_Q and W_K.
         causal: keys behind a row's own position get nothing.
         d_head: columns of W_Q and W_K, on which the rank of the scores hangs; default: d.
+
+    Raises:
+        ValueError: tokens that are no matrix in float64, a d_head below 1, or a seed that is no
+            integer >= 0.
     """
+    if x.ndim != 2 or x.dtype != _WIDE:
+        raise ValueError(f"x: wanted [token, width] in float64; got {list(x.shape)} in {x.dtype}")
     width = x.shape[1]
     d_head = width if d_head is None else d_head
+    _check_integer("d_head", d_head, 1)
     rng = _generator(len(x), seed)
     w_q, w_k = torch.randn(2, width, d_head, generator=rng, dtype=_WIDE) / math.sqrt(width)
     scores = math.sqrt(VARIANCE / d_head) * (x @ w_q) @ (x @ w_k).T
@@ -104,7 +111,8 @@ class Recursion:
         norm: with LayerNorm.
         skip: with a skip connection.
         gain: of the update. What the fix leaves of a random Markov matrix has entries of variance
-            1/T^2: sqrt(T) keeps the length of X.
+            1/T^2: sqrt(T) keeps the length of X. Not under a causal mask, where row i's have about
+            1/i^2, so that no one number does.
     """
 
     attention: AttentionKind = "markov"
@@ -119,8 +127,14 @@ class Recursion:
             raise ValueError(
                 f"attention: wanted one of {list(get_args(AttentionKind))}; got {self.attention!r}"
             )
-        if not (math.isfinite(self.gain) and self.gain > 0):
-            raise ValueError(f"gain: wanted a number > 0; got {self.gain!r}")
+        for name in ("causal", "centred", "norm", "skip"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: wanted True or False; got {value!r}")
+        gain = self.gain
+        number = isinstance(gain, Real) and not isinstance(gain, bool)
+        if not (number and math.isfinite(gain) and gain > 0):
+            raise ValueError(f"gain: wanted a number > 0; got {gain!r}")
 
     def step(self, x: Stream, weight: Float[Tensor, "width width"], *, seed: int) -> Stream:
         """One layer; ``seed`` is that of its attention."""
@@ -171,8 +185,7 @@ def propagate(
         ("n_tokens", n_tokens, 2),
         ("width", width, n_tokens),
     ):
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
+        _check_integer(name, value, least)
     rng = _generator(n_tokens, seed)
     directions = torch.linalg.qr(torch.randn(width, n_tokens, generator=rng, dtype=_WIDE))[0]
     drawn = torch.randn(depth, width, width, generator=rng, dtype=_WIDE) / math.sqrt(width)
@@ -198,8 +211,7 @@ def gradient_norms(signal: Signal, *, probes: int = 8, seed: int = 0) -> list[fl
     Raises:
         ValueError: no probe.
     """
-    if isinstance(probes, bool) or not isinstance(probes, Integral) or probes < 1:
-        raise ValueError(f"probes: wanted an integer >= 1; got {probes!r}")
+    _check_integer("probes", probes, 1)
     last = signal.states[-1]
     rng = _generator(len(last), seed)
     squares = torch.zeros(len(signal.weights), dtype=_WIDE)
@@ -221,11 +233,15 @@ def _of_layer(seed: int, layer: int) -> int:
     return seed + _LAYER * (layer + 1)
 
 
+def _check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
+
+
 def _generator(n_tokens: int, seed: int) -> torch.Generator:
     """A generator of its own, so that the global random state is left alone."""
-    for name, value, least in (("n_tokens", n_tokens, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
+    _check_integer("n_tokens", n_tokens, 1)
+    _check_integer("seed", seed, 0)
     return torch.Generator().manual_seed(int(seed))
 
 

@@ -349,6 +349,70 @@ def test_a_centred_model_is_not_centred_again() -> None:
         CentredAttention().hooks(bridge)
 
 
+def two_contexts(bridge: Any) -> None:
+    with CentredAttention().applied(bridge):
+        bridge(ids)
+
+
+def hooks_of_a_second(bridge: Any) -> None:
+    CentredAttention(layers=(1,)).hooks(bridge)
+
+
+@pytest.mark.parametrize("second", [two_contexts, hooks_of_a_second])
+@pytest.mark.parametrize("way", ["applied", "hooks"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_second_one_on_a_layer_is_refused(way: str, second: Any, implementation: str) -> None:
+    """Two would give A - 2U."""
+    if (way, implementation) == ("hooks", "sdpa"):
+        pytest.skip("hooks() is refused there")
+    bridge = to_bridge(ours(attn_implementation=implementation))
+    bridge(ids)
+    fix = CentredAttention()
+    first = fix.applied(bridge) if way == "applied" else bridge.hooks(fwd_hooks=fix.hooks(bridge))
+    with shape_checks_off():
+        before = Found(bridge)
+        with first, torch.no_grad():
+            once = bridge(ids)
+            with pytest.raises(UnsupportedModelError, match=r"CentredAttention.*A - 2U"):
+                second(bridge)
+            torch.testing.assert_close(bridge(ids), once)  # the first one stays
+        before.assert_same(Found(bridge))
+    two_contexts(bridge)
+
+
+def test_hooks_made_before_both_were_active_are_refused_in_the_pass(gpt2: Any) -> None:
+    one, other = (CentredAttention(layers=(1,)).hooks(gpt2) for _ in range(2))
+    clean = logits(gpt2)
+    with shape_checks_off():
+        before = Found(gpt2)
+        with pytest.raises(UnsupportedModelError, match=r"layer 1: CentredAttention.*A - 2U"):
+            gpt2.run_with_hooks(ids, fwd_hooks=[*one, *other])
+        with (
+            CentredAttention().applied(gpt2),
+            pytest.raises(UnsupportedModelError, match="A - 2U"),
+        ):
+            gpt2.run_with_hooks(ids, fwd_hooks=one)
+        before.assert_same(Found(gpt2))
+    assert torch.equal(logits(gpt2), clean)
+
+
+def test_each_layer_may_have_its_own(gpt2: Any) -> None:
+    with CentredAttention().applied(gpt2), torch.no_grad():
+        wanted = gpt2(ids)
+    with (
+        CentredAttention(layers=(0,)).applied(gpt2),
+        CentredAttention(layers=(1,)).applied(gpt2),
+        torch.no_grad(),
+    ):
+        torch.testing.assert_close(gpt2(ids), wanted)
+
+
+@pytest.mark.parametrize("value", [1, 0, "no", None])
+def test_a_configuration_takes_a_boolean(value: Any) -> None:
+    with shape_checks_off(), pytest.raises(ValueError, match="centred: wanted True or False, got"):
+        ours(centred=value)
+
+
 def test_an_attention_without_hooked_scores_wants_the_context() -> None:
     opt = tiny_opt()
     with pytest.raises(UnsupportedModelError, match=r"use CentredAttention.applied"):

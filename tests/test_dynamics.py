@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 from torch import Tensor
 
 from qkvnorm_lens import _equilibria as eq
@@ -58,6 +59,45 @@ def test_graphs_are_networkxs(n: int, seed: int, share: float) -> None:
     assert found.centres == tuple(i for i, x in enumerate(wanted) if x < math.inf)
     assert found.strongly_connected == nx.is_strongly_connected(graph)
     assert found.quasi_strongly_connected == bool(found.centres)
+
+
+@given(n=st.integers(1, 7), seed=seeds, share=st.floats(0, 0.6))
+@settings(max_examples=30)
+def test_a_mask_is_the_same_in_any_form(n: int, seed: int, share: float) -> None:
+    mask = random_mask(n, seed, share)
+    names = [f"token {(i * 5 + seed) % 11}" for i in range(n)]  # in an order of their own
+    graph = nx.DiGraph()
+    graph.add_nodes_from(names)
+    seen = [(i, j) for i in range(n) for j in range(n) if mask[i, j]]
+    graph.add_edges_from((names[i], names[j]) for i, j in reversed(seen))
+    forms = [
+        mask.numpy(),
+        sparse.csr_matrix(mask.numpy()),
+        sparse.coo_array(mask.double().numpy()),
+        graph,
+        nx.MultiDiGraph(graph),
+    ]
+    for form in forms:
+        assert torch.equal(dyn.MaskGraph(form).mask, mask)
+        assert torch.equal(dyn.Dynamics(form, one, one, one).mask, mask)
+    both = graph.to_undirected()
+    assert torch.equal(dyn.MaskGraph(both).mask, mask | mask.T)
+
+
+def test_to_be_reached_from_a_token_is_not_enough_for_collapse() -> None:
+    """Two tokens that see each other alone change places; a self-loop at one ends it."""
+    swap = ~torch.eye(2, dtype=torch.bool)
+    start = dyn.unit_tokens(2, 4, 0)
+    path = dyn.Dynamics(swap, one, one, one).run(start, 101)
+    assert path.graph.quasi_strongly_connected
+    assert path.graph.centre is None
+    assert np.isnan(path.bound).all()
+    assert path.mu == pytest.approx(path.mu[0])
+    assert torch.equal(path.states[-1], start.flip(0))
+    swap[0, 0] = True
+    path = dyn.Dynamics(swap, one, one, one).run(start, 101)
+    assert path.graph.centre == 0
+    assert path.mu[-1] < 1e-6 * path.mu[0]
 
 
 @given(n=st.integers(2, 20), width=st.integers(1, 6))
@@ -310,6 +350,15 @@ def test_multipliers_are_those_of_a_small_step() -> None:
         (lambda: dyn.Dynamics(dyn.complete_mask(2), one, one, one).run(one, 3), "x0: wanted"),
         (lambda: dyn.Dynamics(dyn.complete_mask(4), one, one, one).run(one, 0), "layers: wanted"),
         (lambda: layers_of(dyn.complete_mask(5), 0).run(torch.eye(5).double(), 13), "at most 12"),
+        (lambda: dyn.MaskGraph([[True]]), "a networkx graph .*got list"),
+        (lambda: dyn.MaskGraph(np.ones((2, 2))), "mask != 0.*got float64"),
+        (lambda: dyn.MaskGraph(sparse.eye(2) * 2), "zeros and ones; got 2.0"),
+        (lambda: dyn.MaskGraph(nx.path_graph(2, nx.DiGraph)), r"got none in \[1\]"),
+        (lambda: dyn.unit_tokens(-1, 2, 0), "n: wanted an integer >= 1; got -1"),
+        (lambda: dyn.orthogonal(0, 0), "d: wanted an integer >= 1; got 0"),
+        (lambda: dyn.gaussian(2, 0.5), "seed: wanted an integer >= 0; got 0.5"),  # type: ignore[arg-type]
+        (lambda: dyn.fit_decay([1.0, 0.5], 1.0), "first: wanted a layer from 0 to 1; got 1.0"),  # type: ignore[arg-type]
+        (lambda: dyn.fit_decay([], 0), "mu: wanted one number or more"),
         (lambda: eq.two_tokens(2.0), "ratio: wanted a number > 2"),
         (lambda: eq.anchored(3, 3, 4), "rank: wanted 1 to 3; got 4"),
         (lambda: eq.anchored(3, 3, 2, ratio=1.0), "ratio: wanted"),
@@ -320,6 +369,21 @@ def test_multipliers_are_those_of_a_small_step() -> None:
 def test_what_cannot_be_is_named(make: Any, said: str) -> None:
     with shape_checks_off(), pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": "1"}, "temperature: wanted a number > 0; got '1'"),
+        ({"temperature": True}, "temperature: wanted a number > 0; got True"),
+        ({"residual": 1}, "residual: wanted True or False; got 1"),
+        ({"mlp": (one,)}, r"mlp: wanted a pair \(W_1, W_2\); got a tuple of 1"),
+        ({"mlp": one}, "mlp: wanted a pair .*got a Tensor"),
+    ],
+)
+def test_wrong_types_are_named(options: dict[str, Any], said: str) -> None:
+    with shape_checks_off(), pytest.raises(TypeError, match=said):
+        dyn.Dynamics(dyn.complete_mask(2), one, one, one, **options)
 
 
 def test_float32_and_overflow_are_refused() -> None:

@@ -88,7 +88,7 @@ def test_the_rate_of_even_attention() -> None:
     assert masks.even_rate(masks.mask_of("two parts", 6)) == pytest.approx(0, abs=1e-12)
 
 
-def synthetic(rates: list[float], ends: list[float]) -> pd.DataFrame:
+def synthetic(rates: list[float], ends: list[float], off: float = 0.1) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "row": "run",
@@ -96,6 +96,9 @@ def synthetic(rates: list[float], ends: list[float]) -> pd.DataFrame:
             "mask": "causal",
             "seed": range(len(rates)),
             "rate": rates,
+            "off": off,
+            "layers": 64,
+            "reached": 5.0,
             "start": 1.0,
             "end": ends,
         }
@@ -114,6 +117,21 @@ def synthetic(rates: list[float], ends: list[float]) -> pd.DataFrame:
 )
 def test_what_counts_as_collapse(rates: list[float], ends: list[float], wanted: str) -> None:
     assert words.collapses(synthetic(rates, ends), "attention", "causal") == wanted
+
+
+def test_a_rate_is_given_only_where_the_line_fits() -> None:
+    fits = synthetic([0.5, 0.51, 0.52], [1e-9] * 3, off=0.1)
+    bent = fits.assign(off=[0.1, 0.1, 4.1])  # one seed is enough
+    fast = fits.assign(rate=math.nan, off=math.nan)
+    assert words._rate(fits, "attention", "causal").startswith("0.51 ± ")
+    for table in (bent, fast):
+        assert words._rate(table, "attention", "causal") == "not exponential"
+        assert words.collapses(table, "attention", "causal") == "yes"  # gone, which is not the same
+    said = words._count(bent, "attention", ["causal"])
+    assert "1 of 1 masks collapse, not exponential: causal" in said
+    assert "(off a line by up to 4.1 nats, gone after 5 layers)" in said
+    assert "too fast for a line" in words._count(fast, "attention", ["causal"])
+    assert "not exponential" not in words._count(fits, "attention", ["causal"])
 
 
 # -- rank -------------------------------------------------------------------------------------
@@ -165,6 +183,9 @@ def test_a_run_on_our_models_is_read_back_and_says_the_same(tmp_path: Path) -> N
     back = _run.read_table(outcome.folder)
     assert rank.text(back) == outcome.text
     assert rank.claims(back) == rank.claims(outcome.table) == []
+    # One pair of placements, two measures, two states.
+    assert "These are 4 comparisons at 95% each" in outcome.text
+    assert "(Bonferroni, 98.75%)" in outcome.text
     assert "Pre-Norm minus QKV-Norm (study models, trained, 2 and 2 seeds)" in outcome.text
     assert "nan" not in outcome.text
     rank.figure(back)

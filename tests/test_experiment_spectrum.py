@@ -32,6 +32,7 @@ from qkvnorm_lens.markov import (
 )
 from tests.watching import one_thread, shape_checks_off
 
+EYE = torch.eye(3, dtype=torch.float64)
 SEEDS = st.integers(0, 2**20)
 ALL = [
     Recursion(attention=a, causal=c, centred=f, norm=n, skip=s)  # type: ignore[arg-type]
@@ -255,6 +256,13 @@ def test_seeds_decide_all_and_the_global_state_is_left() -> None:
         (lambda: propagate(Recursion(), 5, 1, seed=1, width=4), "width: wanted an integer >= 5"),
         (lambda: Recursion(attention="sparse"), "attention: wanted one of"),  # type: ignore[arg-type]
         (lambda: Recursion(gain=0.0), "gain: wanted a number > 0; got 0.0"),
+        (lambda: Recursion(gain="1"), "gain: wanted a number > 0; got '1'"),  # type: ignore[arg-type]
+        (lambda: Recursion(gain=True), "gain: wanted a number > 0; got True"),
+        (lambda: Recursion(causal="no"), "causal: wanted True or False; got 'no'"),  # type: ignore[arg-type]
+        (lambda: Recursion(skip=1), "skip: wanted True or False; got 1"),  # type: ignore[arg-type]
+        (lambda: random_softmax(torch.eye(3), seed=0), r"x: wanted .* float64; got .*float32"),
+        (lambda: random_softmax(torch.ones(3).double(), seed=0), r"x: wanted .*; got \[3\]"),
+        (lambda: random_softmax(EYE, seed=0, d_head=0), "d_head: wanted an integer >= 1; got 0"),
         (lambda: gradient_norms(propagate(Recursion(), 3, 1, seed=0), probes=0), "probes: wanted"),
     ],
 )
@@ -337,12 +345,92 @@ def test_claims_follow_the_numbers(outcome: Any) -> None:
     assert again[depth] == "no"
 
 
+def of_network(table: pd.DataFrame, what: str, **more: Any) -> pd.Series[bool]:
+    wanted = {"what": what, "attention": "softmax", "mask": "causal", "norm": 0, "skip": 1} | more
+    chosen = pd.Series(True, index=table.index)
+    for column, value in wanted.items():
+        chosen &= table[column] == value
+    return chosen
+
+
+def line_of(said: str, start: str) -> str:
+    return next(line for line in said.splitlines() if line.startswith(f"| {start}"))
+
+
+def test_dead_seeds_are_counted(outcome: Any) -> None:
+    """A seed with nothing left stands in the text, and no claim counts it as a gain."""
+    table = outcome.table.copy()
+    name = "softmax, causal, A - U, skip"
+    assert " of " not in line_of(spectrum.text(table), name)
+    last = int(table.loc[table["what"] == "depth", "layer"].max())
+    table.loc[of_network(table, "depth", fix=1, layer=last, seed=0), "value"] = math.nan
+    table.loc[of_network(table, "gradient", fix=1, layer=0, seed=0), "value"] = 0.0
+    line = line_of(spectrum.text(table), name)
+    assert "(1 of 2 seeds; nothing left of the others)" in line
+    assert "(1 of 2 seeds, 0 in the others)" in line
+    table.loc[of_network(table, "depth", fix=1, layer=last), "value"] = math.nan
+    assert line_of(spectrum.text(table), name).startswith(f"| {name} | nothing left |")
+    spectrum.claims(table)
+
+
+@given(st.lists(st.floats(1e-12, 1e12), min_size=2, max_size=6), st.integers(0, 3))
+def test_gradients_are_geometric_means_over_living_seeds(values: list[float], dead: int) -> None:
+    found = words.sizes(pd.Series([*values, *[0.0, math.nan, 0.0][:dead]]))
+    assert found.centre == pytest.approx(math.prod(v ** (1 / len(values)) for v in values))
+    assert (found.least, found.most) == (min(values), max(values))
+    assert (found.n, found.of) == (len(values), len(values) + dead)
+    assert math.isinf(found.away(1.0)) == (dead > 0)
+    scaled = words.sizes(pd.Series(values) * 7)
+    assert scaled.centre == pytest.approx(7 * found.centre)
+
+
+def test_the_size_that_gradients_are_held_by_is_one_layers(outcome: Any) -> None:
+    """|dX_1/dW_0|_F of the fix alone, as the backward passes have it."""
+    for attention, mask in words.DEEP:
+        made = Recursion(attention=attention, causal=mask == "causal", centred=True)  # type: ignore[arg-type]
+        wanted = [
+            gradient_norms(propagate(made, 20, 1, seed=s), probes=400)[0] for s in range(20, 26)
+        ]
+        got = words._one_layer(outcome.table, attention, mask, 20)
+        assert got == pytest.approx(np.mean(wanted), rel=0.15)
+
+
+def test_softmax_under_a_causal_mask_is_run_in_depth(outcome: Any) -> None:
+    table = outcome.table
+    got = table.loc[of_network(table, "depth", fix=1, norm=1, layer=3, seed=1), "value"].item()
+    made = Recursion(attention="softmax", causal=True, centred=True, norm=True, skip=True)
+    assert got == pytest.approx(stable_rank(propagate(made, 20, 3, seed=1).states[-1].detach()))
+    depth, gradient = (
+        next(c for c in spectrum.claims(table) if c.what.startswith(start))
+        for start in ("the fix keeps rank in depth", "the gap worsens")
+    )
+    assert "softmax, causal:" in depth.ours
+    assert "softmax, causal:" in gradient.ours
+    scaled = table["attention"].str.endswith(" scaled")
+    assert scaled.any()
+    assert set(table.loc[scaled, "mask"]) == {"none"}  # sqrt(T) keeps lengths there alone
+    # A table that was made before it was run is read too.
+    old = table[~((table["attention"] == "softmax") & (table["mask"] == "causal"))]
+    old = pd.concat([old, table[table["what"].isin(["spectrum", "width"])]]).drop_duplicates()
+    assert "softmax, causal:" not in " ".join(c.ours for c in spectrum.claims(old))
+    assert "softmax, causal, A, neither" not in spectrum.text(old)
+
+
+def test_each_stable_rank_is_named_and_defined(outcome: Any) -> None:
+    said = outcome.text
+    for header in ("stable rank of XX^T, one layer", "stable rank of A |"):
+        assert header in said
+    for definition in ("XX^T: |S|_F²/|S|_2² of S = XX^T", "Stable rank of A: |A|_F²/s1²"):
+        assert definition in said
+    assert "| stable rank |" not in said
+
+
 # -- the experiment centring ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Twelve copies of one small model under the names of the runs, and logs made by hand."""
+    """Copies of one small model under the names of the runs, and logs made by hand."""
     source = train.MODELS / "study-pre-1"
     for placement, groups in centring.PAIRS.items():
         for seed in centring.SEEDS:
@@ -411,16 +499,16 @@ def test_differences_are_taken_within_a_seed(shift: list[float], gain: float) ->
 
 
 def test_missing_runs_are_named_with_their_command(folder: Path) -> None:
-    for name in ("centred-none-2", "plain-none-3"):
+    for name in ("centred-pre-2", "confound-pre-3"):
         shutil.rmtree(folder / name)
-    with pytest.raises(ValueError, match=r"train centred-none-2 plain-none-3$"):
+    with pytest.raises(ValueError, match=r"train centred-pre-2 confound-pre-3$"):
         centring.parts((), "full")
     assert len(centring.parts((), "smoke")) == 2
 
 
 def test_runs_that_differ_in_more_than_the_fix_are_refused(folder: Path) -> None:
-    assert len(centring.parts((), "full")) == 12
-    path = folder / "centred-none-1" / "card.json"
+    assert len(centring.parts((), "full")) == 6
+    path = folder / "centred-pre-1" / "card.json"
     card = json.loads(path.read_text())
     card["run"]["steps"] = 17
     path.write_text(json.dumps(card))

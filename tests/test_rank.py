@@ -113,6 +113,42 @@ def test_ranks_lie_between_one_and_the_rank(size: tuple[int, int], rank: int, se
     assert 0 <= found["mean_cosine"] <= 1
 
 
+HALF = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@given(size=st.tuples(st.integers(2, 40), st.integers(2, 40)), rank=st.integers(1, 40), seed=seeds)
+def test_rounding_makes_no_rank(
+    dtype: torch.dtype, size: tuple[int, int], rank: int, seed: int
+) -> None:
+    rank = min(rank, *size)
+    x = matrix(seed, size[0], rank) @ matrix(seed + 1, rank, size[1])
+    stored = x.to(dtype)
+    assert 1 <= measures(stored, torch.finfo(dtype).eps / 2)["rank"] <= rank
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", [(4, 4096), (64, 2048), (300, 130)])
+def test_wide_tokens_in_half_precision_keep_their_rank(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    """Singular values of random tokens lie near the largest, far above rounding."""
+    found = measures(matrix(5, *shape).to(dtype), torch.finfo(dtype).eps / 2)
+    assert found["rank"] == min(shape)
+    assert 1 <= found["effective_rank"] <= found["rank"]
+
+
+def test_a_rank_that_rounding_hides_is_no_number() -> None:
+    assert math.isnan(measures(torch.eye(9, dtype=torch.float64), 0.34)["rank"])  # 1 < 0.34 * 3
+    assert measures(torch.eye(9, dtype=torch.float64), 0.33)["rank"] == 9
+
+
+def test_the_stable_rank_is_that_of_x_and_not_of_its_gram_matrix() -> None:
+    x = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64))
+    assert measures(x)["stable_rank"] == pytest.approx(5 / 4)
+    assert measures(x @ x.T)["stable_rank"] == pytest.approx(17 / 16)
+
+
 @pytest.mark.parametrize("n", [2, 3, 7])
 def test_known_matrices(n: int) -> None:
     one = measures(torch.eye(n, dtype=torch.float64))
@@ -327,6 +363,23 @@ def test_two_tokens_are_one_without_the_first() -> None:
     assert (alone["rank"] == 1).all()
     assert alone["mean_cosine"].isna().all()
     assert report.to_frame()["mean_cosine"].notna().all()
+    assert "nan" not in str(report)
+    assert "no mean |cosine| (no two tokens" in str(report)
+
+
+def test_a_model_in_half_precision_has_a_rank() -> None:
+    model = models.tiny_llama().to(torch.bfloat16)
+    frame = hooks.rank_profile(model, ids, progress=False).to_frame()
+    assert (frame["rank"] >= 1).all()
+    assert (frame["effective_rank"] <= frame["rank"] * (1 + 1e-9)).all()
+
+
+def test_what_is_no_model_and_one_token_are_named() -> None:
+    with shape_checks_off():
+        with pytest.raises(TypeError, match=r"model: wanted a TransformerBridge .*; got Linear"):
+            hooks.rank_profile(torch.nn.Linear(2, 2), "x")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"at least 2 tokens .*nothing to compare.; got 1"):
+            hooks.rank_profile(models.tiny_gpt2(), ids[:1, :1], progress=False)
 
 
 def test_the_model_is_left_as_it_was() -> None:

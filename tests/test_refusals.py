@@ -10,6 +10,7 @@ import torch
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+import hooks
 from hooks import UnsupportedModelError, attention_sites
 from qkvnorm_lens.adapter import to_bridge, to_plain
 from tests import models
@@ -78,6 +79,19 @@ def test_scores_that_pass_for_masks_are_refused_by_size() -> None:
             block.attn.q.weight.mul_(1e5)
     with pytest.raises(UnsupportedModelError, match=r"told from masks: wanted scores up to 30000"):
         attention_sites(model)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["blocks.0.mlp.out.weight", "blocks.1.attn.k.weight"])
+def test_scores_that_are_not_finite_are_named(where: str, bad: float) -> None:
+    """A score that is NaN would pass for a masked one, and leave nothing to verify."""
+    model = models.tiny_gpt2()
+    with torch.no_grad():
+        model.get_parameter(where)[0, 0] = bad
+    wanted = r"layer 1: the scores of the self-check: wanted finite numbers; got (NaN|an infinite)"
+    for measure in (hooks.spectral_gap, hooks.symmetry_gap, hooks.collapse_probe):
+        with pytest.raises(UnsupportedModelError, match=wanted):
+            measure(model, [[1, 2, 3, 4]])
 
 
 def test_heads_results_are_z_times_their_output_matrix() -> None:

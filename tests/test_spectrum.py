@@ -369,3 +369,18 @@ def test_cross_attention_is_refused_and_can_be_left_out() -> None:
     assert (encoder["uniform_s2"] < 1e-9).all()
     with pytest.raises(ValueError, match="lengths: wanted prompts of tokens alone"):
         hooks.spectral_gap(t5, ids, layers=own, lengths=[5], decoder_tokens=ids, progress=False)
+
+
+def test_the_summary_says_where_the_model_averages_with_a_minus_u(tmp_path: Path) -> None:
+    said = "Values are averaged with A - U"
+    plain = to_bridge(ours())
+    assert said not in hooks.spectral_gap(plain, ids, progress=False).summary()
+    report = hooks.spectral_gap(to_bridge(ours(centred=True)), ids, progress=False)
+    assert f"{said}, not with A" in report.summary()
+    assert SpectrumReport.load(report.save(tmp_path / "r")).summary() == report.summary()
+    with hooks.CentredAttention(layers=(1,)).applied(plain):
+        fixed = hooks.spectral_gap(plain, ids, progress=False)
+        first = hooks.spectral_gap(plain, ids, layers=[0], progress=False)
+    assert f"{said} in L1, not with A" in fixed.summary()
+    assert said not in first.summary()
+    assert said not in hooks.spectral_gap(plain, ids, progress=False).summary()

@@ -24,6 +24,7 @@ N: Final = 32  # tokens
 D: Final = 32  # width
 EVEN_MOST: Final = 30.0  # a decay rate that leaves nothing but rounding
 SMALL: Final = 1e-3  # share of its start at which relative mu counts as collapsed
+LINE: Final = 0.5  # nats about a line through ln mu (root mean square) up to which it is one
 MASKS: Final = (
     "complete",
     "causal",
@@ -71,8 +72,14 @@ def rate(table: pd.DataFrame, setting: str, mask: str) -> Mean:
     return mean(runs(table, setting, mask)["rate"].astype(float).dropna().tolist())
 
 
+def exponential(table: pd.DataFrame, setting: str, mask: str) -> bool:
+    """Whether ln mu keeps to a line, within `LINE`, in every seed: only then is its rate one."""
+    mine = runs(table, setting, mask)
+    return bool((mine["rate"].notna() & (mine["off"] < LINE)).all())
+
+
 def collapses(table: pd.DataFrame, setting: str, mask: str) -> Verdict:
-    """Whether mu falls exponentially in every seed: its rate, or that it is gone."""
+    """Whether mu falls in every seed, exponentially or not: its trend, or that it is gone."""
     mine = runs(table, setting, mask)
     gone = mine["end"] < SMALL * mine["start"]
     if not bool((gone | (mine["rate"] > 0)).all()):
@@ -88,13 +95,29 @@ def _together(verdicts: Sequence[Verdict]) -> Literal["yes", "no", "in part", "n
 
 
 def _count(table: pd.DataFrame, setting: str, masks: Sequence[str]) -> str:
-    """``3 of 4 masks collapse (window 4: not decided)``."""
+    """``3 of 4 masks collapse (window 4: not decided), not exponential: complete (..., ...)``."""
     found = {mask: collapses(table, setting, mask) for mask in masks}
     said = {"no": "not in every seed", "not decided": "not decided"}
     rest = [f"{m}: {said[v]}" for m, v in found.items() if v != "yes"]
-    return f"{len(found) - len(rest)} of {len(found)} masks collapse" + (
-        f" ({', '.join(rest)})" if rest else ""
+    bent = [m for m in masks if not exponential(table, setting, m)]
+    return "".join(
+        (
+            f"{len(found) - len(rest)} of {len(found)} masks collapse",
+            f" ({', '.join(rest)})" if rest else "",
+            ", not exponential: " + ", ".join(_gone(table, setting, m) for m in bent)
+            if bent
+            else "",
+        )
     )
+
+
+def _gone(table: pd.DataFrame, setting: str, mask: str) -> str:
+    """``complete (off a line by up to 2 nats, gone after 3 layers)``, the seeds' median."""
+    mine = runs(table, setting, mask)
+    layers, off = _layers(mine), mine["off"].astype(float).max()
+    line = "too fast for a line" if math.isnan(off) else f"off a line by up to {off:.2g} nats"
+    gone = "not gone" if layers.startswith(">") else f"gone after {layers} layers"
+    return f"{mask} ({line}, {gone})"
 
 
 def masks_of(table: pd.DataFrame, setting: str) -> list[str]:
@@ -210,11 +233,13 @@ def _draw_held(ax: Axes, table: pd.DataFrame) -> None:
 # -- words ------------------------------------------------------------------------------------
 
 
-def _value(found: Mean, digits: int = 3) -> str:
-    if math.isnan(found.value):
-        return "too fast for a line"
+def _rate(table: pd.DataFrame, setting: str, mask: str) -> str:
+    """The rate where there is one."""
+    if not exponential(table, setting, mask):
+        return "not exponential"
+    found = rate(table, setting, mask)
     half = "" if math.isnan(found.half) else f" ± {found.half:.2g}"
-    return f"{found.value:.{digits}g}{half}"
+    return f"{found.value:.3g}{half}"
 
 
 def text(table: pd.DataFrame) -> str:
@@ -226,8 +251,11 @@ def text(table: pd.DataFrame) -> str:
         "W_Q and W_K with entries N(0, 1) and fresh orthogonal W_V in each layer (unless said "
         f"otherwise), {n_seeds} seeds. Rate: of the exponential decay of mu/||X||_F per layer, a "
         "least-squares line through its logarithm over the later half of the layers above "
-        "rounding (1e-10); mean over seeds with 95% interval. Even: the rate of attention that "
-        "weighs all tokens in the mask alike, -ln of its matrix's second eigenvalue. Layers: until "
+        "rounding (1e-10); mean over seeds with 95% interval. Not exponential: in one seed or more "
+        f"the logarithm is off that line by {LINE:g} or more (root mean square, nats), or fewer "
+        "than three layers are above rounding: no rate, only layers until it is gone. Even: the "
+        "rate of attention that weighs all tokens in the mask alike, -ln of its matrix's second "
+        "eigenvalue. Layers: until "
         f"mu/||X||_F is {SMALL:g} of its start (the seeds' median). Bound: -ln(1 - eps^r)/r with "
         "the least weight eps of each run and the radius r.",
         "",
@@ -256,7 +284,7 @@ def _mask_rows(table: pd.DataFrame) -> list[list[str]]:
             [
                 mask,
                 f"{radius:.0f}" if math.isfinite(radius) else "none",
-                _value(rate(table, "attention", mask)),
+                _rate(table, "attention", mask),
                 _even(mine),
                 _layers(mine),
                 f"{bound:.1e}" if math.isfinite(bound) else "none",
@@ -273,10 +301,7 @@ def _even(mine: pd.DataFrame) -> str:
 def _setting_rows(table: pd.DataFrame) -> list[list[str]]:
     return [
         [setting]
-        + [
-            f"{_value(rate(table, setting, mask))} ({_layers(runs(table, setting, mask))})"
-            for mask in FEW
-        ]
+        + [f"{_rate(table, setting, mask)} ({_layers(runs(table, setting, mask))})" for mask in FEW]
         for setting in SETTINGS
     ]
 
@@ -326,13 +351,17 @@ def _across(table: pd.DataFrame) -> str:
     """Whether the radius also orders masks of different kinds."""
     two, one = "window 4", "one-way 4"
     radii = [float(runs(table, "attention", m)["radius"].iloc[0]) for m in (two, one)]
+    bent = [m for m in (two, one) if not exponential(table, "attention", m)]
+    if bent:
+        return f"Across kinds: no rates to compare, {' and '.join(bent)} not exponential."
     rates = [rate(table, "attention", m) for m in (two, one)]
     slower = two if rates[0].value < rates[1].value else one
     larger = two if radii[0] > radii[1] else one
     agrees = "as the radius says" if slower == larger else "although its radius is the smaller one"
+    said = [_rate(table, "attention", m) for m in (two, one)]
     return (
-        f"Across kinds: {two} (radius {radii[0]:.0f}) has the rate {_value(rates[0])}, {one} "
-        f"(radius {radii[1]:.0f}) {_value(rates[1])}: {slower} is slower, {agrees}. (One way, the "
+        f"Across kinds: {two} (radius {radii[0]:.0f}) has the rate {said[0]}, {one} "
+        f"(radius {radii[1]:.0f}) {said[1]}: {slower} is slower, {agrees}. (One way, the "
         "slowest is the second token, which halves its distance to the first in a layer of even "
         "attention: ln 2 = 0.69 whatever the width, after a start that takes longer for narrow "
         "windows.)"
@@ -389,12 +418,13 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     held_all = bool(stay.all())
     return [
         Claim(
-            "mu falls exponentially for every mask with a centre",
-            "for every mask whose graph has a node from which all are reached",
+            "mu falls, at least exponentially, for every mask with a centre",
+            "exponentially, for every mask whose graph has a node from which all are reached",
             f"{_count(table, 'attention', with_centre)}; without a centre it "
             f"{'stays' if stays else 'falls too'}",
             _together(verdicts) if stays else "in part",
-            how,
+            f"{how}; here every token sees itself (the bound wants it of a centre). Where no line "
+            "fits and it is gone after a few layers, it fell faster than one rate says",
         ),
         Claim(
             "local masks are slower",

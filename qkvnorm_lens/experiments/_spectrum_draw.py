@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -45,9 +46,25 @@ def figure(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def _curve(ax: Axes, rows: pd.DataFrame, x: str, colour: str, style: str, **more: Any) -> None:
-    """Mean over seeds, and a band from the least to the greatest."""
-    by = rows.groupby(x)["value"].agg(["mean", "min", "max"]).dropna()
+def _curve(
+    ax: Axes,
+    rows: pd.DataFrame,
+    x: str,
+    colour: str,
+    style: str,
+    *,
+    geometric: bool = False,
+    **more: Any,
+) -> None:
+    """Mean over seeds, and a band from the least to the greatest; no point where a seed has none.
+
+    A geometric mean wants numbers above 0.
+    """
+    values = rows["value"].astype(float)
+    if geometric:
+        values = values.where(values > 0).map(math.log, na_action="ignore")
+    by = values.groupby(rows[x]).agg(["mean", "min", "max"])[values.notna().groupby(rows[x]).all()]
+    by = by.map(math.exp) if geometric else by
     ax.plot(by.index, by["mean"], style, color=colour, linewidth=1.3, markersize=4, **more)
     ax.fill_between(by.index, by["min"], by["max"], color=colour, alpha=0.18, linewidth=0)
 
@@ -119,7 +136,7 @@ def _depth(ax: Axes, rows: pd.DataFrame, *, legend: bool = False) -> None:
         for (norm, skip), style in STYLES.items():
             of = pick(mine, norm=norm, skip=skip)
             if len(of):
-                _curve(ax, of, "layer", colour, style)
+                _curve(ax, of, "layer", colour, style, geometric=legend)
     if legend:
         for name, colour in (("A", BLUE), ("A - U", ORANGE), (r"$\sqrt{T}$ (A - U)", GREEN)):
             ax.plot([], [], color=colour, label=name)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUMS: Final[dict[Size, int]] = {"smoke": 200, "quick": 2_000, "full": 20_000}
-PAIRS: Final = {"pre": ("confound-pre", "centred-pre"), "none": ("plain-none", "centred-none")}
+PAIRS: Final = {"pre": ("confound-pre", "centred-pre")}
 """By placement: the runs with A, and those with A - U."""
 SEEDS: Final = (1, 2, 3)
 LAST: Final = 5  # rows of the log: the final loss is their mean
@@ -198,7 +198,7 @@ def _differences(ax: Axes, table: pd.DataFrame, placements: list[str]) -> None:
 
 def text(table: pd.DataFrame) -> str:
     """Runs with and without the fix, and the differences seed by seed."""
-    head = ["", "fix", "seeds", FINAL, WHOLE, *KINDS, "gap", "stable rank", "A - U: s1"]
+    head = ["", "fix", "seeds", FINAL, WHOLE, *KINDS, "gap", "stable rank of A", "A - U: s1"]
     body = []
     for placement in _placements(table):
         for fix in (0, 1):
@@ -221,8 +221,9 @@ def text(table: pd.DataFrame) -> str:
         markdown(head, body),
         "",
         f"{steps:,} steps each; losses in nats per scored token (final: over the last {LAST} "
-        "entries of the log; mean: over the whole run); accuracy in percent; gap, stable rank and "
-        "what U leaves: of the trained patterns A. 95% intervals over seeds.",
+        "entries of the log; mean: over the whole run); accuracy in percent; gap s1 - s2, stable "
+        "rank |A|_F²/s1² and s1 of A - U: of the trained patterns A, also where values are "
+        "averaged with A - U. 95% intervals over seeds.",
     ]
     for placement in _placements(table):
         lines += [

@@ -148,7 +148,7 @@ def _of_mask(setting: str, mask: str, scale: Scale) -> pd.DataFrame:
         window = path.fit().last // 2  # the later half of what is above rounding
         fit = path.fit(window)
         over = path.mu - path.bound - 1e-9 * path.mu[0]  # rounding of N unit tokens
-        last = measures(path.states[-1], FLOOR / max(N, D))
+        last = measures(path.states[-1], FLOOR)
         rows.append(
             {
                 "row": "run",

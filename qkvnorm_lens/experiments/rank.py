@@ -1,4 +1,4 @@
-"""Rank of the tokens by depth, trained and at random start (Wu et al. 2024; Naderi et al. 2024)."""
+"""Rank of the tokens by depth, trained and at random start (Wu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ SHOWN: Final = {
     "mean_cosine": "mean |cosine| of tokens",
 }
 NOT_BUILT: Final = "not built"
+LEVEL: Final = 0.95  # of an interval
 SEED: Final = 1  # of a language model's random start
 
 
@@ -249,9 +250,11 @@ def text(table: pd.DataFrame) -> str:
         markdown(head, rows),
         "",
         "The residual stream behind the embedding → behind the last block, the first token left "
-        "out; per prompt, then means over prompts and seeds (95% intervals over seeds). Effective "
-        "rank: exp of the entropy of the normalised singular values (Roy and Vetterli 2007); "
-        "numerical rank: singular values above rounding of the model's dtype. Beside: the largest "
+        "out; per prompt, then means over prompts and seeds (95% intervals over seeds). Stable "
+        "rank: of X, ‖X‖_F²/‖X‖₂² (that of XXᵀ, with fourth powers, is in the experiment "
+        "spectrum). Effective rank: exp of the entropy of the normalised singular values (Roy and "
+        "Vetterli 2007); numerical rank: singular values above what rounding to the model's dtype "
+        "can make, eps/2 ‖X‖_F. Beside: the largest "
         f"share of ‖X‖² that the first token has at any depth. Tokens of a prompt (mean): {read}. "
         "Cosines without their sign. Random start: the same configuration before training (our "
         "models: their own seed's weights).",
@@ -293,30 +296,45 @@ def _findings(table: pd.DataFrame) -> list[str]:
     return lines
 
 
+PAIRS: Final = (("pre", "qkv"), ("pre", "none"), ("qkv", "none"))
+COMPARED: Final = {"effective_rank": "effective rank", "mean_cosine": "mean cosine"}
+
+
 def _placements(table: pd.DataFrame) -> list[str]:
     """Differences between the study models' placements at the end, where seeds allow."""
     study = table[table["group"].str.startswith(STUDY)]
-    lines = []
+    found = []
     for state in STATES:
         if study.empty or stream(study, state).empty:
             continue
         last = ends(study, state)
-        for one, other in (("pre", "qkv"), ("pre", "none"), ("qkv", "none")):
-            a, b = (last[last["placement"] == p] for p in (one, other))
-            if min(len(a), len(b)) < 2:
-                continue
-            said = []
-            for name, what in (
-                ("effective_rank", "effective rank"),
-                ("mean_cosine", "mean cosine"),
-            ):
-                gap = difference(a[name].tolist(), b[name].tolist())
-                verdict = "" if gap.excludes_zero else ", not decided"
-                said.append(f"{what} {gap.value:+.2f} ± {gap.half:.2f}{verdict}")
-            lines.append(
-                f"{NAMES[one]} minus {NAMES[other]} (study models, {state}, {len(a)} and {len(b)} "
-                f"seeds), behind the last block: {'; '.join(said)}."
-            )
+        for pair in PAIRS:
+            a, b = (last[last["placement"] == p] for p in pair)
+            if min(len(a), len(b)) > 1:
+                found.append((state, pair, a, b))
+    if not found:
+        return []
+    tried, decided, corrected, lines = len(found) * len(COMPARED), 0, 0, []
+    level = 1 - (1 - LEVEL) / tried
+    for state, (one, other), a, b in found:
+        said = []
+        for name, what in COMPARED.items():
+            both = a[name].tolist(), b[name].tolist()
+            gap = difference(*both, level=LEVEL)
+            decided += gap.excludes_zero
+            corrected += difference(*both, level=level).excludes_zero
+            verdict = "" if gap.excludes_zero else ", not decided"
+            said.append(f"{what} {gap.value:+.2f} ± {gap.half:.2f}{verdict}")
+        lines.append(
+            f"{NAMES[one]} minus {NAMES[other]} (study models, {state}, {len(a)} and {len(b)} "
+            f"seeds), behind the last block: {'; '.join(said)}."
+        )
+    lines.append(
+        f"These are {tried} comparisons at {100 * LEVEL:.0f}% each, not corrected for their "
+        "number: where nothing differs one in twenty would still be decided, by chance. Decided: "
+        f"{decided}; at a level corrected for all of them (Bonferroni, {100 * level:.2f}%): "
+        f"{corrected}."
+    )
     return lines
 
 
@@ -347,7 +365,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
 EXPERIMENT: Final = Experiment(
     name="rank",
     title="Rank of the tokens by depth, trained and at random start",
-    source="Wu et al. 2024; stable rank: Naderi et al. 2024",
+    source="Wu et al. 2024",
     models="any",
     minutes={"smoke": 0.1, "quick": 0.5, "full": 2.5},
     parts=parts,

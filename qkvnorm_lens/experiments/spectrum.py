@@ -19,7 +19,7 @@ import pandas as pd
 from qkvnorm_lens.experiments._base import Experiment, Part, Size, Subject
 from qkvnorm_lens.experiments._read import Amount, reading
 from qkvnorm_lens.experiments._spectrum_draw import figure
-from qkvnorm_lens.experiments._spectrum_words import claims, text
+from qkvnorm_lens.experiments._spectrum_words import DEEP, claims, text
 
 if TYPE_CHECKING:
     import torch
@@ -145,14 +145,18 @@ def depth(scale: Scale, attention: str, mask: str) -> pd.DataFrame:
 
 
 def networks(attention: str, mask: str, n_tokens: int) -> Iterable[Recursion]:
-    """All combinations of fix, LayerNorm and skip; and the fix with updates times sqrt(T)."""
+    """All combinations of fix, LayerNorm and skip; without a mask the fix times sqrt(T) as well.
+
+    Under a causal mask no one factor keeps the lengths of what the fix leaves.
+    """
     from qkvnorm_lens.markov import Recursion
 
     kind: Any = attention
     causal = mask == "causal"
     for fix, norm, skip in itertools.product((False, True), repeat=3):
         yield Recursion(attention=kind, causal=causal, centred=fix, norm=norm, skip=skip)
-    yield Recursion(attention=kind, causal=causal, centred=True, gain=math.sqrt(n_tokens))
+    if not causal:
+        yield Recursion(attention=kind, centred=True, gain=math.sqrt(n_tokens))
 
 
 def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -229,10 +233,7 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
         Part("spectra", partial(spectra, scale), None, {**settings, "narrow": NARROW}),
         Part("width", partial(width, scale), None, settings),
     ]
-    made += [
-        Part(f"depth-{a}-{m}", partial(depth, scale, a, m), None, settings)
-        for a, m in (("markov", "none"), ("markov", "causal"), ("softmax", "none"))
-    ]
+    made += [Part(f"depth-{a}-{m}", partial(depth, scale, a, m), None, settings) for a, m in DEEP]
     made += [
         Part(s.name, partial(measure, s, scale), s, {**settings, "lengths": LENGTHS[s.kind]})
         for s in subjects
@@ -245,9 +246,10 @@ EXPERIMENT: Final = Experiment(
     title="The spectral gap of attention, rank in width and depth, gradients, and the fix",
     source="Naderi et al. 2024 (arXiv 2410.07799)",
     models="any",
-    minutes={"smoke": 0.1, "quick": 0.3, "full": 1.5},
+    minutes={"smoke": 0.1, "quick": 0.4, "full": 2.0},
     parts=parts,
     figure=figure,
     text=text,
     claims=claims,
+    version=2,
 )
