@@ -17,12 +17,14 @@ from hooks._reports import read_report, write_report
 SymmetryBy = Literal["variant", "layer", "permutation", "distance"]
 FLOORS = 2  # how often each prompt is run again with the last digit of its stream changed
 REACH = 16  # the greatest distance of positions that are compared
-CLEAR = 10.0  # a gap that is not so many times what rounding does is called zero
+CLEAR = 10.0  # a gap is clear that is so many times what rounding does
+SMALL = 0.01  # of total variation and stream: what is no gap where rounding lets it be seen
 _FORMAT = "qkvnorm-lens symmetry report 1"
 _ARRAYS = (
     "kl", "tv", "logits", "moved", "stream", "added", "floor_tv", "floor_logits", "floor_stream",
     "similarity", "pairs", "nearer",
 )  # fmt: skip
+Verdict = Literal["gap", "none", "undecided"]
 _MEASURES = ("kl", "tv", "logits", "moved")
 
 
@@ -80,14 +82,41 @@ class SymmetryReport:
     pairs: Float[np.ndarray, "variant distance"] = field(repr=False)
     nearer: Float[np.ndarray, "variant prompt point"] = field(repr=False)
 
-    def vanishes(self, variant: str) -> bool:
-        """Whether no permutation changes a logit by ten times what rounding does.
+    def verdict(self, variant: str) -> Verdict:
+        """Whether there is a gap, as far as rounding lets it be seen; prompt by prompt.
+
+        With g a prompt's largest change of a logit over permutations, f the largest that rounding
+        makes of the same prompt, and m the median of f over prompts (a prompt of which rounding
+        happened to do little is not measured more exactly than others), a prompt has
+
+        - a gap, where ``g > 10 max(f, m)``;
+        - none, where it has not, and ten times what rounding does, or else what the permutations
+          themselves do, is at most 0.01 in total variation and in |y - y_pi| / |y| behind the last
+          block;
+        - else it is undecided: both are more than that, and a gap could hide in the rounding.
+
+        Returns:
+            ``"gap"``: of one prompt at least; ``"none"``: of no prompt; ``"undecided"`` otherwise.
 
         Raises:
             ValueError: a variant that was not measured.
         """
         i = self._index(variant)
-        return bool(self.logits[i].max() <= CLEAR * self.floor_logits[i].max())
+        gap, floor = self.logits[i].max(-1), self.floor_logits[i].max(-1)
+        clear = gap > CLEAR * np.maximum(floor, np.median(floor))
+        if clear.any():
+            return "gap"
+        by_rounding = np.maximum(self.floor_tv[i], self.floor_stream[i, :, :, -1]).max(-1)
+        by_order = np.maximum(self.tv[i], self.stream[i, :, :, -1]).max(-1)
+        return "none" if (np.minimum(CLEAR * by_rounding, by_order) <= SMALL).all() else "undecided"
+
+    def vanishes(self, variant: str) -> bool:
+        """Whether there is no gap: :meth:`verdict` is ``"none"``, neither a gap nor undecided.
+
+        Raises:
+            ValueError: a variant that was not measured.
+        """
+        return self.verdict(variant) == "none"
 
     def _index(self, variant: str) -> int:
         if variant not in self.settings.variants:
@@ -104,7 +133,8 @@ class SymmetryReport:
 
             By variant: kl, tv, logits, moved, stream (behind the last block), each a mean over
             prompts and permutations; largest (of the differences of logits); floor_tv,
-            floor_logits, floor_stream (what rounding does: the largest of its runs); vanishes.
+            floor_logits, floor_stream (what rounding does: the largest of its runs); verdict
+            (``"gap"``, ``"none"``, ``"undecided"``); vanishes (none).
 
             By layer, the stream before the first block (layer -1, ``embed``) and behind each:
             layer, label, stream, added (means), floor_stream, neighbours and distant (mean cosine
@@ -136,7 +166,8 @@ class SymmetryReport:
         row["floor_tv"] = float(self.floor_tv[i].max())
         row["floor_logits"] = float(self.floor_logits[i].max())
         row["floor_stream"] = float(self.floor_stream[i, :, :, -1].max())
-        row["vanishes"] = self.vanishes(variant)
+        row["verdict"] = self.verdict(variant)
+        row["vanishes"] = row["verdict"] == "none"
         return [row]
 
     def _points(self) -> list[tuple[int, str]]:
@@ -212,12 +243,23 @@ class SymmetryReport:
                 continue
             parts.append(
                 f"{named}: total variation {row['tv']:.3g}, KL {row['kl']:.3g} nats, the arg max "
-                f"moves in {100 * row['moved']:.3g}%."
+                f"moves in {100 * row['moved']:.3g}%{self._doubt(row)}."
             )
         bare = self._bare()
-        if bare in s.variants and not self.vanishes(bare):
+        if bare in s.variants and self.verdict(bare) == "gap":
             parts.append("Something else than positions and mask tells this model the order.")
         return " ".join([*parts, *self._where(), *self._left()])
+
+    @staticmethod
+    def _doubt(row: pd.Series[Any]) -> str:
+        """What is said of a gap that rounding may have made."""
+        if row["verdict"] != "undecided":
+            return ""
+        return (
+            f"; undecided: rounding too large (a total variation of up to {row['floor_tv']:.2g}, "
+            f"logits by {row['floor_logits']:.2g}, the stream by {100 * row['floor_stream']:.2g}%; "
+            "a model in float32 can decide it)"
+        )
 
     def _bare(self) -> str:
         """The variant in which nothing is left of positions and mask."""
@@ -227,7 +269,7 @@ class SymmetryReport:
     def _where(self) -> list[str]:
         """Which block adds most, in the first variant that has a gap."""
         for variant in self.settings.variants:
-            if not self.vanishes(variant):
+            if self.verdict(variant) == "gap":
                 layers = self.to_frame("layer")
                 mine = layers[(layers["variant"] == variant) & (layers["layer"] >= 0)]
                 top = mine.nlargest(1, "added").iloc[0]

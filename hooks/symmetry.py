@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def symmetry_gap(
     model: HookedModel,
     tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
     *,
-    permutations: int | Sequence[Sequence[int]] = 8,
+    permutations: int | Sequence[Sequence[int]] | np.ndarray | Tensor = 8,
     seed: int = 0,
     keep_first: bool = False,
     positions: bool | None = None,
@@ -61,7 +62,9 @@ def symmetry_gap(
 
     *Rounding*: the same prompt is run again with the last digit of the stream (float32's, in
     float64 too: many models norm in float32 whatever their dtype) changed at random at the input of
-    every block. A gap that is not ten times as large as the change which that makes is called zero.
+    every block. Each prompt's gap is compared with the change which that makes: clearly above it
+    there is a gap, within ten times of it there is none where rounding is small, and where rounding
+    is large (in half precision mostly) it is undecided: :meth:`hooks.SymmetryReport.verdict`.
 
     *Neighbours*: the cosine similarity of the stream at positions i and i - d, by layer and d, of
     the prompts as they are (the first token left out): where order comes from the mask only, nearer
@@ -72,9 +75,10 @@ def symmetry_gap(
     Args:
         model: a TransformerBridge of a model of one sequence of tokens. Left as found.
         tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
-        permutations: how many are drawn for each prompt (uniformly of those that are not the
-            identity), or the permutations themselves, each the positions 0 .. n-1 in the order in
-            which their tokens shall stand, the last one last.
+        permutations: how many are drawn for each prompt (uniformly of those that change its ids:
+            equal tokens may change places), or the permutations themselves (a list of lists, an
+            array or a tensor ``[permutation, position]``), each the positions 0 .. n-1 in the order
+            in which their tokens shall stand, the last one last.
         seed: of the draws; a prompt's depend on it and on the prompt's index.
         keep_first: leave the first token (BOS, ``[``) in its place too: positions 1 .. n-2 are
             permuted, counted from 0; else 0 .. n-2, the paper's.
@@ -92,18 +96,17 @@ def symmetry_gap(
         UnsupportedModelError: positions or mask that were asked to be removed can't be; a model of
             two sequences, of images or sound; logits or a stream that are no finite numbers; or no
             hook at a block's input or output.
-        ValueError: a prompt with fewer than two tokens to permute, or a wrong argument.
+        ValueError: a prompt with fewer than two tokens to permute, or with equal ones alone; a
+            given permutation that leaves a prompt's ids as they are; or a wrong argument.
     """
     check_integers(batch_size=(batch_size, 1), seed=(seed, 0))
-    if not isinstance(permutations, Sequence):
-        check_integers(permutations=(permutations, 1))
-        permutations = int(permutations)
+    asked = _asked(permutations)
     _check_choices(keep_first=(keep_first, False), positions=(positions, True), mask=(mask, True))
     sites = attention_sites(model, tokens if isinstance(tokens, Mapping) else None)
     _refuse_two_sequences(model)
     chosen = _layers(sites, layers)
     prompts = encode(model, tokens, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    orders = _orders(prompts, permutations, seed, keep_first)
+    orders = _orders(prompts, asked, seed, keep_first)
     removals = find_removals(model, list(sites), prompts)
     variants = removals.variants(positions, mask)
     rows = _Rows(prompts, orders)
@@ -123,7 +126,7 @@ def symmetry_gap(
             measured.append(_measure(run, rows, batch_size, seed, bar))
     settings = SymmetrySettings(
         permutations=len(orders[0]) - 1,
-        seed=seed if isinstance(permutations, int) else None,
+        seed=seed if isinstance(asked, int) else None,
         keep_first=keep_first,
         variants=tuple(v.name for v in variants),
         layers=tuple(s.layer for s in chosen),
@@ -164,53 +167,105 @@ def _refuse_two_sequences(model: HookedModel) -> None:
         )
 
 
+def _asked(permutations: Any) -> int | list[np.ndarray]:
+    """How many permutations, or these.
+
+    Raises:
+        ValueError: neither.
+    """
+    several = isinstance(permutations, (Sequence, np.ndarray, Tensor))
+    if isinstance(permutations, (np.ndarray, Tensor)) and permutations.ndim == 0:
+        permutations, several = permutations.item(), False
+    if isinstance(permutations, (str, bytes)) or (
+        not several and not isinstance(permutations, Integral)
+    ):
+        raise ValueError(
+            "permutations: wanted an integer >= 1, or permutations [permutation, position]; got "
+            f"{permutations!r}"
+        )
+    if not several:
+        check_integers(permutations=(permutations, 1))
+        return int(permutations)
+    if not len(permutations):
+        raise ValueError("permutations: wanted one or more; got none")
+    rows = permutations.detach().cpu() if isinstance(permutations, Tensor) else permutations
+    out = []
+    for row in rows:
+        try:
+            order = np.asarray(row)
+        except ValueError:  # lists of unequal lengths
+            order = np.asarray(None)
+        if order.ndim != 1 or order.dtype.kind not in "iu":
+            raise ValueError(
+                "permutations: wanted each to be a list of integers, [permutation, position]; got "
+                f"{row!r}"
+            )
+        out.append(order.astype(np.int64))
+    return out
+
+
 def _orders(
-    prompts: Prompts, permutations: int | Sequence[Sequence[int]], seed: int, keep_first: bool
+    prompts: Prompts, permutations: int | list[np.ndarray], seed: int, keep_first: bool
 ) -> list[Int[np.ndarray, "_ _"]]:
     """For each prompt the identity, and its permutations."""
     first, out = int(keep_first), []
-    for index, ids in enumerate(prompts.first):
+    for index, tokens in enumerate(prompts.first):
+        ids = tokens.cpu().numpy()
         n = len(ids)
         if n - 1 - first < 2:
             raise ValueError(
                 f"prompt {index}: wanted at least {3 + first} tokens (two to swap before the last"
                 f"{', the first kept' if first else ''}); got {n}"
             )
+        if (ids[first : n - 1] == ids[first]).all():
+            raise ValueError(
+                f"prompt {index}: wanted different tokens before the last"
+                f"{' and behind the first' if first else ''}, so that a permutation changes the "
+                f"prompt; got {n - 1 - first} times the id {ids[first]}"
+            )
         if isinstance(permutations, int):
-            drawn = _drawn(n, permutations, first, np.random.default_rng([seed, index]))
+            drawn = _drawn(ids, permutations, first, np.random.default_rng([seed, index]))
         else:
-            drawn = _given(permutations, n, first, index)
+            drawn = _given(permutations, ids, first, index)
         out.append(np.stack([np.arange(n), *drawn]))
     return out
 
 
-def _drawn(n: int, count: int, first: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Permutations of positions first .. n - 2 that are not the identity."""
+def _drawn(
+    ids: Int[np.ndarray, "pos"], count: int, first: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Permutations of positions first .. n - 2 that change the ids.
+
+    Where two ids differ at least half of all permutations do.
+    """
     out: list[np.ndarray] = []
-    identity = np.arange(n)
+    identity = np.arange(len(ids))
     while len(out) < count:
         order = identity.copy()
-        order[first : n - 1] = rng.permutation(identity[first : n - 1])
-        if not np.array_equal(order, identity):
+        order[first:-1] = rng.permutation(identity[first:-1])
+        if not np.array_equal(ids[order], ids):
             out.append(order)
     return out
 
 
 def _given(
-    permutations: Sequence[Sequence[int]], n: int, first: int, prompt: int
+    permutations: list[np.ndarray], ids: Int[np.ndarray, "pos"], first: int, prompt: int
 ) -> list[np.ndarray]:
-    if not len(permutations):
-        raise ValueError("permutations: wanted one or more; got none")
-    out = [np.asarray(order) for order in permutations]
-    for order in out:
-        fits = order.ndim == 1 and np.array_equal(np.sort(order), np.arange(n))
+    n = len(ids)
+    for order in permutations:
+        fits = np.array_equal(np.sort(order), np.arange(n))
         if not fits or order[-1] != n - 1 or (first and order[0] != 0):
             raise ValueError(
                 f"permutations: wanted each to hold the positions 0 to {n - 1} of prompt {prompt} "
                 f"once, the last{' and the first' if first else ''} in its place; got "
                 f"{order.tolist()}"
             )
-    return out
+        if np.array_equal(ids[order], ids):
+            raise ValueError(
+                f"permutations: wanted each to change the ids of prompt {prompt}; got one that "
+                f"leaves them as they are: {order.tolist()}"
+            )
+    return permutations
 
 
 # -- running ----------------------------------------------------------------------------------

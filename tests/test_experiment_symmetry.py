@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -92,13 +93,73 @@ def test_claims_follow_the_table() -> None:
     def same(**changes: int) -> list[str]:
         return [c.same for c in symmetry.claims(cells(**changes))]
 
-    assert same() == ["yes", "in part", "yes", "yes"]
+    assert same() == ["yes", "in part", "yes", "yes"]  # no trained model, no claim about one
     assert same(l4_free_both=0)[0] == "no"
     assert same(l1_mask_both=0, l1_mask_none=0)[1] == "yes"
     deep = [f"l{n}_mask_{s}" for n in (2, 4) for s in symmetry.SKIPS]
     assert same(**dict.fromkeys(deep, 1))[1:3] == ["no", "no"]
     assert same(**dict.fromkeys(deep[1::2], 1))[2] == "no"
     assert same(nearer=0)[3] == "no"
+
+
+def near(shares: dict[str, list[float]]) -> pd.DataFrame:
+    """A table of models whose neighbours are so alike with positions removed; 0.61 as they are."""
+    rows = []
+    for group, values in shares.items():
+        for seed, value in enumerate(values, 1):
+            shared = {"model": f"{group}-{seed}", "group": group, "placement": "pre", "seed": seed,
+                      "layers": 4, "skip": "-", "positions": "removable", "mask": "removable",
+                      "why_positions": "-", "why_mask": "-", "moved": 0.5, "tv": 0.3,
+                      "floor_tv": 1e-6, "floor_stream": 1e-6, "stream": 0.1}  # fmt: skip
+            for variant, x in (("as is", 0.61), ("positions removed", value)):
+                rows.append({**shared, "variant": variant, "by": "variant", "layer": -2,
+                             "vanishes": 0.0})  # fmt: skip
+                rows.append({**shared, "variant": variant, "by": "layer", "layer": 3, "nearer": x})
+    return pd.concat([cells(), pd.DataFrame(rows)], ignore_index=True)
+
+
+def test_every_group_of_models_is_said_and_judged() -> None:
+    """None stands for the others; trained models are judged apart from random ones."""
+    table = near({"one-none": [0.65], "two-pre": [0.49, 0.52], "three-qkv": [0.43]})
+    text = symmetry.text(table)
+    assert "| one-none | 61% | 65% |" in text
+    assert "| two-pre | 61/61% | 49/52% |" in text
+    assert "| three-qkv | 61% | 43% |" in text
+    assert "more than half in 2 of 4 models (43% to 65%)" in text
+    claims = {c.what: c for c in symmetry.claims(table)}
+    (trained,) = (c for what, c in claims.items() if "trained" in what)
+    assert "one-none 65%, two-pre 49/52%, three-qkv 43%" in trained.ours
+    assert trained.same == "in part"
+    ax = symmetry.figure(table).axes[3]
+    names = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert names[:3] == ["one-none", "two-pre", "three-qkv"]
+    squares = [line for line in ax.lines if line.get_marker() == "s"]
+    drawn = sorted(float(x) for line in squares for x in np.asarray(line.get_xdata()))
+    assert drawn == pytest.approx([43, 49, 52, 65])
+    for shares, same in (([0.6, 0.7], "yes"), ([0.4, 0.5], "no")):
+        (claim,) = (c for c in symmetry.claims(near({"a": shares})) if "trained" in c.what)
+        assert claim.same == same
+
+
+def test_random_models_with_and_without_skips_are_said_apart() -> None:
+    table = cells()
+    rows = (table["by"] == "layer") & (table["variant"] == "as is") & (table["skip"] == "none")
+    table.loc[rows, "nearer"] = 0.9
+    lines = symmetry.text(table).splitlines()
+    assert any(x.startswith("- skip connections: 60% of pairs") for x in lines)
+    assert any(x.startswith("- no skip connections: 90% of pairs") for x in lines)
+
+
+def test_undecided_is_neither_a_gap_nor_none() -> None:
+    table = cells()
+    rows = (table["by"] == "variant") & (table["variant"] == "mask removed")
+    table.loc[rows & (table["layers"] == 4), "vanishes"] = math.nan
+    (claim, *_) = symmetry.claims(table)
+    assert claim.same == "not decided"
+    assert claim.ours == "no gap in 4 of 6 models, a gap in 0"
+    table = near({"a": [0.5]})
+    table.loc[(table["group"] == "a") & (table["by"] == "variant"), "vanishes"] = math.nan
+    assert "| a | 1 | 0.300 ? | 0.300 ? |" in symmetry.text(table)
 
 
 # -- positions --------------------------------------------------------------------------------
@@ -158,6 +219,11 @@ GOOD, BAD = [0.98, 0.99, 1.0], [0.01, 0.02, 0.03]
             {"rotary": GOOD, "nope": GOOD, "nope-no-skip": BAD, "rotary-no-skip": GOOD},
             "",
             "in part",
+        ),
+        (  # a control that decides nothing
+            {"rotary": GOOD, "nope": GOOD, "nope-no-skip": BAD, "rotary-no-skip": [0.0, 0.9, 0.99]},
+            "",
+            "not decided",
         ),
         ({"nope": GOOD[:1], "nope-no-skip": BAD[:1]}, "", "not decided"),  # one seed
         ({"nope": GOOD}, "", "not decided"),

@@ -24,6 +24,7 @@ from qkvnorm_lens.checkpoints import checkpoint_path, checkpoints, curves
 from qkvnorm_lens.config import named_config
 from qkvnorm_lens.training import Run, train
 from tests import models
+from tests.watching import shape_checks_off
 
 ROOT = Path(__file__).parents[1]
 SIGMAS = (0.05, 0.2, 0.4)
@@ -573,6 +574,80 @@ def test_rank_and_spectrum_take_what_hooks_gives() -> None:
         plots.rank_by_depth(frame, measure="size")
     with pytest.raises(ValueError, match="none named s1"):
         plots.spectrum_by_depth(heads.drop(columns="s1"))
+
+
+def test_reports_are_drawn_as_their_frames() -> None:
+    from hooks import rank_profile, spectral_gap
+
+    model, ids = models.tiny_gpt2(), models.tokens(1, 10)
+    for draw, report in (
+        (plots.rank_by_depth, rank_profile(model, ids)),
+        (plots.spectrum_by_depth, spectral_gap(model, ids)),
+    ):
+        frame = report.to_frame()
+        (wanted,), (got,) = draw(frame).axes, draw(report).axes
+        for a, b in zip(wanted.lines, got.lines, strict=True):
+            np.testing.assert_array_equal(a.get_ydata(), b.get_ydata())
+        both = draw({"a": report, "b": frame})
+        seen = [np.asarray(line.get_ydata()).tolist() for ax in both.axes for line in ax.lines]
+        for line in wanted.lines:
+            assert seen.count(np.asarray(line.get_ydata()).tolist()) >= 2
+        with pytest.raises(ValueError, match="reports: wanted at least one"):
+            draw({})
+    with pytest.raises(ValueError, match="ax: wanted 2, one for each report; got 1"):
+        plots.spectrum_by_depth({"a": frame, "b": frame}, wanted)
+
+
+def test_a_symmetry_report_is_drawn_by_layer() -> None:
+    from hooks import symmetry_gap
+
+    plotly = pytest.importorskip("plotly.graph_objects")
+    report = symmetry_gap(models.tiny_gpt2(), models.tokens(2, 10), permutations=2, progress=False)
+    frame = report.to_frame("layer")
+    (ax,) = plots.symmetry_by_depth(report).axes
+    assert ax.get_yscale() == "log"
+    assert "|y − y′| / |y|" in ax.get_ylabel()
+    curves = _curves(ax)
+    for variant in report.settings.variants:
+        mine = frame[frame["variant"] == variant]
+        change = mine["stream"].where(mine["stream"] > 0)
+        np.testing.assert_allclose(curves[variant][1], change)
+        np.testing.assert_allclose(curves[f"{variant}: rounding"][1], mine["floor_stream"])
+    assert len(plots.symmetry_by_depth({"a": report, "b": report}).axes) == 2
+    turned = plots.symmetry_by_depth(report, backend="plotly")
+    assert isinstance(turned, plotly.Figure)
+    assert len(turned.data) == len(curves)
+    with pytest.raises(ValueError, match="reports: wanted at least one"):
+        plots.symmetry_by_depth({})
+    with pytest.raises(ValueError, match="ax: wanted 2, one for each report; got 1"):
+        plots.symmetry_by_depth({"a": report, "b": report}, ax)
+
+
+@pytest.mark.parametrize(
+    ("draw", "wanted"),
+    [
+        (plots.rank_by_depth, "reports: wanted a RankReport or a DataFrame; got SpreadReport"),
+        (plots.spectrum_by_depth, "reports: wanted a SpectrumReport or a DataFrame; got Spread"),
+        (plots.symmetry_by_depth, "reports: wanted a SymmetryReport; got SpreadReport"),
+        (plots.attention, "report: wanted a CollapseReport; got SpreadReport"),
+        (plots.attention_rows, "report: wanted a CollapseReport; got SpreadReport"),
+        (plots.fragile_text, "report: wanted a CollapseReport; got SpreadReport"),
+    ],
+)
+def test_another_report_is_refused_by_name(draw: Any, wanted: str, spread_report: Any) -> None:
+    with shape_checks_off(), pytest.raises(TypeError, match=wanted):
+        draw(spread_report)
+
+
+def test_wrong_numbers_of_rows_and_prompts_are_refused(exact: Any) -> None:
+    with shape_checks_off():
+        for draw in (plots.attention, plots.attention_rows):
+            for wrong in (1.5, 0, "a", True):
+                with pytest.raises(ValueError, match="n: wanted an integer >= 1"):
+                    draw(exact, wrong)
+        for wrong in ("ab", 1.5, [0.5], None):
+            with pytest.raises(ValueError, match="prompts: wanted an integer or a list of them"):
+                plots.fragile_text(exact, wrong)
 
 
 def test_published_marks_are_the_papers(exact) -> None:  # type: ignore[no-untyped-def]

@@ -131,7 +131,8 @@ def construct(n_layers: int, scale: Scale) -> pd.DataFrame:
 def frames(report: Any, names: dict[str, Any]) -> pd.DataFrame:
     """Rows by variant (layer -2) and by layer (-1: the embedding)."""
     whole, layers = report.to_frame("variant"), report.to_frame("layer")
-    whole = whole.assign(layer=-2, label="all", vanishes=whole["vanishes"].astype(int))
+    said = whole["verdict"].map({"none": 1.0, "gap": 0.0})  # NaN: undecided
+    whole = whole.drop(columns="verdict").assign(layer=-2, label="all", vanishes=said)
     rows = pd.concat([whole.assign(by="variant"), layers.assign(by="layer")], ignore_index=True)
     rows = rows.assign(
         **names,
@@ -174,6 +175,16 @@ def constructed(table: pd.DataFrame, **cell: Any) -> pd.DataFrame:
     return rows
 
 
+def zero(rows: pd.DataFrame) -> int:
+    """Models without a gap; what rounding leaves undecided (NaN) is none of them."""
+    return int((rows["vanishes"] == 1).sum())
+
+
+def seen(rows: pd.DataFrame) -> int:
+    """Models with a gap that is clearly above rounding."""
+    return int((rows["vanishes"] == 0).sum())
+
+
 def deepest(table: pd.DataFrame) -> str:
     """The group of the model with most layers."""
     rows = trained(table)
@@ -184,19 +195,14 @@ def deepest(table: pd.DataFrame) -> str:
 
 
 def figure(table: pd.DataFrame) -> Figure:
-    """Total variation by model; of random models by depth; and two panels by layer of one model."""
+    """Total variation by model, of random models by depth; one by layer; neighbours of all."""
     fig, axes = panels(2, 2, width=4.6, height=3.5)
     _draw_models(axes[0], trained(table))
     _draw_constructed(axes[1], table)
     group = deepest(table)
     layers = table[(table["group"] == group) & (table["by"] == "layer")]
-    _draw_depth(axes[2], layers, "stream", f"{group}: the last position's stream")
-    axes[2].set_ylabel("change of the stream, |y − y′| / |y|")
-    axes[2].set_yscale("log")
-    axes[2].set_ylim(LEAST / 2, 3)
-    _draw_depth(axes[3], layers, "nearer", f"{group}: are neighbours alike?")
-    axes[3].axhline(0.5, color=GREY, linewidth=0.9, linestyle="--")
-    axes[3].set_ylabel("share of pairs, the nearer position\nmore alike (1/2: says nothing)")
+    _draw_depth(axes[2], layers, group)
+    _draw_neighbours(axes[3], table)
     _legend(fig, table)
     return fig
 
@@ -264,28 +270,49 @@ def _draw_constructed(ax: Axes, table: pd.DataFrame) -> None:
     grid(ax)
 
 
-def _draw_depth(ax: Axes, layers: pd.DataFrame, column: str, title: str) -> None:
+def _draw_depth(ax: Axes, layers: pd.DataFrame, group: str) -> None:
+    """Change of one group's stream, by blocks passed."""
     from matplotlib.ticker import MaxNLocator
 
     for variant in VARIANTS:
         mine = layers[layers["variant"] == variant]
         if not len(mine):
             continue
-        depth = mine.groupby("layer")[[column, "floor_stream"]].mean()
+        depth = mine.groupby("layer")[["stream", "floor_stream"]].mean()
         x = depth.index.to_numpy() + 1
-        if column == "stream":
-            ax.plot(x, depth["floor_stream"].clip(lower=LEAST), color=GREY, linewidth=0.7)
+        ax.plot(x, depth["floor_stream"].clip(lower=LEAST), color=GREY, linewidth=0.7)
         ax.plot(
             x,
-            depth[column].clip(lower=LEAST),
+            depth["stream"].clip(lower=LEAST),
             color=COLOURS[variant],
             marker=MARKERS[variant],
             markersize=3,
             linewidth=1.1,
         )
+    ax.set_yscale("log")
+    ax.set_ylim(LEAST / 2, 3)
     ax.set_xlabel("blocks passed (0: embedding)")
+    ax.set_ylabel("change of the stream, |y − y′| / |y|")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_title(title, fontsize=10)
+    ax.set_title(f"{group}: the last position's stream", fontsize=10)
+    grid(ax)
+
+
+def _draw_neighbours(ax: Axes, table: pd.DataFrame) -> None:
+    """A point for each model, behind its last block; a row for each group, random ones by kind."""
+    rows = [(name, mine) for name, mine in by_group(trained(table))]
+    rows += [(f"random, {words}", mine) for words, mine in _random_kinds(table)]
+    for row, (_, mine) in enumerate(rows):
+        for i, variant in enumerate(VARIANTS):
+            x = _nearer(mine, variant).dropna().to_numpy()
+            y = np.full(len(x), row + 0.18 * (i - 1.5))
+            ax.plot(100 * x, y, MARKERS[variant], color=COLOURS[variant], markersize=3.5)
+    ax.axvline(50, color=GREY, linewidth=0.9, linestyle="--")
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 102)
+    ax.set_xlabel("pairs, the nearer position more alike (%)\n50: distance says nothing")
+    ax.set_title("are neighbours alike? behind the last block", fontsize=10)
     grid(ax)
 
 
@@ -320,9 +347,9 @@ def text(table: pd.DataFrame) -> str:
         "Total variation between the next token's distributions (0 to 1; mean over prompts and "
         "permutations, with 95% intervals over seeds) when the tokens between the first and the "
         "last are permuted; how often the arg max moves, as it is and without "
-        "positions. `0`: no logit moves by ten times what rounding moves it. Of sums, the "
-        "question up to `=` is read: a permuted question has another answer, so that a model that "
-        "adds must have a gap.",
+        "positions. `0`: of no prompt a logit moves by ten times what rounding moves it, and "
+        "rounding is small; `?`: undecided, rounding too large. Of sums, the question up to `=` is "
+        "read: a permuted question has another answer, so that a model that adds must have a gap.",
         "",
         *_constructed_words(table),
         *_neighbour_words(table),
@@ -334,10 +361,12 @@ def text(table: pd.DataFrame) -> str:
 def _gap(of: pd.DataFrame) -> str:
     if not len(of):
         return "-"
-    if of["vanishes"].min() == 1:
+    if zero(of) == len(of):
         return f"0 (≤ {of['tv'].max():.0e})"
     found = group_mean(of, "tv")
-    return f"{found.value:.3f}" + ("" if np.isnan(found.half) else f" ± {found.half:.3f}")
+    doubt = "" if zero(of) + seen(of) == len(of) else " ?"
+    half = "" if np.isnan(found.half) else f" ± {found.half:.3f}"
+    return f"{found.value:.3f}{half}{doubt}"
 
 
 def _constructed_words(table: pd.DataFrame) -> list[str]:
@@ -347,10 +376,9 @@ def _constructed_words(table: pd.DataFrame) -> list[str]:
         free = constructed(table, layers=n, variant="mask removed")
         said = []
         for rows, name in ((causal, "with the causal mask"), (free, "without")):
-            zero = int(rows["vanishes"].sum())
             low, high = rows["tv"].min(), rows["tv"].max()
             said.append(
-                f"{name} the gap is zero in {zero} of {len(rows)} models "
+                f"{name} the gap is zero in {zero(rows)} of {len(rows)} models "
                 f"(total variation {low:.1e} to {high:.1e})"
             )
         lines.append(f"- {n} layer{'s' * (n > 1)}: {', '.join(said)}.")
@@ -360,9 +388,9 @@ def _constructed_words(table: pd.DataFrame) -> list[str]:
     lines.append(
         f"Skip connections are not what breaks the symmetry: with two or more causal layers the "
         f"mean total variation is {means['both']:.3f} with them and {means['none']:.3f} without."
-        if deep["vanishes"].sum() == 0
+        if seen(deep) == len(deep)
         else "With two or more causal layers the gap is zero in "
-        f"{int(deep['vanishes'].sum())} of {len(deep)} models."
+        f"{zero(deep)} of {len(deep)} models."
     )
     return [*lines, ""]
 
@@ -373,24 +401,45 @@ def _nearer(table: pd.DataFrame, variant: str) -> pd.Series[float]:
     return rows.sort_values("layer").groupby("model")["nearer"].last()
 
 
-def _neighbour_words(table: pd.DataFrame) -> list[str]:
+def _random_kinds(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Random models with and without skip connections: they differ in this."""
     random = table[table["group"].str.startswith(f"{CONSTRUCTED}-")]
-    masked, free = (_nearer(random, v) for v in ("as is", "mask removed"))
+    kinds = [(words, random[random["skip"] == skip]) for skip, words in SKIPS.items()]
+    return [(words, mine) for words, mine in kinds if len(mine)]
+
+
+def _percents(shares: pd.Series[float]) -> str:
+    """Of each model, by seed."""
+    said = "/".join(f"{100 * x:.0f}" for x in shares)
+    return f"{said}%" if said else "-"
+
+
+def _neighbour_words(table: pd.DataFrame) -> list[str]:
     lines = [
-        "Of two earlier positions the nearer one is more alike (cosine behind the last block, "
-        "distances up to 16, the first token left out): in random models without positions in "
-        f"{100 * masked.mean():.0f}% of pairs with the causal mask ({100 * masked.min():.0f}% to "
-        f"{100 * masked.max():.0f}% by model), in {100 * free.mean():.0f}% without it."
+        "Neighbours: of two earlier positions, how often is the nearer one more alike (cosine "
+        "behind the last block, distances up to 16, the first token left out; 50%: distance says "
+        "nothing)? Random models without positions:"
     ]
-    group = deepest(table)
-    mine = table[table["group"] == group]
-    found = [
-        f"{v}: {100 * _nearer(mine, v).mean():.0f}%"
-        for v in VARIANTS
-        if (mine["variant"] == v).any()
-    ]
-    if found:
-        lines.append(f"In {group}: {', '.join(found)}.")
+    for words, mine in _random_kinds(table):
+        masked, free = (_nearer(mine, v) for v in ("as is", "mask removed"))
+        lines.append(
+            f"- {words}: {100 * masked.mean():.0f}% of pairs with the causal mask "
+            f"({100 * masked.min():.0f}% to {100 * masked.max():.0f}% by model), "
+            f"{100 * free.mean():.0f}% without it."
+        )
+    groups = by_group(trained(table))
+    if groups:
+        rows = [[group, *(_percents(_nearer(mine, v)) for v in VARIANTS)] for group, mine in groups]
+        lines += ["", "Models, a number for each seed:", ""]
+        lines.append(markdown(["models", *VARIANTS], rows))
+        shares = _nearer(trained(table), "positions removed")
+        if len(shares):
+            lines += [
+                "",
+                f"Where the mask alone is left (positions removed) it is more than half in "
+                f"{int((shares > 0.5).sum())} of {len(shares)} models "
+                f"({100 * shares.min():.0f}% to {100 * shares.max():.0f}%).",
+            ]
     return [*lines, ""]
 
 
@@ -421,59 +470,95 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         Claim(
             "without positions and mask, the next token does not know the order",
             "the prediction is invariant to permutations of the earlier tokens",
-            f"no gap in {int(free['vanishes'].sum())} of {len(free)} models",
-            "yes" if free["vanishes"].all() else "no",
+            f"no gap in {zero(free)} of {len(free)} models"
+            + (f", a gap in {seen(free)}" if zero(free) < len(free) else ""),
+            "yes" if zero(free) == len(free) else "no" if seen(free) else "not decided",
             "sums over sets; what is left is rounding, which is measured beside it",
         ),
         Claim(
             "the causal mask breaks the symmetry",
             "without positions the order can be seen through the causal mask",
-            f"one layer: a gap in {len(one) - int(one['vanishes'].sum())} of {len(one)} random "
-            f"models; two and four layers: in {len(deep) - int(deep['vanishes'].sum())} of "
-            f"{len(deep)}",
+            f"one layer: a gap in {seen(one)} of {len(one)} random models; two and four layers: in "
+            f"{seen(deep)} of {len(deep)}",
             _breaks(one, deep),
             "the last row of the first layer sees a set; only rows that saw prefixes, in the "
             "second, tell of the order",
         ),
         _skip_claim(deep),
-        _neighbour_claim(table),
+        *_neighbour_claims(table),
     ]
 
 
 def _breaks(one: pd.DataFrame, deep: pd.DataFrame) -> Literal["yes", "no", "in part"]:
-    if deep["vanishes"].any():
-        return "no" if deep["vanishes"].all() else "in part"
-    return "in part" if one["vanishes"].any() else "yes"
+    if seen(deep) < len(deep):
+        return "in part" if seen(deep) else "no"
+    return "in part" if seen(one) < len(one) else "yes"
 
 
 def _skip_claim(deep: pd.DataFrame) -> Claim:
     bare = deep[deep["skip"] == "none"]
-    seen = len(bare) - int(bare["vanishes"].sum())
     return Claim(
         "skip connections and the order of tokens",
         "version 2 found no definitive evidence that residual connections are responsible",
-        f"random models of 2 and 4 causal layers without any skip connection: a gap in {seen} of "
-        f"{len(bare)}",
-        "yes" if seen else "no",
+        f"random models of 2 and 4 causal layers without any skip connection: a gap in "
+        f"{seen(bare)} of {len(bare)}",
+        "yes" if seen(bare) else "no",
         "they are not needed for the order to be seen; whether they help to learn from it is asked "
         "in the experiment `positions`",
     )
 
 
-def _neighbour_claim(table: pd.DataFrame) -> Claim:
-    random = table[table["group"].str.startswith(f"{CONSTRUCTED}-")]
-    masked, free = (_nearer(random, v) for v in ("as is", "mask removed"))
-    more = int((masked > 0.5).sum())
-    return Claim(
-        "nearby positions are alike where order comes from the mask alone",
-        "nearby embeddings are more similar than faraway ones, in random and trained causal models "
-        "without positions (arXiv 2501.00073)",
-        f"random models: the nearer is more alike in {100 * masked.mean():.0f}% of pairs (more "
-        f"than half in {more} of {len(masked)} models), without the mask in "
-        f"{100 * free.mean():.0f}%",
-        "yes" if more == len(masked) else "in part" if more else "no",
-        f"random tokens, {LENGTH} of them; rows that attend to almost the same prefix",
-    )
+_PUBLISHED_NEAR: Final = (
+    "nearby embeddings are more similar than faraway ones, in random and trained causal models "
+    "without positions (arXiv 2501.00073)"
+)
+
+
+def _neighbour_claims(table: pd.DataFrame) -> list[Claim]:
+    """Random models, with and without skips, and trained ones apart."""
+    said, both = [], []
+    for words, mine in _random_kinds(table):
+        masked, free = (_nearer(mine, v) for v in ("as is", "mask removed"))
+        both.append(masked)
+        said.append(
+            f"{words}: {100 * masked.mean():.0f}% of pairs (more than half in "
+            f"{int((masked > 0.5).sum())} of {len(masked)} models), {100 * free.mean():.0f}% "
+            "without the mask"
+        )
+    out = [
+        Claim(
+            "nearby positions are alike in random models, where order comes from the mask alone",
+            _PUBLISHED_NEAR,
+            f"the nearer is more alike, {'; '.join(said)}",
+            _more_than_half(pd.concat(both)),
+            f"random tokens, {LENGTH} of them; rows that attend to almost the same prefix",
+        )
+    ]
+    bare = trained(table)
+    shares = _nearer(bare, "positions removed")
+    if len(shares):
+        by = [
+            f"{group} {_percents(_nearer(mine, 'positions removed'))}"
+            for group, mine in by_group(bare)
+            if len(_nearer(mine, "positions removed"))
+        ]
+        out.append(
+            Claim(
+                "nearby positions are alike in trained models whose positions are removed",
+                _PUBLISHED_NEAR,
+                f"the nearer is more alike in {', '.join(by)} of pairs (more than half in "
+                f"{int((shares > 0.5).sum())} of {len(shares)} models)",
+                _more_than_half(shares),
+                "these were trained with positions, which are taken out afterwards; models that "
+                "never had any are in the experiment `positions`",
+            )
+        )
+    return out
+
+
+def _more_than_half(shares: pd.Series[float]) -> Literal["yes", "no", "in part"]:
+    more = int((shares > 0.5).sum())
+    return "yes" if more == len(shares) else "in part" if more else "no"
 
 
 EXPERIMENT: Final = Experiment(
@@ -482,6 +567,7 @@ EXPERIMENT: Final = Experiment(
     source="Zuo & Guerzhoy 2024, arXiv 2402.05969; arXiv 2501.00073",
     models="any",
     minutes={"smoke": 0.2, "quick": 0.5, "full": 3.5},
+    version=2,
     parts=parts,
     figure=figure,
     text=text,

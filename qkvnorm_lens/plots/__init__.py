@@ -19,6 +19,7 @@ from qkvnorm_lens.plots._measures import (
     sparsity_histogram,
     spectrum_by_depth,
     spread_bands,
+    symmetry_by_depth,
     training_curves,
 )
 
@@ -35,5 +36,6 @@ __all__ = [
     "sparsity_histogram",
     "rank_by_depth",
     "spectrum_by_depth",
+    "symmetry_by_depth",
     "training_curves",
 ]

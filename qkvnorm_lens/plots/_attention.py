@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape as quoted  # markupsafe's leaves markup as it is
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
+from hooks._arguments import check_integers
 from qkvnorm_lens._html import circuits, rows, safe
 from qkvnorm_lens._plot_style import GREY, ORANGE, new_figure, printable, top_figure
 from qkvnorm_lens.plots._collapse import name_of
+from qkvnorm_lens.plots._measures import check_report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,6 +71,7 @@ def attention(report: CollapseReport, n: int = 8, *, content: bool = False) -> V
 
     Raises:
         ImportError: circuitsvis is not installed.
+        TypeError: another kind of report.
         ValueError: the report keeps no rows (of that kind).
     """
     shown = _kept(report, n, content)
@@ -98,6 +102,7 @@ def fragile_text(report: CollapseReport, prompts: Sequence[int] | int = 8) -> Vi
         prompts: which ones, or how many from the first on.
 
     Raises:
+        TypeError: another kind of report.
         ValueError: a prompt that the report does not have, or one that was no text.
     """
     chosen = _prompts(report, prompts)
@@ -126,6 +131,7 @@ def attention_rows(
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: another kind of report.
         ValueError: the report keeps no rows (of that kind), or fewer axes than rows.
     """
     shown = _kept(report, n, content)
@@ -172,8 +178,10 @@ def _strip(ax: Axes, row: rows.ShownRow) -> Any:
 
 
 def _kept(report: CollapseReport, n: int, content: bool) -> list[rows.ShownRow]:
-    if n < 1:
-        raise ValueError(f"n: wanted an integer >= 1; got {n}")
+    from hooks import CollapseReport
+
+    check_report("report", report, CollapseReport)
+    check_integers(n=(n, 1))
     shown = rows.shown_rows(report, n, content=content)
     if not shown:
         what = "rows on content" if content and len(report.kept) else "rows"
@@ -184,8 +192,16 @@ def _kept(report: CollapseReport, n: int, content: bool) -> list[rows.ShownRow]:
 
 
 def _prompts(report: CollapseReport, prompts: Sequence[int] | int) -> list[int]:
+    from hooks import CollapseReport
+
+    check_report("report", report, CollapseReport)
     n = len(report.tokens)
-    chosen = list(range(min(prompts, n))) if isinstance(prompts, int) else list(prompts)
+    many = isinstance(prompts, (Sequence, np.ndarray)) and not isinstance(prompts, (str, bytes))
+    if not many and (isinstance(prompts, bool) or not isinstance(prompts, Integral)):
+        raise ValueError(f"prompts: wanted an integer or a list of them; got {prompts!r}")
+    chosen: list[Any] = list(prompts) if many else list(range(min(int(prompts), n)))  # type: ignore[arg-type]
+    if any(isinstance(p, bool) or not isinstance(p, Integral) for p in chosen):
+        raise ValueError(f"prompts: wanted an integer or a list of them; got {prompts!r}")
     outside = [p for p in chosen if not 0 <= p < n]
     if outside or not chosen:
         raise ValueError(f"prompts: wanted some of 0 to {n - 1}; got {prompts!r}")

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hooks import SpreadReport, SweepReport
+    from hooks import RankReport, SpectrumReport, SpreadReport, SweepReport, SymmetryReport
 
+VARIANTS: Final = ("as is", "positions removed", "mask removed", "both removed")
 _DASHES: Final = ("-", "--", ":", "-.")
 _LOG_COLUMNS: Final = ("sequences", "loss", "per_token")
 _METRICS: Final = {
@@ -196,7 +197,7 @@ def sparsity_histogram(
 
 
 def rank_by_depth(
-    frames: pd.DataFrame | Mapping[str, pd.DataFrame],
+    reports: RankReport | pd.DataFrame | Mapping[str, RankReport | pd.DataFrame],
     ax: Axes | None = None,
     *,
     measure: str = "relative_mu",
@@ -207,8 +208,8 @@ def rank_by_depth(
     Wu et al. 2024: mu(X) = || X - 1 mean(X)^T ||_F falls where attention makes tokens alike.
 
     Args:
-        frames: ``hooks.rank_profile(...).to_frame()``, or several by the name to show: one row per
-            site, in order, with ``label`` and the measure.
+        reports: what :func:`hooks.rank_profile` gave, or a frame (its ``to_frame()``: one row per
+            site, in order, with ``label`` and the measure); or several by the name to show.
         ax: draw here; default: a new figure.
         measure: a column: ``"relative_mu"``, ``"mu"``, ``"stable_rank"``, ``"effective_rank"``,
             ``"rank"``, ``"relative_least"`` or ``"mean_cosine"``.
@@ -216,14 +217,15 @@ def rank_by_depth(
 
     Raises:
         ImportError: matplotlib (plotly) is not installed.
-        ValueError: another measure or ``backend``, no frame, a frame without these columns.
+        TypeError: neither such a report nor a frame.
+        ValueError: another measure or ``backend``, no report, a frame without these columns.
     """
+    from hooks import RankReport
+
     check_backend(backend, ax)
     if measure not in _RANKS:
         raise ValueError(f"measure: wanted one of {list(_RANKS)}; got {measure!r}")
-    named = dict(frames) if isinstance(frames, Mapping) else {"": frames}
-    if not named:
-        raise ValueError("frames: wanted at least one; got none")
+    named = _frames("reports", reports, RankReport)
     label, scale = _RANKS[measure]
     lines = []
     for i, (name, frame) in enumerate(named.items()):
@@ -241,7 +243,10 @@ def rank_by_depth(
 
 
 def spectrum_by_depth(
-    frame: pd.DataFrame, ax: Axes | None = None, *, backend: Backend = "matplotlib"
+    reports: SpectrumReport | pd.DataFrame | Mapping[str, SpectrumReport | pd.DataFrame],
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    *,
+    backend: Backend = "matplotlib",
 ) -> Figure | Any:
     """First two singular values of the attention matrices by layer, beside the uniform matrix's.
 
@@ -250,18 +255,32 @@ def spectrum_by_depth(
     with. The band goes from the least to the greatest head.
 
     Args:
-        frame: ``hooks.spectral_gap(...).to_frame()``, by head or by layer: ``layer``, ``s1``,
-            ``s2``, ``uniform_s1``, ``uniform_s2``, ``edge``.
-        ax: draw here; default: a new figure.
+        reports: what :func:`hooks.spectral_gap` gave, or a frame (its ``to_frame()``, by head or by
+            layer: ``layer``, ``s1``, ``s2``, ``uniform_s1``, ``uniform_s2``, ``edge``); or several
+            by the name to show, side by side.
+        ax: draw here, of several an axis for each; default: a new figure.
         backend: ``"matplotlib"`` or ``"plotly"``.
 
     Raises:
         ImportError: matplotlib (plotly) is not installed.
-        ValueError: other columns, another ``backend``, or an axis beside plotly.
+        TypeError: neither such a report nor a frame.
+        ValueError: no report, other columns, another ``backend``, another number of axes, or an
+            axis beside plotly.
     """
+    from hooks import SpectrumReport
+
     check_backend(backend, ax)
-    names = [name for name, *_ in _SPECTRUM]
-    _columns("frame", frame, ("layer", *names))
+    named = _frames("reports", reports, SpectrumReport)
+    if ax is not None and (got := np.asarray(ax, dtype=object).size) != len(named):
+        raise ValueError(f"ax: wanted {len(named)}, one for each report; got {got}")
+    charts = [_spectrum_chart(name, frame) for name, frame in named.items()]
+    return draw(charts, ax, backend, (6.8 if len(charts) == 1 else 4.6 * len(charts), 3.8),
+                together=True)  # fmt: skip
+
+
+def _spectrum_chart(name: str, frame: pd.DataFrame) -> Chart:
+    names = [column for column, *_ in _SPECTRUM]
+    _columns(f"frame {name!r}" if name else "frame", frame, ("layer", *names))
     by_layer = frame.groupby("layer", sort=False)[names]
     mean, low, high = by_layer.mean(), by_layer.min(), by_layer.max()
     x = np.arange(len(mean))
@@ -275,14 +294,73 @@ def spectrum_by_depth(
         Line(x, mean[n].to_numpy(float), label, colour, dash=dash, marker=3 if dash == "-" else 0)
         for n, label, colour, dash in _SPECTRUM
     ]
-    chart = Chart(
+    return Chart(
         x=_layers([str(layer) for layer in mean.index]),
         y=Axis("singular value of the attention matrix", "linear", 0, None),
+        title=name,
         lines=lines,
         bands=bands,
         legend="best",
     )
-    return draw([chart], ax, backend, (6.8, 3.8))
+
+
+def symmetry_by_depth(
+    reports: SymmetryReport | Mapping[str, SymmetryReport],
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    *,
+    backend: Backend = "matplotlib",
+) -> Figure | Any:
+    """How much permuting the earlier tokens changes the last position's stream, by depth.
+
+    The mean of |y - y_pi| / |y| behind each block, as the model is and without positions, mask or
+    both, beside what rounding does to the same stream (dashed, the largest of its runs): a line on
+    or below its dashed one is no gap. A change of nothing at all is no point of the log axis.
+    Zuo & Guerzhoy 2024.
+
+    Args:
+        reports: what :func:`hooks.symmetry_gap` gave, or several by the name to show, side by side.
+        ax: draw here, of several an axis for each; default: a new figure.
+        backend: ``"matplotlib"`` or ``"plotly"``.
+
+    Raises:
+        ImportError: matplotlib (plotly) is not installed.
+        TypeError: no such report.
+        ValueError: no report, another ``backend``, another number of axes, or an axis beside
+            plotly.
+    """
+    from hooks import SymmetryReport
+
+    check_backend(backend, ax)
+    named = dict(reports) if isinstance(reports, Mapping) else {"": reports}
+    for report in named.values():
+        check_report("reports", report, SymmetryReport)
+    if not named:
+        raise ValueError("reports: wanted at least one; got none")
+    if ax is not None and (got := np.asarray(ax, dtype=object).size) != len(named):
+        raise ValueError(f"ax: wanted {len(named)}, one for each report; got {got}")
+    charts = [_symmetry_chart(name, report) for name, report in named.items()]
+    return draw(charts, ax, backend, (6.8 if len(charts) == 1 else 4.6 * len(charts), 3.8))
+
+
+def _symmetry_chart(name: str, report: SymmetryReport) -> Chart:
+    frame = report.to_frame("layer")
+    lines = []
+    for variant, colour in zip(VARIANTS, ("#000000", BLUE, ORANGE, GREEN), strict=True):
+        mine = frame[frame["variant"] == variant]
+        if not len(mine):
+            continue
+        x = np.arange(len(mine))
+        change, floor = (mine[c].to_numpy(float) for c in ("stream", "floor_stream"))
+        change = np.where(change > 0, change, np.nan)
+        lines.append(Line(x, change, variant, colour, marker=3.5, width=1.4))
+        lines.append(Line(x, floor, f"{variant}: rounding", colour, dash="--", width=0.8))
+    labels = frame[frame["variant"] == frame["variant"].iloc[0]]["label"].astype(str).tolist()
+    return Chart(
+        x=_layers(labels, "behind the block of layer (embed: before the first)"),
+        y=Axis("change of the stream, |y − y′| / |y|", "log"),
+        lines=lines,
+        title=name or str(report.model["name"]),
+    )
 
 
 def training_curves(
@@ -347,6 +425,27 @@ def training_curves(
         ),
     ]
     return draw(charts, ax, backend, (8.4, 3.4), together=True)
+
+
+def check_report(what: str, report: Any, *wanted: type) -> None:
+    """Refuse another kind of thing than a figure draws.
+
+    Raises:
+        TypeError: names what was wanted.
+    """
+    if not isinstance(report, wanted):
+        kinds = " or a ".join(kind.__name__ for kind in wanted)
+        raise TypeError(f"{what}: wanted a {kinds}; got {type(report).__name__}")
+
+
+def _frames(what: str, given: Any, kind: type) -> dict[str, pd.DataFrame]:
+    """Reports or their frames, one or several by name, as frames."""
+    named = dict(given) if isinstance(given, Mapping) else {"": given}
+    if not named:
+        raise ValueError(f"{what}: wanted at least one; got none")
+    for each in named.values():
+        check_report(what, each, kind, pd.DataFrame)
+    return {n: r if isinstance(r, pd.DataFrame) else r.to_frame() for n, r in named.items()}
 
 
 def _log(name: str, log: pd.DataFrame | str | PathLike[str]) -> pd.DataFrame:
