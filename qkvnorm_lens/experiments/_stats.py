@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,5 +52,7 @@ def difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> M
     value = float(x.mean() - y.mean())
     if min(len(x), len(y)) < 2:
         return Mean(value, math.nan, min(len(x), len(y)))
-    interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(level)
+    with warnings.catch_warnings():  # seeds that all give one number have no spread, and may
+        warnings.filterwarnings("ignore", message="Precision loss occurred")
+        interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(level)
     return Mean(value, float(interval.high - interval.low) / 2, min(len(x), len(y)))
