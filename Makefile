@@ -13,7 +13,7 @@ SETUP := .venv/installed
 LEGACY := .venv-legacy
 
 .PHONY: help setup probe test test-legacy slow matrix browser smoke lint format real-model benchmarks \
-	docs clean
+	docs notebooks tutorials clean
 
 help:
 	@echo "make probe       which heads of the shipped model lose their token at which noise"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint        ruff and mypy;  make format rewrites"
 	@echo "make real-model  fetch and convert the models that the tests read"
 	@echo "make benchmarks  time and memory"
+	@echo "make notebooks   run the tutorials;  make tutorials stores what they show"
 	@echo "make docs        the documentation as a site, in site/"
 	@echo "make clean       remove what the tools leave behind; the environment stays"
 
@@ -41,7 +42,7 @@ probe: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens probe $(ARGS)
 
 test: real-model
-	$(BIN)/pytest -m "not slow and not matrix and not browser" --durations=5 $(ARGS)
+	$(BIN)/pytest -m "not slow and not matrix and not browser and not notebooks" --durations=5 $(ARGS)
 
 matrix: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m matrix --durations=5 $(ARGS)
@@ -82,6 +83,13 @@ real-model: $(SETUP)
 
 benchmarks: real-model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
+
+notebooks: real-model
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m notebooks --durations=10 $(ARGS)
+
+# ARGS="01 05": these alone.
+tutorials: real-model
+	$(BIN)/python tutorials/build.py $(ARGS)
 
 # Offline, and every warning is an error (mkdocs.yml: strict).
 docs: $(SETUP)
