@@ -41,8 +41,10 @@ $(SETUP): pyproject.toml constraints.txt
 probe: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens probe $(ARGS)
 
+# A process per core, with one thread each: small models gain nothing from more.
 test: real-model
-	$(BIN)/pytest -m "not slow and not matrix and not browser and not notebooks" --durations=5 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --durations=5 \
+		-m "not slow and not matrix and not browser and not notebooks" $(ARGS)
 
 matrix: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m matrix --durations=5 $(ARGS)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
+from textwrap import fill
 from typing import Any
 
 from qkvnorm_lens._tables import table
-from qkvnorm_lens.checkpoints import DEFAULT, checkpoint_card, checkpoint_path, checkpoints
+from qkvnorm_lens.checkpoints import (
+    DEFAULT,
+    checkpoint_card,
+    checkpoint_path,
+    checkpoints,
+    experiment_models,
+)
 
 HELP = "list the shipped models"
 DESCRIPTION = "List the shipped models: size, what they were trained on, and per-token accuracy."
@@ -30,7 +38,13 @@ def run(args: argparse.Namespace) -> str:
     head = ["model", "placement", "layers x heads", "parameters", "size", "trained on"]
     kinds = list(next(iter(cards.values()))["accuracy"])
     text = table([*head, *kinds], rows, left=(0, 1, 5))
-    return f"{text}\n\nAccuracy per token, teacher forced. `probe` without a model takes {DEFAULT}."
+    groups = Counter(name.rpartition("-")[0] for name in experiment_models())
+    others = ", ".join(f"{name}-1 to {n}" for name, n in groups.items())
+    others = fill(others, 100, break_on_hyphens=False)
+    return (
+        f"{text}\n\nAccuracy per token, teacher forced. `probe` without a model takes {DEFAULT}."
+        f"\n\nThe experiments' models, a seed each, go by their names too:\n{others}"
+    )
 
 
 def _row(name: str, card: dict[str, Any]) -> list[str]:

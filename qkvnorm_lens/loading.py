@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qkvnorm_lens.checkpoints import DEFAULT, checkpoint_path, checkpoints
+from qkvnorm_lens.checkpoints import DEFAULT, checkpoint_path, checkpoints, experiment_models
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,8 @@ def find(name: str) -> Source:
     """
     if name in checkpoints():
         return Source(name, "ours", checkpoint_path(name))
+    if name in (known := experiment_models()):
+        return Source(name, "ours", known[name])
     path = Path(name).expanduser()
     if not path.is_dir():
         is_path = path.exists() or name.startswith((".", "~")) or path.is_absolute()
@@ -78,8 +80,9 @@ def load_model(
     """A model by name, in eval mode, with attention that shows its scores and pattern.
 
     Args:
-        name: a shipped model (see :func:`qkvnorm_lens.checkpoints.checkpoints`), a directory that
-            ``save_pretrained`` wrote (of ours or Hugging Face's), or a Hugging Face id.
+        name: a shipped model (see :func:`qkvnorm_lens.checkpoints.checkpoints`) or one of the
+            experiments' (``study-pre-1``), a directory that ``save_pretrained`` wrote (of ours or
+            Hugging Face's), or a Hugging Face id.
         device: default: an accelerator that TransformerLens trusts, else the CPU.
         dtype: default: as saved for our models, float32 for others.
 

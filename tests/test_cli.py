@@ -247,6 +247,18 @@ def test_models_lists_every_shipped_model(run: Run) -> None:
     assert json.loads(run("models", "--json")[1]) == {n: checkpoint_card(n) for n in checkpoints()}
 
 
+def test_the_experiments_models_go_by_their_names(run: Run) -> None:
+    from qkvnorm_lens.checkpoints import experiment_models
+
+    named = run("models")[1]
+    for name, path in experiment_models().items():
+        assert f"{name.rpartition('-')[0]}-1 to " in named
+        assert loading.find(name) == loading.Source(name, "ours", path)
+    code, out, _ = run("probe", "study-pre-1", "--prompts", "4", "--draws", "0")
+    assert code == 0
+    assert out.startswith("study-pre-1: 4 prompts")
+
+
 # -- an addition model ----------------------------------------------------------------------------
 
 

@@ -45,7 +45,11 @@ def execute(notebook: Any) -> Any:
     """Run every cell, in this folder and without a network; an error in a cell is raised."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "default"}
     NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(HERE)}}, record_timing=False
+        notebook,
+        timeout=600,
+        resources={"metadata": {"path": str(HERE)}},
+        record_timing=False,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own local sockets
     ).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
 DEFAULT = "addition-pre"
+EXPERIMENT_MODELS: Final = Path(__file__).parents[1] / "experiments" / "models"
 
 
 def checkpoints() -> list[str]:
     """The names of the shipped models."""
     here = Path(__file__).parent
     return sorted(path.parent.name for path in here.glob("*/model.safetensors"))
+
+
+def experiment_models(folder: Path = EXPERIMENT_MODELS) -> dict[str, Path]:
+    """Directories of the models that the experiments compare, by name: ``study-pre-1``, ..."""
+    return {path.parent.name: path.parent for path in sorted(folder.glob("*/card.json"))}
 
 
 def checkpoint_path(name: str = DEFAULT) -> Path:

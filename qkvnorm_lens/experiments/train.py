@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from qkvnorm_lens.addition import Split
+from qkvnorm_lens.checkpoints import EXPERIMENT_MODELS, experiment_models
 from qkvnorm_lens.config import named_config
 from qkvnorm_lens.recipes import get_recipe
 from qkvnorm_lens.training import Run, train
@@ -42,7 +43,7 @@ ORDERS: Final[dict[str, tuple[str, str]]] = {
     "nope-no-attn": ("none", "mlp"),
     "nope-no-skip": ("none", "none"),
 }
-MODELS: Final = Path(__file__).parent / "models"
+MODELS: Final = EXPERIMENT_MODELS
 
 
 def study_run(placement: str, seed: int) -> Run:
@@ -92,8 +93,9 @@ def runs() -> dict[str, Run]:
 
 def trained(prefix: str = "") -> dict[str, Path]:
     """Directories of the trained models whose name starts so."""
-    found = (path.parent for path in sorted(MODELS.glob("*/card.json")))  # written last
-    return {path.name: path for path in found if path.name.startswith(prefix)}
+    return {
+        name: path for name, path in experiment_models(MODELS).items() if name.startswith(prefix)
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

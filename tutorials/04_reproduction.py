@@ -1,0 +1,442 @@
+# %% [markdown]
+# # 4 · Reproducing the paper: figures 1-3 and the table
+#
+# *Transformer Normalisation Layers and the Independence of Semantic Subspaces* (Menary, Kaski,
+# Freitas, [arXiv 2406.17837](https://arxiv.org/abs/2406.17837)) on small models.
+#
+# You will learn
+#
+# - what each figure measures, and how to make it again with one call;
+# - which published statements hold here, which don't, and which three seeds can't decide;
+# - two traps on the way: the level of the scores, and the scale that they start from.
+#
+# Half a minute; needs `qkvnorm-lens[experiments]` and the repository's `results/`.
+
+# %%
+# On Colab this installs the package and goes to its tutorials; elsewhere it does nothing.
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+if "google.colab" in sys.modules:
+    SOURCE = "qkvnorm-lens"  # a release; or a repository's address: "git+https://..."
+    pip = [sys.executable, "-m", "pip"]
+    alone = ["--no-deps", "--no-binary=qkvnorm-lens"]
+    subprocess.run([*pip, "download", "-q", *alone, "-d", "download", SOURCE], check=True)
+    shutil.unpack_archive(next(Path("download").iterdir()), "source")
+    folder = next(Path("source").iterdir()).resolve()
+    subprocess.run([*pip, "install", "-q", f"{folder}[experiments]"], check=True)
+    os.chdir(folder / "tutorials")
+
+# %%
+import json
+import tempfile
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+import hooks
+from qkvnorm_lens import experiments, load_model, plots
+from qkvnorm_lens.text import sums
+
+RESULTS = Path("../results/addition")
+PLACEMENTS = {"none": "No-Norm", "pre": "Pre-Norm", "qkv": "QKV-Norm"}
+COLOURS = {"none": "#009E73", "pre": "#0072B2", "qkv": "#D55E00"}
+
+
+def table(name):
+    """What the experiment of that name measured, one row per number."""
+    return pd.read_csv(RESULTS / name / "table.csv")
+
+
+def interval(values):
+    """The mean over seeds and half of its 95% interval (Student's t)."""
+    x = np.asarray(values, dtype=float)
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return x.mean(), half
+
+
+# %% [markdown]
+# ## What is reproduced, and on what
+#
+# Each figure and table is an **experiment** of this package. Its result is a folder: the numbers
+# (`table.csv`), where they come from (`about.json`), a figure and a text.
+
+# %%
+for name in experiments.NAMES[:6]:
+    about = json.loads((RESULTS / name / "about.json").read_text())
+    print(f"{name:10s} {about['source']:44s} {about['command']}")
+
+# %% [markdown]
+# The models: `study-none`, `study-pre` and `study-qkv`, each trained with three seeds (2 layers of
+# width 64, sums of 2 or 4 numbers with 1 or 2 digits), and one larger of each placement,
+# `addition-...` (4 layers of width 128). The paper's have 8 to 12 layers of width 512 or 1024 and
+# read longer sums.
+#
+# **So this is no copy of the paper's training**: days on a GPU became minutes on a laptop.
+# What hangs on size can't be confirmed or refuted here. What follows from how attention is
+# built can. And one thing is better than in the paper: three seeds instead of one, hence
+# intervals. When an interval holds zero, we say *not decided*, whatever the mean looks like.
+#
+# ### Every number can be made again
+#
+# To trust a committed number, measure it again. A study model has its whole part in Fig. 3 in ten
+# seconds:
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    outcome = experiments.run("collapse", ["study-pre-1"], out=folder, size="full", progress=False)
+    again = outcome.table
+
+committed = table("collapse").query("model == 'study-pre-1'").reset_index(drop=True)
+assert list(again["quantity"]) == list(committed["quantity"])
+# Equal up to the rounding of another machine's sums.
+np.testing.assert_allclose(again["value"], committed["value"], rtol=1e-3, atol=1e-6)
+print(f"{len(again)} numbers, the same as the committed ones")
+
+# %% [markdown]
+# ## The table: accuracy
+#
+# The paper's table has the share of right answer tokens (teacher forced) on new sums of the kind
+# trained on, on *interpolation* (a count of numbers between those trained on) and on
+# *extrapolation* (more numbers than ever seen). One seed each:
+#
+# | % | Pre-Norm | QKV-Norm | difference |
+# |---|---|---|---|
+# | in distribution | 91.38 | 90.99 | +0.4 |
+# | interpolation | 87.46 | 82.54 | +4.9 |
+# | extrapolation | 66.65 | 46.76 | **+19.9** |
+#
+# Ours, with 95% intervals over three seeds:
+
+# %%
+accuracy = table("accuracy")
+study = accuracy[accuracy["group"].str.startswith("study")]
+kinds = ["in distribution", "interpolation", "extrapolation"]
+rows = {}
+for kind in kinds:
+    of = study[study["kind"] == kind].groupby("placement")["per_token"]
+    rows[kind] = {PLACEMENTS[p]: "{:.1f} ± {:.1f}".format(*interval(100 * v)) for p, v in of}
+pd.DataFrame(rows).T
+
+# %% [markdown]
+# Is the gap of 20 points in extrapolation there? Take the difference of the two means with
+# Welch's interval:
+
+# %%
+
+
+def gap(kind, frame=study, column="per_token"):
+    """Pre-Norm minus QKV-Norm in points, and half the 95% interval."""
+    chosen = frame[frame["kind"] == kind]
+    pre, qkv = (100 * chosen[chosen["placement"] == p][column] for p in ("pre", "qkv"))
+    welch = stats.ttest_ind(pre, qkv, equal_var=False).confidence_interval()
+    return pre.mean() - qkv.mean(), (welch.high - welch.low) / 2
+
+
+gaps = {kind: gap(kind) for kind in kinds}
+for kind, (mean, half) in gaps.items():
+    print(f"{kind:16s} {mean:+.1f} ± {half:.1f} points")
+
+assert all(abs(mean) < half for mean, half in gaps.values())  # no difference is decided ...
+assert sum(gaps["extrapolation"]) < 19.9  # ... but a gap of 19.9 is outside
+
+# %%
+figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+published = {"pre": [91.38, 87.46, 66.65], "qkv": [90.99, 82.54, 46.76]}
+for shift, placement in zip((-0.2, 0, 0.2), PLACEMENTS, strict=True):
+    mine = study[study["placement"] == placement]
+    for i, kind in enumerate(kinds):
+        y = 100 * mine[mine["kind"] == kind]["per_token"]
+        name = PLACEMENTS[placement] if not i else None
+        ax.plot([i + shift] * len(y), y, "o", color=COLOURS[placement], alpha=0.7, label=name)
+    if placement in published:
+        name = "published, longer sums" if placement == "pre" else None
+        ax.plot(np.arange(3) + shift, published[placement], "kx", label=name)
+ax.set_xticks(range(3), kinds)
+ax.set_ylabel("answer tokens right (%)")
+ax.legend(frameon=False)
+ax.set_title("Accuracy, a point per seed")
+plt.show()
+
+# %% [markdown]
+# **Not reproduced.** In interpolation QKV-Norm's mean is even the higher one; the seeds scatter so
+# much that neither order is decided. In extrapolation 20 points for Pre-Norm are ruled out *for
+# these models*. A gap of single runs says little when seeds of one placement differ by this much:
+
+# %%
+extrapolation = study[study["kind"] == "extrapolation"]
+extrapolation.groupby("placement")["per_token"].agg(["min", "max"]).mul(100).round(1)
+
+# %% [markdown]
+# One trap in reading such accuracies: `]`, which ends the answer, is scored as well and is about a
+# fifth of the scored tokens. Without it, the digits alone:
+
+# %%
+ends = extrapolation.groupby("placement")[["per_token", "per_token_without_end"]].mean().mul(100)
+assert (ends["per_token"] > ends["per_token_without_end"] + 10).all()
+ends.round(1)
+
+# %% [markdown]
+# ## Figure 1: how long are the embeddings that attention reads?
+#
+# Pre-Norm divides every embedding by its length, and that length is common to all its subspaces.
+# If all embeddings were equally long, one could not tell. Fig. 1 takes the lengths of the
+# embeddings at a layer's input, weighs each by the attention it receives, and divides by the head's
+# median. Published: 90% lie within ±20% (Baseline), ±30% (the two others); QKV-Norm's spread is
+# wider. One model live
+# (the larger Pre-Norm one), then the study models of all seeds:
+
+# %%
+prompts = sums("small-train", 200, seed=0).ids
+spread = hooks.spread(load_model("addition-pre"), prompts, progress=False)
+plots.spread_bands(spread)
+
+# %%
+bands = table("spread").query("of == 'stream' and by == 'model'")
+bands = bands[bands["group"].str.startswith("study")]
+for placement, each in bands.groupby("placement")["band"]:
+    mean, half = interval(100 * each)
+    print(f"{PLACEMENTS[placement]:9s} 90% within ±{mean:.0f} ± {half:.0f}%  {list(each.round(2))}")
+
+pre, qkv = (bands[bands["placement"] == p]["band"] for p in ("pre", "qkv"))
+assert pre.min() > 0.25  # wider than the Baseline's ±20%
+assert qkv.mean() > pre.mean()  # the published order, in the means ...
+assert stats.ttest_ind(pre, qkv, equal_var=False).pvalue > 0.05  # ... but three seeds don't decide
+
+# %% [markdown]
+# Pre-Norm's lengths vary by about a third around the median: the same order of magnitude as
+# published, and wider. So the interference that the paper models **is possible** in these models:
+# the lengths are far from equal.
+#
+# ## Figure 2: noise in all layers
+#
+# The paper's model of interference: multiply every query, key and value (or message) by its own
+# $1 + \kappa$, uniform, of RMS $\sigma$, in all layers at once, and look at the accuracy. The left
+# panel is noise on q, k and v; the right one only on the scores of *sparse* rows
+# ($\max_t a_t \ge 0.95$), or only of *non-sparse* ones (below 0.70).
+
+# %%
+noise = table("noise")
+noise = noise[(noise["scored"] == "with ]") & noise["group"].str.startswith("study")]
+noise = noise[noise["at"] == "dot"]  # on the vectors that enter the dot product
+
+
+def relative(on, rows, placement):
+    """Accuracy over that without noise, by sigma (rows) and model (columns)."""
+    mask = (noise["on"] == on) & (noise["rows"] == rows) & (noise["placement"] == placement)
+    wide = noise[mask].pivot_table("accuracy", index="sigma", columns="model")
+    return 100 * wide / wide.loc[0.0]
+
+
+def draw(ax, wide, colour, name, style="-"):
+    """A line for each seed, and a bolder one for their mean."""
+    ax.plot(100 * wide.index[1:], wide.iloc[1:], style, color=colour, alpha=0.35, lw=0.8)
+    ax.plot(100 * wide.index[1:], wide.iloc[1:].mean(axis=1), style, color=colour, label=name)
+
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+for placement, name in PLACEMENTS.items():
+    draw(left, relative("qkv", "all", placement), COLOURS[placement], name)
+for rows, style in (("sparse", "-"), ("non-sparse", "--")):
+    for placement in ("pre", "qkv"):
+        label = f"{PLACEMENTS[placement]}, {rows} rows"
+        draw(right, relative("qk", rows, placement), COLOURS[placement], label, style)
+left.set_title("noise on q, k and v, all rows")
+right.set_title("noise on q and k of some rows")
+left.set_ylabel("accuracy, of that without noise (%)")
+for ax in (left, right):
+    ax.set_xscale("log")
+    ax.set_xlabel(r"noise $\sigma$ (%, RMS)")
+    ax.legend(frameon=False, fontsize=8, loc="lower left")
+plt.show()
+
+# %% [markdown]
+# - **Right panel: yes.** Noise on sparse rows does next to nothing where the same noise on
+#   non-sparse rows costs accuracy. In both placements sparse attention is robust.
+# - **Left panel: less than published.** At $\sigma$ = 1% the paper's models lose at least 10%.
+# - **QKV-Norm is here the most fragile**, not the most stable one. No contradiction: this noise
+#   sits *behind* its norm, on the vectors that enter the dot product. In front of the norm, where
+#   an interference of lengths would arise, the norm removes it:
+
+# %%
+remaining = {
+    "sparse rows, 5%, Pre-Norm": relative("qk", "sparse", "pre").loc[0.05],
+    "non-sparse rows, 5%, Pre-Norm": relative("qk", "non-sparse", "pre").loc[0.05],
+    "q, k and v, 1%, Pre-Norm": relative("qkv", "all", "pre").loc[0.01],
+    "q, k and v, 1%, QKV-Norm": relative("qkv", "all", "qkv").loc[0.01],
+}
+for name, values in remaining.items():
+    print(f"{name:32s} leaves {values.mean():5.1f}%   by seed {list(values.round(1))}")
+
+assert (remaining["sparse rows, 5%, Pre-Norm"] > 99).all()
+assert remaining["q, k and v, 1%, Pre-Norm"].mean() > 90  # published: less than 90
+assert remaining["q, k and v, 1%, QKV-Norm"].mean() < remaining["q, k and v, 1%, Pre-Norm"].mean()
+
+front = table("noise").query("at == 'projection' and sigma == 0.5 and scored == 'with ]'")
+clean = table("noise").query("at == 'projection' and sigma == 0.0 and scored == 'with ]'")
+left = front["accuracy"].to_numpy() / clean["accuracy"].to_numpy()
+print(f"QKV-Norm, noise of 50% in front of its norm leaves {100 * left.min():.2f}% or more")
+assert left.min() > 0.999
+
+# %% [markdown]
+# ## Figure 3: circuit collapse
+#
+# Now each layer alone, on clean inputs: with what probability does a sparse row's arg max move?
+# The probability follows from the clean scores, without drawing anything. Published for Pre-Norm:
+# 1% of the sparse rows collapse at $\sigma$ = 11% (Baseline), 7.5% (Alternate) and 5.5% (Large).
+
+# %%
+report = hooks.collapse_probe(load_model("study-pre-1"), prompts, progress=False)
+plots.collapse_curve(report, published=True)
+
+# %%
+collapse = table("collapse")
+at_one = collapse.query("quantity == 'sigma at 1%' and layer == -1")
+at_one = at_one[at_one["group"].str.startswith("study")]
+for placement, each in at_one.groupby("placement")["value"]:
+    mean, half = interval(100 * each)
+    seeds = ", ".join(f"{100 * v:.0f}%" for v in each)
+    print(f"{PLACEMENTS[placement]:9s} {mean:.0f} ± {half:.0f}%   by seed {seeds}")
+
+pre = 100 * at_one[at_one["placement"] == "pre"]["value"]
+low, high = np.subtract(*interval(pre)), np.add(*interval(pre))
+assert low > 11  # even the most robust published model lies below our interval
+
+# %% [markdown]
+# Our Pre-Norm models bear **more than twice the noise** of the paper's Baseline. Published values
+# fall with a model's size, and ours are smaller than its smallest, so that is the direction to
+# expect. But there is a second reason why such numbers can't be compared just so.
+#
+# ### The level of the scores
+#
+# softmax ignores a constant added to all scores of a row. The noise does not: it multiplies the
+# scores, constant and all. Two models with the *same attention* can therefore have different
+# collapse rates:
+
+# %%
+gauge = table("gauge").query("quantity == 'level' and sigma == 0.1 and group == 'study-pre'")
+figure, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+for name, each in gauge.groupby("model"):
+    seen = each[each["value"] > 1e-7]  # none left of a line's beginning
+    ax.plot(seen["level"], 100 * seen["value"], "o-", ms=3, label=name)
+ax.set(xscale="log", yscale="log", ylim=(1e-5, 100))
+ax.set_xlabel("mean score of the attended token, moved there by a constant")
+ax.set_ylabel(r"sparse rows that collapse at $\sigma$ = 10% (%)")
+ax.set_title("The same attention patterns at other score levels")
+ax.legend(frameon=False)
+plt.show()
+
+ratio = gauge[gauge["level"] == 80]["value"].min() / gauge[gauge["level"] == 8]["value"].max()
+print(f"from level 8 to level 80 the rate grows at least {ratio:.0f} times")
+assert ratio > 100
+
+# %% [markdown]
+# That is why every report of the probe prints the score level and, beside its rate, the rate in
+# the *centred gauge* (`loose_centred`): each row's mean visible score taken away first. The paper
+# gives no score level, so its 11, 7.5 and 5.5% have no second number to compare with.
+
+# %%
+report.to_frame("model").query("sigma in [0.1, 0.2, 0.3]")[
+    ["sigma", "rows", "loose", "loose_centred", "score_level"]
+].round(5)
+
+# %% [markdown]
+# ## Why the paper's QKV-Norm has no sparse attention
+#
+# Published: Pre-Norm's row maxima have a sharp peak at 1, QKV-Norm's have none (Fig. 25-27). In our
+# study models both have one:
+
+# %%
+sparsity = table("sparsity").query("what == 'histogram'")
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+for ax, name in zip(axes, ("study-pre-1", "study-qkv-1"), strict=True):
+    plots.sparsity_histogram(sparsity[sparsity["model"] == name], ax=ax)
+plt.show()
+
+# %% [markdown]
+# The difference is a detail of the set-up. The paper scales all scores by one constant so that
+# they start with a standard deviation of **0.1**. Behind QKV-Norm, $|w| \le g_q g_k d \cdot$ that
+# constant, and only the gains can grow; weight decay pulls at them. A row over 20 tokens needs
+# a lead of $\ln(0.95/0.05 \cdot 19) \approx 5.9$ to be sparse. So we trained QKV-Norm with other
+# scales, all else equal:
+
+# %%
+assert abs(np.log(0.95 / 0.05 * 19) - 5.9) < 0.02
+
+confound = table("confound").query("quantity == 'sparse share'")
+labels = {
+    "confound-pre-paper": "Pre-Norm, the paper's scale",
+    "confound-qkv-paper": "QKV-Norm, the paper's scale",
+    "confound-qkv-calibrated": "QKV-Norm, that scale, no decay on gains",
+    "confound-qkv": "QKV-Norm, 1/√d",
+    "confound-qkv-learned": "QKV-Norm, a learned temperature",
+    "confound-pre": "Pre-Norm, 1/√d",
+}
+figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+for i, name in enumerate(labels):
+    values = 100 * confound[confound["group"] == name]["value"]
+    ax.plot(values, [i] * len(values), "o", color=COLOURS["pre" if "pre" in name else "qkv"])
+ax.set_yticks(range(len(labels)), labels.values())
+ax.invert_yaxis()
+ax.set_xlabel("sparse rows (% of all), a point per seed")
+plt.show()
+
+# %%
+share = {name: 100 * values for name, values in confound.groupby("group")["value"]}
+assert share["confound-qkv-paper"].max() < 0.2  # published: no peak; reproduced
+assert share["confound-qkv"].min() > 5  # with the usual scale it is there
+sparse = {name: "{:.1f} ± {:.1f}".format(*interval(v)) for name, v in share.items()}
+pd.Series(sparse, name="sparse rows (%)").rename(labels)
+
+# %% [markdown]
+# **In the paper's setting QKV-Norm has no sparse rows here either; with $1/\sqrt{d}$, or a
+# temperature that is learned, it has.** The missing sparsity belongs to the scale, not to the norm.
+#
+# ## Everything at once
+#
+# Each experiment states the published claims beside what it found, from its own table. This is the
+# list for the six experiments of the paper itself:
+
+# %%
+claims = []
+for name in experiments.NAMES[:7]:
+    for claim in experiments.get_experiment(name).claims(table(name)):
+        claims.append({"experiment": name, "claim": claim.what, "same": claim.same})
+claims = pd.DataFrame(claims)
+pd.set_option("display.max_colwidth", 90)
+claims
+
+# %%
+count = claims["same"].value_counts()
+assert set(count.index) <= {"yes", "no", "in part", "not decided"}
+assert (claims.query("experiment == 'theorems'")["same"] == "yes").all()
+count
+
+# %% [markdown]
+# ## What you have learnt
+#
+# - All theorems hold to rounding; sparse rows bear noise that non-sparse ones don't; QKV-Norm
+#   removes noise that comes before its norm.
+# - The advantage of Pre-Norm in extrapolation does not come back, and QKV-Norm's missing sparsity
+#   is the score scale's doing.
+# - Collapse rates of two models can't be compared without the level of their scores.
+#
+# ## Try it
+#
+# 1. Make Fig. 1 of another model: `load_model("study-qkv-2")`. Do the keys' lengths
+#    (`of="k"`) vary as the embeddings' do?
+# 2. `hooks.collapse_probe(model, prompts, on="k")`: how much do the queries' factors add?
+# 3. Train a fourth seed (`qkvnorm-lens train --config study --placement pre --seed 4 --out
+#    runs/study-pre-4`) and run `qkvnorm-lens experiment collapse --model runs/study-pre-4/model`.
+# 4. With a GPU: the paper's own Baseline ([training](../docs/training.md)).
+#
+# All results with figures: [Reproduction](../docs/reproduction.md). How the models were trained:
+# [tutorial 3](03_train_placements.ipynb). The same measurements on a language model:
+# [tutorial 5](05_language_model.ipynb); what the paper leaves open and three related papers:
+# [tutorial 6](06_rank_spectrum_symmetry.ipynb).
