@@ -39,7 +39,7 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $@
 
 probe: $(SETUP)
-	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens probe $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens probe --out runs/probe $(ARGS)
 
 # A process per core, with one thread each: small models gain nothing from more.
 test: real-model

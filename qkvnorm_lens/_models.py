@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from textwrap import fill
 from typing import Any
 
@@ -38,12 +37,15 @@ def run(args: argparse.Namespace) -> str:
     head = ["model", "placement", "layers x heads", "parameters", "size", "trained on"]
     kinds = list(next(iter(cards.values()))["accuracy"])
     text = table([*head, *kinds], rows, left=(0, 1, 5))
-    groups = Counter(name.rpartition("-")[0] for name in experiment_models())
-    others = ", ".join(f"{name}-1 to {n}" for name, n in groups.items())
+    seeds: dict[str, list[str]] = {}
+    for name in experiment_models():
+        group, _, seed = name.rpartition("-")
+        seeds.setdefault(group, []).append(seed)
+    others = ", ".join(f"{group}-{{{','.join(each)}}}" for group, each in seeds.items())
     others = fill(others, 100, break_on_hyphens=False)
     return (
         f"{text}\n\nAccuracy per token, teacher forced. `probe` without a model takes {DEFAULT}."
-        f"\n\nThe experiments' models, a seed each, go by their names too:\n{others}"
+        f"\n\nThe experiments' models, one for each seed, go by their names too:\n{others}"
     )
 
 

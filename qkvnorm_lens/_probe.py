@@ -188,6 +188,7 @@ def run(args: argparse.Namespace) -> str:
     report = probe(args, model, prompts)
     if args.out is not None:
         write(args, report, prompts)
+        _say(f"wrote {args.out / 'report.html'}, to open in a browser")
     show = _tables.as_json if args.json else _tables.render
     return show(report, prompts, fragile=args.fragile, content=args.no_sinks)
 

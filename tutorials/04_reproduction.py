@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 4 · Reproducing the paper: figures 1-3 and the table
+# # Reproducing the paper: figures 1-3 and the table
 #
 # *Transformer Normalisation Layers and the Independence of Semantic Subspaces* (Menary, Kaski,
 # Freitas, [arXiv 2406.17837](https://arxiv.org/abs/2406.17837)) on small models.
@@ -69,7 +69,7 @@ def interval(values):
 # %%
 for name in experiments.NAMES[:6]:
     about = json.loads((RESULTS / name / "about.json").read_text())
-    print(f"{name:10s} {about['source']:44s} {about['command']}")
+    print(f"{name:10s} {about['source']}")
 
 # %% [markdown]
 # The models: `study-none`, `study-pre` and `study-qkv`, each trained with three seeds (2 layers of

@@ -24,6 +24,11 @@ from nbclient import NotebookClient
 HERE = Path(__file__).parent
 SCRIPTS = sorted(HERE.glob("[0-9][0-9]_*.py"))
 INTERACTIVE = "Interactive: run the cell to see it."
+METADATA = {  # the same on every machine
+    "jupytext": {"formats": "ipynb,py:percent"},
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 _KEPT = ("image/png", "image/svg+xml", "text/html", "text/markdown", "text/plain")
 
 
@@ -32,11 +37,7 @@ def read(script: Path) -> Any:
     notebook = jupytext.read(script)
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
-    notebook.metadata = {
-        "jupytext": {"formats": "ipynb,py:percent"},
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
+    notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat_minor = 5
     return notebook
 
@@ -51,6 +52,7 @@ def execute(notebook: Any) -> Any:
         record_timing=False,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own local sockets
     ).execute()
+    notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [_stored(output) for output in cell.outputs]
