@@ -27,7 +27,9 @@ NOTEBOOKS = {
 }
 _HOME = {target: source for source, target in (PAGES | NOTEBOOKS).items()}
 SHOWN = ("figure.png", "table.csv", "about.json")
-_LINK = re.compile(r"(?P<image>!?)\[(?P<words>[^\]\n]*(?:\n[^\]\n]+)?)\]\((?!#|[a-z]+:)(?P<to>[^)\s]+)\)")
+_LINK = re.compile(
+    r"(?P<image>!?)\[(?P<words>[^\]\n]*(?:\n[^\]\n]+)?)\]\((?!#|[a-z]+:)(?P<to>[^)\s]+)\)"
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
