@@ -188,9 +188,11 @@ def run(args: argparse.Namespace) -> str:
     report = probe(args, model, prompts)
     if args.out is not None:
         write(args, report, prompts)
-        _say(f"wrote {args.out / 'report.html'}, to open in a browser")
     show = _tables.as_json if args.json else _tables.render
-    return show(report, prompts, fragile=args.fragile, content=args.no_sinks)
+    shown = show(report, prompts, fragile=args.fragile, content=args.no_sinks)
+    if args.out is None or args.json:
+        return shown
+    return f"{shown}\n\nThis and more, to open in a browser: {args.out / 'report.html'}"
 
 
 def read(args: argparse.Namespace) -> str | None:

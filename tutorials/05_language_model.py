@@ -10,8 +10,8 @@
 # - what becomes of the output: noise in all layers, a cache in 4 bits, and lengths frozen without
 #   any noise.
 #
-# **Time**: two minutes, on one core. **Needs**: `pip install 'qkvnorm-lens[experiments]'`, 1 GB of
-# memory and the model (below). First read [The collapse probe in five
+# **Time**: one minute on one core. **Needs**: `pip install 'qkvnorm-lens[experiments]'`, 2 GB of
+# memory, and the model (below). First read [The collapse probe in five
 # minutes](01_collapse_probe.ipynb).
 #
 # What takes longer is read from the `results/` that come with the source; a small live check stands
@@ -252,17 +252,19 @@ if SMOL:
 #
 # ## Which heads, which tokens
 #
-# The map of the heads, with all rows and without the sinks. A dot marks heads with fewer than 20
-# rows: without sinks that is nearly every head.
+# The map of the heads, with all rows and without the sinks. Dark heads go first. Grey heads never
+# lose 1% of their rows, whatever the noise: sinks without an able rival, most of them from layer 12
+# on. Pale heads have no sparse rows. A dot marks heads with fewer than 20 rows: without sinks that
+# is nearly every head.
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(9, 7.5), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(9, 7), layout="constrained")
 plots.head_map(report, ax=axes[0])
 plots.head_map(report, ax=axes[1], content=True)
 axes[0].set_title("all sparse rows", fontsize=10, loc="left")
 axes[1].set_title("sinks left out", fontsize=10, loc="left")
-axes[0].get_legend().set_in_layout(False)  # one legend will do
-axes[1].get_legend().remove()
+for legend in filter(None, (ax.get_legend() for ax in axes)):
+    legend.remove()  # its words are in the text above
 plt.show()
 
 # %%
@@ -270,8 +272,11 @@ heads = report.to_frame().query("sigma == 0.1").set_index("label")
 heads["on content"] = heads["rows"] - heads["sinks"]
 heads["sigma at 1%"] = report.sigma_at(0.01, by="head", content=True).to_numpy().ravel()
 enough = heads[heads["on content"] >= 20].sort_values("sigma at 1%")
+never = np.isinf(report.sigma_at(0.01, by="head")).to_numpy()
+print(f"never: {never[:12].sum()} heads of layers 0 to 11, {never[12:].sum()} of layers 12 on")
 print(f"{len(enough)} of {len(heads)} heads have 20 sparse rows on content or more")
 assert not SMOL or len(enough) < 0.1 * len(heads)
+assert not SMOL or never[12:].sum() > 5 * never[:12].sum()
 enough[["on content", "sigma at 1%"]].round(3)
 
 # %% [markdown]
@@ -281,7 +286,7 @@ enough[["on content", "sigma at 1%"]].round(3)
 columns = ["label", "prompt", "query_token", "key_token", "jump_token", "sigma"]
 fragile = report.fragile(10, content=True)
 distance = fragile["query_pos"] - fragile["key_pos"]
-assert not SMOL or (distance <= 2).mean() > 0.5
+assert not SMOL or ((distance <= 2).mean() > 0.5 and fragile["layer"].median() <= 5)
 fragile[columns].assign(distance=distance).round(3)
 
 # %% [markdown]
@@ -425,9 +430,8 @@ assert shown["norm_k"].max() < 0.03
 
 # %%
 addition = pd.read_csv("../results/addition/quantisation/table.csv", dtype={"placement": str})
-moved = (
-    quantisation.models(addition).groupby("model")[["moved_norm", "moved_direction", "moved"]].sum()
-)
+columns = ["moved_norm", "moved_direction", "moved"]
+moved = quantisation.models(addition).groupby("model")[columns].sum()
 print(moved[moved["moved"] > 0].astype(int))
 assert moved.index[moved["moved"] > 0].tolist() == ["addition-none"]
 assert moved.loc["addition-none", "moved_direction"] > 5 * moved.loc["addition-none", "moved_norm"]
@@ -529,14 +533,8 @@ layers = table[table["by"] == "layer"].set_index("layer")
 share = {first: 100 * mine["moved_content"] for first, mine in layers.groupby("first")}
 spread = 100 * layers.loc[layers["first"] == "spared", "scale_spread_rest"]
 figure, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
-ax.plot(
-    share["frozen too"],
-    "o",
-    color="#D55E00",
-    markersize=9,
-    fillstyle="none",
-    label="moved, first token frozen too",
-)
+ring = {"color": "#D55E00", "markersize": 9, "fillstyle": "none"}
+ax.plot(share["frozen too"], "o", label="moved, first token frozen too", **ring)
 ax.plot(share["spared"], "s", color="#0072B2", label="moved, first token spared")
 ax.plot(spread, "-", color="#999999", label="spread of the other tokens' scales")
 ax.set(xlabel="layer", ylabel="rows on content; spread (%)", ylim=(-6, 128))
@@ -601,8 +599,8 @@ if SMOL:
 #    a position bias, and why?
 # 3. Put a constant of 10 on all scores, `hooks.collapse_probability(s + 10, others + 10, ...)`, for
 #    a row of your choice. How does its probability change, and how its weights?
-# 4. Replace `int4` by 3 bits (top 3). Do lengths alone move a row now? Does the certificate say so
-#    beforehand?
+# 4. Replace `int4` by 3 bits (top 3). Do more rows move? Do lengths alone move one, and does the
+#    certificate say so beforehand?
 #
 # ## Where to go next
 #
@@ -610,4 +608,5 @@ if SMOL:
 #   [interference](../docs/concepts/interference.md).
 # - [Probe your own model](../docs/how-to/probe-your-model.md),
 #   [corpora](../docs/how-to/corpora.md), [long prompts, time and memory](../docs/how-to/memory.md).
-# - [All results](../docs/reproduction.md), on our own models and on this one.
+# - [All results](../docs/reproduction.md), on our own models and on this one; [the paper's
+#   figures](04_reproduction.ipynb) as a tutorial.

@@ -157,12 +157,14 @@ plt.show()
 # - The complete mask is faster than exponential: there even attention averages everything away in
 #   one layer.
 # - A narrow two-way window is slow: 4 neighbours on each side have to carry content over 32 tokens.
-#   But a one-way window of the same width is *not* much slower than the causal mask, though its
-#   radius is larger. "Local masks are slower" holds among masks of one kind, and not across kinds.
+#   But a one-way window of the same width ends with the rate of the causal mask, though its radius
+#   is larger than that of both. "Local masks are slower" holds among masks of one kind, and not
+#   across kinds.
 
 # %%
 assert np.isnan(rows.loc["two parts", "layers to 0.001"])  # never
 assert paths["two parts"].relative_mu[-1] > 0.3
+assert all(part.std(0).max() < 1e-9 for part in paths["two parts"].states[-1].chunk(2))
 assert paths["window 4"].relative_mu[-1] < 0.02
 assert (rows.loc[["complete", "causal", "one-way 4"], "layers to 0.001"] < 40).all()
 slow = rows.loc[["causal", "window 4", "one-way 4"]]
@@ -189,11 +191,12 @@ layers.map(lambda n: "-" if np.isinf(n) else f"{n:.0f}")
 
 # %% [markdown]
 # Norms alone change next to nothing: behind RMSNorm or LayerNorm, with orthogonal values, tokens
-# collapse as fast as before. The residual stream ("skip connection") is what slows collapse most,
-# and it does not stop it under the complete and the causal mask.
+# collapse as fast as before. A residual stream ("skip connection") slows collapse severalfold under
+# the complete and the causal mask, and does not stop it there. It need not slow it everywhere: see
+# the last row under the narrow window.
 #
-# Careful with "exponential": it was a straight line in the logarithm for some cells only. The text
-# beside the table says which.
+# Careful with "exponential": the logarithm was a straight line for some of these cells only. The
+# text beside the table names the others.
 
 # %%
 one_by_one = layers.loc[["RMSNorm", "LayerNorm"]] / layers.loc["attention"]
@@ -201,6 +204,8 @@ assert one_by_one.min(axis=None) > 0.9
 assert one_by_one.max(axis=None) < 1.4
 assert (layers.loc["residual", ["complete", "causal"]] / layers.loc["attention"]).min() > 3
 assert np.isfinite(layers.loc["residual", ["complete", "causal"]].astype(float)).all()
+assert layers.loc["residual, MLP, RMSNorm", "window 4"] < layers.loc["attention", "window 4"]
+assert "not exponential" in (RESULTS / "addition/masks/text.md").read_text()
 
 # %% [markdown]
 # ### With a norm, suitable values hold tokens apart
@@ -292,6 +297,8 @@ plots.rank_by_depth(profiles)
 ends = pd.DataFrame({name: p[p["site"] == "out"].iloc[-1] for name, p in profiles.items()}).T
 ends = ends[["label", "relative_mu", "effective_rank", "mean_cosine"]]
 assert ends.loc["trained", "relative_mu"] > 1.2 * ends.loc["random start", "relative_mu"]
+start = profiles["random start"]
+assert (start[start["site"] == "out"]["relative_mu"].diff().dropna() < 0).all()
 assert ends.loc["trained", "mean_cosine"] < ends.loc["random start", "mean_cosine"]
 assert ends.loc["trained", "effective_rank"] < ends.loc["random start", "effective_rank"]
 ends
@@ -316,15 +323,16 @@ plots.rank_by_depth(by_state, measure="effective_rank")
 
 # %% [markdown]
 # Here both agree: the trained model holds its tokens apart, in more directions than at random
-# start. One model, one random start. Between the placements of the norm the study models decide
-# nothing: the results list 12 comparisons, of which none is decided once one corrects for their
-# number.
+# start. One model, one random start. The small models of all six kinds in `results/addition/rank`
+# are further from their mean than at their start, too. Between placements of the norm they decide
+# nothing: of 12 comparisons none is decided once one corrects for their number.
 
 # %%
 for measure in ("relative_mu", "effective_rank"):
     last = {state: frame[measure].iloc[-1] for state, frame in by_state.items()}
     assert last["trained"] > 1.5 * last["random start"], last
 said = (RESULTS / "addition/rank/text.md").read_text()
+assert said.count("Training leaves the tokens farther from their mean") == 6  # kinds of model
 assert "corrected for all of them (Bonferroni, 99.58%): 0." in said
 
 # %% [markdown]
@@ -337,8 +345,9 @@ assert "corrected for all of them (Bonferroni, 99.58%): 0." in said
 #
 # $$s_1 \to 1, \qquad s_2 \approx \frac{2}{\sqrt T} \qquad (T \text{ tokens}),$$
 #
-# a gap that widens with the length of the prompt. We draw them, five of each size, without a mask
-# and with a causal one.
+# a gap that widens with the length of the prompt. (For heads narrower than the prompt is long,
+# scores are of low rank and $s_2$ falls more slowly: exercise 4.) We draw Markov matrices, five of
+# each size, without a mask and with a causal one.
 
 # %%
 lengths = (20, 30, 50, 75, 100, 150)
@@ -467,11 +476,14 @@ shown = {"stable rank, layer 10": depth.round(2), "gradient, first layer": first
 pd.concat(shown, axis=1).loc[list(kind.values())].astype(object).fillna("nothing left")
 
 # %% [markdown]
-# The fix helps where there is a skip connection: then the rank stays up, and gradients stay near
-# those of one layer. Alone it makes the signal vanish; with LayerNorm and no skip it keeps nothing.
-# "Centring cures rank collapse" is true *with the rest of the architecture that transformers have*.
+# The fix helps where there is a skip connection: then the rank stays up, and gradients no longer
+# grow. Alone it makes the signal vanish; with LayerNorm and no skip it keeps no rank. "Centring
+# cures rank collapse" is true *with the rest of the architecture that transformers have*.
 
 # %%
+second = table[(table["quantity"] == "s2") & (table["mask"] == "none") & (table["tokens"] == 150)]
+second = second[second["what"] == "spectrum"].groupby("attention")["value"].mean()
+assert second["softmax narrow"] > 1.5 * second["markov"]  # d_head = 16
 assert depth["A"].max() < 1.01
 assert depth.loc[["skip", "both"], "A - U"].min() > 15
 assert depth.loc["LayerNorm", "A - U"] < 1.1
@@ -509,9 +521,9 @@ smol.round(2)
 
 # %% [markdown]
 # A gap eight times that of uniform attention at 150 tokens, and it grows with the length. Is this
-# the random matrix's gap? No. `left_s1`, the largest value of $A - U$, is nearly all of $s_1$: the
-# fix would not take it away. It comes from the *attention sink*: where $T$ rows put all their
-# weight on one token, $A$ has a column of ones, of length $\sqrt T$.
+# the random matrix's gap? No. `left_s1`, the largest value of $A - U$, is most of $s_1$: the fix
+# would not take it away. It is what an *attention sink* makes: where $T$ rows put all their weight
+# on one token, $A$ has a column of ones, of length $\sqrt T$.
 
 # %%
 assert smol.loc[150, "gap"] > 8 * smol.loc[150, "uniform_gap"]
@@ -604,6 +616,9 @@ assert gaps["1 layer"].vanishes("as is")
 assert gaps["1 layer"].vanishes("mask removed")
 assert gaps["2 layers"].verdict("as is") == "gap"
 assert gaps["2 layers"].vanishes("mask removed")
+behind = gaps["2 layers"].to_frame("layer").set_index(["variant", "layer"])["stream"]
+assert behind["as is", 0] < 1e-5
+assert 0.1 < behind["as is", 1] < 0.4
 figure = plots.symmetry_by_depth(gaps)
 for ax in figure.axes:
     ax.set_ylim(5e-8, 30)
@@ -745,18 +760,19 @@ assert shown.loc["rotary, no skips"].min() > 95
 # - Attention alone collapses under each mask with a centre: proved, and seen; exponentially at the
 #   rate of even attention, faster for the complete mask. Local masks are slower among masks of one
 #   kind, and not across kinds.
-# - Norms do not prevent that. Suitable values do; but most such equilibria let go of what is near
-#   them.
+# - Norms do not prevent that. Suitable values do; but many of these equilibria let go of what is
+#   near them.
 # - Without a mask, a random matrix has one singular value near 1 and the others below about
 #   $2/\sqrt T$. Under a causal mask it shows little more than the mask itself does.
 # - $A - U$ keeps the rank up without a mask; in depth, where there are skip connections.
-# - Order is invisible to one causal layer and visible to two: by construction, and in 72 random
-#   models. Skip connections are not needed to see it, nor positions to learn a task that needs it.
+# - Order is invisible to one causal layer, by construction and in 24 random models, and visible to
+#   two or four, in 48. Skip connections are not needed to see it, nor positions to learn a task
+#   that needs it.
 #
 # Not decided:
 #
-# - Whether trained models in general hold their tokens apart: the few small ones and the one
-#   language model here do, more than at random start.
+# - Whether trained models in general hold their tokens apart: the small ones of six kinds and the
+#   one language model here do, more than at random start.
 # - Whether $A - U$ helps to train. It did not show, on short causal prompts.
 # - Whether skip connections help to learn order.
 # - Whether a placement of the norm changes any of this.
