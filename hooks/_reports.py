@@ -17,8 +17,14 @@ _UNLIKE = ("versions", "device")  # facts that two parts of one measurement may 
 def write_report(
     path: str | Path, form: str, head: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> Path:
-    """Write one safetensors file, ``head`` as JSON in its header; returns its path."""
+    """Write one safetensors file, ``head`` as JSON in its header; returns its path.
+
+    Raises:
+        IsADirectoryError: it is one.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: wanted a file's name; got a directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     words = {"format": form} | {name: json.dumps(value) for name, value in head.items()}
     # ascontiguousarray gives a number an axis; take it away again.

@@ -632,6 +632,12 @@ def test_a_symmetry_report_is_drawn_by_layer() -> None:
         (plots.attention, "report: wanted a CollapseReport; got SpreadReport"),
         (plots.attention_rows, "report: wanted a CollapseReport; got SpreadReport"),
         (plots.fragile_text, "report: wanted a CollapseReport; got SpreadReport"),
+        (plots.collapse_curve, "report: wanted a CollapseReport; got SpreadReport"),
+        (plots.head_map, "report: wanted a CollapseReport; got SpreadReport"),
+        (plots.row_margins, "report: wanted a CollapseReport; got SpreadReport"),
+        (plots.accuracy_curve, "reports: wanted a SweepReport; got SpreadReport"),
+        (plots.sparsity_histogram, "table: wanted a DataFrame; got SpreadReport"),
+        (lambda other: plots.spread_bands([other]), "report: wanted a SpreadReport; got list"),
     ],
 )
 def test_another_report_is_refused_by_name(draw: Any, wanted: str, spread_report: Any) -> None:

@@ -368,6 +368,13 @@ def test_an_empty_report_survives_the_disk(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(report.to_frame(), loaded.to_frame())
 
 
+def test_a_directory_is_no_name_of_a_report(tmp_path: Path) -> None:
+    report = collapse_probe(models.tiny_gpt2(), models.tokens())
+    with pytest.raises(IsADirectoryError, match="wanted a file's name; got a directory"):
+        report.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_loading_something_else_is_refused(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 

@@ -15,8 +15,8 @@ from markupsafe import Markup
 from hooks._arguments import check_integers
 from qkvnorm_lens._html import circuits, rows, safe
 from qkvnorm_lens._plot_style import GREY, ORANGE, new_figure, printable, top_figure
+from qkvnorm_lens.plots._chart import check_report
 from qkvnorm_lens.plots._collapse import name_of
-from qkvnorm_lens.plots._measures import check_report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,9 +178,7 @@ def _strip(ax: Axes, row: rows.ShownRow) -> Any:
 
 
 def _kept(report: CollapseReport, n: int, content: bool) -> list[rows.ShownRow]:
-    from hooks import CollapseReport
-
-    check_report("report", report, CollapseReport)
+    check_report("report", report, "CollapseReport")
     check_integers(n=(n, 1))
     shown = rows.shown_rows(report, n, content=content)
     if not shown:
@@ -192,9 +190,7 @@ def _kept(report: CollapseReport, n: int, content: bool) -> list[rows.ShownRow]:
 
 
 def _prompts(report: CollapseReport, prompts: Sequence[int] | int) -> list[int]:
-    from hooks import CollapseReport
-
-    check_report("report", report, CollapseReport)
+    check_report("report", report, "CollapseReport")
     n = len(report.tokens)
     many = isinstance(prompts, (Sequence, np.ndarray)) and not isinstance(prompts, (str, bytes))
     if not many and (isinstance(prompts, bool) or not isinstance(prompts, Integral)):

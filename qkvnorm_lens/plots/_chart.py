@@ -107,6 +107,21 @@ def check_backend(backend: str, ax: Axes | Sequence[Axes] | np.ndarray | None) -
         raise ValueError("ax: wanted None with backend='plotly', which makes its own; got an axis")
 
 
+def check_report(what: str, given: Any, *wanted: str) -> None:
+    """Refuse another kind of thing than a figure draws: reports of `hooks`, or a DataFrame.
+
+    Raises:
+        TypeError: names what was wanted.
+    """
+    import pandas as pd
+
+    import hooks
+
+    kinds = tuple(pd.DataFrame if n == "DataFrame" else getattr(hooks, n) for n in wanted)
+    if not isinstance(given, kinds):
+        raise TypeError(f"{what}: wanted a {' or a '.join(wanted)}; got {type(given).__name__}")
+
+
 def draw(
     charts: Sequence[Chart],
     ax: Any,

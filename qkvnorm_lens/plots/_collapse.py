@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from qkvnorm_lens._plot_style import BLUE, GREEN, GREY, ORANGE
-from qkvnorm_lens.plots._chart import Axis, Backend, Chart, Line, Mark, check_backend, draw
+from qkvnorm_lens.plots._chart import (
+    Axis,
+    Backend,
+    Chart,
+    Line,
+    Mark,
+    check_backend,
+    check_report,
+    draw,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,11 +66,13 @@ def collapse_curve(
 
     Raises:
         ImportError: matplotlib (plotly) is not installed.
+        TypeError: another kind of report.
         ValueError: another ``by`` or ``backend``, or an axis beside plotly.
     """
     if by not in ("model", "layer"):
         raise ValueError(f"by: wanted 'model' or 'layer'; got {by!r}")
     check_backend(backend, ax)
+    check_report("report", report, "CollapseReport")
     chart = collapse_chart(report, by, published=published)
     return draw([chart], ax, backend, (6.4, 4.2))
 
@@ -112,9 +123,11 @@ def row_margins(
 
     Raises:
         ImportError: matplotlib (plotly) is not installed.
+        TypeError: another kind of report.
         ValueError: another ``backend``, or an axis beside plotly.
     """
     check_backend(backend, ax)
+    check_report("report", report, "CollapseReport")
     return draw([margins_chart(report)], ax, backend, (6.4, 3.8))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from qkvnorm_lens._plot_style import GREY, axes_of, log_ticks, ticks_between
-from qkvnorm_lens.plots._chart import Backend, check_backend
+from qkvnorm_lens.plots._chart import Backend, check_backend, check_report
 from qkvnorm_lens.plots._collapse import title_of
 
 if TYPE_CHECKING:
@@ -95,10 +95,12 @@ def head_map(
 
     Raises:
         ImportError: matplotlib (plotly) is not installed.
+        TypeError: another kind of report.
         ValueError: from :meth:`hooks.CollapseReport.sigma_at`; another ``backend``, or an axis
             beside plotly.
     """
     check_backend(backend, ax)
+    check_report("report", report, "CollapseReport")
     cells = head_cells(report, rate, content=content, min_rows=min_rows)
     n_layers, n_heads = cells.sigma.shape
     size = (

@@ -11,7 +11,17 @@ import numpy as np
 import pandas as pd
 
 from qkvnorm_lens._plot_style import BLUE, GREEN, GREY, ORANGE, RUNS
-from qkvnorm_lens.plots._chart import Axis, Backend, Band, Bars, Chart, Line, check_backend, draw
+from qkvnorm_lens.plots._chart import (
+    Axis,
+    Backend,
+    Band,
+    Bars,
+    Chart,
+    Line,
+    check_backend,
+    check_report,
+    draw,
+)
 from qkvnorm_lens.plots._collapse import SIGMA
 
 if TYPE_CHECKING:
@@ -62,9 +72,11 @@ def spread_bands(
 
     Raises:
         ImportError: matplotlib (plotly) is not installed.
+        TypeError: another kind of thing.
         ValueError: another ``backend``, or an axis beside plotly.
     """
     check_backend(backend, ax)
+    check_report("report", report, "SpreadReport")
     bands = []
     for share, opacity in ((0.9, 0.22), (0.5, 0.35)):
         frame = report.to_frame("layer", share=share)
@@ -111,6 +123,7 @@ def accuracy_curve(
 
     Raises:
         ImportError: matplotlib (plotly) is not installed.
+        TypeError: another kind of thing.
         ValueError: another ``metric`` or ``backend``, no report, an axis beside plotly, or a report
             without that number (accuracy and loss want targets).
     """
@@ -123,6 +136,7 @@ def accuracy_curve(
     label, unit = _METRICS[metric]
     lines, levels = [], []
     for i, (name, report) in enumerate(named.items()):
+        check_report("reports", report, "SweepReport")
         frame = report.to_frame()
         if frame[metric].isna().all():
             raise ValueError(
@@ -164,9 +178,11 @@ def sparsity_histogram(
 
     Raises:
         ImportError: matplotlib (plotly) is not installed.
+        TypeError: another kind of thing.
         ValueError: other columns, no rows, or several models in one table.
     """
     check_backend(backend, ax)
+    check_report("table", table, "DataFrame")
     _columns("table", table, ("low", "rows"))
     frame = table[table["what"] == "histogram"] if "what" in table else table
     kinds = list(dict.fromkeys(frame["kind"])) if "kind" in frame else [None]
@@ -220,12 +236,10 @@ def rank_by_depth(
         TypeError: neither such a report nor a frame.
         ValueError: another measure or ``backend``, no report, a frame without these columns.
     """
-    from hooks import RankReport
-
     check_backend(backend, ax)
     if measure not in _RANKS:
         raise ValueError(f"measure: wanted one of {list(_RANKS)}; got {measure!r}")
-    named = _frames("reports", reports, RankReport)
+    named = _frames("reports", reports, "RankReport")
     label, scale = _RANKS[measure]
     lines = []
     for i, (name, frame) in enumerate(named.items()):
@@ -267,10 +281,8 @@ def spectrum_by_depth(
         ValueError: no report, other columns, another ``backend``, another number of axes, or an
             axis beside plotly.
     """
-    from hooks import SpectrumReport
-
     check_backend(backend, ax)
-    named = _frames("reports", reports, SpectrumReport)
+    named = _frames("reports", reports, "SpectrumReport")
     if ax is not None and (got := np.asarray(ax, dtype=object).size) != len(named):
         raise ValueError(f"ax: wanted {len(named)}, one for each report; got {got}")
     charts = [_spectrum_chart(name, frame) for name, frame in named.items()]
@@ -328,12 +340,10 @@ def symmetry_by_depth(
         ValueError: no report, another ``backend``, another number of axes, or an axis beside
             plotly.
     """
-    from hooks import SymmetryReport
-
     check_backend(backend, ax)
     named = dict(reports) if isinstance(reports, Mapping) else {"": reports}
     for report in named.values():
-        check_report("reports", report, SymmetryReport)
+        check_report("reports", report, "SymmetryReport")
     if not named:
         raise ValueError("reports: wanted at least one; got none")
     if ax is not None and (got := np.asarray(ax, dtype=object).size) != len(named):
@@ -427,24 +437,13 @@ def training_curves(
     return draw(charts, ax, backend, (8.4, 3.4), together=True)
 
 
-def check_report(what: str, report: Any, *wanted: type) -> None:
-    """Refuse another kind of thing than a figure draws.
-
-    Raises:
-        TypeError: names what was wanted.
-    """
-    if not isinstance(report, wanted):
-        kinds = " or a ".join(kind.__name__ for kind in wanted)
-        raise TypeError(f"{what}: wanted a {kinds}; got {type(report).__name__}")
-
-
-def _frames(what: str, given: Any, kind: type) -> dict[str, pd.DataFrame]:
+def _frames(what: str, given: Any, kind: str) -> dict[str, pd.DataFrame]:
     """Reports or their frames, one or several by name, as frames."""
     named = dict(given) if isinstance(given, Mapping) else {"": given}
     if not named:
         raise ValueError(f"{what}: wanted at least one; got none")
     for each in named.values():
-        check_report(what, each, kind, pd.DataFrame)
+        check_report(what, each, kind, "DataFrame")
     return {n: r if isinstance(r, pd.DataFrame) else r.to_frame() for n, r in named.items()}
 
 
