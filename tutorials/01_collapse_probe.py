@@ -54,8 +54,8 @@ OURS = MODEL == "addition-pre"  # some checks below are about this model
 # through a softmax and become a row of weights. Where one weight is at least 0.95 the row is
 # called **sparse**: the head has chosen a token.
 #
-# Now let every vector have a slightly wrong *length*: $k_t \to (1 + \kappa_t)\,k_t$ and $q \to (1
-# + \kappa_q)\,q$. A score is a product of lengths and a cosine, so it becomes
+# Now let every vector have a slightly wrong *length*: $k_t \to (1 + \kappa_t)\,k_t$ and
+# $q \to (1 + \kappa_q)\,q$. A score is a product of lengths and a cosine, so it becomes
 #
 # $$s'_t = (1 + \kappa_q)(1 + \kappa_t)\,s_t ,$$
 #
@@ -87,8 +87,8 @@ assert scores.softmax(0)[0] >= 0.95
 # and Freitas ([arXiv 2406.17837](https://arxiv.org/abs/2406.17837)) call this *circuit collapse*:
 # the head now reads another token. How large must the noise be?
 #
-# We write $\sigma$ for its RMS. The paper's noise is uniform, $\kappa \in [-a, a]$ with $a =
-# \sqrt{3}\,\sigma$. $\sigma = 0.05$ means that lengths are off by 5%.
+# We write $\sigma$ for its RMS. The paper's noise is uniform, $\kappa \in [-a, a]$ with
+# $a = \sqrt{3}\,\sigma$. $\sigma = 0.05$ means that lengths are off by 5%.
 
 # %% [markdown]
 # ## A model, and something to read
@@ -258,8 +258,8 @@ plt.show()
 # ## A certificate, by hand
 #
 # The column `sigma` above needs no sampling and no noise law. Let a row attend to $*$ with score
-# $s_*$ and let $t$ be a rival. With all factors in $[1 - a, 1 + a]$ the worst case is $(1 -
-# a)\,s_*$ against $(1 + a)\,s_t$ (both scores positive), so the row can move only if
+# $s_*$ and let $t$ be a rival. With all factors in $[1 - a, 1 + a]$ the worst case is
+# $(1 - a)\,s_*$ against $(1 + a)\,s_t$ (both scores positive), so the row can move only if
 #
 # $$a > a_t = \frac{s_* - s_t}{|s_*| + |s_t|} ,$$
 #
@@ -423,6 +423,8 @@ assert abs(answer["sigma_at"]["model"] - report.sigma_at(0.01)) < 1e-4
 #
 # ## Where to go next
 #
+# - [Semantic subspaces and the place of the norm](02_subspaces.ipynb): why a length matters at
+#   all.
 # - [A language model under the probe](05_language_model.ipynb): sinks, grouped keys, quantised
 #   caches.
 # - [Concepts](../docs/concepts/index.md), first [circuit collapse](../docs/concepts/collapse.md),
