@@ -60,6 +60,7 @@ RESULTS = Path("../results")
 NAMES = {"none": "No-Norm", "pre": "Pre-Norm", "qkv": "QKV-Norm"}
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # for every kind of eye
 COLOURS = {"none": GREEN, "pre": BLUE, "qkv": ORANGE}
+torch.set_num_threads(1)  # for tensors this small more threads are in each other's way
 torch.set_default_dtype(torch.float64)  # so that "exactly" can be tested to 1e-12
 random = torch.Generator().manual_seed(0)
 
@@ -152,11 +153,9 @@ def attention(placement, y):
     return (beta[placement] * scores(placement, x, y)).softmax(-1)
 
 
-for p in NAMES:
-    print(
-        f"{NAMES[p]:9}", dict(zip(SENDERS, attention(p, y).numpy().round(3).tolist(), strict=True))
-    )
-    assert attention(p, y)[0] >= hooks.SPARSE
+at_start = {NAMES[p]: attention(p, y).numpy() for p in NAMES}
+assert all(row[0] >= hooks.SPARSE for row in at_start.values())
+pd.DataFrame(at_start, index=SENDERS).T.round(3)
 
 # %% [markdown]
 # ## 2. No-Norm: independence is enough (theorem 1)
@@ -174,7 +173,8 @@ assert change < 1e-12
 # ## 3. Pre-Norm: a head that breaks (theorem 2)
 #
 # Pre-Norm divides the token by its whole length, $b$ included. When $b$ grows, nothing changes in
-# $a$, but all that the head reads from that token shrinks. Its score is multiplied by
+# $a$, and $b$ still lies in the null space; but all that the head reads from that token shrinks.
+# Its score is multiplied by
 #
 # $$\frac{w'_t}{w_t} = \frac{|y_t|}{|y'_t|},$$
 #
@@ -250,9 +250,12 @@ plt.show()
 # %% [markdown]
 # ### What Pre-Norm needs
 #
-# The factor is 1 only if $|x|$ is the same for all contents. As $|x|^2 = |Aa|^2 + |Bb|^2 +
-# 2\,(Aa)\cdot(Bb)$, that asks for two things at once: **spheres** ($|Aa|$ and $|Bb|$ are
-# constants) and **orthogonality** (the mixed term is zero).
+# The factor is 1 only if $|x|$ is the same for all contents. Now
+#
+# $$|x|^2 = |Aa|^2 + |Bb|^2 + 2\,(Aa)\cdot(Bb),$$
+#
+# which asks for two things at once: **spheres** ($|Aa|$ and $|Bb|$ are constants) and
+# **orthogonality** (the mixed term is zero).
 #
 # So we try three worlds. In each of them $b$ is redrawn 1000 times, and the table shows the
 # largest relative change of any of the head's scores.
@@ -301,9 +304,8 @@ print(f"b replaced:    largest change of a QKV-Norm score {change:.0e}")
 assert change < 1e-12
 
 lengths = {p: scores(p, x, tokens(2 * a, b)) / scores(p, x, y) for p in ("none", "qkv")}
-print(
-    "a twice as long: scores times", {NAMES[p]: round(float(r[0]), 3) for p, r in lengths.items()}
-)
+for p, ratio in lengths.items():
+    print(f"a twice as long: {NAMES[p]} scores times {[round(r, 3) for r in ratio.tolist()]}")
 assert torch.allclose(lengths["none"], torch.full((4,), 2.0))
 assert torch.allclose(lengths["qkv"], torch.ones(4))
 
@@ -326,9 +328,8 @@ x_A = torch.stack([flat + 2, turns.cos(), turns.sin(), flat, flat], -1)
 x_B = torch.stack([flat + 3, flat, flat, turns.cos(), turns.sin()], -1)
 both = x_A[:, None] + x_B  # every pair of angles
 
-print(
-    "x_A . x_B:", (x_A @ x_B.T).unique().tolist(), "  |x|^2:", both.square().sum(-1).mean().item()
-)
+print("x_A . x_B of all pairs:", (x_A @ x_B.T).unique().tolist())
+print(f"|x|^2 from {both.square().sum(-1).min():.6f} to {both.square().sum(-1).max():.6f}")
 assert torch.allclose(x_A @ x_B.T, torch.tensor(6.0))
 assert torch.allclose(both.square().sum(-1), torch.tensor(27.0))
 
@@ -374,9 +375,9 @@ assert in_front["QKV-Norm (q, k and v)"] < 1e-10 < 1e-2 < in_front["QK-norm (q a
 # ## 7. Noise on q, k and v, from isotropic to sparse (theorems 4-6)
 #
 # So far lengths changed because of $b$. From here on we follow the paper and imitate this by
-# noise. Let one head write $\sum_t a_t m_t$, where $m_t = W_O v_t$ are the messages, and write
-# $\mathbb{E}$ for the mean under the attention $a$. To first order (theorem 4) the output moves
-# by
+# noise. Let one head write $\sum_t p_t\, m_t$, where $p_t$ is its attention and $m_t = W_O v_t$
+# are the messages; $\mathbb{E}$ is the mean under the weights $p_t$. To first order (theorem 4)
+# the output moves by
 #
 # $$\mathbb{E}[m\,\tilde k^\top]\, e_q, \qquad \mathbb{E}[\tilde m\, e_k^\top]\, q, \qquad
 # \mathbb{E}[e_m],$$
@@ -412,14 +413,14 @@ def measured(q, on):
     return float(jvp(output, (q, k, m), tuple(noise.values()))[1].norm())
 
 
-def first_order(q, on, a):
-    """Theorem 4."""
-    k_off, m_off = k - a @ k, m - a @ m
+def first_order(q, on, p):
+    """Theorem 4, under the attention p."""
+    k_off, m_off = k - p @ k, m - p @ m
     if on == "q":
-        return float(((a[:, None] * m).T @ k_off @ e["q"]).norm())
+        return float(((p[:, None] * m).T @ k_off @ e["q"]).norm())
     if on == "k":
-        return float(((a * (e["k"] @ q)) @ m_off).norm())
-    return float((a @ e["m"]).norm())
+        return float(((p * (e["k"] @ q)) @ m_off).norm())
+    return float((p @ e["m"]).norm())
 
 
 # %%
@@ -507,13 +508,17 @@ assert (exact_form == brute).all()
 assert (first != brute)[safe].any()
 
 # %% [markdown]
-# The exact form is never wrong. The paper's form is a first order in the noise, and misjudges rows
-# near the boundary when noise is as large as here (up to 50% on keys and 99% on the query). This
-# library uses the exact form throughout.
+# The exact form is never wrong. The paper's is of first order in the noise. It is the same
+# without noise on the query, and misjudges rows near the boundary when both are as large as here
+# (up to 50% on keys and 99% on the query). This library uses the exact form throughout.
 #
-# For one competitor the inequality is a straight line in the plane of the two noises, $1+\kappa_t
-# = \rho\,(1+\kappa_*)$ with $\rho = w_*/w_t$. The square is uniform noise of half-width $a$; the
-# row is safe as long as the square does not touch the line, $a \le (\rho-1)/(\rho+1)$.
+# For one competitor with $\rho = w_*/w_t$ the inequality is a straight line in the plane of the
+# two noises,
+#
+# $$1+\kappa_t = \rho\,(1+\kappa_*).$$
+#
+# The square is uniform noise of half-width $\alpha$. The row is safe as long as the square does
+# not reach the line, $\alpha \le (\rho-1)/(\rho+1)$: the row's **critical half-width**.
 
 # %%
 w = torch.tensor([[25.0, 20.0]])  # the match and the runner-up of our head
@@ -585,6 +590,8 @@ assert (table.iloc[[1, 3]] < 1e-12).all(axis=None)
 table.map("{:.1e}".format)
 
 # %% [markdown]
+# What is left in the third row is of second order in the noise.
+#
 # ## 10. A trap: the score level
 #
 # Softmax ignores a constant that is added to all scores of a row. Collapse does not: noise
@@ -676,6 +683,8 @@ for p in ("none", "qkv"):
         hooks.interference(hand_made[p], prompts, progress=False)
     except hooks.UnsupportedModelError as error:
         print(f"{NAMES[p]} is refused: wanted {error.wanted}; got {error.got}")
+    else:
+        raise AssertionError("wanted a refusal")
 
 # %% [markdown]
 # `hooks.collapse_probe` gives the noise at which rows begin to collapse. The receiver's row begins
@@ -805,6 +814,8 @@ try:
     hooks.interference(trained["qkv"], batch, progress=False)
 except hooks.UnsupportedModelError as error:
     print(f"addition-qkv is refused: wanted {error.wanted}; got {error.got}")
+else:
+    raise AssertionError("wanted a refusal")
 
 # %%
 by_head = report.to_frame(by="head").query("on == 'k'")
@@ -888,14 +899,14 @@ shares.map("{:.2%}".format)
 #
 # ## Exercises
 #
-# 1. Count the dimensions that the head can attend to (theorem 3): the rank of
-#    `torch.autograd.functional.jacobian` of its keys with respect to $x$, with random tokens. How
-#    many are lost with one head, and with a second one that reads $b$? Try LayerNorm too.
-# 2. Put an offset of 10 into a sixth coordinate of every token in section 3. How much longer can
-#   $b$ now get before the arg max jumps? What did it cost in score?
-# 3. In section 12, swap the null-space content among the tokens of *one* sum instead of the batch.
-# 4. Give the hand-made Pre-Norm head a second layer that reads $b$ and writes into A. Can it
-#   repair the jump?
+# 1. Count the dimensions that the head can attend to (theorem 3): the rank of the
+#    `torch.autograd.functional.jacobian` of its key with respect to $x$, for a random token. How
+#    many are lost under each placement, with this head and with a second one that reads $b$?
+# 2. Give every token of section 3 a seventh coordinate with the constant 10. How much longer can
+#    $b$ get now before the arg max jumps? What did it cost in score, and who pays?
+# 3. Write the head that reads $b$, and let $a$ grow. Theorem 2 says *one factor for the token*:
+#   check that both heads see the same one.
+# 4. In section 12, swap the null-space content among the tokens of *one* sum instead of the batch.
 #
 # ## Where to go next
 #

@@ -12,7 +12,7 @@
 # - to train a small transformer of your own configuration, and to run a **complete experiment** on
 #   it: is it the length of keys that its induction heads need, with a control and error bars?
 #
-# Takes about 40 minutes to read and 40 seconds to run on a CPU, offline. You need PyTorch and
+# Takes about 40 minutes to read and 30 seconds to run on a CPU, offline. You need PyTorch and
 # TransformerLens's hooks; [01](01_collapse_probe.ipynb) first helps. The four parts can be read
 # alone.
 
@@ -192,8 +192,8 @@ assert curves["outliers"][-1] < curves["uniform"][-1]
 # %% [markdown]
 # Put into `hooks.LAWS` under its name, the law works in `NormNoise` and `sweep`.
 # (`collapse_probe` knows the built-in laws only: its kernel is compiled for them.) So on a real
-# model the exact rate is two lines of our own, from the clean scores of a layer, and we can count
-# against it.
+# model we compute the exact rate ourselves, from the clean scores of a layer, and count against
+# it.
 
 # %%
 hooks.LAWS["outliers"] = law
@@ -294,41 +294,36 @@ SCORES = [f"blocks.{layer}.attn.hook_attn_scores" for layer in (1, 2)]
 model = three["pre"]
 _, before = model.run_with_cache(batch, names_filter=SCORES)
 visible = before[SCORES[0]].isfinite()
-sparse_rows = before[SCORES[0]].softmax(-1).amax(-1) >= hooks.SPARSE
+sparse_rows = before[SCORES[0]].softmax(-1).amax(-1)[:, :, 1:] >= hooks.SPARSE  # row 0: one key
 
 
 def effect(**options):
     with hooks.NormNoise(sigma=0.2, layers=(1,), seed=1, **options).applied(model):
         _, after = model.run_with_cache(batch, names_filter=SCORES)
     changed = [(after[name] != before[name])[visible] for name in SCORES]
-    moved = after[SCORES[0]].argmax(-1) != before[SCORES[0]].argmax(-1)
+    moved = (after[SCORES[0]].argmax(-1) != before[SCORES[0]].argmax(-1))[:, :, 1:]
     return {
-        "its scores changed": float(changed[0].double().mean()),
-        "its arg max moved, sparse rows": float(moved[sparse_rows].double().mean()),
-        "its arg max moved, other rows": float(moved[~sparse_rows].double().mean()),
-        "layer 2 scores changed": float(changed[1].double().mean()),
+        "scores": changed[0].double().mean().item(),
+        "arg max, sparse": moved[sparse_rows].double().mean().item(),
+        "arg max, other": moved[~sparse_rows].double().mean().item(),
+        "scores of layer 2": changed[1].double().mean().item(),
     }
 
 
 # %%
-options = {
-    "on='k'": {"on": "k"},
-    "on='q'": {"on": "q"},
-    "on='v'": {"on": "v"},
-    "on='k', shared='token'": {"on": "k", "shared": "token"},
-    "on='k', rows='sparse'": {"on": "k", "rows": "sparse"},
-    "on='k', rows='non-sparse'": {"on": "k", "rows": "non-sparse"},
-}
-table = pd.DataFrame({name: effect(**given) for name, given in options.items()}).T
-assert (table.loc[["on='q'", "on='v'"]].iloc[:, 1:3] == 0).all(
-    axis=None
-)  # they never move an arg max
-assert table.loc["on='v'"].iloc[0] == 0 < table.loc["on='v'"].iloc[3]
-assert (
-    table.loc["on='k', rows='sparse'"].iloc[2]
-    == 0
-    == table.loc["on='k', rows='non-sparse'"].iloc[1]
-)
+options = [
+    {"on": "k"},
+    {"on": "q"},
+    {"on": "v"},
+    {"on": "k", "shared": "token"},
+    {"on": "k", "rows": "sparse"},
+    {"on": "k", "rows": "non-sparse"},
+]
+table = pd.DataFrame({", ".join(given.values()): effect(**given) for given in options}).T
+assert (table.loc[["q", "v"], ["arg max, sparse", "arg max, other"]] == 0).all(axis=None)
+assert table.loc["v", "scores"] == 0 < table.loc["v", "scores of layer 2"]
+assert table.loc["k, sparse", "arg max, other"] == 0 < table.loc["k, sparse", "arg max, sparse"]
+assert table.loc["k, non-sparse", "arg max, sparse"] == 0
 table.map("{:.1%}".format)
 
 # %% [markdown]
@@ -351,8 +346,8 @@ def on_head(noise, model, layer, role, head):
     def hook_fn(vectors, hook):
         where = {"n_pos": site.n_pos(vectors), "prompts": range(len(vectors))}
         factors = noise.factors(layer=layer, role=role, n_heads=site.n_heads, **where)
-        keep = torch.arange(site.n_heads) != head
-        return site.scale(vectors, factors.masked_fill(keep, 1.0))
+        others = torch.arange(site.n_heads) != head
+        return site.scale(vectors, factors.masked_fill(others, 1.0))
 
     return [(site.hook, hook_fn)]
 
@@ -412,13 +407,15 @@ try:
         model(batch)
 except hooks.UnsupportedModelError as error:
     print(f"refused in layer {error.layer}: {error.check}")
+else:
+    raise AssertionError("wanted a refusal")
 
 with noise.applied(model), model.hooks(fwd_hooks=mine):
     both = model(batch)
 assert not torch.equal(both, model.run_with_hooks(batch, fwd_hooks=mine))
 
 # %% [markdown]
-# **An attention that is another.** Say that you try out a new attention whose scores are squared
+# **Another kind of attention.** Say that you try out a new attention whose scores are squared
 # (with their sign): $w = s\,|s|$. Its hooks have the usual names and shapes, and a probe that
 # believed them would compute with $w' = (1+\kappa_q)(1+\kappa_t)\,w$ and be wrong: the truth has
 # the square of those factors. The self-check predicts what noise does, compares, and refuses with
@@ -440,6 +437,8 @@ try:
     hooks.collapse_probe(strange, [1, 2, 3, 4, 5, 6], progress=False)
 except hooks.UnsupportedModelError as error:
     print(error)
+else:
+    raise AssertionError("wanted a refusal")
 
 # %% [markdown]
 # `attention_sites(model).check` has what was measured on a model that passes. The error pages
@@ -514,7 +513,7 @@ print(f"with one layer: {one_layer_losses[-1]:.2f}")
 assert one_layer_losses[-1] > 1
 
 # %% [markdown]
-# It learns it in 250 steps of a few seconds; the same model with one layer does not, which is what
+# It is learnt in 250 steps, within seconds; the same model with one layer does not, which is what
 # the theory of induction heads says. (Some seeds need more steps: exercise 3.)
 #
 # `to_bridge` gives it hooks, and we can see what the heads do. The *induction score* of a head is
@@ -655,7 +654,8 @@ for (i, j), value in zip(
     ((i, j) for i in range(3) for j in range(8)), rises.flatten(), strict=True
 ):
     dark = value > 0.6 * rises.max()
-    ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+    shown = f"{value:.2f}".replace("-0.00", "0.00")
+    ax.text(j, i, shown, ha="center", va="center", color="white" if dark else "black")
 fig.colorbar(image, ax=ax, label="rise of the loss (nats)")
 plt.show()
 
@@ -780,20 +780,21 @@ plt.show()
 # %%
 table = results.reset_index().pivot_table("mean", ["layer", "kind"], "sigma")
 print(f"largest standard error: {results['sem'].max():.1%}")
-assert (table[0.05] > 0.99).all()
+assert (table[0.10] > 0.99).all()
 for layer in (0, 1):
     norm, placebo, direction = (table.loc[(layer, kind), 0.5] for kind in LOOKS)
     assert norm < placebo < direction
-    assert norm < 0.85
-    assert direction > 0.95
+    assert 0.7 < norm < 0.85
+    assert placebo > 0.95
+    assert direction > 0.98
 table.map("{:.1%}".format)
 
 # %% [markdown]
-# **Answer.** Up to 10% nothing happens to either layer. At 50%, noise on the lengths of keys
+# **Answer.** Up to 10% nothing happens in either layer. At 50%, noise on the lengths of keys
 # costs a fifth to a quarter of the answers; moves of the same size at right angles to the key
 # cost 2% at the most, and the placebo lies between, nearer to those. So it is not the size of a
-# change that hurts but its direction: along the key, which is where the head reads. "Destroy"
-# would be too much said: guessing would be right in 4%, and it is still 75% and more.
+# change that hurts, but that it goes along the key, where the query looks. "Destroy" would be too
+# much said: three answers in four are right even then, where guessing would get one in 24.
 #
 # **What it does not show.** One model, one seed, one task. The noise is independent from key to
 # key, and stands *behind* a norm that would take such noise away if it came from the residual
