@@ -91,7 +91,7 @@ def observe(
         stream: show the block's input too.
         hooks: further hooks, for interventions: they run first.
         batch_size: prompts per pass; only prompts of one length share one.
-        progress: show a progress bar; None: where standard error is a terminal.
+        progress: show a progress bar; None: in a terminal or a notebook.
         what: its title.
 
     Raises:

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._arguments import check_integers, read_sigmas
-from hooks._inputs import input_device, without_cache
+from hooks._facts import attention_facts
+from hooks._inputs import without_cache
 from hooks._prompts import encode
 from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused
@@ -110,7 +111,7 @@ def collapse_probe(
             a time and never as one [query, key] matrix; default: as many as fit into 16 MiB.
         first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
             which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
-        progress: show a progress bar; default: where standard error is a terminal.
+        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`CollapseReport`.
@@ -188,7 +189,7 @@ def collapse_probe(
             ):
                 given.run(model, **options)
             bar.update(len(indices))
-    return tally.report(model=_facts(model, sites, chosen), prompts=prompts)
+    return tally.report(model=attention_facts(model, sites, chosen), prompts=prompts)
 
 
 def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
@@ -312,31 +313,3 @@ class _Watch:
             scores = fused.scores(first, end, n_key=seen)
             eps = torch.finfo(fused.query.dtype).eps
             reducer.add(scores, None, s, first_query=first, n_query=n_query, n_key=n_key, eps=eps)
-
-
-def _facts(
-    model: HookedModel, sites: AttentionSites, chosen: tuple[LayerSites, ...]
-) -> dict[str, Any]:
-    """What a reader must know of the model to read the numbers."""
-    from importlib.metadata import version
-
-    cfg = model.cfg
-    frame = sites.to_frame()
-    shields = frame.groupby("vector", sort=False)["shield"].unique()
-    return {
-        "name": str(getattr(cfg, "model_name", None) or type(model).__name__),
-        "architecture": str(
-            getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", None) or ""
-        ),
-        "fingerprint": _state.fingerprint(model),
-        "dtype": str(_state.model_dtype(model)).removeprefix("torch."),
-        "device": str(input_device(model)),
-        "labels": [s.label for s in chosen],
-        "heads": [s.n_heads for s in chosen],
-        "kv_heads": [s.n_kv_heads for s in chosen],
-        "sites": sites.describe(),
-        "shields": {role: [str(s) for s in values] for role, values in shields.items()},
-        "versions": {
-            name: version(name) for name in ("transformer-lens", "torch", "transformers", "numpy")
-        },
-    }

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._arguments import check_booleans, check_integers
+from hooks._facts import attention_facts
 from hooks._inner_norm import CHECK, InnerNorm, inner_norms
 from hooks._inputs import short_input
 from hooks._interference_count import (
@@ -43,7 +44,7 @@ from hooks._interference_output import Output
 from hooks._interference_report import InterferenceReport, InterferenceSettings
 from hooks._observe import Hook, LayerView, observe
 from hooks._prompts import Prompts, encode
-from hooks.collapse import _check_sparse, _facts, _layers
+from hooks.collapse import _check_sparse, _layers
 from hooks.errors import UnsupportedModelError
 from hooks.noise import SPARSE
 from hooks.selfcheck import attention_sites
@@ -107,7 +108,7 @@ def interference(
         batch_size: prompts per forward pass; only prompts of one length share a pass.
         first_prompt: index of the first prompt, where this is a part of a corpus: see
             :meth:`InterferenceReport.merge`.
-        progress: show a progress bar; default: where standard error is a terminal.
+        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`InterferenceReport`.
@@ -152,7 +153,7 @@ def interference(
         ) as bar:
             for indices in batches:
                 run.batch(_part(prompts, indices), indices, bar.update)
-    return run.report(_facts(model, sites, chosen), prompts)
+    return run.report(attention_facts(model, sites, chosen), prompts)
 
 
 def _settings(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from numbers import Integral
 from typing import Any
 
@@ -19,7 +18,8 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._arguments import check_integers
-from hooks._inputs import input_device, without_cache
+from hooks._facts import model_facts
+from hooks._inputs import without_cache
 from hooks._prompts import Prompts, encode
 from hooks._rank_measures import MEASURES, first_share, measures
 from hooks._rank_report import WITH, RankReport, RankSettings, RankSite
@@ -61,7 +61,7 @@ def rank_profile(
         tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
         layers: block indices (of an encoder-decoder: in both stacks); default: all.
         batch_size: prompts per forward pass; only prompts of one length share a pass.
-        progress: show a progress bar; default: where standard error is a terminal.
+        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`RankReport`.
@@ -111,7 +111,7 @@ def rank_profile(
             watch.close()
             bar.update(len(indices))
     asked = None if layers is None else tuple(sorted(int(x) for x in layers))
-    return gathered.report(asked, _facts(model), prompts)
+    return gathered.report(asked, model_facts(model), prompts)
 
 
 def _chosen(stacks: dict[str, list[Block]], layers: Sequence[int] | None) -> set[int]:
@@ -125,23 +125,6 @@ def _chosen(stacks: dict[str, list[Block]], layers: Sequence[int] | None) -> set
     if not given or isinstance(layers, (Integral, str)) or len(set(given)) < len(given):
         raise ValueError(f"layers: wanted distinct block indices in a list; got {layers!r}")
     return {int(layer) for layer in given}
-
-
-def _facts(model: HookedModel) -> dict[str, Any]:
-    """What a reader must know of the model to read the numbers."""
-    cfg = model.cfg
-    return {
-        "name": str(getattr(cfg, "model_name", None) or type(model).__name__),
-        "architecture": str(
-            getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", None) or ""
-        ),
-        "fingerprint": _state.fingerprint(model),
-        "dtype": str(_state.model_dtype(model)).removeprefix("torch."),
-        "device": str(input_device(model)),
-        "versions": {
-            name: version(name) for name in ("transformer-lens", "torch", "transformers", "numpy")
-        },
-    }
 
 
 class _Gathered:

@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks._arguments import check_integers
+from hooks._facts import attention_facts
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
 from hooks._spectrum_report import SpectrumReport, SpectrumSettings
 from hooks.centring import is_centred
-from hooks.collapse import _facts, _layers
+from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel, LayerSites
@@ -61,7 +62,7 @@ def spectral_gap(
             against T; prompts with fewer are left out there. Default: whole prompts.
         layers: block indices; default: every attention layer.
         batch_size: prompts per forward pass; only prompts of one length share a pass.
-        progress: show a progress bar; default: where standard error is a terminal.
+        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`SpectrumReport`.
@@ -105,7 +106,7 @@ def spectral_gap(
         what="spectral gap",
     )
     settings = SpectrumSettings(k=k, lengths=cuts, layers=tuple(s.layer for s in chosen))
-    facts = _facts(model, sites, chosen)
+    facts = attention_facts(model, sites, chosen)
     facts["centred"] = [s.label for s in chosen if is_centred(model, s)]
     return gathered.report(settings, facts, prompts, origin)
 

@@ -16,10 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks._arguments import check_booleans, check_integers
+from hooks._facts import attention_facts
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
 from hooks._spread_report import Of, SpreadReport, SpreadSettings
-from hooks.collapse import _facts, _layers
+from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel, LayerSites, Role
@@ -58,7 +59,7 @@ def spread(
             models) out of median and band; its share and its norm are shown apart in any case.
         layers: block indices; default: every attention layer.
         batch_size: prompts per forward pass; only prompts of one length share a pass.
-        progress: show a progress bar; default: where standard error is a terminal.
+        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`SpreadReport`.
@@ -107,7 +108,7 @@ def spread(
     settings = SpreadSettings(
         of=of, without_first=without_first, layers=tuple(s.layer for s in chosen)
     )
-    return gathered.report(settings, _facts(model, sites, chosen), prompts)
+    return gathered.report(settings, attention_facts(model, sites, chosen), prompts)
 
 
 class _Gathered:

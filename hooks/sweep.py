@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._arguments import check_integers, read_sigmas
+from hooks._facts import attention_facts
 from hooks._inputs import has_decoder, short_input
 from hooks._prompts import Prompts, encode
 from hooks._sweep_factors import Grid
 from hooks._sweep_report import SweepReport, SweepSettings
 from hooks._sweep_run import Pass, Runner, has_next_token, passes
 from hooks._sweep_score import UNSCORED, score
-from hooks.collapse import _facts
 from hooks.noise import At, NormNoise, Rows, Shared, check_layers
 from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel
@@ -76,7 +76,7 @@ def sweep(
         batch_size: rows per forward pass; a prompt has 1 + sigmas x replicates of them.
         first_prompt: index of the first prompt: parts of a corpus, each swept with the index at
             which it starts, draw the noise of the whole and :meth:`SweepReport.merge` exactly.
-        progress: show a progress bar; default: where standard error is a terminal.
+        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`SweepReport`.
@@ -138,7 +138,7 @@ def sweep(
                 tally.run(runner, part, first_prompt, alone)
                 bar.update(len(part.prompts) * len(part.conditions))
     settings = _settings(noise, grid, tuple(s.layer for s in chosen))
-    return tally.report(settings, _facts(model, sites, chosen), first_prompt)
+    return tally.report(settings, attention_facts(model, sites, chosen), first_prompt)
 
 
 def _settings(noise: NormNoise, grid: Grid, layers: tuple[int, ...]) -> SweepSettings:

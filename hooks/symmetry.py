@@ -23,12 +23,13 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._arguments import check_integers
+from hooks._facts import attention_facts
 from hooks._inputs import has_decoder, input_device, without_cache
 from hooks._observe import Hook, stream_hook
 from hooks._positions import find_removals, rounding, taken
 from hooks._prompts import Prompts, encode
 from hooks._symmetry_report import FLOORS, REACH, SymmetryReport, SymmetrySettings
-from hooks.collapse import _facts, _layers
+from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel, LayerSites
@@ -87,7 +88,7 @@ def symmetry_gap(
         mask: the same for the causal mask (or any other).
         layers: block indices whose streams are looked at; default: every attention layer.
         batch_size: sequences per forward pass; only those of one length share one.
-        progress: show a progress bar; default: where standard error is a terminal.
+        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`SymmetryReport`.
@@ -131,7 +132,7 @@ def symmetry_gap(
         variants=tuple(v.name for v in variants),
         layers=tuple(s.layer for s in chosen),
     )
-    facts = _facts(model, sites, chosen) | {
+    facts = attention_facts(model, sites, chosen) | {
         name: {"status": removal.status, "why": removal.why}
         for name, removal in (("positions", removals.positions), ("mask", removals.mask))
     }

@@ -29,14 +29,15 @@ def top_figure(ax: Axes) -> Figure:
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """A figure that pyplot does not know of.
+    """A figure that pyplot does not know of, and a notebook shows.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+
+        from qkvnorm_lens._plot_figure import Figure
     except ImportError as error:
         raise ImportError(
             "figures want matplotlib, which is not installed: pip install 'qkvnorm-lens[plots]'"

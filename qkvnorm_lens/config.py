@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Final, Literal, cast, get_args
 
+import numpy as np
 import torch
 from transformer_lens.config import TransformerBridgeConfig
 
@@ -288,7 +289,7 @@ class QKVNormConfig(TransformerBridgeConfig):
         """What the constructor needs to make this configuration again, JSON types only."""
         defaults = _tl_defaults()
         fields = {
-            k: getattr(self, k)
+            k: _plain(getattr(self, k))
             for k in sorted(_HONOURED - {"device", "dtype"})
             if getattr(self, k) != defaults.get(k)
         }
@@ -332,6 +333,11 @@ _PAPER_NORM: Final[dict[Placement, NormSpec | None]] = {
     "pre": NormSpec(over="input"),
     "qkv": NormSpec(over="head"),
 }
+
+
+def _plain(value: Any) -> Any:
+    """TransformerLens works some defaults out with NumPy."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _unless_default(*, centred: bool, skip: str) -> dict[str, Any]:

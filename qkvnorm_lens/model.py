@@ -386,6 +386,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
             values["attn_implementation"] = attn_implementation
         model = cls(QKVNormConfig.from_json({**values, "init_weights": False}))
         model.load_state_dict(load_file(folder / WEIGHTS))
+        model.cfg.init_weights = values.get("init_weights", True)  # it can make the start again
         if (folder / TOKENIZER).is_file():
             from transformers import PreTrainedTokenizerFast
 

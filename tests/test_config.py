@@ -136,3 +136,10 @@ def test_copies_are_equal_and_apart() -> None:
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"name: wanted one of .*'baseline'.*got 'huge'"):
         named_config("huge", "pre")
+
+
+def test_its_json_is_json() -> None:
+    """Plain types, of which YAML, say, can make something too."""
+    values = named_config("small", "pre").to_json()
+    assert type(values["initializer_range"]) is float
+    assert json.loads(json.dumps(values)) == values

@@ -668,3 +668,15 @@ def test_defaults_leave_older_files_as_they_are() -> None:
     changed = QKVNormConfig(placement="pre", skip="mlp", centred=True, **SIZES)
     assert QKVNormConfig.from_json(changed.to_json()).skip == "mlp"
     assert QKVNormConfig.from_json(changed.to_json()).centred is True
+
+
+def test_a_loaded_models_configuration_makes_its_start_again() -> None:
+    """Drawn from its seed, whatever the global state."""
+    from qkvnorm_lens.checkpoints import checkpoint_card, load_checkpoint
+
+    loaded = load_checkpoint("addition-pre")
+    torch.manual_seed(1)
+    start = QKVNormTransformer(loaded.cfg).state_dict()
+    known = QKVNormConfig.from_json(checkpoint_card("addition-pre")["run"]["config"])
+    for name, value in QKVNormTransformer(known).state_dict().items():
+        torch.testing.assert_close(start[name], value, rtol=0, atol=0)

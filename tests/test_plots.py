@@ -645,6 +645,60 @@ def test_another_report_is_refused_by_name(draw: Any, wanted: str, spread_report
         draw(spread_report)
 
 
+def test_a_notebook_shows_a_figure_without_pyplot() -> None:
+    """In a process of its own: pyplot, once used, would teach IPython to show any figure."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SHOWN], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+_SHOWN = """
+import sys
+import pandas
+from IPython.core.formatters import DisplayFormatter
+from qkvnorm_lens import plots
+table = pandas.DataFrame({"low": [0.0, 0.5], "rows": [1, 2]})
+shown, _ = DisplayFormatter().format(plots.sparsity_histogram(table))
+print(shown["image/png"].startswith(b"\\x89PNG"), "matplotlib.pyplot" in sys.modules)
+"""
+
+
+def test_panels_of_symmetry_share_their_scale() -> None:
+    ids = models.tokens(2, 10)
+    made = (models.tiny_gpt2(), models.tiny_llama())
+    reports = {
+        str(i): hooks.symmetry_gap(model, ids, permutations=2, progress=False)
+        for i, model in enumerate(made)
+    }
+    alone = [plots.symmetry_by_depth(report).axes[0].get_ylim() for report in reports.values()]
+    assert len(set(alone)) == 2
+    figure = plots.symmetry_by_depth(reports)
+    assert len({ax.get_ylim() for ax in figure.axes}) == 1
+
+
+def test_a_narrow_map_has_a_narrow_key(exact) -> None:  # type: ignore[no-untyped-def]
+    """Side by side, the keys don't squeeze the maps."""
+
+    def mixed(rate: float) -> bool:
+        sigma = exact.sigma_at(rate, by="head").to_numpy()
+        return bool(np.isinf(sigma).any() and np.isfinite(sigma).any())
+
+    rate = next(r for r in np.linspace(0.05, 0.9, 40).tolist() if mixed(r))
+
+    def widths(*, keys: bool) -> list[float]:
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        for ax in figure.subplots(1, 2):
+            plots.head_map(exact, rate=rate, min_rows=1000, ax=ax)
+            assert len(ax.get_legend().get_texts()) > 1
+            if not keys:
+                ax.get_legend().remove()
+        figure.draw_without_rendering()
+        return [ax.get_position().width for ax in figure.axes if ax.get_xlabel() == "head"]
+
+    assert widths(keys=True) == pytest.approx(widths(keys=False), rel=0.05)
+
+
 def test_wrong_numbers_of_rows_and_prompts_are_refused(exact: Any) -> None:
     with shape_checks_off():
         for draw in (plots.attention, plots.attention_rows):

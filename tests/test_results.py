@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hooks import CollapseReport, _rows, attention_sites, collapse_probe
+from hooks import CollapseReport, _rows, attention_sites, collapse_probe, rank_profile
 from hooks._table import COMPLETE, TableParts
 from tests import models
 from tests.watching import attn, one_thread, shape_checks_off, watch
@@ -366,6 +366,19 @@ def test_an_empty_report_survives_the_disk(tmp_path: Path) -> None:
     assert report.n_sparse == 0
     loaded = CollapseReport.load(report.save(tmp_path / "empty"))
     pd.testing.assert_frame_equal(report.to_frame(), loaded.to_frame())
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [("/home/somebody/models/mine", "mine"), ("runs/mine", "runs/mine"), ("org/mine", "org/mine")],
+)
+def test_reports_leave_out_where_a_model_lay(given: str, wanted: str) -> None:
+    bridge = models.tiny_gpt2()
+    bridge.cfg.model_name = given
+    report = collapse_probe(bridge, models.tokens())
+    profile = rank_profile(bridge, models.tokens())
+    assert report.model["name"] == profile.model["name"] == wanted
+    assert report.summary().startswith(f"{wanted}: ")
 
 
 def test_a_directory_is_no_name_of_a_report(tmp_path: Path) -> None:

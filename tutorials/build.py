@@ -48,6 +48,7 @@ def execute(notebook: Any) -> Any:
     NotebookClient(
         notebook,
         timeout=600,
+        startup_timeout=300,
         resources={"metadata": {"path": str(HERE)}},
         record_timing=False,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own local sockets

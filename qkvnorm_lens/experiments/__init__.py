@@ -82,7 +82,7 @@ def run(
         out: the directory; the results go into a folder of the experiment's name there [
             ``runs/experiments``].
         size: ``"quick"`` (minutes), ``"full"`` (what the report is made of) or ``"smoke"``.
-        progress: show a progress bar; default: where standard error is a terminal.
+        progress: show a progress bar; default: in a terminal or a notebook.
 
     Raises:
         ValueError: no such experiment or size, or no model that it can look at.

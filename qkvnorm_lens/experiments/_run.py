@@ -68,7 +68,7 @@ def run_experiment(
         out: the directory; parts that lie there and depend on the same are not run again.
         size: how much.
         command: what to write down as the way to get these results.
-        progress: show a progress bar; default: where standard error is a terminal.
+        progress: show a progress bar; default: in a terminal or a notebook.
 
     Raises:
         ValueError: no model that the experiment can look at, or a directory that holds the results

@@ -151,7 +151,7 @@ def heads(table: pd.DataFrame, *, content: bool = False) -> pd.DataFrame:
     """One row per model, scheme and head: counts over kinds of rows, and shares ``..._share``."""
     rows = table[table["what"] == "head"]
     rows = rows[rows["kind"] == "content"] if content else rows
-    rows = rows.assign(placement=rows["placement"].fillna(""))
+    rows = rows.assign(placement=rows["placement"].astype(object).fillna(""))
     errors = rows.groupby(_HEAD, sort=False)[_ERRORS].first()
     out = _added_up(rows, _HEAD).join(errors).reset_index()
     return _with_shares(out)

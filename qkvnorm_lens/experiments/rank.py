@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -88,8 +87,7 @@ def at_start(subject: Subject) -> TransformerBridge | None:
         from qkvnorm_lens.adapter import to_bridge, to_plain
         from qkvnorm_lens.model import QKVNormTransformer
 
-        cfg = copy.copy(to_plain(subject.load()).cfg)
-        cfg.init_weights = True  # a loaded model's are read, not drawn
+        cfg = to_plain(subject.load()).cfg
         if cfg.calibrated or cfg.score_scale == "calibrated":
             return None  # its scales were fixed on the first batch of its training
         return to_bridge(QKVNormTransformer(cfg).eval())

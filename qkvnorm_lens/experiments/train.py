@@ -49,8 +49,8 @@ MODELS: Final = EXPERIMENT_MODELS
 def study_run(placement: str, seed: int) -> Run:
     """A study model: 2 layers of width 64, 16,000 steps, some eleven minutes of one core.
 
-    No-Norm learns nothing at the recipe's rate (scores of a million, every second token right), so
-    it has the rate of the shipped models.
+    No-Norm trains badly at the recipe's rate (docs/training.md), so it has the rate of the shipped
+    models.
     """
     config = named_config("study", placement, seed=seed)
     recipe = get_recipe("study")

@@ -2,7 +2,7 @@
 
 Nothing is shown and no global setting is read or changed: save a figure with
 ``figure.savefig(path)`` (plotly: ``figure.write_html(path)``); a notebook shows the one that a cell
-ends with (under ``%matplotlib inline``).
+ends with.
 """
 
 from qkvnorm_lens.plots._attention import (

@@ -253,12 +253,13 @@ def _key(ax: Axes, values: np.ndarray, few: str) -> None:
     if not handles:
         return
     top: Any = ax.figure
+    width = ax.get_position().width * top.get_size_inches()[0]  # a narrow map has a narrow key
     below = ScaledTranslation(0, -0.42, top.dpi_scale_trans)  # inches: clear of the axis label
     ax.legend(
         handles=handles,
         frameon=False,
         fontsize=8,
-        ncols=3,
+        ncols=3 if width > 4 else 1,
         handlelength=1.5,
         columnspacing=1.2,
         loc="upper left",

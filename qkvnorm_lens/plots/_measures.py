@@ -349,6 +349,12 @@ def symmetry_by_depth(
     if ax is not None and (got := np.asarray(ax, dtype=object).size) != len(named):
         raise ValueError(f"ax: wanted {len(named)}, one for each report; got {got}")
     charts = [_symmetry_chart(name, report) for name, report in named.items()]
+    # One scale for all: a panel of nothing but rounding must not look like the others.
+    y = np.concatenate([line.y for chart in charts for line in chart.lines])
+    seen = y[np.isfinite(y) & (y > 0)]
+    if len(seen):
+        low, high = float(seen.min()) / 2, float(seen.max()) * 2
+        charts = [replace(chart, y=replace(chart.y, low=low, high=high)) for chart in charts]
     return draw(charts, ax, backend, (6.8 if len(charts) == 1 else 4.6 * len(charts), 3.8))
 
 
