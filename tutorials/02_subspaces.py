@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Semantic subspaces and the place of the norm
+# # Semantic subspaces and norm placement
 #
 # A transformer keeps many things in one residual stream and lets each attention head pick out its
 # own. Menary, Kaski and Freitas ([arXiv 2406.17837](https://arxiv.org/abs/2406.17837)) call a part
@@ -286,7 +286,7 @@ table = pd.DataFrame(
 assert (table[["No-Norm", "QKV-Norm"]] < 1e-12).all(axis=None)
 assert list(table["Pre-Norm"] > 0.1) == [True, True, False]
 assert table.loc["orthogonal spheres", "Pre-Norm"] < 1e-12
-table.map("{:.0e}".format)
+table.map(lambda value: f"{value:.2f}" if value > 1e-12 else "0")
 
 # %% [markdown]
 # Each condition alone is not enough for Pre-Norm; both together are. No-Norm and QKV-Norm need
@@ -587,7 +587,7 @@ table = pd.DataFrame(rows).T
 assert abs(table.iloc[0, 0] / table.iloc[0, 1] - 1) < 0.1
 assert table.iloc[2, 0] < 0.1 * table.iloc[0, 0]
 assert (table.iloc[[1, 3]] < 1e-12).all(axis=None)
-table.map("{:.1e}".format)
+table.map(lambda value: f"{value:.1e}" if value > 1e-12 else "0")
 
 # %% [markdown]
 # What is left in the third row is of second order in the noise.

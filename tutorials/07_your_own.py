@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Writing your own: laws, sites, models, experiments
+# # Writing your own
 #
 # The other tutorials use what is there. This one builds: each part takes one piece of the library
 # and puts something of your own in its place.
