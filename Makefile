@@ -11,6 +11,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := .venv/installed
 LEGACY := .venv-legacy
+# A process per core, with one thread each: small models gain nothing from more.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
 .PHONY: help setup probe test test-legacy slow matrix browser smoke lint format real-model benchmarks \
 	docs notebooks tutorials clean
@@ -41,13 +43,12 @@ $(SETUP): pyproject.toml constraints.txt
 probe: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens probe --out runs/probe $(ARGS)
 
-# A process per core, with one thread each: small models gain nothing from more.
 test: real-model
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --durations=5 \
+	$(PARALLEL) --dist loadfile --durations=5 \
 		-m "not slow and not matrix and not browser and not notebooks" $(ARGS)
 
 matrix: $(SETUP)
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m matrix --durations=5 $(ARGS)
+	HF_HUB_OFFLINE=1 $(PARALLEL) -m matrix --durations=5 $(ARGS)
 
 browser: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m browser --durations=5 $(ARGS)
@@ -64,7 +65,7 @@ $(LEGACY)/installed: pyproject.toml constraints-legacy.txt
 	touch $@
 
 slow: real-model
-	$(BIN)/pytest -m slow --durations=10 $(ARGS)
+	$(PARALLEL) -m slow --durations=10 $(ARGS)
 
 smoke: real-model
 	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens experiment all --smoke --out runs/smoke

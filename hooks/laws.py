@@ -45,7 +45,8 @@ class Law(Protocol):
     def knots(self, sigma: Float[Tensor, "rows"]) -> Float[Tensor, "rows knots"]:
         """Ascending factors; the first and last bound the support (up to 1e-16 of the mass).
 
-        Between two of them the density is smooth enough for a short Gauss-Legendre rule.
+        Between two of them the density is smooth enough for a short Gauss-Legendre rule: its jumps
+        and corners are all among them.
         """
         ...
 

@@ -25,6 +25,7 @@ from hooks.laws import Law
 
 _NODES = 10  # Gauss-Legendre nodes per panel: exact for polynomials of degree 19
 _MANY = 16  # up to so many linear factors a panel's rule is exact, beyond it panels get finer
+_SMOOTH = ("gaussian", "lognormal")  # their knots are no corners, but steps of a grid
 _TURNS = 96  # nearest competitors whose turns split panels, where there are many
 _DYADIC = 12  # extra panels towards an end where many competitors together fall steeply
 _Q_PANELS = 12  # panels of the outer integral over f_q
@@ -174,7 +175,8 @@ def _powers_of_two(top: int) -> list[int]:
 def _elements_per_row(size: int, law: Law, biased: bool, noise_on_q: bool) -> int:
     knots = 2 if law.name == "uniform" else 15
     turns = min(size, _TURNS)
-    splits = turns * knots if biased else turns if law.name == "uniform" else 0
+    ends = knots if biased or law.name != "uniform" else 1
+    splits = turns * ends if biased or law.name not in _SMOOTH else 0
     panels = knots + splits + (_DYADIC if size > _MANY else 0)
     outer = (_Q_PANELS + 4 * size) * _NODES if biased and noise_on_q else 1
     return panels * _NODES * size * outer
@@ -223,7 +225,8 @@ def _query_edges(
 ) -> Tensor:
     """Points f_q between which the inner expectation is smooth.
 
-    An even grid and, for the uniform law, where a competitor becomes able, or certain, to win.
+    An even grid and, for laws with corners, where one of a competitor's meets one of the maximum's:
+    there it becomes able, or certain, to win.
     """
     own = law.knots(sigma)
     lo, hi = own[:, :1], own[:, -1:]
@@ -231,12 +234,12 @@ def _query_edges(
     pieces = torch.arange(each, dtype=own.dtype, device=own.device) / each
     fine = own[:, :-1, None] + own.diff(dim=1)[:, :, None] * pieces
     edges = [fine.flatten(1), hi]
-    if law.name == "uniform":
+    if law.name not in _SMOOTH:
         corners = (
             own[:, None, :, None] * s[:, :, None, None] - (own * s_star[:, None])[:, None, None, :]
         )
         turns = (beta[:, :, None, None] / corners).flatten(1)
-        usable = turns.isfinite() & valid.repeat_interleave(4, dim=1)
+        usable = turns.isfinite() & valid.repeat_interleave(own.shape[1] ** 2, dim=1)
         edges.append(torch.where(usable, turns, lo).clamp(lo, hi))
     return torch.cat(edges, 1).sort(1).values
 
@@ -247,10 +250,12 @@ def _stays(
     """E_{f_*} of the product over competitors of P(f_t s_t <= f_* s_* + beta_t)."""
     own = law.knots(sigma)
     edges = [own]
-    if law.name == "uniform" or beta is not None:
-        # f_* at which a competitor's distribution function changes its form. Without a bias
-        # only one of the support's two ends can do that inside the support.
-        ends = own if beta is not None else torch.where(s_star > 0, own[:, -1], own[:, 0])[:, None]
+    if beta is not None or law.name not in _SMOOTH:
+        # f_* at which a competitor's distribution function changes its form. Under the uniform law
+        # and without a bias only one of the support's two ends can do that inside the support.
+        ends = own
+        if beta is None and law.name == "uniform":
+            ends = torch.where(s_star > 0, own[:, -1], own[:, 0])[:, None]
         near, shift = s[:, :_TURNS], 0 if beta is None else beta[:, :_TURNS, None]
         turns = (ends[:, None, :] * near[:, :, None] - shift) / s_star[:, None, None]
         usable = valid[:, :_TURNS, None] & turns.isfinite()

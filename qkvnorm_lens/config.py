@@ -268,6 +268,10 @@ class QKVNormConfig(TransformerBridgeConfig):
             )
 
     def _check_norm(self) -> None:
+        if self.norm is not None and not isinstance(self.norm, NormSpec):
+            raise TypeError(
+                f"norm: wanted a NormSpec or None (from_json reads a dict); got {self.norm!r}"
+            )
         over = {"none": (), "pre": ("input",), "qkv": ("head", "projection")}[self.placement]
         if (self.norm is None) != (not over) or (self.norm and self.norm.over not in over):
             wanted = " or ".join(f"NormSpec(over={o!r})" for o in over) or "None"

@@ -11,6 +11,7 @@ import torch
 
 from qkvnorm_lens.config import NAMED, NormSpec, QKVNormConfig, Sinusoids, named_config
 from qkvnorm_lens.model import QKVNormTransformer
+from tests.watching import shape_checks_off
 
 SIZES: dict[str, Any] = {
     "d_model": 24,
@@ -143,3 +144,10 @@ def test_its_json_is_json() -> None:
     values = named_config("small", "pre").to_json()
     assert type(values["initializer_range"]) is float
     assert json.loads(json.dumps(values)) == values
+
+
+def test_a_norm_of_another_type_is_refused() -> None:
+    config = named_config("small", "qkv")
+    values = {k: v for k, v in config.to_json().items() if k not in ("architecture", "dtype")}
+    with shape_checks_off(), pytest.raises(TypeError, match=r"norm: wanted a NormSpec .* got \{"):
+        QKVNormConfig(**values)

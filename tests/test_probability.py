@@ -327,3 +327,50 @@ def test_critical_noise_is_where_collapse_starts(row: Row, biased: bool) -> None
 
     assert at(a * (1 - 1e-6)) < 1e-12  # rounding apart
     assert at(a + 0.02 * (1 - a)) > 0
+
+
+class Triangular:
+    """Density falls linearly from 1 to both ends, 1 -+ sqrt(6) sigma: three corners."""
+
+    name = "triangular"
+    limit = 1 / math.sqrt(6)
+    limit_included = False
+    reason = "its half-width would reach 1"
+
+    def base(self, u: torch.Tensor) -> torch.Tensor:
+        return torch.where(u < 0.5, (2 * u).sqrt() - 1, 1 - (2 * (1 - u)).sqrt())
+
+    def factor(self, u: torch.Tensor, sigma: float) -> torch.Tensor:
+        return 1 + math.sqrt(6) * sigma * self.base(u)
+
+    def cdf(self, f: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        x = ((f - 1) / (math.sqrt(6) * sigma)).clamp(-1, 1)
+        return torch.where(x < 0, (1 + x) ** 2 / 2, 1 - (1 - x) ** 2 / 2)
+
+    def knots(self, sigma: torch.Tensor) -> torch.Tensor:
+        a = math.sqrt(6) * sigma
+        return torch.stack([1 - a, torch.ones_like(a), 1 + a], dim=-1)
+
+    def density(self, f: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        a = math.sqrt(6) * sigma
+        return (1 - (f - 1).abs() / a).clamp_min(0) / a
+
+
+@pytest.mark.parametrize("others", [[4.0], [5.5, 5, 5, 5], [5.0, -1, 2], [-3.0, -5.0]])
+@pytest.mark.parametrize("bias", [None, 0.3])
+def test_a_law_with_corners_of_its_own_is_exact_too(others: list[float], bias: Any) -> None:
+    """Against a midpoint rule so fine that the corners don't matter."""
+    law, sigma, w_star = Triangular(), 0.15, 6.0 if max(others) > 0 else -2.5
+    s = torch.tensor([others], dtype=torch.float64)
+    beta = None if bias is None else torch.full_like(s, bias)
+    row = (torch.tensor([x], dtype=torch.float64) for x in (w_star, sigma))
+    got = collapse_probability(next(row), s, next(row), law, beta=beta, noise_on_q=False)
+    n, half = 400_000, math.sqrt(6) * sigma
+    f = 1 + half * (2 * (torch.arange(n, dtype=torch.float64) + 0.5) / n - 1)
+    spread = torch.tensor(sigma, dtype=torch.float64)
+    stays = law.density(f, spread) * 2 * half / n
+    for each in others:
+        below = law.cdf((f * w_star + (bias or 0)) / each, spread)
+        stays *= below if each > 0 else 1 - below
+    assert float(got) == pytest.approx(1 - float(stays.sum()), abs=1e-9)
+    assert 0.001 < float(got) < 0.999

@@ -119,7 +119,7 @@ def test_links_lead_to_files(script: Path) -> None:
 @each_script
 def test_it_begins_with_a_title_and_the_colab_cell(script: Path) -> None:
     first, second = build.read(script).cells[:2]
-    assert re.match(r"# \S", first.source)
+    assert re.match(rf"# {int(script.name[:2])} · \S", first.source)
     assert second.source == colab_cell()
 
 

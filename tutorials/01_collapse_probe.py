@@ -1,5 +1,5 @@
 # %% [markdown]
-# # The collapse probe in five minutes
+# # 1 · The collapse probe in five minutes
 #
 # An attention head that puts 95% of its weight on one token works like a switch. How wrong may
 # the *lengths* of its vectors be before it points at another token? You will learn

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Semantic subspaces and norm placement
+# # 2 · Semantic subspaces and norm placement
 #
 # A transformer keeps many things in one residual stream and lets each attention head pick out its
 # own. Menary, Kaski and Freitas ([arXiv 2406.17837](https://arxiv.org/abs/2406.17837)) call a part

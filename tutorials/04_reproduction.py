@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Reproducing the paper: figures 1-3 and the table
+# # 4 · Reproducing the paper: figures 1-3 and the table
 #
 # *Transformer Normalisation Layers and the Independence of Semantic Subspaces* (Menary, Kaski,
 # Freitas, [arXiv 2406.17837](https://arxiv.org/abs/2406.17837)) on small models.

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # A language model under the probe
+# # 5 · A language model under the probe
 #
 # SmolLM2-135M-Instruct reads the first chapter of a novel. You will learn
 #

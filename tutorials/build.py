@@ -44,7 +44,7 @@ def read(script: Path) -> Any:
 
 def execute(notebook: Any) -> Any:
     """Run every cell, in this folder and without a network; an error in a cell is raised."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "default"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     NotebookClient(
         notebook,
         timeout=600,
