@@ -33,7 +33,7 @@ from qkvnorm_lens.cli import build_parser
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 OURS = sorted(p for folder in ("concepts", "how-to", "errors") for p in (DOCS / folder).glob("*"))
-PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "CONTRIBUTING.md"]
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "tutorials/README.md", ROOT / "CONTRIBUTING.md"]
 
 _FENCE = re.compile(
     r"(?P<skip><!-- not run: .+? -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S
@@ -275,7 +275,9 @@ def test_every_page_is_in_the_navigation_once() -> None:
     listed = _navigation()
     assert len(listed) == len(set(listed))
     pages = {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")}
-    assert set(listed) == pages | {"readme.md", "contributing.md", "changelog.md"}
+    outside = {"readme.md", "contributing.md", "changelog.md", "tutorials/index.md"}
+    outside |= {f"tutorials/{p.stem}.md" for p in (ROOT / "tutorials").glob("*.ipynb")}
+    assert set(listed) == pages | outside
 
 
 @pytest.mark.slow
@@ -287,6 +289,10 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     assert done.returncode == 0, done.stderr
     pages = {page: page.read_text() for page in tmp_path.rglob("*.html")}
     assert len(pages) > len(_navigation())  # and the page of errors
+    formulas = [
+        text.count("<math") for page, text in pages.items() if page.parent.name == "tutorials"
+    ]
+    assert sum(formulas) > 50
     for page, text in pages.items():
         fetched = re.findall(r"<(?:script|img|link|iframe|source)\b[^>]*>", text)
         assert not [tag for tag in fetched if re.search(r"(?:src|href)=.?(?:https?:)?//", tag)], (
