@@ -15,6 +15,7 @@ RUNS: Final = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GRID: Final = "#E5E5E5"
 INK: Final = "#222222"
 PUBLISHED: Final = "#000000"
+PUBLISHED_LABEL: Final = "published (Menary et al. 2024)"
 _DPI = 150
 
 

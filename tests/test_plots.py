@@ -429,7 +429,7 @@ def _traces(figure: Any) -> list[tuple[str, np.ndarray]]:
         (
             (trace.name, np.asarray(trace.y, float))
             for trace in figure.data
-            if trace.name and trace.type == "scatter" and trace.name != "published"
+            if trace.name and trace.type == "scatter"
             if trace.fill is None
         ),
         key=lambda pair: pair[0],
@@ -716,6 +716,7 @@ def test_published_marks_are_the_papers(exact) -> None:  # type: ignore[no-untyp
     assert len(marks) == 1
     assert sorted(np.asarray(marks[0].get_xdata(), float)) == [5.5, 7.5, 11, 17]
     assert set(np.asarray(marks[0].get_ydata(), float)) == {1}
+    assert marks[0].get_label() in [text.get_text() for text in ax.get_legend().get_texts()]
     (ax,) = plots.collapse_curve(exact).axes
     assert not [line for line in ax.lines if line.get_marker() == "D"]
 

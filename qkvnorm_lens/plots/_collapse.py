@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 SIGMA = "RMS of the relative change of norms, σ (%)"
 LEAST_SHARE = 0.01  # percent; below this the curve counts less than one row in 10,000
 PUBLISHED: Final = (
-    Mark(11, 1, "Baseline (published)"),
-    Mark(7.5, 1, "Alternate (published)"),
-    Mark(5.5, 1, "Large (published)"),
-    Mark(17, 1, "strict, Baseline (published)"),
+    Mark(11, 1, "Baseline"),
+    Mark(7.5, 1, "Alternate"),
+    Mark(5.5, 1, "Large"),
+    Mark(17, 1, "Baseline, strict"),
 )
 """Where 1% of the sparse rows collapse: Menary et al. 2024, Fig. 3, Pre-Norm models."""
 _CURVE_POINTS = 60

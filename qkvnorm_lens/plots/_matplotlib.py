@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkvnorm_lens._plot_style import GREY, INK, PUBLISHED, grid, log_ticks, plain
+from qkvnorm_lens._plot_style import GREY, INK, PUBLISHED, PUBLISHED_LABEL, grid, log_ticks, plain
 from qkvnorm_lens.plots._chart import Axis, Chart, Line, Number
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def draw_chart(chart: Chart, ax: Axes, figure: Figure, *, with_legend: bool = Tr
     _scale(ax, chart)
     for name, axis in (("x", chart.x), ("y", chart.y)):
         _axis(ax, name, axis)
-    _marks(ax, chart)
+    handles += _marks(ax, chart)
     grid(ax)
     if chart.title:
         ax.set_title(chart.title, fontsize=9, loc="left")
@@ -102,11 +102,16 @@ def _axis(ax: Axes, name: str, axis: Axis) -> None:
     of_it.set_label_text(axis.label)
 
 
-def _marks(ax: Axes, chart: Chart) -> None:
+def _marks(ax: Axes, chart: Chart) -> list[Any]:
     if not chart.marks:
-        return
+        return []
     x, y = ([getattr(mark, n) for mark in chart.marks] for n in "xy")
-    ax.plot(x, y, "D", markersize=5, markerfacecolor="white", markeredgecolor=PUBLISHED, zorder=5)
+    look: dict[str, Any] = {
+        "markersize": 5,
+        "markerfacecolor": "white",
+        "markeredgecolor": PUBLISHED,
+    }
+    points = ax.plot(x, y, "D", zorder=5, label=PUBLISHED_LABEL, **look)
     for mark in chart.marks:
         ax.annotate(
             mark.text,
@@ -120,6 +125,7 @@ def _marks(ax: Axes, chart: Chart) -> None:
             ha="left",
             va="top",
         )
+    return points
 
 
 def _colour_bar(scale: tuple[float, float, str], ax: Axes, figure: Figure) -> None:

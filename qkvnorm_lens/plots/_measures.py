@@ -306,13 +306,14 @@ def _spectrum_chart(name: str, frame: pd.DataFrame) -> Chart:
         Line(x, mean[n].to_numpy(float), label, colour, dash=dash, marker=3 if dash == "-" else 0)
         for n, label, colour, dash in _SPECTRUM
     ]
+    top = max(1.0, float(high.to_numpy(float).max()), float(mean.to_numpy(float).max()))
     return Chart(
         x=_layers([str(layer) for layer in mean.index]),
-        y=Axis("singular value of the attention matrix", "linear", 0, None),
+        y=Axis("singular value of the attention matrix", "linear", 0, 1.6 * top),
         title=name,
         lines=lines,
         bands=bands,
-        legend="best",
+        legend="upper left",  # above everything that is drawn
     )
 
 

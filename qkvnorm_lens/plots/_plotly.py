@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qkvnorm_lens._plot_style import GREY, GRID, INK, PUBLISHED, ticks_between
+from qkvnorm_lens._plot_style import GREY, GRID, INK, PUBLISHED, PUBLISHED_LABEL, ticks_between
 from qkvnorm_lens.plots._chart import Axis, Band, Chart, Line
 
 _DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
@@ -94,10 +94,12 @@ def _traces(go: Any, chart: Chart, shown: bool) -> list[Any]:
                 x=[mark.x for mark in chart.marks],
                 y=[mark.y for mark in chart.marks],
                 text=[plain_text(mark.text) for mark in chart.marks],
-                mode="markers",
+                mode="markers+text",
+                textposition="bottom center",
+                textfont={"size": 10},
                 hovertemplate="%{text}<br>%{y:g}% at σ = %{x:g}%<extra></extra>",
                 marker={"symbol": "diamond-open", "size": 9, "color": PUBLISHED},
-                name="published",
+                name=PUBLISHED_LABEL,
                 showlegend=shown,
             )
         )
