@@ -88,7 +88,8 @@ assert scores.softmax(0)[0] >= 0.95
 # the head now reads another token. How large must the noise be?
 #
 # We write $\sigma$ for its RMS. The paper's noise is uniform, $\kappa \in [-a, a]$ with
-# $a = \sqrt{3}\,\sigma$. $\sigma = 0.05$ means that lengths are off by 5%.
+# $a = \sqrt{3}\,\sigma$. So $\sigma = 0.05$ means that lengths are off by 5% RMS, and by 8.7% at
+# the most.
 
 # %% [markdown]
 # ## A model, and something to read
@@ -127,12 +128,13 @@ print(report)
 # 1. **What was done.** Uniform noise on the lengths of q and k. *One layer at a time*: each layer
 #    gets its clean inputs, so every number is about that layer alone.
 # 2. **How many rows are sparse.** Only these are followed. *Sinks* are sparse rows that look at
-#    the first token of the prompt. In a language model that is nearly all of them.
+#    the first token of the prompt. In a language model that may be nearly all of them.
 # 3. **1% of sparse rows collapse at sigma = ...** The headline. More is more robust.
 # 4. **First head.** The head whose rows go first.
 # 5. **In the centred gauge.** A control. Softmax ignores a constant added to all scores of a row,
-#    but the collapse rate does not ([why](../docs/concepts/score-level.md)). To compare two
-#    models, use this number.
+#    but the collapse rate does not ([why](../docs/concepts/score-level.md)). So the report gives
+#    the *score level*, the mean score of the attended tokens, and a second rate, with each row's
+#    mean score taken away first. To compare two models, use that one.
 # 6. **What noise at the projection would do.** Here it arrives unchanged. In a model with QK-norm
 #    it would be removed ([shielded sites](../docs/concepts/shields.md)).
 #
@@ -200,7 +202,8 @@ if OURS:
 # ## Which tokens
 #
 # `fragile` lists single rows: the token that asks, the one it attends to, the one it would jump
-# to, and the least $\sigma$ with which that can happen. `content=True` leaves the sinks out.
+# to, and the least $\sigma$ of uniform noise with which that can happen. `content=True` leaves the
+# sinks out.
 
 # %%
 columns = ["label", "prompt", "query_token", "key_token", "jump_token", "sigma", "sink"]
@@ -257,15 +260,17 @@ plt.show()
 # %% [markdown]
 # ## A certificate, by hand
 #
-# The column `sigma` above needs no sampling and no noise law. Let a row attend to $*$ with score
-# $s_*$ and let $t$ be a rival. With all factors in $[1 - a, 1 + a]$ the worst case is
-# $(1 - a)\,s_*$ against $(1 + a)\,s_t$ (both scores positive), so the row can move only if
+# Behind the column `sigma` above stands a number that needs no sampling and no noise law. Let a
+# row attend to $*$ with score $s_*$ and let $t$ be a rival. With all factors in $[1 - a, 1 + a]$,
+# $a \le 1$, the worst case is $(1 - a)\,s_*$ against $(1 + a)\,s_t$ (both scores positive), so the
+# row can move only if
 #
-# $$a > a_t = \frac{s_* - s_t}{|s_*| + |s_t|} ,$$
+# $$a > a_t = \frac{s_* - s_t}{|s_*| + |s_t|} .$$
 #
-# and the row's *critical half-width* is the smallest $a_t$. Below it **no** noise of that size
-# can move the row, whatever its distribution. Let us take the most fragile row of all and compute
-# it from the model's own scores.
+# (Other signs give the same formula; where $a_t = 1$, never.) The row's *critical half-width* is
+# the smallest $a_t$. Below it **no** factors of that range can move the row, whatever their
+# distribution; for uniform noise that is $\sigma = a / \sqrt 3$. Let us take the most fragile row
+# of all and compute it from the model's own scores.
 
 # %%
 row = report.fragile(1).iloc[0]
@@ -286,7 +291,7 @@ print(f"critical half-width {a:.4f}, so sigma = {a / math.sqrt(3):.2%}")
 
 # %%
 assert star == row["key_pos"]
-assert torch.equal(a_t[a_t < 1], from_library[a_t < 1])
+torch.testing.assert_close(a_t[a_t < 1], from_library[a_t < 1])
 assert from_library[a_t >= 1].isinf().all()
 assert abs(a - row["half_width"]) < 1e-5
 
@@ -337,10 +342,11 @@ assert 0 < p < 1
 assert abs(float(moved.double().mean()) - p) < 5 * math.sqrt(p * (1 - p) / DRAWS)
 
 # %% [markdown]
-# Drawn: each dot is a draw of the noise, by the factors of the attended key and of its nearest
-# rival. The rival wins above the line $f_t s_t = f_* s_*$. The dashed square is the certificate:
-# it touches the line with one corner, so no draw inside it can move the row to this rival. (Dots
-# that moved below the line went to a third token.)
+# Drawn: each mark is a draw of the noise, by the factors of the attended key and of its nearest
+# rival. Above the line $f_t s_t = f_* s_*$ the rival beats the attended token. The dashed square is
+# the certificate: it touches the line with one corner, so no draw inside it can move the row to
+# this rival. (Crosses went to a third token, whose factor is not drawn here. It was out
+# of range where a cross lies inside the square: the certificate asks for *all* factors.)
 
 # %%
 rival = int(row["jump_pos"])

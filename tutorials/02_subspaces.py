@@ -135,7 +135,8 @@ def scores(placement, x, y, W_Q=W_Q, W_K=W_K):
 
 # %% [markdown]
 # Four senders: one that matches what the receiver looks for, a runner-up whose $a$ has 0.8 of the
-# match's score, and two others. Every token has $|a| = |b| = 1$. One number for each placement,
+# match's score (less under Pre-Norm, since that token is the longer one), and two others. Every
+# token has $|a| = |b| = 1$. One number for each placement,
 # the inverse temperature, is set so that the match starts with a score of 25. The row is then
 # **sparse** (one token has at least 95% of the attention) under all three.
 
@@ -453,8 +454,9 @@ plt.show()
 
 # %% [markdown]
 # Points were measured with a derivative, lines are theorem 4; the cell asserts that they agree,
-# and both limits. In between there is a bump: noise on keys and queries hurts most when attention
-# is neither sparse nor isotropic.
+# and both limits. In between there is a bump: noise on this head's keys and queries hurts most when
+# attention is neither sparse nor isotropic. That is no theorem: for another head it may be so for
+# noise on keys only (section 11 has one).
 #
 # A sparse row is thus *immune* to small noise on q and k. That is one half of the story. The other
 # half is that large enough noise does not move the output a little, but sends it to another token.
@@ -482,8 +484,9 @@ assert not moved.any()
 # $$\frac{w_*}{w_t} < \frac{1+\kappa_q+\kappa_t}{1+\kappa_q+\kappa_*}\ \ \text{(theorem 7)},
 # \qquad \frac{w_*}{w_t} < \frac{1+\kappa_t}{1+\kappa_*}\ \ \text{(exactly)}$$
 #
-# with the comparison turned round where $w_t$ is negative. We put both inequalities against brute
-# force: noise on all keys and on the query, then an arg max.
+# with the comparison turned round where $w_t$ is negative (and as long as the denominators are
+# positive). We put both inequalities against brute force: noise on all keys and on the query, then
+# an arg max.
 
 # %%
 kappa = 0.5 * (2 * torch.rand(10_000, 8, generator=random) - 1)
@@ -512,8 +515,8 @@ assert (first != brute)[safe].any()
 # without noise on the query, and misjudges rows near the boundary when both are as large as here
 # (up to 50% on keys and 99% on the query). This library uses the exact form throughout.
 #
-# For one competitor with $\rho = w_*/w_t$ the inequality is a straight line in the plane of the
-# two noises,
+# For one competitor with $\rho = w_*/w_t$, both scores positive, the inequality is a straight line
+# in the plane of the two noises,
 #
 # $$1+\kappa_t = \rho\,(1+\kappa_*).$$
 #
@@ -787,12 +790,13 @@ swapped = pd.DataFrame(swapped).T
 assert (swapped.loc[["No-Norm", "QKV-Norm"], FACTORS] == 0).all(axis=None)  # theorems 1 and 3
 assert swapped.loc["Pre-Norm", 8] > swapped.loc["Pre-Norm", 1]
 assert swapped.loc["Pre-Norm", 1] < 0.01 * swapped.loc["Pre-Norm", "sparse rows"]
+assert 0.01 < swapped.loc["Pre-Norm", 8] / swapped.loc["Pre-Norm", "sparse rows"] < 0.03
 swapped
 
 # %% [markdown]
 # The columns 1 to 8 are the rows whose arg max moved at that factor. Zero under No-Norm and
 # QKV-Norm is the theorem, on real weights. Under Pre-Norm rows do move; but at natural size
-# hardly any.
+# hardly any, and at eight times that size 2%.
 #
 # **Does it happen?** `hooks.interference` needs no made-up content: freeze the scale of the norm
 # in one layer at a time, and count the sparse rows that attend elsewhere, which are those that
@@ -860,8 +864,9 @@ plt.show()
 # On the left, content that the head does not read; on the right the lengths as they really are,
 # for the heads with 50 sparse content rows or more. The lengths of this Pre-Norm model's tokens
 # differ a good deal, and still well below 1% of its sparse rows hang on that, about as many as
-# independent noise of the same spread would move. Most heads bear it; one, L2H3, does not. It is
-# the same head that the [collapse probe](01_collapse_probe.ipynb) names as the first to go.
+# independent noise of the same spread would move. Most heads bear it; one, L2H3, does so less well
+# (a few rows, as its rows are few). It is the same head that the
+# [collapse probe](01_collapse_probe.ipynb) names as the first to go.
 #
 # Is that so in other models? The results that come with the repository have three seeds of a
 # smaller addition model, and a language model, SmolLM2-135M-Instruct, in which the first token is
@@ -877,14 +882,19 @@ found["content_rows"] = found["rows"] - found["sinks"]
 shares = found.pivot_table("moved_content", ["model", "content_rows"], "first")
 assert (shares.loc["addition-pre"] < 0.01).all(axis=None)
 assert (shares.loc["smollm2-135m-instruct"] > 0.15).all(axis=None)
+seeds = shares[shares.index.get_level_values("model").str.startswith("study-pre")]
+assert 0.02 < seeds["frozen too"].max() < 0.025
+assert (seeds["spared"] == 0).all()
 shares.map("{:.2%}".format)
 
 # %% [markdown]
-# The addition models hardly suffer. In the language model few sparse rows attend to content at
-# all, but of those a large share hangs on the lengths of tokens, even with the first token
-# spared. Whether it *suffers* from that is another question: a model may also have learnt to use
-# lengths. Theorem 2 is no prophecy. It says what a Pre-Norm model has to arrange if its heads are
-# to be independent, and what No-Norm and QKV-Norm get for free.
+# In the addition models hardly a sparse content row hangs on lengths: 2.4% at the most, in one
+# seed, and none of these once the first token is spared. In the language model few sparse rows
+# attend to content at all, but of those a large share hangs on the lengths of tokens, even with
+# the first token spared ([tutorial 5](05_language_model.ipynb) looks closer). Whether a model
+# *suffers* from that is another question: it may also have learnt to use lengths. Theorem 2 is no
+# prophecy. It says what a Pre-Norm model has to arrange if its heads are to be independent, and
+# what No-Norm and QKV-Norm get for free.
 #
 # ## What you have learnt
 #
@@ -894,8 +904,8 @@ shares.map("{:.2%}".format)
 # - To first order a sparse row does not feel noise on q and k. Beyond a critical half-width, known
 #   from its clean scores alone, it jumps to another token; noise on q alone never makes it.
 # - Rates of collapse hang on the score level, which no attention pattern shows.
-# - What happens to a head built to break hardly happens in the trained addition models; in a
-#   language model many of the few sparse content rows do hang on lengths.
+# - What happens to a head built to break hardly happens in the trained addition models; in the one
+#   language model measured, a fifth of the few sparse content rows do hang on lengths.
 #
 # ## Exercises
 #
@@ -905,14 +915,13 @@ shares.map("{:.2%}".format)
 # 2. Give every token of section 3 a seventh coordinate with the constant 10. How much longer can
 #    $b$ get now before the arg max jumps? What did it cost in score, and who pays?
 # 3. Write the head that reads $b$, and let $a$ grow. Theorem 2 says *one factor for the token*:
-#   check that both heads see the same one.
+#    check that both heads see the same one.
 # 4. In section 12, swap the null-space content among the tokens of *one* sum instead of the batch.
 #
 # ## Where to go next
 #
-# - [01: the collapse probe](01_collapse_probe.ipynb) on a whole model;
-#   [04: the papers' experiments](04_reproduction.ipynb);
-#   [07: writing your own](07_your_own.ipynb) laws, hooks and models.
+# - [3 · Build and train](03_train_placements.ipynb) the three placements; [4 · Reproducing the
+#   paper](04_reproduction.ipynb); [7 · Writing your own](07_your_own.ipynb) laws, hooks and models.
 # - [The place of the norm](../docs/concepts/placements.md),
 #   [circuit collapse](../docs/concepts/collapse.md),
 #   [interference without noise](../docs/concepts/interference.md).
