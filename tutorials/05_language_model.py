@@ -176,8 +176,8 @@ print(report)
 
 # %% [markdown]
 # Nearly all sparse rows are **sinks**: the head looks at the first token, whatever the text says.
-# Such a head is best understood as switched off, and its row carries little content. Only the
-# other rows, a few hundred, make a choice in the text.
+# Such a row is often read as a head switched off. Only the other rows, a few hundred, make a choice
+# in the text.
 
 # %%
 rows = report.rows.sum((1, 2))  # layers by kind: on content, on the first token
@@ -249,8 +249,8 @@ if SMOL:
 
 # %% [markdown]
 # In percent of the rows. In the centred gauge SmolLM2 is much less robust than at its own level.
-# Neither number is wrong. At its own level a model does suffer what it suffers. But to say that
-# one model is *more* robust than another, compare `loose_centred`
+# Neither number is wrong. The first is what such noise would do to this model. But to say that one
+# model is *more* robust than another, compare `loose_centred`
 # ([more](../docs/concepts/score-level.md)).
 #
 # ## Which heads, which tokens
@@ -408,7 +408,13 @@ assert not SMOL or (live.loc[[0.15, 0.5], "non-sparse"] > live.loc[[0.15, 0.5], 
 # ## A cache in 4 bits
 #
 # Serving engines can keep keys and values in few bits. Each key then comes back a little wrong,
-# in length and in direction. Does a sparse head still find its token? From `results/`, by format:
+# in length and in direction. Does a sparse row still find its token? From `results/`, by format:
+#
+# - `norm_k`: RMS relative error of the keys' lengths;
+# - `predicted`, `moved`: sparse rows that noise of that size would move (from the exact curve), and
+#   those that the quantised keys really move, one layer at a time;
+# - `kl_k`, `kl_v`: how far the output goes with all layers' keys, or values, quantised (KL in
+#   nats); `loss_change_kv`: what that costs with both.
 
 # %%
 from qkvnorm_lens.experiments import quantisation
@@ -425,9 +431,8 @@ assert shown.loc["int4", "kl_k"] > 0.2
 assert shown["norm_k"].max() < 0.03
 
 # %% [markdown]
-# `norm_k` is the RMS relative error of the keys' lengths, 0.1% to 3%. From this the curve
-# predicts that no row moves, and hardly one does: 4 of 18,950, all in the crudest format. Which
-# heads are they in?
+# Lengths are off by 0.1% to 3%. From this the curve predicts that no row moves, and hardly one
+# does: 4 of 18,950, all in the crudest format. Which heads are they in?
 
 # %%
 each = quantisation.heads(table)
@@ -437,12 +442,13 @@ each[["scheme", "rows", "moved", "predicted", "norm_k"]].round(4)
 
 # %% [markdown]
 # So by this measure nearly every head bears a quantised cache. Two more things to see. The heads
-# that lost a row are not the ones that the probe named as the most fragile: errors of length
-# don't explain these rows. And the output does change, with int4 keys by a KL of 0.28 nats. What
-# the non-sparse rows lose no arg max shows. **Stable switches are no stable model.**
+# that lost a row are not those of the most fragile rows above: a hint that errors of length don't
+# explain these rows (a check follows). And the output does change, with int4 keys by a KL of 0.28
+# nats: the arg maxes of sparse rows say nothing of what other rows lose. **Stable switches are no
+# stable model.**
 #
 # Another model, another answer: in one of our addition models (`addition-none`, without a norm)
-# the same experiment moves thousands of rows; in the Pre-Norm and QKV-Norm ones none.
+# the same experiment moves thousands of rows, all formats together; in all others none.
 
 # %%
 addition = pd.read_csv("../results/addition/quantisation/table.csv", dtype={"placement": str})
@@ -518,7 +524,8 @@ if SMOL:
 if LOCAL.is_dir() and SMOL:  # the weights that the results are of
     int4_rows = table[(table["scheme"] == "int4") & table["label"].notna()]
     same = int4_rows.groupby("layer")[["rows", "moved"]].sum().loc[[11, 27]]
-    assert (same.to_numpy() == live[["rows", "both"]].to_numpy()).all()
+    # a row at the very edge may count on one machine and not on another
+    assert np.abs(same.to_numpy() - live[["rows", "both"]].to_numpy()).max() <= 2
 
 # %% [markdown]
 # Directions did it. A probe of lengths can't see that. It can tell that the *lengths* of a cache
@@ -579,14 +586,14 @@ assert whole.loc["frozen too", "to_first"] > 0.7 * whole.loc["frozen too", "move
 # than 20% there. What is left happens in layers 2 to 10, where lengths really differ. They are
 # 19% of all content rows. Independent noise of the spread that each row sees would move 8%, so it
 # would not have been an upper bound here. But this is one model, 417 rows, and one famous text;
-# the difference is three standard errors over prompts. Take it as a reason to measure your own
-# model, not as a law.
+# the difference is three standard errors over prompts, which are windows of that text. Take it as
+# a reason to measure your own model, not as a law.
 #
-# Live, two layers and two prompts, the first token spared:
+# Live, two layers, the eight windows from above, the first token spared:
 
 # %%
 live = hooks.interference(
-    model, ids[:2], layers=[4, 18] if SMOL else [4, 9], on="k", spare_first=True, progress=False
+    model, ids, layers=[10, 16] if SMOL else [4, 9], on="k", spare_first=True, progress=False
 )
 columns = ["label", "rows", "sinks", "moved_content", "predicted_content", "scale_spread_rest"]
 by_layer = live.to_frame(by="layer")[columns]
@@ -595,8 +602,8 @@ by_layer.round(3)
 # %%
 if SMOL:
     moved = by_layer.set_index("label")["moved_content"]
-    assert moved["L4"] > 0.1
-    assert not moved["L18"] > 0  # none, or no rows at all
+    assert 0.15 < moved["L10"] < 0.6
+    assert moved["L16"] == 0
 
 # %% [markdown]
 # ## What you have learnt
@@ -604,8 +611,8 @@ if SMOL:
 # - Ask `attention_sites` first: who shares a key, and does a norm shield the projection?
 # - Most sparse rows of a language model are sinks. Count them apart, always.
 # - A rate hangs on the score level; compare models in the centred gauge.
-# - Sparse rows bear noise well, and a quantised cache, too. Non-sparse rows carry the loss of the
-#   output, and errors of direction are not seen by a probe of lengths.
+# - This model's sparse rows bear noise well, and a quantised cache, too. Non-sparse rows carry the
+#   loss of the output, and errors of direction are not seen by a probe of lengths.
 # - What the model's own lengths do can be measured without noise. The first token decides how the
 #   result reads.
 #
@@ -630,5 +637,6 @@ if SMOL:
 # - [Probe your own model](../docs/how-to/probe-your-model.md),
 #   [corpora](../docs/how-to/corpora.md), [long prompts, time and
 #   memory](../docs/how-to/memory.md).
-# - [All results](../docs/reproduction.md), on our own models and on this one; [the paper's
-#   figures](04_reproduction.ipynb) as a tutorial.
+# - [All results](../docs/reproduction.md), on our own models and on this one.
+# - [6 · Rank collapse, the spectral gap, symmetry](06_rank_spectrum_symmetry.ipynb), of this model
+#   too; [7 · Writing your own](07_your_own.ipynb).

@@ -169,7 +169,7 @@ pd.DataFrame({name: p.numpy() for name, p in columns.items()}).round(5)
 # %% [markdown]
 # Does the law matter, at one and the same RMS? The row below needs factors of at least $\pm 20\%$
 # to lose its token ($\rho = 1.5$). Rare large factors reach that long before the uniform law
-# does; once both can, the law with most of its factors near 1 collapses less.
+# does; where the noise is larger still, the law with most of its factors near 1 collapses less.
 
 # %%
 row = torch.tensor([6.0, 4.0], dtype=torch.float64)
@@ -513,8 +513,8 @@ print(f"with one layer: {one_layer_losses[-1]:.2f}")
 assert one_layer_losses[-1] > 1
 
 # %% [markdown]
-# It is learnt in 250 steps, within seconds; the same model with one layer does not, which is what
-# the theory of induction heads says. (Some seeds need more steps: exercise 3.)
+# Two layers learn it in 250 steps, within seconds; one layer does not, as the theory of induction
+# heads has it. (Some seeds may need more steps: exercise 3.)
 #
 # `to_bridge` gives it hooks, and we can see what the heads do. The *induction score* of a head is
 # its mean attention from the second half to the token behind the earlier occurrence; the
@@ -667,10 +667,10 @@ assert rises[1, 4:].min() > 0.02  # the keys of every induction head
 assert rises[[0, 2]].abs().max() < 0.05  # queries and values
 
 # %% [markdown]
-# Only keys matter. The lengths of queries set a temperature for a row and those of values scale
-# what is written; this model bears both. Among the keys one head stands out, L0H3, the best
-# previous-token head, whose job nobody else does. The four induction heads share theirs, so that
-# noise on one of them costs little.
+# Of the lengths, those of keys matter. The lengths of queries set a temperature for a row and those
+# of values scale what is written; this model bears both. Among the keys one head stands out, L0H3,
+# the best previous-token head. The four induction heads score much alike, and noise on one of
+# them costs little: it seems that they share their job, and that L0H3 has nobody to share with.
 #
 # ## A small complete experiment
 #
@@ -814,19 +814,19 @@ table.map("{:.1%}".format)
 #
 # ## Exercises
 #
-# 1. Write a skewed law: vectors mostly get a little longer, and sometimes much shorter, with mean
-#   1. Which rows collapse earlier, those with many near competitors or those with one?
+# 1. Write a skewed law: vectors mostly get a little longer, and sometimes much shorter, with a mean
+#    of 1. Which rows collapse earlier, those with many near competitors or those with one?
 # 2. Put your law into `hooks.sweep` (`law="outliers"`) on `addition-pre`, beside the uniform one.
 # 3. Train the toy with `seed=1`, `2`, `3` in the configuration and in `train`. Do all learn the
-#   task in 250 steps? Are the same kinds of heads fragile?
+#    task in 250 steps? Are the same kinds of heads fragile?
 # 4. Repeat the experiment with `placement="pre"` and `"none"`, and with a placebo in a subspace
-#   of 4 or 8 dimensions. Predict the order of the curves first.
+#    of 4 or 8 dimensions. Predict the order of the curves first.
 #
 # ## Where to go next
 #
-# - [02: semantic subspaces](02_subspaces.ipynb) for why lengths matter at all;
-#   [01: the collapse probe](01_collapse_probe.ipynb) and
-#   [04: the papers' experiments](04_reproduction.ipynb) for what is ready-made.
+# - [2 · Semantic subspaces](02_subspaces.ipynb) for why lengths matter at all; [1 · The collapse
+#   probe](01_collapse_probe.ipynb) and [4 · Reproducing the paper](04_reproduction.ipynb) for what
+#   is ready-made.
 # - How-to pages: [a law of your own](../docs/how-to/custom-law.md), [noise in your own
 #   experiment](../docs/how-to/noise-in-your-experiment.md), [train a
 #   placement](../docs/how-to/train-a-placement.md); concepts: [the
