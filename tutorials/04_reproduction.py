@@ -77,7 +77,7 @@ for name in experiments.NAMES[:6]:
 # `addition-...` (4 layers of width 128). The paper's have 8 to 12 layers of width 512 or 1024 and
 # read longer sums.
 #
-# **So this is no copy of the paper's training**: days on a GPU became minutes on a laptop.
+# **So this is no copy of the paper's training**: days on a GPU became minutes on a CPU.
 # What hangs on size can't be confirmed or refuted here. What follows from how attention is
 # built can. And one thing is better than in the paper: three seeds instead of one, hence
 # intervals. When an interval holds zero, we say *not decided*, whatever the mean looks like.
@@ -94,8 +94,10 @@ with tempfile.TemporaryDirectory() as folder:
 
 committed = table("collapse").query("model == 'study-pre-1'").reset_index(drop=True)
 assert list(again["quantity"]) == list(committed["quantity"])
-# Equal up to the rounding of another machine's sums.
-np.testing.assert_allclose(again["value"], committed["value"], rtol=1e-3, atol=1e-6)
+# Another machine rounds otherwise: what is drawn near the edge may fall on the other side.
+drawn = committed["quantity"].str.contains("strict|sampled")
+for which, rtol, atol in ((~drawn, 1e-3, 1e-6), (drawn, 1e-2, 1e-4)):
+    np.testing.assert_allclose(again["value"][which], committed["value"][which], rtol, atol)
 print(f"{len(again)} numbers, the same as the committed ones")
 
 # %% [markdown]
@@ -173,8 +175,9 @@ extrapolation = study[study["kind"] == "extrapolation"]
 extrapolation.groupby("placement")["per_token"].agg(["min", "max"]).mul(100).round(1)
 
 # %% [markdown]
-# One trap in reading such accuracies: `]`, which ends the answer, is scored as well and is about a
-# fifth of the scored tokens. Without it, the digits alone:
+# One trap in reading such accuracies: `]`, which ends the answer, is scored as well, and is more
+# than a quarter of the scored tokens of these short sums
+# ([tutorial 3](03_train_placements.ipynb)). Without it:
 
 # %%
 ends = extrapolation.groupby("placement")[["per_token", "per_token_without_end"]].mean().mul(100)
@@ -185,11 +188,11 @@ ends.round(1)
 # ## Figure 1: how long are the embeddings that attention reads?
 #
 # Pre-Norm divides every embedding by its length, and that length is common to all its subspaces.
-# If all embeddings were equally long, one could not tell. Fig. 1 takes the lengths of the
+# If all embeddings were equally long, that would do no harm. Fig. 1 takes the lengths of the
 # embeddings at a layer's input, weighs each by the attention it receives, and divides by the head's
-# median. Published: 90% lie within ±20% (Baseline), ±30% (the two others); QKV-Norm's spread is
-# wider. One model live
-# (the larger Pre-Norm one), then the study models of all seeds:
+# median; the first token, `[`, is left out. Published: 90% lie within ±20% (Baseline), ±30% (the
+# two others); QKV-Norm's spread is wider. One model live (the larger Pre-Norm one), then the study
+# models of all seeds:
 
 # %%
 prompts = sums("small-train", 200, seed=0).ids
@@ -204,14 +207,16 @@ for placement, each in bands.groupby("placement")["band"]:
     print(f"{PLACEMENTS[placement]:9s} 90% within ±{mean:.0f} ± {half:.0f}%  {list(each.round(2))}")
 
 pre, qkv = (bands[bands["placement"] == p]["band"] for p in ("pre", "qkv"))
-assert pre.min() > 0.25  # wider than the Baseline's ±20%
+mean, half = interval(pre)
+assert 0.20 < mean - half < 0.30 < mean + half  # wider than ±20%; than ±30%: not decided
 assert qkv.mean() > pre.mean()  # the published order, in the means ...
 assert stats.ttest_ind(pre, qkv, equal_var=False).pvalue > 0.05  # ... but three seeds don't decide
 
 # %% [markdown]
-# Pre-Norm's lengths vary by about a third around the median: the same order of magnitude as
-# published, and wider. So the interference that the paper models **is possible** in these models:
-# the lengths are far from equal.
+# Pre-Norm's lengths vary by about a third around the median: more than the Baseline's, and much as
+# published for the two other models. So the interference that the paper models **is possible** in
+# these models: the lengths are far from equal. QKV-Norm's mean is the wider one, as published; its
+# seeds are too far apart to decide that.
 #
 # ## Figure 2: noise in all layers
 #
@@ -257,12 +262,14 @@ for ax in (left, right):
 plt.show()
 
 # %% [markdown]
-# - **Right panel: yes.** Noise on sparse rows does next to nothing where the same noise on
-#   non-sparse rows costs accuracy. In both placements sparse attention is robust.
-# - **Left panel: less than published.** At $\sigma$ = 1% the paper's models lose at least 10%.
-# - **QKV-Norm is here the most fragile**, not the most stable one. No contradiction: this noise
-#   sits *behind* its norm, on the vectors that enter the dot product. In front of the norm, where
-#   an interference of lengths would arise, the norm removes it:
+# - **Right panel: as published, in each seed.** Up to some 10%, noise on sparse rows does next to
+#   nothing, where the same noise on non-sparse rows costs accuracy. What it costs Pre-Norm differs
+#   so much between seeds that the mean drop at 5% is not decided.
+# - **Left panel: less than published.** At $\sigma$ = 1% the paper's models lose at least 10%, ours
+#   less in each seed. (The seeds scatter so much that the interval of their mean still reaches 10%.)
+# - **QKV-Norm is here more fragile than Pre-Norm**, in each seed. No contradiction: this noise sits
+#   *behind* its norm, on the vectors that enter the dot product. In front of the norm, where an
+#   interference of lengths would arise, the norm removes it:
 
 # %%
 remaining = {
@@ -274,9 +281,14 @@ remaining = {
 for name, values in remaining.items():
     print(f"{name:32s} leaves {values.mean():5.1f}%   by seed {list(values.round(1))}")
 
-assert (remaining["sparse rows, 5%, Pre-Norm"] > 99).all()
-assert remaining["q, k and v, 1%, Pre-Norm"].mean() > 90  # published: less than 90
-assert remaining["q, k and v, 1%, QKV-Norm"].mean() < remaining["q, k and v, 1%, Pre-Norm"].mean()
+by_rows = {rows: relative("qk", rows, "pre").loc[0.1] for rows in ("sparse", "non-sparse")}
+assert by_rows["sparse"].min() > 98 > 95 > by_rows["non-sparse"].max()
+mean, half = interval(remaining["non-sparse rows, 5%, Pre-Norm"])
+assert mean < 100 < mean + half  # the drop of the mean is not decided
+assert remaining["q, k and v, 1%, Pre-Norm"].min() > 90  # published: 90 or less
+mean, half = interval(remaining["q, k and v, 1%, Pre-Norm"])
+assert mean - half < 90  # ... which the interval reaches
+assert remaining["q, k and v, 1%, QKV-Norm"].max() < remaining["q, k and v, 1%, Pre-Norm"].min()
 
 front = table("noise").query("at == 'projection' and sigma == 0.5 and scored == 'with ]'")
 clean = table("noise").query("at == 'projection' and sigma == 0.0 and scored == 'with ]'")
@@ -307,11 +319,13 @@ for placement, each in at_one.groupby("placement")["value"]:
 pre = 100 * at_one[at_one["placement"] == "pre"]["value"]
 low, high = np.subtract(*interval(pre)), np.add(*interval(pre))
 assert low > 11  # even the most robust published model lies below our interval
+assert 2 < pre.mean() / 11 < 2.5
 
 # %% [markdown]
-# Our Pre-Norm models bear **more than twice the noise** of the paper's Baseline. Published values
-# fall with a model's size, and ours are smaller than its smallest, so that is the direction to
-# expect. But there is a second reason why such numbers can't be compared just so.
+# Our Pre-Norm models bear **about twice the noise** of the paper's Baseline. They are far smaller,
+# and they read shorter sums. Size alone does not order the published values either: the Alternate
+# is smaller than the Baseline and goes earlier. And there is another reason why such numbers can't
+# be compared just so.
 #
 # ### The level of the scores
 #
@@ -333,7 +347,7 @@ ax.legend(frameon=False)
 plt.show()
 
 ratio = gauge[gauge["level"] == 80]["value"].min() / gauge[gauge["level"] == 8]["value"].max()
-print(f"from level 8 to level 80 the rate grows at least {ratio:.0f} times")
+print(f"from level 8 to level 80 the rate grows at least {ratio:,.0f} times")
 assert ratio > 100
 
 # %% [markdown]
@@ -360,11 +374,11 @@ for ax, name in zip(axes, ("study-pre-1", "study-qkv-1"), strict=True):
 plt.show()
 
 # %% [markdown]
-# The difference is a detail of the set-up. The paper scales all scores by one constant so that
-# they start with a standard deviation of **0.1**. Behind QKV-Norm, $|w| \le g_q g_k d \cdot$ that
-# constant, and only the gains can grow; weight decay pulls at them. A row over 20 tokens needs
-# a lead of $\ln(0.95/0.05 \cdot 19) \approx 5.9$ to be sparse. So we trained QKV-Norm with other
-# scales, all else equal:
+# We suspected a detail of the set-up. The paper scales all scores by one constant so that they
+# start with a standard deviation of **0.1**. With QKV-Norm, $|w| \le g_q g_k d \cdot$ that constant,
+# and only the gains can grow; weight decay pulls at them. A row over 20 tokens needs a lead of
+# $\ln(0.95/0.05 \cdot 19) \approx 5.9$ to be sparse. So we trained both placements with other
+# scales, all else equal (4,000 steps, three seeds of each):
 
 # %%
 assert abs(np.log(0.95 / 0.05 * 19) - 5.9) < 0.02
@@ -391,17 +405,22 @@ plt.show()
 share = {name: 100 * values for name, values in confound.groupby("group")["value"]}
 assert share["confound-qkv-paper"].max() < 0.2  # published: no peak; reproduced
 assert share["confound-qkv"].min() > 5  # with the usual scale it is there
+assert share["confound-qkv-calibrated"].max() < 1  # decay is not what keeps it away
+assert share["confound-pre-paper"].min() > 3  # Pre-Norm bears that scale better
 sparse = {name: "{:.1f} ± {:.1f}".format(*interval(v)) for name, v in share.items()}
-pd.Series(sparse, name="sparse rows (%)").rename(labels)
+pd.Series(sparse, name="sparse rows (%)").loc[list(labels)].rename(labels)
 
 # %% [markdown]
-# **In the paper's setting QKV-Norm has no sparse rows here either; with $1/\sqrt{d}$, or a
-# temperature that is learned, it has.** The missing sparsity belongs to the scale, not to the norm.
+# **In the paper's setting QKV-Norm has next to no sparse rows here either; with $1/\sqrt{d}$, or a
+# temperature that is learned, it has.** The norm alone does not forbid sparse attention; behind that
+# norm the scale does, in a training of this length. (Under the same scale Pre-Norm has some in each
+# seed: there the matrices can raise the scores, too.) Weight decay is not the reason: without it on
+# the gains there are hardly more.
 #
 # ## Everything at once
 #
 # Each experiment states the published claims beside what it found, from its own table. This is the
-# list for the six experiments of the paper itself:
+# list for the six experiments above and the theorems ([tutorial 2](02_subspaces.ipynb)):
 
 # %%
 claims = []
@@ -421,22 +440,26 @@ count
 # %% [markdown]
 # ## What you have learnt
 #
-# - All theorems hold to rounding; sparse rows bear noise that non-sparse ones don't; QKV-Norm
-#   removes noise that comes before its norm.
-# - The advantage of Pre-Norm in extrapolation does not come back, and QKV-Norm's missing sparsity
-#   is the score scale's doing.
+# - What follows from how attention is built comes back: theorems 1 to 8, and QKV-Norm removes noise
+#   that comes before its norm. In each seed sparse rows bear noise that non-sparse ones don't.
+# - Pre-Norm's advantage of 20 points in extrapolation does not come back, and QKV-Norm's missing
+#   sparsity only with the paper's scale of the scores.
+# - Much is not decided: three seeds are few, and still more than one.
 # - Collapse rates of two models can't be compared without the level of their scores.
 #
-# ## Try it
+# ## Exercises
 #
 # 1. Make Fig. 1 of another model: `load_model("study-qkv-2")`. Do the keys' lengths
 #    (`of="k"`) vary as the embeddings' do?
-# 2. `hooks.collapse_probe(model, prompts, on="k")`: how much do the queries' factors add?
+# 2. `hooks.collapse_probe(load_model("study-pre-1"), prompts, on="k")`: how much do the queries'
+#    factors add?
 # 3. Train a fourth seed (`qkvnorm-lens train --config study --placement pre --seed 4 --out
 #    runs/study-pre-4`) and run `qkvnorm-lens experiment collapse --model runs/study-pre-4/model`.
 # 4. With a GPU: the paper's own Baseline ([training](../docs/training.md)).
 #
-# All results with figures: [Reproduction](../docs/reproduction.md). How the models were trained:
-# [tutorial 3](03_train_placements.ipynb). The same measurements on a language model:
-# [tutorial 5](05_language_model.ipynb); what the paper leaves open and three related papers:
-# [tutorial 6](06_rank_spectrum_symmetry.ipynb).
+# ## Where to go next
+#
+# - [5 · A language model under the probe](05_language_model.ipynb): the same measurements there;
+#   [6 · Rank collapse, the spectral gap, symmetry](06_rank_spectrum_symmetry.ipynb): three related
+#   papers.
+# - [Reproduction](../docs/reproduction.md): all results with figures.
