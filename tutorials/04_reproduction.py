@@ -374,7 +374,7 @@ for ax, name in zip(axes, ("study-pre-1", "study-qkv-1"), strict=True):
     plots.sparsity_histogram(sparsity[sparsity["model"] == name], ax=ax)
 plt.show()
 
-bins = sparsity.groupby(["low", "model"])["rows"].sum().unstack()  # by the lower edge of a bin
+bins = sparsity.pivot_table("rows", "low", "model", aggfunc="sum")  # low: a bin's lower edge
 peak = bins[bins.index > 0.975].mean() / bins[bins.index.to_series().between(0.795, 0.975)].mean()
 peak = peak[peak.index.str.contains("study-pre|study-qkv")]
 print({name: round(value, 1) for name, value in peak.items()})

@@ -80,7 +80,7 @@ print(repr("".join(model.to_str_tokens(torch.tensor(ids[0][:24])))))
 # ## Attention sites
 #
 # Nothing about a model is taken for granted. `attention_sites` runs it on a few random tokens,
-# finds where q, k and v are, and proves that noise there does what the equations say. Then it
+# finds where q, k and v are, and checks that noise there does what the equations say. Then it
 # says in words what noise means here:
 
 # %%
@@ -364,8 +364,8 @@ plt.show()
 # %% [markdown]
 # (Bars: 2 standard errors over prompts.) Noise on non-sparse rows alone does most of what noise
 # on all rows does; noise on sparse rows alone costs no accuracy that these eight windows could
-# show, up to 20%. The paper's finding holds here. But look at how many rows there are, and where
-# they look:
+# show, up to 20%. That is the paper's finding. But look at how many rows there are, and where they
+# look:
 
 # %%
 each = noise.pivot_table(index="sigma", columns="rows", values="kl")
