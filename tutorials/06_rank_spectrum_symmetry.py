@@ -501,9 +501,7 @@ assert first.loc["LayerNorm", "A - U"] > first.loc["LayerNorm", "A"]
 # %%
 spectrum = hooks.spectral_gap(trained, ids, progress=False)
 print(spectrum)
-figure = plots.spectrum_by_depth(spectrum)
-figure.axes[0].set_ylim(0, 3.4)  # room for the legend
-figure
+plots.spectrum_by_depth(spectrum)
 
 # %% [markdown]
 # On these short sums the trained model's gap is smaller than that of uniform causal attention: its
@@ -622,10 +620,7 @@ assert gaps["2 layers"].vanishes("mask removed")
 behind = gaps["2 layers"].to_frame("layer").set_index(["variant", "layer"])["stream"]
 assert behind["as is", 0] < 1e-5
 assert 0.1 < behind["as is", 1] < 0.4
-figure = plots.symmetry_by_depth(gaps)
-for ax in figure.axes:
-    ax.set_ylim(5e-8, 30)
-figure
+plots.symmetry_by_depth(gaps)
 
 # %% [markdown]
 # `tv` is the total variation between the next token's distributions, from 0 to 1; `largest` is the
