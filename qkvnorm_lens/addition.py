@@ -194,7 +194,7 @@ def _decoder_rows(cells: np.ndarray, scored_cells: int) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Shares of right predictions, teacher forced; ``]`` is about a fifth of the scored tokens.
+    """Shares of right predictions, teacher forced; ``]`` is a fifth of the scored tokens or more.
 
     Attributes:
         per_token: over all scored tokens (what Menary et al. 2024 report).

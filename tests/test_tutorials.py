@@ -196,6 +196,13 @@ def test_what_turns_is_not_stored() -> None:
 
 
 @pytest.mark.notebooks
+def test_pieces_of_a_stream_are_joined() -> None:
+    slow = "import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.5)"
+    (cell,) = build.execute(notebook_of(slow)).cells
+    assert [output.text for output in cell.outputs] == ["0\n1\n2\n"]
+
+
+@pytest.mark.notebooks
 def test_a_cell_that_fails_stops_the_build() -> None:
     from nbclient.exceptions import CellExecutionError
 

@@ -56,8 +56,19 @@ def execute(notebook: Any) -> Any:
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [_stored(output) for output in cell.outputs]
+            cell.outputs = _joined([_stored(output) for output in cell.outputs])
     return notebook
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Neighbouring pieces of a stream as one: where it is cut hangs on the kernel's timing."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.get("name") and joined[-1].get("name") == output["name"]:
+            joined[-1]["text"] += output["text"]
+        else:
+            joined.append(output)
+    return joined
 
 
 def _stored(output: Any) -> Any:
