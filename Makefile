@@ -35,6 +35,7 @@ help:
 setup: $(SETUP)
 
 $(SETUP): pyproject.toml constraints.txt
+	@echo "installing into .venv: some three minutes, 2 GB"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -q $(PINS) "$(TORCH)"
 	$(PIP) install -q $(PINS) -e ".[dev]"

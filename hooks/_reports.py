@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 _UNLIKE = ("versions", "device")  # facts that two parts of one measurement may differ in
 
@@ -29,7 +29,7 @@ def write_report(
     words = {"format": form} | {name: json.dumps(value) for name, value in head.items()}
     # ascontiguousarray gives a number an axis; take it away again.
     whole = {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in arrays.items()}
-    save_file(whole, path, metadata=words)
+    path.write_bytes(save(whole, metadata=words))  # save_file's files are closed to others
     return path
 
 

@@ -200,6 +200,8 @@ def summarise(report: CollapseReport) -> str:
         f"{sparse} of {examined} rows are sparse ({threshold}), {percent(sinks / sparse)} of these "
         "attend to the first token (sinks)."
     )
+    if sparse < _MIN_ROWS:
+        lines.append(f"Fewer than {_MIN_ROWS} sparse rows: too few to say how stable the model is.")
     lines.append(_threshold_sentence(report))
     named = _first_head(report)
     if named:
@@ -217,6 +219,8 @@ def summarise(report: CollapseReport) -> str:
 
 
 def _threshold_sentence(report: CollapseReport) -> str:
+    if not len(report.table) and "k" in report.settings.on:
+        return "None of them can collapse: no factors of this law move their arg max."
     if not {"k", "q"} & set(report.settings.on) or not len(report.table):
         return "No row can collapse: this noise never moves an arg max in its own layer."
     everything, content = _one_percent(report, "loose"), _one_percent(report, "loose_content")

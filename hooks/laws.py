@@ -205,5 +205,5 @@ def check_sigma(sigma: float, law: Law) -> None:
         relation = "<=" if law.limit_included else "<"
         raise ValueError(
             f"sigma: wanted {relation} {law.limit:.6g} for {law.name} noise ({law.reason}); "
-            f"got {sigma!r}"
+            f"got {sigma!r} (a share, not percent: 0.05 is 5%)"
         )

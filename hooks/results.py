@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from hooks._arguments import check_integers
 from hooks._kept import KeptRows, no_rows
 from hooks._reports import read_report, write_report
 
@@ -274,8 +275,7 @@ class CollapseReport:
             n: number of rows.
             content: leave attention sinks out.
         """
-        if n < 0:
-            raise ValueError(f"n: wanted an integer >= 0; got {n}")
+        check_integers(n=(n, 0))
         t = self.table
         order = np.argsort(t.half_width, kind="stable")
         if content:

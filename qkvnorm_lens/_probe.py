@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,8 +178,24 @@ def run(args: argparse.Namespace) -> str:
     """Load, probe, write; returns what goes to standard output."""
     source = loading.find(args.model)  # what can fail early fails before torch is imported
     given = read(args)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
+    with _folder(args.out):
+        return _run(args, source, given)
+
+
+@contextlib.contextmanager
+def _folder(out: Path | None) -> Iterator[None]:
+    """The directory ``--out``, made early, and gone again if nothing came into it."""
+    new = out is not None and not out.exists()
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if new and out is not None and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _run(args: argparse.Namespace, source: loading.Source, given: str | None) -> str:
     if sys.stderr.isatty():
         _say(f"loading {args.model}")
     device, dtype = _where(args)

@@ -77,7 +77,11 @@ def _tokens(model: TransformerBridge, text: str) -> tuple[list[int], list[int]]:
     tokenizer = model.tokenizer
     # A directory without tokenizer files gives a tokenizer that knows special tokens only.
     if tokenizer is None or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        raise ValueError("text: wanted a model with its tokenizer; got one without a vocabulary")
+        raise ValueError(
+            "text: wanted a model with its tokenizer; got one without a vocabulary "
+            "(tokenizer.save_pretrained writes one beside the weights; in Python "
+            "hooks.collapse_probe takes token ids)"
+        )
     log = logging.getLogger("transformers.tokenization_utils_base")
     level = log.level
     log.setLevel(logging.ERROR)  # it would warn of a text longer than the context

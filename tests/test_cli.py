@@ -330,6 +330,17 @@ def test_out_writes_everything_and_the_report_loads(
     assert (folder / "heads.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_probe_that_fails_leaves_no_directory(run: Run, tmp_path: Path, mamba_dir: str) -> None:
+    new, there = tmp_path / "new", tmp_path / "there"
+    there.mkdir()
+    for folder in (new, there):
+        code, out, err = run("probe", mamba_dir, "--text", "12+34", "--out", str(folder))
+        assert (code, out) == (1, "")
+        assert "attention" in err
+    assert not new.exists()
+    assert there.exists()
+
+
 def test_without_matplotlib_only_the_figures_are_missing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

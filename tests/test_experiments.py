@@ -345,6 +345,15 @@ def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == compose(results(RESULTS), RESULTS, page)
 
 
+def test_no_claim_counts_twice() -> None:
+    """Parts without a model are in the results of our models and of SmolLM2."""
+    page = (RESULTS.parent / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    table = page.partition("\n## Published and ours\n")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) > 60
+    assert len(rows) == len(set(rows))
+
+
 @pytest.mark.parametrize("damage", ["table", "figure", "about"])
 def test_half_a_result_is_not_reported(tmp_path: Path, damage: str) -> None:
     from qkvnorm_lens.experiments.report import write_report

@@ -329,6 +329,18 @@ def test_the_summary_says_what_was_found(report: CollapseReport) -> None:
     assert ("position bias" in text) == (report.model["architecture"] == "BloomForCausalLM")
 
 
+def test_few_sparse_rows_are_said_to_be_few(llama: Any) -> None:
+    """The largest maximum of all as the threshold leaves one."""
+    few = "Fewer than 20 sparse rows"
+    _, cache = llama.run_with_cache(models.tokens(1, 12))
+    patterns = [v[:, :, 1:] for k, v in cache.items() if k.endswith("attn.hook_pattern")]
+    top = max(float(p.max()) for p in patterns)
+    report = collapse_probe(llama, models.tokens(1, 12), sparse=top - 1e-6)
+    assert 0 < report.n_sparse < 20
+    assert few in report.summary()
+    assert few not in probe(llama).summary()
+
+
 def test_values_alone_are_said_never_to_collapse(llama: Any) -> None:
     assert "No row can collapse" in str(probe(llama, on="v"))
     assert "No row can collapse" in str(probe(llama, on="q"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import re
+import subprocess
 import tarfile
 import types
 import zipfile
@@ -137,11 +138,12 @@ def test_the_colab_cell_installs_and_goes_to_the_tutorials(
     """pip itself is left out: it puts what it would, a sdist or an archive of a repository."""
     calls: list[list[str]] = []
 
-    def pip(command: list[str], *, check: bool) -> None:
-        assert check
+    def pip(command: list[str], *, check: bool = False) -> subprocess.CompletedProcess[str]:
         calls.append(command)
+        done = subprocess.CompletedProcess[str](command, 0)
         if command[3] != "download":
-            return
+            assert check
+            return done
         folder = Path(command[command.index("-d") + 1])
         folder.mkdir()
         (tmp_path / "build.py").write_text("")
@@ -151,6 +153,7 @@ def test_the_colab_cell_installs_and_goes_to_the_tutorials(
         else:
             with zipfile.ZipFile(folder / "qkvnorm-lens-0.1.0.zip", "w") as archive:
                 archive.write(tmp_path / "build.py", "qkvnorm-lens/tutorials/build.py")
+        return done
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("subprocess.run", pip)
@@ -161,6 +164,17 @@ def test_the_colab_cell_installs_and_goes_to_the_tutorials(
     assert Path.cwd().name == "tutorials"
     installed = calls[1][-1].removesuffix("[experiments]")
     assert Path(installed) == Path.cwd().parent
+
+
+def test_where_nothing_is_found_the_colab_cell_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = subprocess.CompletedProcess[str]([], 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.run", lambda command, **_: failed)
+    monkeypatch.setitem(__import__("sys").modules, "google.colab", types.ModuleType("colab"))
+    with pytest.raises(RuntimeError, match="pip finds no 'qkvnorm-lens': set SOURCE"):
+        exec(compile(colab_cell(), "cell", "exec"), {})
 
 
 def test_elsewhere_the_colab_cell_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,11 +25,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-if "google.colab" in sys.modules:
+if "google.colab" in sys.modules and not Path("../tutorials").is_dir():
     SOURCE = "qkvnorm-lens"  # a release; or a repository's address: "git+https://..."
     pip = [sys.executable, "-m", "pip"]
-    alone = ["--no-deps", "--no-binary=qkvnorm-lens"]
-    subprocess.run([*pip, "download", "-q", *alone, "-d", "download", SOURCE], check=True)
+    get = ["download", "-q", "--no-deps", "--no-binary=qkvnorm-lens", "-d", "download", SOURCE]
+    if subprocess.run([*pip, *get]).returncode:
+        raise RuntimeError(f"pip finds no {SOURCE!r}: set SOURCE to your repository's address")
     shutil.unpack_archive(next(Path("download").iterdir()), "source")
     folder = next(Path("source").iterdir()).resolve()
     subprocess.run([*pip, "install", "-q", f"{folder}[experiments]"], check=True)

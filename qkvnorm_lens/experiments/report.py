@@ -70,7 +70,9 @@ def compose(found: list[Path], folder: Path, page: Path) -> str:
         experiment = get_experiment(path.name)
         about = _whole(path)
         table = read_table(path)
-        claims += [(path.name, claim) for claim in experiment.claims(table)]
+        # What needs no model is in the results of each kind of model, and counts once.
+        found_here = [(path.name, claim) for claim in experiment.claims(table)]
+        claims += [each for each in found_here if each not in claims]
         figure = os.path.relpath(path / "figure.png", page.parent)
         where = os.path.relpath(path, page.parent)
         chapters.append(

@@ -402,10 +402,13 @@ def training_curves(
     Raises:
         ImportError: matplotlib (plotly) is not installed.
         OSError: no such file.
+        TypeError: no mapping.
         ValueError: no log, one without these columns or without rows, other than two axes, another
             ``backend``, or axes beside plotly.
     """
     check_backend(backend, ax)
+    if not isinstance(logs, Mapping):
+        raise TypeError(f"logs: wanted a mapping of names to logs; got {type(logs).__name__}")
     frames = {name: _log(name, log) for name, log in logs.items()}
     if not frames:
         raise ValueError("logs: wanted at least one; got none")
