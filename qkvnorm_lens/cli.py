@@ -56,8 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: an error that has a message (standard error; nothing on standard output).
     2: wrong usage. 130: interrupted. 143: terminated, where that is caught.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
     try:
-        args = build_parser().parse_args(argv)
+        args = parser.parse_args(words)
     except SystemExit as stop:  # argparse, after --help or a usage error
         return stop.code if isinstance(stop.code, int) else 2
     try:

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -230,6 +231,13 @@ def test_version_as_a_module() -> None:
     )
     assert done.returncode == 0
     assert done.stdout == f"qkvnorm-lens {qkvnorm_lens.__version__}\n"
+
+
+def test_without_a_command_the_commands_are_listed(run: Run) -> None:
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    for command in ("probe", "report", "models", "train", "experiment"):
+        assert re.search(rf"^    {command}\b", err, re.M)
 
 
 # -- models ---------------------------------------------------------------------------------------
