@@ -6,19 +6,19 @@ Source: Wu et al. 2024.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._arguments import check_integers
 from hooks._facts import model_facts
+from hooks._given import MaskLike, Tokens
 from hooks._prompts import Prompts, encode
 from hooks._rank_measures import MEASURES, first_share, measures
 from hooks._rank_report import WITH, RankReport, RankSettings, RankSite
@@ -29,11 +29,11 @@ from hooks.sites import HookedModel
 
 def rank_profile(
     model: HookedModel,
-    tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
+    tokens: Tokens,
     *,
     layers: Sequence[int] | None = None,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    decoder_tokens: Tokens | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     progress: bool | None = None,

@@ -7,7 +7,7 @@ sigmas their draws.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._arguments import check_integers, read_sigmas
 from hooks._facts import attention_facts
-from hooks._given import shorten
+from hooks._given import MaskLike, Tokens, shorten
 from hooks._prompts import Prompts, encode, example_of
 from hooks._sweep_factors import Grid
 from hooks._sweep_report import SweepReport, SweepSettings
@@ -34,9 +34,9 @@ SWEEP_SIGMAS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 def sweep(
     model: HookedModel,
-    tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],
+    tokens: Tokens,
     *,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
+    decoder_tokens: Tokens | None = None,
     targets: Int[Tensor, "*prompts target"] | Sequence[Any] | None = None,
     sigmas: Sequence[float] | None = None,
     replicates: int = 8,
@@ -47,7 +47,7 @@ def sweep(
     rows: Rows = "all",
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
     first_prompt: int = 0,
