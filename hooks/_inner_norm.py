@@ -22,6 +22,7 @@ from torch import Tensor
 from hooks import _state
 from hooks._inputs import ModelInput, without_cache
 from hooks._observe import Hook, stream_hook
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel, LayerSites, Role
 
@@ -283,7 +284,7 @@ class _Finder:
         return hook_fn
 
     def _run(self, entries: Sequence[Hook]) -> None:
-        with contextlib.suppress(_state.Finished), self.model.hooks(fwd_hooks=list(entries)):
+        with contextlib.suppress(_state.Finished), hooked(self.model, entries):
             self.example.run(self.model, **self.options)
 
 

@@ -15,6 +15,7 @@ from hooks._observe import Hook
 from hooks._prompts import Prompts
 from hooks._sweep_run import has_next_token
 from hooks._sweep_score import UNSCORED
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel
 from hooks.sweep import _given, _next_tokens
@@ -79,7 +80,7 @@ class Output:
         given = prompts.batch(range(len(prompts)))
         device = input_device(self.model)
         named = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in given.named.items()}
-        with torch.no_grad(), self.model.hooks(fwd_hooks=list(hooks)):
+        with torch.no_grad(), hooked(self.model, hooks):
             logits = self.model(given.first.to(device), **{**self._options, **named})
         if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
             raise UnsupportedModelError(

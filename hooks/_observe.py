@@ -21,6 +21,7 @@ from hooks import _state
 from hooks._inputs import without_cache
 from hooks._prompts import Prompts
 from hooks._tap import AttentionTap
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.scores import ScoreParts, split, visible
 from hooks.sites import HookedModel, LayerSites, Role
@@ -115,7 +116,7 @@ def observe(
             with (
                 contextlib.suppress(_state.Finished),
                 tap or contextlib.nullcontext(),
-                model.hooks(fwd_hooks=entries),
+                hooked(model, entries),
             ):
                 given.run(model, **options)
             bar.update(len(indices))

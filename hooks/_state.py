@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hooks._threads import OURS
+
 _DROPOUT_RATES = ("dropout", "attention_dropout", "attn_dropout", "dropout_p", "p_dropout")
 
 
@@ -26,7 +28,6 @@ def modules(model: Any) -> list[nn.Module]:
 
 
 _checking: ContextVar[bool] = ContextVar("checking", default=False)
-_OURS = "_hooks_noise"
 
 
 @contextmanager
@@ -46,14 +47,14 @@ def resting(hook_fn: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(tensor: Any, hook: Any) -> Any:
         return None if _checking.get() else hook_fn(tensor, hook)
 
-    setattr(wrapper, _OURS, True)
+    setattr(wrapper, OURS, True)
     return wrapper
 
 
 def foreign_hooks(point: Any) -> list[Any]:
     """Handles of the hooks on a hook point that are not ours."""
     handles = getattr(point, "fwd_hooks", ())
-    return [h for h in handles if not hasattr(getattr(h, "user_hook", None), _OURS)]
+    return [h for h in handles if not hasattr(getattr(h, "user_hook", None), OURS)]
 
 
 class Finished(Exception):

@@ -19,6 +19,7 @@ from torch import Tensor
 from hooks import _state
 from hooks._inputs import short_input, without_cache
 from hooks._tap import AttentionTap
+from hooks._threads import hooked, intervening
 from hooks.errors import UnsupportedModelError
 from hooks.noise import check_layers
 from hooks.scores import visible
@@ -103,7 +104,7 @@ class CentredAttention:
         """
         chosen = self._checked(model)
         tap = AttentionTap() if any(sites.tapped for sites in chosen) else None
-        with model.hooks(fwd_hooks=_entries(chosen, tap)), tap or contextlib.nullcontext():
+        with intervening(model, _entries(chosen, tap)), tap or contextlib.nullcontext():
             yield self
 
     def _checked(self, model: HookedModel) -> list[LayerSites]:
@@ -259,7 +260,7 @@ def _check_landing(model: HookedModel, layers: Sequence[LayerSites]) -> None:
     with (
         _state.evaluating(model),
         _state.checking(),
-        model.hooks(fwd_hooks=entries),
+        hooked(model, entries),
         tap or contextlib.nullcontext(),
     ):
         given.run(model, **without_cache(model))

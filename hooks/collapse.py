@@ -24,6 +24,7 @@ from hooks._inputs import without_cache
 from hooks._prompts import encode
 from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused
+from hooks._threads import hooked
 from hooks.laws import LAWS
 from hooks.noise import SPARSE, NormNoise, Shared, check_layers
 from hooks.results import CollapseReport, ProbeSettings
@@ -185,7 +186,7 @@ def collapse_probe(
             with (
                 contextlib.suppress(_state.Finished),
                 watch.tap or contextlib.nullcontext(),
-                model.hooks(fwd_hooks=watch.hooks()),
+                hooked(model, watch.hooks()),
             ):
                 given.run(model, **options)
             bar.update(len(indices))

@@ -24,6 +24,7 @@ from hooks._prompts import Prompts, encode
 from hooks._rank_measures import MEASURES, first_share, measures
 from hooks._rank_report import WITH, RankReport, RankSettings, RankSite
 from hooks._rank_sites import Block, Found, blocks_of, final_norm, resolve
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel
 
@@ -105,7 +106,7 @@ def rank_profile(
             watch = _Watch(stacks, chosen, indices, gathered)
             with (
                 contextlib.suppress(_state.Finished),
-                model.hooks(fwd_hooks=watch.hooks(model)),
+                hooked(model, watch.hooks(model)),
             ):
                 given.run(model, **options)
             watch.close()

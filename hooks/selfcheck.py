@@ -40,6 +40,7 @@ from hooks._layercopies import KINDS, LayerCopies
 from hooks._locate import locate
 from hooks._prompts import encode
 from hooks._tap import AttentionTap
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.sites import AttentionSites, HookedModel, LayerSites
 
@@ -242,7 +243,7 @@ def _check_some(
         warnings.catch_warnings(),
         contextlib.suppress(_state.Finished),
         tap if any(sites.tapped for sites in layers) else contextlib.nullcontext(),
-        model.hooks(fwd_hooks=fwd_hooks),
+        hooked(model, fwd_hooks),
     ):
         # TransformerLens warns where an edit of the scores is discarded: that is what we test.
         warnings.filterwarnings("ignore", message=".*has already consumed the original values")

@@ -25,6 +25,7 @@ from hooks._sweep_factors import Grid
 from hooks._sweep_report import SweepReport, SweepSettings
 from hooks._sweep_run import Pass, Runner, has_next_token, passes
 from hooks._sweep_score import UNSCORED, score
+from hooks._threads import hooked
 from hooks.noise import At, NormNoise, Rows, Shared, check_layers
 from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel
@@ -122,7 +123,7 @@ def sweep(
         tally = _Tally(prompts, wanted, grid)
         runner = Runner(model, noise, chosen, grid)
         with (
-            model.hooks(fwd_hooks=runner.hooks()),
+            hooked(model, runner.hooks()),
             tqdm(
                 total=len(prompts) * len(grid),
                 desc="sweep",

@@ -29,6 +29,7 @@ from hooks._observe import Hook, stream_hook
 from hooks._positions import find_removals, rounding, taken
 from hooks._prompts import Prompts, encode
 from hooks._symmetry_report import FLOORS, REACH, SymmetryReport, SymmetrySettings
+from hooks._threads import hooked
 from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import attention_sites
@@ -356,7 +357,7 @@ class _Run:
             for name, value in self.arguments(ids.shape[1], dtype).items()
         }
         kept: dict[str, Tensor] = {}
-        with self.model.hooks(fwd_hooks=self._hooks(kept, tried)):
+        with hooked(self.model, self._hooks(kept, tried)):
             logits = self.model(ids.to(device), **{**self.options, **named})
         for sites, name in zip(self.layers, self.ends, strict=True):
             if name not in kept or not bool(torch.isfinite(kept[name]).all()):
