@@ -22,7 +22,7 @@ def model_facts(model: HookedModel) -> dict[str, Any]:
             getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", None) or ""
         ),
         "fingerprint": _state.fingerprint(model),
-        "dtype": str(_state.model_dtype(model)).removeprefix("torch."),
+        "dtype": _state.dtype_of_passes(model),
         "device": str(input_device(model)),
         "versions": {
             name: version(name) for name in ("transformer-lens", "torch", "transformers", "numpy")

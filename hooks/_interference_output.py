@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks._ambient import model_pass
 from hooks._inputs import ModelInput, input_device, without_cache
 from hooks._observe import Hook
 from hooks._prompts import Prompts
@@ -80,7 +81,7 @@ class Output:
         given = prompts.batch(range(len(prompts)))
         device = input_device(self.model)
         named = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in given.named.items()}
-        with torch.no_grad(), hooked(self.model, hooks):
+        with torch.no_grad(), hooked(self.model, hooks), model_pass():
             logits = self.model(given.first.to(device), **{**self._options, **named})
         if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
             raise UnsupportedModelError(

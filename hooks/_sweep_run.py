@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hooks import _state
+from hooks._ambient import model_pass
 from hooks._inputs import ModelInput, input_device, without_cache
 from hooks._prompts import Prompts
 from hooks._sweep_factors import Grid, RowFactors
@@ -159,10 +160,12 @@ class Runner:
         named = {
             n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in given.named.items()
         }
-        return self.model(given.first.to(self.device), **self._options, **named)
+        with model_pass():
+            return self.model(given.first.to(self.device), **self._options, **named)
 
     def _unembedded(self, states: Tensor) -> Tensor:
-        out: Tensor = self.model.unembed(states)  # type: ignore[attr-defined]
+        with model_pass():
+            out: Tensor = self.model.unembed(states)  # type: ignore[attr-defined]
         return out
 
     # -- passes -----------------------------------------------------------------------------
@@ -224,7 +227,8 @@ def has_next_token(model: HookedModel, example: ModelInput) -> bool:
     other[:, -1] = (other[:, -1] + 1) % int(model.cfg.d_vocab)
     device = input_device(model)
     named = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in example.named.items()}
-    both = [model(replace(example, first=x).first.to(device), **named) for x in (ids, other)]
+    with model_pass():
+        both = [model(replace(example, first=x).first.to(device), **named) for x in (ids, other)]
     if not all(isinstance(z, Tensor) and z.ndim == 3 for z in both):
         return False
     a, b = (z[:, :-1].double() for z in both)

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-import torch
+from hooks import _apart
+from hooks._ambient import without_autocast
 
 OURS = "_hooks_noise"
 """Marks hooks of ours, which are none of the user's."""
@@ -82,6 +83,7 @@ def _on(model: Any, entries: Entries) -> Iterator[None]:
             # Permanent: neither a reset of the user's nor the end of another context takes it off.
             handle = point.add_hook(hook_fn, is_permanent=True)
             placed.append((point, point.fwd_hooks[-1] if handle is None else handle))
+            _apart.allow(model, *placed[-1])
         yield
     finally:
         for point, handle in reversed(placed):
@@ -99,21 +101,3 @@ def _drop(handles: list[Any], handle: Any) -> None:
         if found is handle:
             return
         handles.append(found)  # the list had moved on
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Our own arithmetic is in the dtypes that it says, whatever the model runs under."""
-    active = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(d)]
-    if not active:
-        yield
-        return
-    before = [(d, torch.get_autocast_dtype(d)) for d in active]
-    for device in active:
-        torch.set_autocast_enabled(device, False)
-    try:
-        yield
-    finally:
-        for device, dtype in before:
-            torch.set_autocast_dtype(device, dtype)
-            torch.set_autocast_enabled(device, True)

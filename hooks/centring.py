@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._inputs import short_input, without_cache
 from hooks._tap import AttentionTap
 from hooks._threads import hooked, intervening
@@ -107,6 +108,7 @@ class CentredAttention:
         with intervening(model, _entries(chosen, tap)), tap or contextlib.nullcontext():
             yield self
 
+    @measurement
     def _checked(self, model: HookedModel) -> list[LayerSites]:
         """The layers, on which the edit was seen to land."""
         sites = attention_sites(model)
@@ -310,7 +312,7 @@ def _judge(model: HookedModel, sites: LayerSites, written: Tensor | None) -> Non
         raise UnsupportedModelError(
             check, wanted="the attention's output", got="no such hook fired", layer=sites.layer
         )
-    eps = torch.finfo(_state.model_dtype(model)).eps
+    eps = torch.finfo(_state.pass_dtype(model, sites.prefix)).eps
     rounding = _ROUNDING_HALF if eps > _HALF_PRECISION else _ROUNDING
     clean, edited, mean, nothing = written
     moved, predicted = clean - edited, mean - nothing

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import check_integers, read_sigmas
 from hooks._facts import attention_facts
 from hooks._inputs import without_cache
@@ -48,6 +49,7 @@ _BLOCK_BYTES = 1 << 24
 Method = Literal["exact", "sample"]
 
 
+@measurement
 def collapse_probe(
     model: HookedModel,
     tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],

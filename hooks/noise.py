@@ -159,7 +159,7 @@ class NormNoise:
                 before it (a negative position) is left alone.
         """
         starts = [start] * len(prompts) if isinstance(start, int) else list(start)
-        out = torch.ones(len(prompts), n_pos, n_heads)
+        out = torch.ones(len(prompts), n_pos, n_heads, dtype=torch.float32)
         if self.sigma == 0:
             return out
         law = get_law(self.law)

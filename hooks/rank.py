@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import check_integers
 from hooks._facts import model_facts
 from hooks._inputs import without_cache
@@ -29,6 +30,7 @@ from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel
 
 
+@measurement
 def rank_profile(
     model: HookedModel,
     tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
@@ -90,7 +92,7 @@ def rank_profile(
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
     )
-    gathered = _Gathered(torch.finfo(_state.model_dtype(model)).eps / 2)
+    gathered = _Gathered(torch.finfo(_state.pass_dtype(model)).eps / 2)
     options = without_cache(model)
     with (
         _state.evaluating(model),

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._inputs import ModelInput, short_input
 from hooks._known import refuse_known_wrong
 from hooks._layercheck import LayerCheck, Undecided, Unpredicted, without_hooks
@@ -54,6 +55,7 @@ _remembered: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], AttentionSites
 )
 
 
+@measurement
 def attention_sites(
     model: HookedModel, inputs: Mapping[str, Any] | Tensor | None = None
 ) -> AttentionSites:
@@ -138,6 +140,7 @@ def _configuration(model: HookedModel) -> tuple[Any, ...]:
         *implementations,
         bool(getattr(model, "compatibility_mode", False)),
         _state.model_dtype(model),
+        _state.dtype_of_passes(model),
         str(next(iter(p.device for m in _state.modules(model) for p in m.parameters()), "cpu")),
         flags,
     )
@@ -231,10 +234,10 @@ def _check_some(
     batch = 1 + len(KINDS) * len(layers)
     given = example.copies(batch, heads, attempt)
     generator = torch.Generator().manual_seed(2 + attempt)
-    eps = torch.finfo(_state.model_dtype(model)).eps
     tap = AttentionTap()
     copies = [
-        LayerCopies(sites, index, batch, generator, eps, tap) for index, sites in enumerate(layers)
+        LayerCopies(sites, index, batch, generator, _rounding(model, sites), tap)
+        for index, sites in enumerate(layers)
     ]
     fwd_hooks = [hook for layer in copies for hook in layer.hooks()]
     if layers[-1].z is not None:
@@ -249,6 +252,11 @@ def _check_some(
         warnings.filterwarnings("ignore", message=".*has already consumed the original values")
         given.run(model)
     return [LayerCheck(layer) for layer in copies]
+
+
+def _rounding(model: HookedModel, sites: LayerSites) -> float:
+    """Machine epsilon of the dtype that a layer's scores are made in."""
+    return torch.finfo(_state.pass_dtype(model, sites.prefix)).eps
 
 
 def _finish(tensor: Tensor, hook: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooks._ambient import measurement
 from hooks._arguments import check_integers
 from hooks._facts import attention_facts
 from hooks._observe import LayerView, observe
@@ -28,6 +29,7 @@ from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel, LayerSites
 
 
+@measurement
 def spectral_gap(
     model: HookedModel,
     tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],

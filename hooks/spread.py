@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooks._ambient import measurement
 from hooks._arguments import check_booleans, check_integers
 from hooks._facts import attention_facts
 from hooks._observe import LayerView, observe
@@ -26,6 +27,7 @@ from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel, LayerSites, Role
 
 
+@measurement
 def spread(
     model: HookedModel,
     tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import check_integers, read_sigmas
 from hooks._facts import attention_facts
 from hooks._inputs import has_decoder, short_input
@@ -33,6 +34,7 @@ from hooks.sites import HookedModel
 SWEEP_SIGMAS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
+@measurement
 def sweep(
     model: HookedModel,
     tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],

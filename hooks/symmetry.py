@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement, model_pass
 from hooks._arguments import check_integers
 from hooks._facts import attention_facts
 from hooks._inputs import has_decoder, input_device, without_cache
@@ -36,6 +37,7 @@ from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel, LayerSites
 
 
+@measurement
 def symmetry_gap(
     model: HookedModel,
     tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
@@ -357,7 +359,7 @@ class _Run:
             for name, value in self.arguments(ids.shape[1], dtype).items()
         }
         kept: dict[str, Tensor] = {}
-        with hooked(self.model, self._hooks(kept, tried)):
+        with hooked(self.model, self._hooks(kept, tried)), model_pass():
             logits = self.model(ids.to(device), **{**self.options, **named})
         for sites, name in zip(self.layers, self.ends, strict=True):
             if name not in kept or not bool(torch.isfinite(kept[name]).all()):

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import SPARSE, UnsupportedModelError, _state
+from hooks._ambient import model_pass
 from hooks._inputs import input_device, without_cache
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts
@@ -270,7 +271,7 @@ def output_effect(
             clean: Tensor | None = None
             for i, cell in enumerate((None, *cells)):
                 hooks = [] if cell is None else cache_hooks(layers, *cell, largest)
-                with hooked(model, hooks):
+                with hooked(model, hooks), model_pass():
                     logits = model(given.first.to(input_device(model)), **options)
                 now = logits[at[0], at[1]].float().cpu().log_softmax(-1)
                 clean = now if clean is None else clean
