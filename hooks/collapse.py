@@ -17,12 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import check_integers, read_sigmas
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
 from hooks._prompts import encode
 from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused
+from hooks._threads import hooked
 from hooks.laws import LAWS
 from hooks.noise import SPARSE, NormNoise, Shared, check_layers
 from hooks.results import CollapseReport, ProbeSettings
@@ -46,6 +48,7 @@ _BLOCK_BYTES = 1 << 24
 Method = Literal["exact", "sample"]
 
 
+@measurement
 def collapse_probe(
     model: HookedModel,
     tokens: Tokens,
@@ -182,7 +185,7 @@ def collapse_probe(
             with (
                 contextlib.suppress(_state.Finished),
                 watch.tap or contextlib.nullcontext(),
-                model.hooks(fwd_hooks=watch.hooks()),
+                hooked(model, watch.hooks()),
             ):
                 given.run(model)
             bar.update(len(indices))

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import check_booleans, check_integers
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
@@ -54,6 +55,7 @@ from hooks.sites import HookedModel, LayerSites
 _ON = ("k", "qk")
 
 
+@measurement
 def interference(
     model: HookedModel,
     tokens: Tokens,

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks._ambient import measurement
 from hooks._arguments import check_integers
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
@@ -29,6 +30,7 @@ from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
 
 
+@measurement
 def spectral_gap(
     model: HookedModel,
     tokens: Tokens,

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks._ambient import measurement
 from hooks._arguments import check_booleans, check_integers
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
@@ -27,6 +28,7 @@ from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites, Role
 
 
+@measurement
 def spread(
     model: HookedModel,
     tokens: Tokens,

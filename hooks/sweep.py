@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import check_integers, read_sigmas
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens, shorten
@@ -25,6 +26,7 @@ from hooks._sweep_factors import Grid
 from hooks._sweep_report import SweepReport, SweepSettings
 from hooks._sweep_run import Pass, Runner, has_next_token, passes
 from hooks._sweep_score import UNSCORED, score
+from hooks._threads import hooked
 from hooks.noise import At, NormNoise, Rows, Shared, check_layers
 from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel
@@ -32,6 +34,7 @@ from hooks.sites import HookedModel
 SWEEP_SIGMAS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
+@measurement
 def sweep(
     model: HookedModel,
     tokens: Tokens,
@@ -121,7 +124,7 @@ def sweep(
         tally = _Tally(prompts, wanted, grid)
         runner = Runner(model, noise, chosen, grid)
         with (
-            model.hooks(fwd_hooks=runner.hooks()),
+            hooked(model, runner.hooks()),
             tqdm(
                 total=len(prompts) * len(grid),
                 desc="sweep",

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement, model_pass
 from hooks._arguments import check_integers
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens, refuse_other_inputs
@@ -30,12 +31,14 @@ from hooks._observe import Hook, stream_hook
 from hooks._positions import find_removals, rounding, taken
 from hooks._prompts import Prompts, encode
 from hooks._symmetry_report import FLOORS, REACH, SymmetryReport, SymmetrySettings
+from hooks._threads import hooked
 from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
 
 
+@measurement
 def symmetry_gap(
     model: HookedModel,
     tokens: Tokens,
@@ -358,7 +361,7 @@ class _Run:
             for name, value in self.arguments(ids.shape[1], dtype).items()
         }
         kept: dict[str, Tensor] = {}
-        with self.model.hooks(fwd_hooks=self._hooks(kept, tried)):
+        with hooked(self.model, self._hooks(kept, tried)), model_pass():
             logits = self.model(ids.to(device), **{**self.options, **named})
         for sites, name in zip(self.layers, self.ends, strict=True):
             if name not in kept or not bool(torch.isfinite(kept[name]).all()):
