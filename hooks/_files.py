@@ -12,7 +12,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -39,22 +39,38 @@ class Unsound(ValueError):
         self.field, self.wanted, self.got = field, wanted, got
 
 
-def write_whole(path: str | Path, data: bytes) -> Path:
+def write_whole(
+    path: str | Path,
+    data: bytes | Sequence[bytes | memoryview],
+    *,
+    draft: Path | None = None,
+    earlier: Path | None = None,
+) -> Path:
     """Write a file so that it is there whole, or what was there before is; returns its path.
+
+    Args:
+        path: the file.
+        data: its bytes, or parts of them.
+        draft: where it is written first, in the same folder; default: a name of its own.
+        earlier: the name under which the file that was there is kept; default: it is not.
 
     Raises:
         OSError: it can't be written (a full disk); the message says what was kept.
     """
-    target = Path(os.path.realpath(path))  # what a link leads to, not the link
+    # What a link leads to, not the link; but files that change names stay in their folder.
+    target = Path(os.path.realpath(path) if draft is None else path)
+    parts = [data] if isinstance(data, bytes) else data
     if target.exists() and not target.is_file():  # a device or a pipe can't be replaced
-        target.write_bytes(data)
+        target.write_bytes(b"".join(parts))
         return Path(path)
-    draft = target.with_name(f".{secrets.token_hex(8)}.part")
+    draft = draft or target.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with draft.open("xb") as file:
-            file.write(data)
+        with draft.open("wb") as file:
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
+        if earlier is not None and target.exists():
+            os.replace(target, earlier)
         os.replace(draft, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
