@@ -194,6 +194,15 @@ def start_digest(words: Mapping[str, str], entries: Mapping[str, Entry]) -> Any:
     return hashlib.sha256(json.dumps([said, kinds]).encode() + b"\n")
 
 
+def with_words(data: bytes, words: Mapping[str, str]) -> bytes:
+    """A safetensors file with these texts in its header, in the same order every time."""
+    n = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + n]) | {"__metadata__": dict(sorted(words.items()))}
+    text = json.dumps(dict(sorted(head.items())), separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + n :]
+
+
 def entries_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Entry]:
     """Arrays as a header will have them, but for their place."""
     return {n: Entry(n, _NAMES[a.dtype], a.shape, 0, a.nbytes) for n, a in arrays.items()}

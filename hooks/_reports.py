@@ -25,6 +25,7 @@ from hooks._files import (
     entries_of,
     read_json,
     start_digest,
+    with_words,
     write_whole,
 )
 from hooks._values import as_kind, check_facts, check_texts
@@ -80,7 +81,7 @@ class Form(Generic[Report]):
         arrays = {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in _arrays_of(report)}
         words[DIGEST] = digest_of(words, entries_of(arrays), arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return write_whole(path, save(arrays, metadata=words))
+        return write_whole(path, with_words(save(arrays), words))
 
     def load(self, path: str | Path) -> Report:
         """Read what `save` wrote.

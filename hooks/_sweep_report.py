@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from hooks._arguments import check_integers
 from hooks._files import Unsound
 from hooks._reports import Form, check_follows
-from hooks._values import check_ascending, check_counts, check_numbers
+from hooks._values import check_ascending, check_counts, check_numbers, check_word
 
 SweepBy = Literal["sigma", "prompt", "draw"]
 _MOST_NATS = 1e60  # far beyond any logit
@@ -273,8 +273,11 @@ class SweepReport:
 
 def _check_settings(s: SweepSettings) -> None:
     from hooks.laws import LAWS
-    from hooks.noise import NormNoise
+    from hooks.noise import At, NormNoise, Rows, Shared
 
+    check_word("settings.shared", s.shared, get_args(Shared))
+    check_word("settings.at", s.at, get_args(At))
+    check_word("settings.rows", s.rows, get_args(Rows))
     known = s.law in LAWS  # a law of the user's own may not be there
     for sigma in s.sigmas:
         if not sigma > 0:

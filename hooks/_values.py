@@ -181,7 +181,17 @@ def check_sums(report: Any, *names: str, most: Any) -> None:
         check_numbers(name, getattr(report, name), -1e-6, most * (1 + 1e-6) + 1e-6)
 
 
-def check_ascending(field: str, numbers: Sequence[float]) -> None:
+def check_word(field: str, word: str, known: Sequence[str]) -> None:
+    """Refuse another word than these.
+
+    Raises:
+        Unsound: it is another.
+    """
+    if word not in known:
+        raise _unlike(field, f"one of {list(known)}", word)
+
+
+def check_ascending(field: str, numbers: Sequence[Any]) -> None:
     """Refuse what does not rise from one number to the next, and nothing at all.
 
     Raises:

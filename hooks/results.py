@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,14 @@ from hooks._files import Unsound
 from hooks._kept import KeptRows, no_rows
 from hooks._reports import Form
 from hooks._rowchecks import ROW, check_kept, check_table
-from hooks._values import check_ascending, check_counts, check_numbers, check_sums, per_layer
+from hooks._values import (
+    check_ascending,
+    check_counts,
+    check_numbers,
+    check_sums,
+    check_word,
+    per_layer,
+)
 
 if TYPE_CHECKING:
     from hooks.noise import NormNoise
@@ -436,15 +443,14 @@ class CollapseReport:
 
 def _check_settings(s: ProbeSettings) -> None:
     from hooks._integrals import LAW_CODES
-    from hooks.noise import NormNoise
+    from hooks.noise import NormNoise, Shared
 
-    if s.law not in LAW_CODES:
-        raise Unsound("settings.law", wanted=f"one of {sorted(LAW_CODES)}", got=f"{s.law!r:.80}")
+    check_word("settings.law", s.law, sorted(LAW_CODES))
+    check_word("settings.shared", s.shared, get_args(Shared))
+    check_word("settings.method", s.method, ("exact", "sample"))
     for sigma in s.sigmas:
         NormNoise(sigma=sigma, on=s.on, law=s.law, shared=s.shared, layers=s.layers, seed=s.seed)  # type: ignore[arg-type]
     check_ascending("settings.sigmas", s.sigmas)
-    if s.method not in ("exact", "sample"):
-        raise Unsound("settings.method", wanted="'exact' or 'sample'", got=f"{s.method!r:.80}")
     if not 0 < s.sparse <= 1:
         raise Unsound("settings.sparse", wanted="a maximum in (0, 1]", got=f"{s.sparse}")
     least = 2 if s.method == "sample" else 0

@@ -397,6 +397,8 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
+            if {*state["rate"]} != {*self.rate.state}:
+                raise ValueError("another learning rate's numbers")
             self.rate.state = state["rate"]
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             said = f"{error!s:.120}"

@@ -294,7 +294,7 @@ def test_settings_are_those_of_a_call_and_of_the_arrays(
     name: str, setting: str, value: Any, tmp_path: Path
 ) -> None:
     path = rewritten(name, lambda held, _: held["settings"].update({setting: value}), tmp_path)
-    with pytest.raises(hooks.ReportFileError, match="wanted .*; got "):
+    with pytest.raises(hooks.ReportFileError, match=r"wanted .*; got "):
         kind_of(name).load(path)
 
 
@@ -321,7 +321,7 @@ NUMBERS: list[tuple[str, str, Any]] = [
     ("collapse", "level", np.nan),
     ("sweep", "correct", 100),
     ("sweep", "agree", -1),
-    ("sweep", "positions", 0),
+    ("sweep", "positions", -1),
     ("spread", "position.0", 5),
     ("spread", "prompt.1", 2),
     ("spread", "norms.0", np.nan),
@@ -358,7 +358,7 @@ def test_numbers_that_no_measurement_gives_are_named(
 def test_a_report_of_another_kind_is_named(tmp_path: Path) -> None:
     for name in FILES:
         other = next(kind for kind in KINDS.values() if kind is not kind_of(name))
-        with pytest.raises(hooks.ReportFileError, match="wanted 'qkvnorm-lens .*; got 'qkvnorm"):
+        with pytest.raises(hooks.ReportFileError, match=r"wanted 'qkvnorm-lens .*; got 'qkvnorm"):
             other.load(new_file(name, tmp_path))
 
 
