@@ -7,24 +7,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from hooks._arguments import check_integers
+from hooks._files import Unsound
 from hooks._kept import KeptRows, no_rows
-from hooks._reports import first_tokens, read_report, write_report
+from hooks._reports import Form, first_tokens
+from hooks._rowchecks import ROW, check_kept, check_table
+from hooks._values import (
+    check_ascending,
+    check_counts,
+    check_numbers,
+    check_sums,
+    check_word,
+    per_layer,
+)
 
 if TYPE_CHECKING:
     from hooks.noise import NormNoise
 
 By = Literal["head", "layer", "model"]
 CONTENT, SINK = 0, 1
-_FORMAT = "qkvnorm-lens collapse report 3"
 _BOOTSTRAPS = 400
 
 
@@ -417,40 +426,21 @@ class CollapseReport:
     # -- disk -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path."""
-        head = {"settings": asdict(self.settings)}
-        head |= {"model": dict(self.model)} | {n: getattr(self, n) for n in _HEAD}
-        arrays = {n: getattr(self, n) for n in _ARRAYS}
-        arrays |= {f"table.{f.name}": getattr(self.table, f.name) for f in fields(RowTable)}
-        arrays |= {f"kept.{f.name}": getattr(self.kept, f.name) for f in fields(KeptRows)}
-        return write_report(path, _FORMAT, head, arrays)
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORM.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> CollapseReport:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no collapse report.
+            ReportFileError: the file is no collapse report, or not whole.
         """
-        head, arrays = read_report(path, _FORMAT, "collapse report")
-        settings = head["settings"]
-        for name in ("sigmas", "layers"):
-            settings[name] = tuple(settings[name])
-        table = RowTable(**{f.name: arrays[f"table.{f.name}"] for f in fields(RowTable)})
-        kept = no_rows()
-        if settings.get("keep_rows"):
-            kept = KeptRows(**{f.name: arrays[f"kept.{f.name}"] for f in fields(KeptRows)})
-        return cls(
-            settings=ProbeSettings(**settings),
-            model=head["model"],
-            first_prompt=head["first_prompt"],
-            tokens=tuple(tuple(prompt) for prompt in head["tokens"]),
-            decoder_tokens=tuple(tuple(p) for p in head["decoder_tokens"]),
-            starts=tuple(tuple(p) for p in head.get("starts", ())),
-            table=table,
-            kept=kept,
-            **{name: arrays[name] for name in _ARRAYS},
-        )
+        return _FORM.load(path)
 
     def exact_rate(
         self, sigma: float | Float[np.ndarray, "row"], rows: Int[np.ndarray, "row"]
@@ -466,11 +456,69 @@ class CollapseReport:
         return rate_of_rows(self, each, rows)
 
 
-_HEAD = ("first_prompt", "tokens", "decoder_tokens", "starts")
-_ARRAYS = tuple(
-    f.name
-    for f in fields(CollapseReport)
-    if f.name not in ("settings", "model", "table", "kept", *_HEAD)
+def _check_settings(s: ProbeSettings) -> None:
+    from hooks._integrals import LAW_CODES
+    from hooks.noise import NormNoise, Shared
+
+    check_word("settings.law", s.law, sorted(LAW_CODES))
+    check_word("settings.shared", s.shared, get_args(Shared))
+    check_word("settings.method", s.method, ("exact", "sample"))
+    for sigma in s.sigmas:
+        NormNoise(sigma=sigma, on=s.on, law=s.law, shared=s.shared, layers=s.layers, seed=s.seed)  # type: ignore[arg-type]
+    check_ascending("settings.sigmas", s.sigmas)
+    if not 0 < s.sparse <= 1:
+        raise Unsound("settings.sparse", wanted="a maximum in (0, 1]", got=f"{s.sparse}")
+    least = 2 if s.method == "sample" else 0
+    check_integers(draws=(s.draws, least), keep=(s.keep, 1), keep_rows=(s.keep_rows, 0))
+
+
+def _sizes(s: ProbeSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    per_layer(s, model, "labels", "heads", "kv_heads")
+    return {
+        "sigma": len(s.sigmas),
+        "draw": s.draws,
+        "loose_draw": s.draws if s.method == "sample" else 0,
+        "layer": len(s.layers),
+        "head": max(model["heads"]),
+        "prompt": prompts,
+        "kind": 2,
+    }
+
+
+def _check_numbers(report: CollapseReport) -> None:
+    check_counts(report, "examined", "single_key", "padding", "able")
+    check_counts(report, "ties", most=report.examined)
+    check_counts(report, "rows", most=report.examined[..., None])
+    check_numbers("rows", report.rows.sum(-1), 0, report.examined)
+    most = 3.5e38 * (1.0 + report.rows)  # what float32 scores add up to
+    check_numbers("level", report.level, -most, most)
+    check_sums(report, "loose", "strict", "centred", most=report.rows)
+    check_sums(report, "loose_draws", "strict_draws", "centred_draws", most=report.rows.sum(-2))
+    check_table(report)
+    check_kept(report)
+
+
+_FORM = Form(
+    CollapseReport,
+    "collapse report",
+    4,
+    _check_settings,
+    _sizes,
+    _check_numbers,
+    {
+        **dict.fromkeys(("sites", "architecture", "dtype", "device"), str),
+        "labels": tuple[str, ...],
+        "heads": tuple[int, ...],
+        "kv_heads": tuple[int, ...],
+        "shields": Mapping[str, tuple[str, ...]],
+        "versions": Mapping[str, str],
+    },
+    {
+        **{f"table.{name}": "I32" for name in ROW},
+        **{f"table.{name}": "F32" for name in ("s_star", "s", "beta", "a", "cutoff")},
+        **{f"kept.{name}": "I32" for name in (*ROW, "draw")},
+        **{f"kept.{name}": "F32" for name in ("half_width", "clean", "noisy")},
+    },
 )
 
 

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from hooks._files import Unsound, read_json, write_whole
 from qkvnorm_lens._options import count, positive
 
 if TYPE_CHECKING:
@@ -155,7 +156,14 @@ def run(args: argparse.Namespace) -> str:
         raise Stopped(f"{stop}; the same command goes on from there", stop.signal) from stop
     if not first:
         return ""
-    made = finish(args, wanted, model, shared_by)
+    try:
+        made = finish(args, wanted, model, shared_by)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the model could not be written: {error.strerror or error}; {args.out / 'state.pt'} "
+            "holds the last step, whole: make room, and the same command writes the model",
+        ) from error
     return report(made, args.out / "model")
 
 
@@ -254,17 +262,36 @@ def _claim(out: Path, wanted: Run, processes: int, *, write: bool) -> None:
     run = json.loads(json.dumps(describe(wanted, processes)))
     note = out / "run.json"
     if note.exists():
-        held = json.loads(note.read_text(encoding="utf-8"))
-        differ = _differences(run, held)
+        differ = _differences(run, _noted(note))
         if differ:
             raise ValueError(
-                f"{out} holds another run: wanted {'; '.join(differ)}; choose another --out"
+                f"{out} holds another run: wanted {'; '.join(differ)}; choose another --out (or, "
+                f"if {note.name} was damaged, delete it: the state says too which run it is of)"
             )
     elif write:
         out.mkdir(parents=True, exist_ok=True)
-        draft = note.with_suffix(".part")  # whole or not at all: other processes read it
-        draft.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, note)
+        # Whole or not at all: other processes read it.
+        write_whole(note, f"{json.dumps(run, indent=2)}\n".encode())
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """Which run a directory holds.
+
+    Raises:
+        RunFileError: its note can't be read.
+    """
+    from qkvnorm_lens._run_files import RunFileError
+
+    try:
+        held = read_json(note.read_bytes(), "run")
+    except Unsound as error:
+        got = error.got
+    else:
+        if isinstance(held, dict):
+            return held
+        got = type(held).__name__
+    how = "delete it and start the same run again: the state says too which run it is of"
+    raise RunFileError(note, f"wanted a JSON object; got {got}; {how}")
 
 
 def _differences(wanted: dict[str, Any], got: dict[str, Any], at: str = "") -> list[str]:
@@ -298,6 +325,7 @@ def finish(
     """Measure a trained model, and write it with its card and log; gives back the card."""
     from qkvnorm_lens.adapter import save_pretrained
     from qkvnorm_lens.addition import build_tokenizer, get_split
+    from qkvnorm_lens.loading import write_card
     from qkvnorm_lens.training import TEST_SEED, describe, evaluate, sequences
 
     assert isinstance(run.split, str)
@@ -322,7 +350,7 @@ def finish(
     model.tokenizer = build_tokenizer()
     save_pretrained(model, folder)
     shutil.copyfile(args.out / "log.csv", folder / "log.csv")
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    write_card(card, folder / "card.json")
     return card
 
 

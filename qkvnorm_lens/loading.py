@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -61,13 +62,9 @@ def find(name: str) -> Source:
                 f"{name!r}, which is {'a file' if path.is_file() else 'none of these'}"
             )
         return Source(name, "hub")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoadError(f"{path}: wanted config.json, which save_pretrained writes") from None
-    except ValueError as error:
-        raise LoadError(f"{path / 'config.json'}: wanted JSON; got {error}") from error
-    ours = isinstance(config, dict) and config.get("architecture") == _OURS
+    if not (path / "config.json").is_file():
+        raise LoadError(f"{path}: wanted config.json, which save_pretrained writes")
+    ours = read_object(path / "config.json").get("architecture") == _OURS
     return Source(name, "ours" if ours else "directory", path)
 
 
@@ -96,6 +93,8 @@ def load_model(
     try:
         with _quiet():
             return _load(source, where, dtype)
+    except LoadError:
+        raise
     except Exception as error:  # third parties raise whatever they like
         raise LoadError(_why(source, error)) from error
 
@@ -166,6 +165,57 @@ def _unreachable(error: BaseException | None) -> bool:
     return False
 
 
+# -- files of a model -----------------------------------------------------------------------------
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        LoadError: it is none, or can't be read.
+    """
+    from hooks._files import Unsound, read_json
+
+    try:
+        value = read_json(path.read_bytes(), str(path))
+    except Unsound as error:
+        raise LoadError(str(error)) from error
+    except OSError as error:
+        raise LoadError(f"{path}: wanted a file that can be read; got {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path}: wanted a JSON object; got {type(value).__name__}")
+    return value
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """How a model was made, as its card says.
+
+    Raises:
+        LoadError: it is no card, or another than was written.
+    """
+    card = read_object(path)
+    if "digest" in card and card["digest"] != card_digest(card):
+        raise LoadError(f"{path}: wanted the card that was written; got another digest")
+    if not isinstance(card.get("run", {}), dict):
+        raise LoadError(f"{path}: wanted an object in run; got {type(card['run']).__name__}")
+    return card
+
+
+def card_digest(card: dict[str, Any]) -> str:
+    """Of all that a card says, but for this."""
+    said = json.dumps({k: v for k, v in card.items() if k != "digest"}, sort_keys=True)
+    return f"sha256:{hashlib.sha256(said.encode()).hexdigest()}"
+
+
+def write_card(card: dict[str, Any], path: Path) -> None:
+    """Write a card with its digest, whole or not at all."""
+    from hooks._files import write_whole
+
+    plain = json.loads(json.dumps(card))
+    text = json.dumps({**plain, "digest": card_digest(plain)}, indent=2)
+    write_whole(path, f"{text}\n".encode())
+
+
 # -- addition models ------------------------------------------------------------------------------
 
 
@@ -183,8 +233,14 @@ def trained_on(source: Source) -> Split | None:
 
     if source.path is None or not os.path.isfile(source.path / "card.json"):
         return None
-    card = json.loads((source.path / "card.json").read_text(encoding="utf-8"))
-    split = card.get("run", {}).get("split")
+    path = source.path / "card.json"
+    split = read_card(path).get("run", {}).get("split")
     if split is None:
         return None
-    return Split(tuple(split["counts"]), tuple(split["digits"]), split.get("signed", True))
+    try:
+        counts, digits, signed = split["counts"], split["digits"], split.get("signed", True)
+        if not isinstance(signed, bool) or not all(type(n) is int for n in [*counts, *digits]):
+            raise TypeError("numbers of other types")
+        return Split(tuple(counts), tuple(digits), signed)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LoadError(f"{path}: wanted a kind of sums in run.split; got {error}") from error
