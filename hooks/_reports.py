@@ -306,7 +306,8 @@ def _apart(
     first: Mapping[str, Any], later: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """The facts in which two reports differ, those within a fact by their own names."""
-    for fact in sorted({*first, *later} - {*_UNLIKE}):
+    causes = ("name", "fingerprint", "state", "dtype")  # named before what follows from them
+    for fact in [*causes, *sorted({*first, *later} - {*_UNLIKE, *causes})]:
         mine, other = first.get(fact), later.get(fact)
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
             yield from (
