@@ -83,7 +83,7 @@ def symmetry_gap(model: Any) -> Any:
 
 
 def attention_sites(model: Any) -> Any:
-    return hooks.attention_sites(model).to_frame().drop(columns=["got"], errors="ignore")
+    return hooks.attention_sites(model, IDS).to_frame().drop(columns=["got"], errors="ignore")
 
 
 Job = Callable[[Any], Any]
