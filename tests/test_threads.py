@@ -234,7 +234,8 @@ def test_a_training_step_beside_a_probe_is_a_training_step() -> None:
             stop.set()
             thread.join()
     assert all(same(wanted, found) for found in got)
-    assert seen and all(seen)
+    assert seen
+    assert all(seen)
     assert all(m.training for m in model.original_model.modules())
 
 
