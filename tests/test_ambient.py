@@ -41,7 +41,8 @@ def clean_rows(model: Any, **options: Any) -> list[int]:
     names = [s.pattern for s in hooks.attention_sites(model)]
     with torch.no_grad():
         model.run_with_hooks(IDS, fwd_hooks=[(n, keep) for n in names], **options)
-    return [int((p[:, h].amax(-1) >= 0.95).sum()) for p in seen for h in range(4)]
+    # The first token sees itself alone: no row of choice.
+    return [int((p[:, h, 1:].amax(-1) >= 0.95).sum()) for p in seen for h in range(4)]
 
 
 def sparse_rows(report: Any) -> list[int]:
