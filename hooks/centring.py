@@ -7,6 +7,7 @@ one large singular value of a random Markov matrix. Source: Naderi et al. 2024 (
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from hooks import _state
 from hooks._ambient import measurement
 from hooks._inputs import short_input
 from hooks._tap import AttentionTap
-from hooks._threads import hooked, intervening
+from hooks._threads import TapOfThreads, hooked, intervening
 from hooks.errors import UnsupportedModelError
 from hooks.noise import check_layers
 from hooks.scores import visible
@@ -104,8 +105,8 @@ class CentredAttention:
         Errors as :meth:`hooks`, but for layers without a hook for the scores, which work here.
         """
         chosen = self._checked(model)
-        tap = AttentionTap() if any(sites.tapped for sites in chosen) else None
-        with intervening(model, _entries(chosen, tap)), tap or contextlib.nullcontext():
+        tap = TapOfThreads(model) if any(sites.tapped for sites in chosen) else None
+        with tap or contextlib.nullcontext(), intervening(model, _entries(chosen, tap)):
             yield self
 
     @measurement
@@ -174,14 +175,20 @@ def visible_mean(
     return mean
 
 
+class _Kept(threading.local):
+    """Of the pass that runs in this thread."""
+
+    v: Tensor | None = None
+    mask: Tensor | None = None
+
+
 class _Layer:
     """What one layer's hooks keep of a pass until z comes."""
 
-    def __init__(self, sites: LayerSites, tap: AttentionTap | None) -> None:
+    def __init__(self, sites: LayerSites, tap: AttentionTap | TapOfThreads | None) -> None:
         self.sites = sites
         self.tap = tap
-        self._v: Tensor | None = None
-        self._mask: Tensor | None = None
+        self._kept = _Kept()
 
     def hooks(self, at_z: Callable[..., Tensor]) -> HookList:
         assert self.sites.z is not None
@@ -191,15 +198,15 @@ class _Layer:
         return [*entries, (self.sites.z.hook, at_z)]
 
     def _keep_values(self, tensor: Tensor, hook: Any) -> None:
-        self._v = self.sites.v.dot.by_position(tensor)
+        self._kept.v = self.sites.v.dot.by_position(tensor)
 
     def _keep_mask(self, tensor: Tensor, hook: Any) -> None:
-        self._mask = visible(tensor)
+        self._kept.mask = visible(tensor)
 
     def mean(self, z: Tensor) -> Float[Tensor, "batch query head d_head"]:
         """What is taken from z ``[batch, query, head, d_head]``; in float32 or wider."""
-        v, mask = self._v, self._mask
-        self._v, self._mask = None, None
+        v, mask = self._kept.v, self._kept.mask
+        self._kept.v, self._kept.mask = None, None
         if self.sites.tapped:
             taken = None if self.tap is None else self.tap.take(z.shape[0])
             mask = None if taken is None else visible(taken.scores)
@@ -231,7 +238,7 @@ def _as_given(z: Tensor, sites: LayerSites) -> Tensor:
     return z if sites.z.head_axis == 2 else z.flatten(2)
 
 
-def _entries(layers: Sequence[LayerSites], tap: AttentionTap | None) -> HookList:
+def _entries(layers: Sequence[LayerSites], tap: TapOfThreads | None) -> HookList:
     entries: HookList = []
     for sites in layers:
         layer = _Layer(sites, tap)

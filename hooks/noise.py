@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
+from threading import get_ident
 from typing import Any, Literal
 
 import numpy as np
@@ -326,11 +327,11 @@ class NormNoise:
                 f"rows={self.rows!r}: layer {sites.layer}: wanted scores whose edits change the "
                 f"pattern; got {got}"
             )
-        kept: dict[str, Tensor] = {}
+        kept: dict[tuple[int, Role], Tensor] = {}  # by thread: each has a pass of its own
 
         def keep(role: Role) -> Callable[..., None]:
             def hook_fn(tensor: Tensor, hook: Any) -> None:
-                kept[role] = sites.vector(role).dot.by_position(tensor)
+                kept[get_ident(), role] = sites.vector(role).dot.by_position(tensor)
 
             return hook_fn
 
@@ -344,9 +345,8 @@ class NormNoise:
                     "wanted whole sequences; got a cached step"
                 )
             n_query, n_key = scores.shape[-2:]
-            parts = split(
-                sites, scores, kept.pop("q", None), kept.pop("k", None), dtype=_wide(scores)
-            )
+            q, k = (kept.pop((get_ident(), role), None) for role in ROLES[:2])
+            parts = split(sites, scores, q, k, dtype=_wide(scores))
             spans = {"q": (n_query, clock.cached), "k": (n_key, 0)}  # (length, first position)
             drawn = {
                 role: clock.drawn(
