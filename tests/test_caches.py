@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -19,9 +18,8 @@ from hooks import CentredAttention, NormNoise, UnsupportedModelError, _cachechec
 from hooks._clock import Clock, find_cache
 from tests import models
 from tests.support import builders
-from tests.watching import watch
+from tests.watching import RENAMED, keeps_cache, watch
 
-RENAMED = tuple(int(part) for part in version("transformers").split(".")[:2]) >= (5, 24)
 FAMILIES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
@@ -74,10 +72,6 @@ class Stepper:
         with self.bridge.hooks(fwd_hooks=noise.hooks(self.bridge)):
             return self.whole(ids)
 
-    def keeps(self) -> bool:
-        whole = self.whole()
-        return bool((self.stepped((5, 1, 8)) - whole).abs().max() < 1e-3 * whole.abs().max())
-
 
 def noises(bridge: Any) -> list[NormNoise]:
     """Noise of each kind that can be written on this model."""
@@ -97,7 +91,7 @@ def noises(bridge: Any) -> list[NormNoise]:
 def test_cached_steps_are_the_whole_pass_or_refused(family: str, attn: str) -> None:
     """Prefill in two chunks, then one token, then several; by the whole pass under plain hooks."""
     model = Stepper(family, attn)
-    keeps = model.keeps()
+    keeps = keeps_cache(model.bridge)
     assert keeps == (not RENAMED or family in KEPT)
     clean = model.whole()
     for noise in noises(model.bridge):
