@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from hooks import _state
+from hooks._ambient import measurement, model_pass
 from hooks._clock import Clock, cache_in_output
 from hooks._inputs import has_decoder, input_device, short_input
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.sites import AttentionSites, HookedModel
 
@@ -59,6 +61,7 @@ class CachedSteps:
             )
 
 
+@measurement
 def cached_steps(
     model: HookedModel, sites: AttentionSites, noising: Callable[[Clock], HookList]
 ) -> CachedSteps:
@@ -136,7 +139,7 @@ class _Trial:
         cache, name, first, logits = None, "", 0, []
         with ExitStack() as stack:
             if clock is not None:
-                stack.enter_context(self.model.hooks(fwd_hooks=self.noising(clock)))
+                stack.enter_context(hooked(self.model, self.noising(clock)))
                 stack.enter_context(clock.following(self.inner))
             for new in steps:
                 named = dict(self.named)
@@ -144,7 +147,8 @@ class _Trial:
                 options = {} if cache is None else {name or self._name(): cache}
                 if len(steps) > 1:
                     options["use_cache"] = True
-                output = self.inner(**named, **options)
+                with model_pass():
+                    output = self.inner(**named, **options)
                 if len(steps) > 1 and cache is None:
                     name, cache = cache_in_output(output)
                     if cache is None:

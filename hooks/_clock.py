@@ -158,6 +158,7 @@ class Clock:
         self.padding = {
             stream: [first for first, _ in real_spans(mask)] for stream, mask in masks.items()
         }
+        self._made_in = threading.get_ident()
         self._left: weakref.WeakKeyDictionary[Any, list[tuple[int, int]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -248,8 +249,8 @@ class Clock:
 
     def read_cache(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a pass: what the cache holds."""
-        if _state.is_checking() and self.steps is not None:
-            return  # another's check: this noise rests
+        if not self._acts():
+            return
         cache = find_cache(args, kwargs)
         now = self.now
         now.known = cache is not None
@@ -264,11 +265,19 @@ class Clock:
 
     def leave_cache(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After a pass: where the cache's vectors lie."""
+        if not self._acts():
+            return
         cache = cache_in_output(output)[1]
         if cache is None and self.now.known:
             cache = find_cache(args, kwargs)
         if cache is not None and cache.__hash__ is not None:
             self._left[cache] = list(_marks(cache))
+
+    def _acts(self) -> bool:
+        """A check's own clock is its thread's; another's rests while a check runs."""
+        if self.steps is None:
+            return threading.get_ident() == self._made_in
+        return not _state.is_checking()
 
     def _refuse_moved(self, cache: Any) -> None:
         """A factor goes by its row: cached vectors of another row have another prompt's."""

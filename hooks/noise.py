@@ -24,6 +24,7 @@ from hooks import _state
 from hooks._cachecheck import cached_steps
 from hooks._clock import Clock
 from hooks._inputs import has_decoder
+from hooks._threads import intervening
 from hooks.errors import UnsupportedModelError
 from hooks.laws import check_sigma, get_law
 from hooks.scores import expand_factors, split
@@ -162,7 +163,7 @@ class NormNoise:
                 before it (a negative position) is left alone.
         """
         starts = [start] * len(prompts) if isinstance(start, int) else list(start)
-        out = torch.ones(len(prompts), n_pos, n_heads)
+        out = torch.ones(len(prompts), n_pos, n_heads, dtype=torch.float32)
         if self.sigma == 0:
             return out
         law = get_law(self.law)
@@ -231,11 +232,11 @@ class NormNoise:
         inner = getattr(model, "original_model", None)
         if inner is None:
             clock.advice = "Pass use_past_kv_cache=False to generate: this model hides its cache"
-            with model.hooks(fwd_hooks=entries):
+            with intervening(model, entries):
                 yield self
             return
         clock.steps = cached_steps(model, sites, lambda other: _strong(sites, other))
-        with model.hooks(fwd_hooks=entries), clock.following(inner):
+        with intervening(model, entries), clock.following(inner):
             yield self
 
     def _hooks(self, model: HookedModel, sites: AttentionSites, clock: Clock) -> HookList:

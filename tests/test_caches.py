@@ -331,8 +331,9 @@ def test_steps_of_several_tokens_that_the_model_itself_gets_wrong() -> None:
             inner(input_ids=IDS[:, 4:7], past_key_values=cache)
 
 
-def test_what_a_pass_holds_is_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_pass_holds_is_its_own_threads() -> None:
     clock = Clock(0, {})
+    clock.steps = _cachecheck.CachedSteps()
     model = Stepper("ours")
     cache = model.call(IDS[:, :5], use_cache=True).past_key_values
     clock.read_cache(None, (IDS[:, 5:6],), {"past_key_values": cache})
