@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
@@ -100,11 +101,11 @@ def running_call(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | 
     For hooks that are handed out in a list: nothing of theirs may stay on the model, and no hook
     point is told what the model was called with.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL and frame.f_locals.get("self") is module:
             return frame.f_locals["args"], frame.f_locals["kwargs"]
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
