@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._ambient import measurement
+from hooks._clock import refuse_cache
 from hooks._inputs import short_input
 from hooks._tap import AttentionTap
 from hooks._threads import TapOfThreads, hooked, intervening
@@ -34,6 +35,7 @@ _ROUNDING, _ROUNDING_HALF = 64.0, 4.0  # eps of the sizes added up
 _HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
 _MARGIN = 4.0  # the edit must show so many times above rounding
 _COPIES = 4
+_ADVICE = "Pass use_past_kv_cache=False to generate"
 _CENTRED = "_hooks_centred"  # on the hooks at z, by which a second one is seen
 
 
@@ -96,7 +98,7 @@ class CentredAttention:
                     "model takes its softmax",
                     layer=sites.layer,
                 )
-        return _entries(chosen, None)
+        return _entries(model, chosen, None)
 
     @contextmanager
     def applied(self, model: HookedModel) -> Iterator[CentredAttention]:
@@ -106,7 +108,7 @@ class CentredAttention:
         """
         chosen = self._checked(model)
         tap = TapOfThreads(model) if any(sites.tapped for sites in chosen) else None
-        with tap or contextlib.nullcontext(), intervening(model, _entries(chosen, tap)):
+        with tap or contextlib.nullcontext(), intervening(model, _entries(model, chosen, tap)):
             yield self
 
     @measurement
@@ -185,9 +187,15 @@ class _Kept(threading.local):
 class _Layer:
     """What one layer's hooks keep of a pass until z comes."""
 
-    def __init__(self, sites: LayerSites, tap: AttentionTap | TapOfThreads | None) -> None:
+    def __init__(
+        self,
+        sites: LayerSites,
+        tap: AttentionTap | TapOfThreads | None,
+        module: Any = None,
+    ) -> None:
         self.sites = sites
         self.tap = tap
+        self.module = module  # whose call would show a cache
         self._kept = _Kept()
 
     def hooks(self, at_z: Callable[..., Tensor]) -> HookList:
@@ -215,8 +223,7 @@ class _Layer:
         if mask.shape[-1] != v.shape[1]:
             raise ValueError(
                 f"CentredAttention on a cached step: wanted the values of {mask.shape[-1]} visible "
-                f"positions at {self.sites.v.dot.hook}; got {v.shape[1]}. Pass "
-                "use_past_kv_cache=False to generate"
+                f"positions at {self.sites.v.dot.hook}; got {v.shape[1]}. {_ADVICE}"
             )
         wide = torch.promote_types(z.dtype, torch.float32)
         return visible_mean(v[:, :, list(self.sites.kv_head_of)].to(wide), mask)
@@ -224,6 +231,7 @@ class _Layer:
     def centred(self, tensor: Tensor, hook: Any) -> Tensor:
         """The edit of z, in the hook's own layout."""
         assert self.sites.z is not None
+        refuse_cache(self.module, "CentredAttention on a cached step", _ADVICE)
         _refuse_second(hook, self.sites, at_most=1)  # hooks that were made before both were active
         z = self.sites.z.by_position(tensor)
         mean = self.mean(z)
@@ -238,10 +246,12 @@ def _as_given(z: Tensor, sites: LayerSites) -> Tensor:
     return z if sites.z.head_axis == 2 else z.flatten(2)
 
 
-def _entries(layers: Sequence[LayerSites], tap: TapOfThreads | None) -> HookList:
+def _entries(
+    model: HookedModel, layers: Sequence[LayerSites], tap: TapOfThreads | None
+) -> HookList:
     entries: HookList = []
     for sites in layers:
-        layer = _Layer(sites, tap)
+        layer = _Layer(sites, tap, getattr(model, "original_model", None))
         mine = [(name, _state.resting(hook_fn)) for name, hook_fn in layer.hooks(layer.centred)]
         setattr(mine[-1][1], _CENTRED, True)  # the one at z
         entries += mine

@@ -6,12 +6,13 @@ Menary et al. 2024, Sec. "noise on the L2 norms", Fig. 2 and 3.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
-from threading import get_ident
 from typing import Any, Literal
 
 import numpy as np
@@ -20,13 +21,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks import _state
-from hooks._inputs import has_decoder, real_spans
+from hooks._cachecheck import cached_steps
+from hooks._clock import Clock
+from hooks._inputs import has_decoder
 from hooks._threads import intervening
 from hooks.errors import UnsupportedModelError
 from hooks.laws import check_sigma, get_law
 from hooks.scores import expand_factors, split
 from hooks.selfcheck import attention_sites
-from hooks.sites import ROLES, HookedModel, LayerSites, Role, Site, Stream
+from hooks.sites import ROLES, AttentionSites, HookedModel, LayerSites, Role, Site, Stream
 
 Shared = Literal["none", "heads", "kv", "token"]
 At = Literal["dot", "projection"]
@@ -208,7 +211,7 @@ class NormNoise:
         :meth:`applied` (a cached step under these hooks raises).
         """
         masks = _masks(model, attention_mask, decoder_attention_mask)
-        return self._hooks(model, _Clock(first_prompt, masks))
+        return self._hooks(model, attention_sites(model), Clock(first_prompt, masks))
 
     @contextmanager
     def applied(
@@ -223,25 +226,21 @@ class NormNoise:
 
         Arguments and errors as :meth:`hooks`. The hooks that were on the model stay.
         """
-        clock = _Clock(first_prompt, _masks(model, attention_mask, decoder_attention_mask))
-        inner = getattr(model, "original_model", None)
-        handle = None
-        with intervening(model, self._hooks(model, clock)):
-            if inner is not None:
-                handle = inner.register_forward_pre_hook(clock.read_cache, with_kwargs=True)
-                clock.follows = True
-            else:
-                clock.advice = (
-                    "Pass use_past_kv_cache=False to generate: this model hides its cache"
-                )
-            try:
-                yield self
-            finally:
-                if handle is not None:
-                    handle.remove()
-
-    def _hooks(self, model: HookedModel, clock: _Clock) -> HookList:
+        clock = Clock(first_prompt, _masks(model, attention_mask, decoder_attention_mask))
         sites = attention_sites(model)
+        entries = self._hooks(model, sites, clock)
+        inner = getattr(model, "original_model", None)
+        if inner is None:
+            clock.advice = "Pass use_past_kv_cache=False to generate: this model hides its cache"
+            with intervening(model, entries):
+                yield self
+            return
+        clock.steps = cached_steps(model, sites, lambda other: _strong(sites, other))
+        with intervening(model, entries), clock.following(inner):
+            yield self
+
+    def _hooks(self, model: HookedModel, sites: AttentionSites, clock: Clock) -> HookList:
+        clock.module = getattr(model, "original_model", None)
         dropout = _state.active_dropout(model)
         if dropout:
             raise ValueError(
@@ -275,7 +274,7 @@ class NormNoise:
                     stacklevel=4,
                 )
 
-    def _layer_hooks(self, sites: LayerSites, clock: _Clock) -> HookList:
+    def _layer_hooks(self, sites: LayerSites, clock: Clock) -> HookList:
         if self.rows != "all":
             return self._row_hooks(sites, clock)
         entries: HookList = []
@@ -307,7 +306,7 @@ class NormNoise:
         return entries
 
     def _scaling_hook(
-        self, sites: LayerSites, role: Role, site: Site, clock: _Clock
+        self, sites: LayerSites, role: Role, site: Site, clock: Clock
     ) -> Callable[..., Tensor]:
         def scale_norms(tensor: Tensor, hook: Any) -> Tensor:
             n_pos, first, stream = site.n_pos(tensor), 0, sites.sequence(role)
@@ -320,18 +319,18 @@ class NormNoise:
 
         return scale_norms
 
-    def _row_hooks(self, sites: LayerSites, clock: _Clock) -> HookList:
+    def _row_hooks(self, sites: LayerSites, clock: Clock) -> HookList:
         if not sites.scores_editable:
             got = f"{sites.scores}, whose do not" if sites.scores else "no hook with scores"
             raise ValueError(
                 f"rows={self.rows!r}: layer {sites.layer}: wanted scores whose edits change the "
                 f"pattern; got {got}"
             )
-        kept: dict[tuple[int, Role], Tensor] = {}  # by thread: each has a pass of its own
+        kept = threading.local()
 
         def keep(role: Role) -> Callable[..., None]:
             def hook_fn(tensor: Tensor, hook: Any) -> None:
-                kept[get_ident(), role] = sites.vector(role).dot.by_position(tensor)
+                kept.__dict__[role] = sites.vector(role).dot.by_position(tensor)
 
             return hook_fn
 
@@ -345,9 +344,13 @@ class NormNoise:
                     "wanted whole sequences; got a cached step"
                 )
             n_query, n_key = scores.shape[-2:]
-            q, k = (kept.pop((get_ident(), role), None) for role in ROLES[:2])
+            q, k = (kept.__dict__.pop(role, None) for role in ("q", "k"))
             parts = split(sites, scores, q, k, dtype=_wide(scores))
-            spans = {"q": (n_query, clock.cached), "k": (n_key, 0)}  # (length, first position)
+            # (length, first position)
+            spans = {
+                "q": (n_query, clock.cached),
+                "k": (n_key, clock.first_key(n_query, n_key)),
+            }
             drawn = {
                 role: clock.drawn(
                     self, sites, role, sites.vector(role).dot, (scores.shape[0], *spans[role])
@@ -384,6 +387,16 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _strong(sites: AttentionSites, clock: Clock) -> HookList:
+    """Hooks of strong noise wherever noise can be written."""
+    entries: HookList = []
+    for layer in sites:
+        for role in ROLES:
+            with contextlib.suppress(UnsupportedModelError):
+                entries += NormNoise(sigma=0.5, on=role, seed=1)._layer_hooks(layer, clock)
+    return entries
+
+
 def _masks(
     model: HookedModel, mask: Tensor | None, decoder_mask: Tensor | None
 ) -> dict[Stream, Tensor]:
@@ -400,94 +413,3 @@ def _masks(
         if tensor.ndim != 2:
             raise ValueError(f"attention_mask: wanted shape [batch, pos]; got {list(tensor.shape)}")
     return masks
-
-
-class _Clock:
-    """Which prompts and positions the running forward pass holds."""
-
-    def __init__(self, first_prompt: int, masks: Mapping[Stream, Tensor]) -> None:
-        if first_prompt < 0:
-            raise ValueError(f"first_prompt: wanted an integer >= 0; got {first_prompt}")
-        self.first_prompt = first_prompt
-        self.cached = 0
-        self.new: int | None = None
-        self.follows = False  # whether it is told what the cache holds
-        self.known = False  # whether it was told so in this pass
-        self.guarded = False  # whether a pattern will show that there is a cache
-        self.advice = "Use NormNoise.applied(model) around generate"
-        self.width = {stream: int(mask.shape[1]) for stream, mask in masks.items()}
-        self.padding = {
-            stream: [first for first, _ in real_spans(mask)] for stream, mask in masks.items()
-        }
-
-    def prompts(self, batch: int) -> range:
-        for padding in self.padding.values():
-            if len(padding) != batch:
-                raise ValueError(
-                    f"attention_mask: wanted one row for each of {batch} prompts; got "
-                    f"{len(padding)}"
-                )
-        return range(self.first_prompt, self.first_prompt + batch)
-
-    def drawn(
-        self, noise: NormNoise, sites: LayerSites, role: Role, site: Site, shape: tuple[int, ...]
-    ) -> Float[Tensor, "batch pos head"]:
-        """Factors of one site; ``shape`` is (batch, positions, index of the first of them)."""
-        batch, n_pos, first = shape
-        padding = self.padding.get(sites.sequence(role), [0] * batch)
-        return noise.factors(
-            layer=sites.layer,
-            role=role,
-            n_heads=site.n_heads,
-            prompts=self.prompts(batch),
-            n_pos=n_pos,
-            start=[first - before for before in padding],
-        )
-
-    def check_width(self, n_pos: int, stream: Stream) -> None:
-        """Refuse a mask of another length than the sequence that it is said to be of."""
-        width = self.width.get(stream, n_pos)
-        if self.cached == 0 and n_pos != width:
-            raise ValueError(
-                f"attention_mask: wanted an entry for each of {n_pos} positions; got {width}"
-            )
-
-    def check_new(self, n_pos: int, name: str) -> None:
-        """Refuse a hook that also carries cached vectors: they would be scaled again."""
-        if self.new is not None and n_pos != self.new:
-            raise ValueError(
-                f"noise on a cached step: wanted the {self.new} new positions at {name}; got "
-                f"{n_pos}"
-            )
-        if not self.follows and not self.guarded and n_pos == 1:
-            raise ValueError(
-                f"noise on one position at {name}, as in a cached step: wanted a whole sequence. "
-                f"{self.advice}"
-            )
-
-    def read_cache(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            cache = kwargs.get("layer_past")
-        length = getattr(cache, "get_seq_length", None)
-        if cache is not None and not callable(length):
-            raise ValueError(
-                "noise on a cached step: wanted a cache that says how many positions it holds "
-                f"(get_seq_length); got {type(cache).__name__}"
-            )
-        self.known = cache is not None
-        self.cached = 0 if cache is None else int(length())  # type: ignore[misc]
-        tokens = kwargs.get("decoder_input_ids")
-        if tokens is None:
-            tokens = kwargs.get("input_ids", args[0] if args else None)
-        self.new = int(tokens.shape[1]) if isinstance(tokens, Tensor) else None
-
-    def guard(self, matrix: Tensor, hook: Any) -> None:
-        """Refuse a cached step whose position is not known: its factors would be wrong."""
-        n_query, n_key = matrix.shape[-2:]
-        # A sliding window keeps fewer than it has seen, a static cache has room for more.
-        if n_key != n_query + self.cached and not self.known:
-            raise ValueError(
-                f"noise on a cached step: wanted {self.cached} cached positions; got "
-                f"{n_key - n_query}. {self.advice}"
-            )
