@@ -1,26 +1,247 @@
-"""Arguments that several calls take, and what they say of a wrong one."""
+"""Arguments that public calls take, and what they say of a wrong one: ``name: wanted X; got Y``.
+
+Numbers of numpy's and torch's (scalars, arrays without an axis) are numbers; what is kept of them
+is Python's own, so that settings compare and go into JSON.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from numbers import Integral
-from typing import Any
+import difflib
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from dataclasses import fields
+from functools import lru_cache
+from itertools import islice
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hooks.laws import check_sigma, get_law
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hooks.sites import AttentionSites, LayerSites
+
+MANY = 1_000_000
+"""Draws, replicates or permutations beyond this are a mistake: their arrays would fill memory."""
+_MOST_ENTRIES = 1_000_000  # of a list: an endless generator ends here
+_SHOWN = 100  # characters of a value in a message
+_LARGEST = 1 << 62  # of a count or an index: what arrays of integers can hold
 
 
-def check_integers(**given: tuple[Any, int]) -> None:
-    """Refuse what is no integer, or below the least value that stands beside it."""
-    for name, (value, least) in given.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
+# -- what a message says ----------------------------------------------------------------------
 
 
-def check_booleans(**given: Any) -> None:
-    """Refuse what is neither True nor False: a text such as "no" would pass for yes."""
+def brief(value: Any) -> str:
+    """A value for a message: on one line, and not longer than one."""
+    if isinstance(value, (np.ndarray, Tensor)) and value.ndim:
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"{kind} of shape {list(value.shape)}, {value.dtype}"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a repr of somebody's own, or an integer of ten thousand digits
+        return type(value).__name__
+    if len(text) <= _SHOWN:
+        return text
+    length = f" of length {len(value)}" if isinstance(value, (str, bytes, Collection)) else ""
+    return f"{text[: _SHOWN - 30]}... ({type(value).__name__}{length})"
+
+
+def near(value: Any, known: Iterable[Any]) -> str:
+    """``, did you mean 'uniform'?``, where a known name is near to what was given."""
+    names = [name for name in known if isinstance(name, str)]
+    if not isinstance(value, str):
+        return ""
+    lower = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(value.lower(), lower, n=1, cutoff=0.6)
+    return f" (did you mean {lower[found[0]]!r}?)" if found else ""
+
+
+def plain(value: Any) -> Any:
+    """A number or text of numpy's or torch's, without an axis, as Python's own."""
+    if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0:
+        try:
+            return value.item()
+        except RuntimeError:  # a tensor without data
+            return value
+    return value
+
+
+# -- one value ----------------------------------------------------------------------------------
+
+
+def check_integers(**given: tuple[Any, int] | tuple[Any, int, float]) -> tuple[int, ...]:
+    """Integers as Python's own; each is given with its least value, and perhaps its greatest.
+
+    Without one it must fit into an array of integers.
+
+    Raises:
+        ValueError: no integer, or one outside.
+    """
+    out = []
+    for name, (value, least, *most) in given.items():
+        number, end = plain(value), most[0] if most else _LARGEST
+        whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if not whole or not least <= number <= end:
+            bounded = end < math.inf and (most or (whole and number > end))
+            wanted = f"from {least} to {end}" if bounded else f">= {least}"
+            raise ValueError(f"{name}: wanted an integer {wanted}; got {brief(value)}")
+        out.append(int(number))
+    return tuple(out)
+
+
+def check_booleans(**given: Any) -> tuple[bool, ...]:
+    """True or False as Python's own: a text such as "no" would pass for yes.
+
+    Raises:
+        TypeError: anything else.
+    """
+    out = []
     for name, value in given.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: wanted True or False; got {value!r}")
+        answer = plain(value)
+        if not isinstance(answer, bool):
+            raise TypeError(f"{name}: wanted True or False; got {brief(value)}")
+        out.append(answer)
+    return tuple(out)
+
+
+def check_optional(**given: Any) -> tuple[bool | None, ...]:
+    """True, False or None; as :func:`check_booleans`.
+
+    Raises:
+        TypeError: anything else.
+    """
+    for name, value in given.items():
+        if value is not None and not isinstance(plain(value), bool):
+            raise TypeError(f"{name}: wanted True, False or None; got {brief(value)}")
+    return tuple(plain(value) for value in given.values())
+
+
+def check_number(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> float:
+    """A number for which ``fits`` says yes, as Python's own.
+
+    Raises:
+        TypeError: no number.
+        ValueError: another number; NaN fits nothing.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf if number > 0 else -math.inf
+    if not fits(number):  # comparisons with NaN are false
+        raise ValueError(f"{name}: wanted {wanted}; got {brief(plain(value))}")
+    return number
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
+    """One of some names.
+
+    Raises:
+        ValueError: anything else; a name that is near is suggested.
+    """
+    names, text = list(known), plain(value)
+    if not isinstance(text, str) or text not in names:
+        raise ValueError(f"{name}: wanted one of {names}; got {brief(value)}{near(text, names)}")
+    return str(text)
+
+
+def check_text(name: str, value: Any, wanted: str = "a text") -> str:
+    """A text.
+
+    Raises:
+        TypeError: anything else.
+    """
+    text = plain(value)
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    return str(text)
+
+
+def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Refuse another kind of thing.
+
+    Raises:
+        TypeError: names what was wanted.
+    """
+    if not isinstance(value, kinds):
+        got = brief(value) if isinstance(value, (str, Real, NoneType)) else type(value).__name__
+        raise TypeError(f"{name}: wanted {wanted}; got {got}")
+
+
+def check_path(name: str, value: Any) -> Path:
+    """A path.
+
+    Raises:
+        TypeError: neither a text nor a path.
+        ValueError: an empty one, or one that no file can have.
+    """
+    if not isinstance(value, (str, os.PathLike)) or isinstance(given := os.fspath(value), bytes):
+        raise TypeError(f"{name}: wanted a path; got {brief(value)}")
+    if not given or "\0" in given:
+        raise ValueError(f"{name}: wanted a path; got {brief(given)}")
+    return Path(given)
+
+
+# -- several ------------------------------------------------------------------------------------
+
+
+def read_list(name: str, value: Any, wanted: str) -> list[Any]:
+    """The entries of a list, a tuple, an array or anything else that has some, read once.
+
+    Raises:
+        TypeError: a text, a mapping, or nothing that has entries.
+        ValueError: no end of entries.
+    """
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        try:
+            entries = list(islice(value, _MOST_ENTRIES + 1))
+        except TypeError:  # an array without an axis
+            entries = None
+        if entries is not None and len(entries) > _MOST_ENTRIES:
+            raise ValueError(f"{name}: wanted {wanted}; got more than {_MOST_ENTRIES} entries")
+        if entries is not None:
+            return entries
+    raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+
+
+def check_layers(layers: Any, name: str = "layers") -> tuple[int, ...]:
+    """Layer indices as a tuple of ints.
+
+    Raises:
+        ValueError: none, one twice, or something that is no integer.
+    """
+    wanted = "one or more indices in a list, each once"
+    try:
+        given = [plain(x) for x in read_list(name, layers, wanted)]
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    integers = all(isinstance(x, Integral) and not isinstance(x, bool) for x in given)
+    if not given or not integers or len(set(given)) != len(given):
+        raise ValueError(f"{name}: wanted {wanted}; got {brief(layers)}")
+    return tuple(int(x) for x in given)
+
+
+def choose_layers(sites: AttentionSites, layers: Any) -> tuple[LayerSites, ...]:
+    """The attention layers of these indices, in their order; all of them where None is given.
+
+    Raises:
+        ValueError: none, one twice, something that is no integer, or no such layer.
+    """
+    if layers is None:
+        return sites.layers
+    known = {layer.layer: layer for layer in sites}
+    chosen = sorted(check_layers(layers))
+    for index in chosen:
+        if index not in known:
+            raise ValueError(
+                f"layers: wanted one of the attention layers {brief(list(known))}; got {index}"
+            )
+    return tuple(known[index] for index in chosen)
 
 
 def read_sigmas(sigmas: Any, law: str, default: tuple[float, ...]) -> list[float]:
@@ -30,13 +251,58 @@ def read_sigmas(sigmas: Any, law: str, default: tuple[float, ...]) -> list[float
         TypeError: no list of numbers.
         ValueError: a sigma that the law can't have.
     """
+    from hooks.laws import check_sigma, get_law
+
     known = get_law(law)
     if sigmas is None:
         top = known.limit
         return [s for s in default if s < top or (s == top and known.limit_included)]
-    if isinstance(sigmas, (str, bytes)) or not isinstance(sigmas, Iterable):
-        raise TypeError(f"sigmas: wanted a list of numbers; got {sigmas!r}")
-    values = [float(s) for s in sigmas]
-    for sigma in values:
-        check_sigma(sigma, known)
-    return values
+    given = read_list("sigmas", sigmas, "a list of numbers")
+    values = [check_sigma(sigma, known, "sigmas") for sigma in given]
+    return sorted(values) if isinstance(sigmas, Set) else values
+
+
+# -- settings -----------------------------------------------------------------------------------
+
+
+def check_fields(settings: Any) -> None:
+    """The fields of a frozen dataclass, as plain values of the types that it declares.
+
+    Integers are at least 0, numbers finite and at least 0: no setting has others.
+
+    Raises:
+        TypeError, ValueError: a field of another kind.
+    """
+    for name, kind in _hints(type(settings)).items():
+        object.__setattr__(settings, name, _field(name, getattr(settings, name), kind))
+
+
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def _field(name: str, value: Any, kind: Any) -> Any:
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in of:
+            return None
+        return _field(name, value, next(k for k in of if k is not NoneType))
+    if origin is Literal:
+        return check_choice(name, value, of)
+    if origin is tuple:
+        return tuple(_field(name, x, of[0]) for x in read_list(name, value, "a list"))
+    if kind is bool:
+        return check_booleans(**{name: value})[0]
+    if kind is int:
+        number = plain(value)
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 0:
+            raise ValueError(f"{name}: wanted an integer >= 0; got {brief(value)}")
+        return int(number)
+    if kind is float:
+        return check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+    if kind is str:
+        return check_text(name, value)
+    check_kind(name, value, kind, f"a {kind.__name__}")
+    return value

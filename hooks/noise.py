@@ -6,11 +6,11 @@ Menary et al. 2024, Sec. "noise on the L2 norms", Fig. 2 and 3.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +19,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks import _state
+from hooks._arguments import (
+    brief,
+    check_choice,
+    check_integers,
+    check_layers,
+    choose_layers,
+    read_list,
+)
 from hooks._inputs import has_decoder, real_spans
 from hooks.errors import UnsupportedModelError
-from hooks.laws import check_sigma, get_law
+from hooks.laws import LAWS, check_sigma, get_law
 from hooks.scores import expand_factors, split
 from hooks.selfcheck import attention_sites
 from hooks.sites import ROLES, HookedModel, LayerSites, Role, Site, Stream
@@ -89,21 +97,23 @@ class NormNoise:
     draw: int = 0
 
     def __post_init__(self) -> None:
-        check_sigma(self.sigma, get_law(self.law))
-        if not self.on or set(self.on) - set(ROLES) or len(set(self.on)) != len(self.on):
-            raise ValueError(f"on: wanted some of 'q', 'k', 'v', each once; got {self.on!r}")
-        for name, value, known in (
-            ("shared", self.shared, ("none", "heads", "kv", "token")),
-            ("at", self.at, ("dot", "projection")),
-            ("rows", self.rows, ("all", "sparse", "non-sparse")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: wanted one of {list(known)}; got {value!r}")
-        for name, number in (("seed", self.seed), ("draw", self.draw)):
-            if number < 0:
-                raise ValueError(f"{name}: wanted an integer >= 0; got {number}")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", check_layers(self.layers))
+        known = (
+            ("shared", ("none", "heads", "kv", "token")),
+            ("at", ("dot", "projection")),
+            ("rows", ("all", "sparse", "non-sparse")),
+        )
+        seed, draw = check_integers(seed=(self.seed, 0, math.inf), draw=(self.draw, 0, math.inf))
+        read: dict[str, Any] = {
+            "law": check_choice("law", self.law, LAWS),
+            "on": _roles(self.on),
+            **{name: check_choice(name, getattr(self, name), names) for name, names in known},
+            "seed": seed,
+            "draw": draw,
+            "layers": None if self.layers is None else check_layers(self.layers),
+        }
+        read["sigma"] = check_sigma(self.sigma, LAWS[read["law"]])
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
         if self.rows != "all" and ("v" in self.on or self.at != "dot"):
             raise ValueError(
                 "rows: noise on some rows only acts on their scores: wanted on='q', 'k' or 'qk' "
@@ -246,9 +256,8 @@ class NormNoise:
                 f"noise would mix with active dropout: wanted model.eval(); got {dropout} in "
                 "training mode"
             )
-        chosen = self.layers if self.layers is not None else [s.layer for s in sites]
         entries: HookList = []
-        layers = [sites.layer(layer) for layer in chosen]
+        layers = list(choose_layers(sites, self.layers))
         for layer in layers:
             entries += self._layer_hooks(layer, clock)
         shown = [s for s in layers if not s.tapped and s.sequence("k") == "target"]
@@ -366,17 +375,13 @@ class NormNoise:
         return entries
 
 
-def check_layers(layers: Any) -> tuple[int, ...]:
-    """Layer indices as a tuple of ints.
-
-    Raises:
-        ValueError: none, one twice, or something that is no integer.
-    """
-    given = list(layers) if isinstance(layers, Iterable) else [layers]
-    integers = all(isinstance(x, Integral) and not isinstance(x, bool) for x in given)
-    if not given or not integers or len(set(given)) != len(given) or isinstance(layers, Integral):
-        raise ValueError(f"layers: wanted one or more indices in a list, each once; got {layers!r}")
-    return tuple(int(x) for x in given)
+def _roles(on: Any) -> str:
+    """Some of q, k and v, as a text."""
+    with suppress(TypeError):
+        on = str(on) if isinstance(on, str) else "".join(read_list("on", on, "some"))
+    if not isinstance(on, str) or not on or set(on) - set(ROLES) or len(set(on)) != len(on):
+        raise ValueError(f"on: wanted some of 'q', 'k', 'v', each once; got {brief(on)}")
+    return on
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

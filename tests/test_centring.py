@@ -339,7 +339,7 @@ def test_wrong_layers_are_refused(layers: Any) -> None:
 
 
 def test_an_unknown_layer_is_refused(gpt2: Any) -> None:
-    with pytest.raises(ValueError, match="layer: wanted one of the attention layers"):
+    with pytest.raises(ValueError, match="layers: wanted one of the attention layers"):
         CentredAttention(layers=(5,)).hooks(gpt2)
 
 
