@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import fields
+from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
 from numbers import Integral, Real
@@ -19,16 +20,23 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, bfloat16
 
 if TYPE_CHECKING:
     from hooks.sites import AttentionSites, LayerSites
 
+SEEDS = 2**128 - 1
+"""The largest seed: numpy's own have so many bits."""
 MANY = 1_000_000
 """Draws, replicates or permutations beyond this are a mistake: their arrays would fill memory."""
 _MOST_ENTRIES = 1_000_000  # of a list: an endless generator ends here
 _SHOWN = 100  # characters of a value in a message
+_LONGEST_NAME = 255  # bytes of a file's name
 _LARGEST = 1 << 62  # of a count or an index: what arrays of integers can hold
+
+
+class OutOfRangeError(ValueError, IndexError):
+    """An index outside: a ValueError as of every wrong argument, an IndexError as of a list."""
 
 
 # -- what a message says ----------------------------------------------------------------------
@@ -72,7 +80,7 @@ def plain(value: Any) -> Any:
 # -- one value ----------------------------------------------------------------------------------
 
 
-def check_integers(**given: tuple[Any, int] | tuple[Any, int, float]) -> tuple[int, ...]:
+def check_integers(**given: tuple[Any, int] | tuple[Any, int, int | float]) -> tuple[int, ...]:
     """Integers as Python's own; each is given with its least value, and perhaps its greatest.
 
     Without one it must fit into an array of integers.
@@ -90,6 +98,22 @@ def check_integers(**given: tuple[Any, int] | tuple[Any, int, float]) -> tuple[i
             raise ValueError(f"{name}: wanted an integer {wanted}; got {brief(value)}")
         out.append(int(number))
     return tuple(out)
+
+
+def check_index(name: str, value: Any, n: int, what: str) -> int:
+    """An index into ``n`` things.
+
+    Raises:
+        TypeError: no integer.
+        OutOfRangeError: there is no such thing.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise TypeError(f"{name}: wanted an index of {what}; got {brief(value)}")
+    if not 0 <= number < n:
+        wanted = f"one of {n} {what}, from 0 to {n - 1}" if n else f"one of {what} (there are none)"
+        raise OutOfRangeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    return int(number)
 
 
 def check_booleans(**given: Any) -> tuple[bool, ...]:
@@ -173,6 +197,23 @@ def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: st
         raise TypeError(f"{name}: wanted {wanted}; got {got}")
 
 
+def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], wanted: str) -> None:
+    """Refuse what is no tensor of floating-point numbers of this shape; None is any length.
+
+    Raises:
+        TypeError: no such tensor.
+        ValueError: another shape.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else brief(value)
+        raise TypeError(f"{name}: wanted a tensor of floats {wanted}; got {got}")
+    same = value.ndim == len(shape) and all(
+        n in (None, m) for n, m in zip(shape, value.shape, strict=True)
+    )
+    if not same:
+        raise ValueError(f"{name}: wanted a tensor {wanted}; got shape {list(value.shape)}")
+
+
 def check_path(name: str, value: Any) -> Path:
     """A path.
 
@@ -182,8 +223,9 @@ def check_path(name: str, value: Any) -> Path:
     """
     if not isinstance(value, (str, os.PathLike)) or isinstance(given := os.fspath(value), bytes):
         raise TypeError(f"{name}: wanted a path; got {brief(value)}")
-    if not given or "\0" in given:
-        raise ValueError(f"{name}: wanted a path; got {brief(given)}")
+    parts = Path(given).parts if given and "\0" not in given else ()
+    if not parts or max(len(os.fsencode(part)) for part in parts) > _LONGEST_NAME:
+        raise ValueError(f"{name}: wanted a path that a file can have; got {brief(given)}")
     return Path(given)
 
 
@@ -209,7 +251,30 @@ def read_list(name: str, value: Any, wanted: str) -> list[Any]:
     raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
 
 
-def check_layers(layers: Any, name: str = "layers") -> tuple[int, ...]:
+def read_array(name: str, value: Any, kinds: str, wanted: str) -> np.ndarray:
+    """Numbers as an array of numpy's, whose kind is one of ``kinds``.
+
+    Raises:
+        TypeError: anything else, lists of unequal lengths among them.
+    """
+    if not isinstance(value, (np.ndarray, Tensor, Real)):
+        value = read_list(name, value, wanted)
+    try:
+        if isinstance(value, Tensor):
+            there = value.detach().cpu()
+            array = np.asarray(there.float() if there.dtype == bfloat16 else there)
+        else:
+            array = np.asarray(float(value) if isinstance(value, Fraction) else value)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        array = np.asarray(None)
+    if not array.size and not isinstance(value, (np.ndarray, Tensor)):
+        array = array.astype(np.int64 if "i" in kinds else float)  # an empty list
+    if array.dtype.kind not in kinds:
+        raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    return array
+
+
+def check_layers(layers: Any) -> tuple[int, ...]:
     """Layer indices as a tuple of ints.
 
     Raises:
@@ -217,12 +282,12 @@ def check_layers(layers: Any, name: str = "layers") -> tuple[int, ...]:
     """
     wanted = "one or more indices in a list, each once"
     try:
-        given = [plain(x) for x in read_list(name, layers, wanted)]
+        given = [plain(x) for x in read_list("layers", layers, wanted)]
     except TypeError as error:
         raise ValueError(str(error)) from None
     integers = all(isinstance(x, Integral) and not isinstance(x, bool) for x in given)
     if not given or not integers or len(set(given)) != len(given):
-        raise ValueError(f"{name}: wanted {wanted}; got {brief(layers)}")
+        raise ValueError(f"layers: wanted {wanted}; got {brief(layers)}")
     return tuple(int(x) for x in given)
 
 
@@ -296,10 +361,7 @@ def _field(name: str, value: Any, kind: Any) -> Any:
     if kind is bool:
         return check_booleans(**{name: value})[0]
     if kind is int:
-        number = plain(value)
-        if isinstance(number, bool) or not isinstance(number, Integral) or number < 0:
-            raise ValueError(f"{name}: wanted an integer >= 0; got {brief(value)}")
-        return int(number)
+        return check_integers(**{name: (value, 0, SEEDS)})[0]
     if kind is float:
         return check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf)
     if kind is str:

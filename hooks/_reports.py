@@ -11,6 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from hooks._arguments import check_path
+
 _UNLIKE = ("versions", "device")  # facts that two parts of one measurement may differ in
 
 
@@ -22,7 +24,7 @@ def write_report(
     Raises:
         IsADirectoryError: it is one.
     """
-    path = Path(path)
+    path = check_path("path", path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: wanted a file's name; got a directory")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +41,7 @@ def read_report(path: str | Path, form: str, what: str) -> tuple[dict[str, Any],
     Raises:
         ValueError: the file is none, or of another format.
     """
+    path = check_path("path", path)
     try:
         with safe_open(path, "np") as file:
             head = file.metadata() or {}

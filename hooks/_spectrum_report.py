@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from hooks._arguments import check_choice, check_fields
 from hooks._reports import read_report, write_report
 
 SpectrumBy = Literal["prompt", "head", "layer", "length"]
@@ -32,6 +33,9 @@ class SpectrumSettings:
     k: int
     lengths: tuple[int, ...] | None
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +92,7 @@ class SpectrumReport:
         Raises:
             ValueError: another ``by``.
         """
-        if by not in get_args(SpectrumBy):
-            raise ValueError(f"by: wanted one of {list(get_args(SpectrumBy))}; got {by!r}")
+        check_choice("by", by, get_args(SpectrumBy))
         rows = pd.concat([self._rows(i) for i in range(len(self.singular))], ignore_index=True)
         if by == "prompt":
             return rows

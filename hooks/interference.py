@@ -13,7 +13,6 @@ missing (Sec. "limitations"; theorems 2 and 7).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._arguments import (
     MANY,
+    SEEDS,
     brief,
     check_booleans,
     check_choice,
@@ -135,7 +135,7 @@ def interference(
     settings = _settings(constants, on, sparse, spare_first)
     draws, seed, batch_size, first_prompt = check_integers(
         draws=(draws, 0, MANY),
-        seed=(seed, 0, math.inf),
+        seed=(seed, 0, SEEDS),
         batch_size=(batch_size, 1),
         first_prompt=(first_prompt, 0),
     )

@@ -6,11 +6,11 @@ Menary et al. 2024, Sec. "noise on the L2 norms", Fig. 2 and 3.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -20,11 +20,14 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._arguments import (
+    SEEDS,
     brief,
     check_choice,
     check_integers,
     check_layers,
     choose_layers,
+    plain,
+    read_array,
     read_list,
 )
 from hooks._inputs import has_decoder, real_spans
@@ -47,6 +50,7 @@ NON_SPARSE = 0.70
 # What a factor's stream is keyed by when it is shared: one stream for several sites.
 _STREAM = {"q": 0, "k": 1, "v": 2}
 _SHARED_KV_STREAM = 3
+_FAR = 1 << 62
 _WORDS_PER_BLOCK = 4  # Philox gives its numbers in blocks of four
 
 
@@ -102,7 +106,7 @@ class NormNoise:
             ("at", ("dot", "projection")),
             ("rows", ("all", "sparse", "non-sparse")),
         )
-        seed, draw = check_integers(seed=(self.seed, 0, math.inf), draw=(self.draw, 0, math.inf))
+        seed, draw = check_integers(seed=(self.seed, 0, SEEDS), draw=(self.draw, 0, SEEDS))
         read: dict[str, Any] = {
             "law": check_choice("law", self.law, LAWS),
             "on": _roles(self.on),
@@ -135,6 +139,14 @@ class NormNoise:
         A counter-based generator (Philox) is keyed by (seed, draw, layer, site, prompt) and set to
         the position: any part of the sequence can be drawn alone.
         """
+        check_choice("role", role, ROLES)
+        layer, prompt, start, n_pos, n_heads = check_integers(
+            layer=(layer, 0),
+            prompt=(prompt, 0),
+            start=(start, 0),
+            n_pos=(n_pos, 0),
+            n_heads=(n_heads, 1),
+        )
         together = self.shared in ("kv", "token") and role in ("k", "v")
         stream = _SHARED_KV_STREAM if together else _STREAM[role]
         width = 1 if self.shared in ("heads", "token") else n_heads
@@ -167,7 +179,13 @@ class NormNoise:
             start: position of the first, counted from each prompt's first real token; padding
                 before it (a negative position) is left alone.
         """
-        starts = [start] * len(prompts) if isinstance(start, int) else list(start)
+        check_choice("role", role, ROLES)
+        layer, n_pos, n_heads = check_integers(
+            layer=(layer, 0), n_pos=(n_pos, 0), n_heads=(n_heads, 1)
+        )
+        given = read_list("prompts", prompts, "a list of indices")
+        prompts = [check_integers(prompts=(p, 0))[0] for p in given]
+        starts = _starts(start, len(prompts))
         out = torch.ones(len(prompts), n_pos, n_heads)
         if self.sigma == 0:
             return out
@@ -375,6 +393,16 @@ class NormNoise:
         return entries
 
 
+def _starts(start: Any, n: int) -> list[int]:
+    """The first position of each prompt; negative in padding."""
+    if isinstance(plain(start), Integral):
+        return [check_integers(start=(start, -_FAR))[0]] * n
+    given = read_list("start", start, f"an integer, or {n} of them in a list")
+    if len(given) != n:
+        raise ValueError(f"start: wanted an integer, or {n} of them in a list; got {len(given)}")
+    return [check_integers(start=(first, -_FAR))[0] for first in given]
+
+
 def _roles(on: Any) -> str:
     """Some of q, k and v, as a text."""
     with suppress(TypeError):
@@ -398,21 +426,29 @@ def _masks(
             f"{type(model).__name__} without a decoder of its own"
         )
     of_mask: Stream = "source" if has_decoder(model) else "target"
-    given: dict[Stream, Any] = {"target": decoder_mask, of_mask: mask}
-    masks = {s: torch.as_tensor(given[s]) for s in given if given[s] is not None}
-    for tensor in masks.values():
-        if tensor.ndim != 2:
-            raise ValueError(f"attention_mask: wanted shape [batch, pos]; got {list(tensor.shape)}")
-    return masks
+    given: tuple[tuple[Stream, str, Any], ...] = (
+        ("target", "decoder_attention_mask", decoder_mask),
+        (of_mask, "attention_mask", mask),
+    )
+    return {s: _read_mask(name, each) for s, name, each in given if each is not None}
+
+
+def _read_mask(name: str, mask: Any) -> Tensor:
+    """A mask ``[batch, pos]`` as a tensor."""
+    wanted = "1 for real tokens and 0 for padding, of shape [batch, pos]"
+    array = read_array(name, mask, "biuf", wanted)
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{name}: wanted {wanted}; got shape {list(array.shape)}")
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name}: wanted {wanted}; got other numbers")
+    return torch.as_tensor(array)
 
 
 class _Clock:
     """Which prompts and positions the running forward pass holds."""
 
     def __init__(self, first_prompt: int, masks: Mapping[Stream, Tensor]) -> None:
-        if first_prompt < 0:
-            raise ValueError(f"first_prompt: wanted an integer >= 0; got {first_prompt}")
-        self.first_prompt = first_prompt
+        (self.first_prompt,) = check_integers(first_prompt=(first_prompt, 0))
         self.cached = 0
         self.new: int | None = None
         self.follows = False  # whether it is told what the cache holds

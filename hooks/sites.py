@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import pandas as pd
@@ -221,7 +222,11 @@ class AttentionSites:
         """
         number = plain(index)
         for sites in self.layers:
-            if isinstance(number, int) and sites.layer == number and number is not True:
+            if (
+                isinstance(number, Integral)
+                and sites.layer == number
+                and not isinstance(number, bool)
+            ):
                 return sites
         known = [sites.layer for sites in self.layers]
         raise ValueError(f"index: wanted one of the attention layers {known}; got {brief(index)}")

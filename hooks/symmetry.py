@@ -9,7 +9,6 @@ Source: Zuo & Guerzhoy 2024, arXiv 2402.05969; for neighbouring positions arXiv 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +24,14 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._arguments import (
     MANY,
+    SEEDS,
     brief,
     check_booleans,
     check_integers,
     check_optional,
     choose_layers,
     plain,
+    read_array,
     read_list,
 )
 from hooks._facts import attention_facts
@@ -109,7 +110,7 @@ def symmetry_gap(
         ValueError: a prompt with fewer than two tokens to permute, or with equal ones alone; a
             given permutation that leaves a prompt's ids as they are; or a wrong argument.
     """
-    batch_size, seed = check_integers(batch_size=(batch_size, 1), seed=(seed, 0, math.inf))
+    batch_size, seed = check_integers(batch_size=(batch_size, 1), seed=(seed, 0, SEEDS))
     asked = _asked(permutations)
     (keep_first,) = check_booleans(keep_first=keep_first)
     positions, mask, _, progress = check_optional(
@@ -180,8 +181,6 @@ def _asked(permutations: Any) -> int | list[np.ndarray]:
     """
     if isinstance(plain(permutations), Integral):
         return check_integers(permutations=(permutations, 1, MANY))[0]
-    if isinstance(permutations, Tensor):
-        permutations = permutations.detach().cpu()
     wanted = "an integer >= 1, or permutations [permutation, position]"
     try:
         rows = read_list("permutations", permutations, wanted)
@@ -191,15 +190,13 @@ def _asked(permutations: Any) -> int | list[np.ndarray]:
         raise ValueError("permutations: wanted one or more; got none")
     out = []
     for row in rows:
+        each = "each to be a list of integers, [permutation, position]"
         try:
-            order = np.asarray(row)
-        except (ValueError, TypeError, RuntimeError):  # lists of unequal lengths
-            order = np.asarray(None)
-        if order.ndim != 1 or order.dtype.kind not in "iu":
-            raise ValueError(
-                "permutations: wanted each to be a list of integers, [permutation, position]; got "
-                f"{brief(row)}"
-            )
+            order = read_array("permutations", row, "iu", each)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        if order.ndim != 1:
+            raise ValueError(f"permutations: wanted {each}; got {brief(row)}")
         out.append(order.astype(np.int64))
     return out
 
