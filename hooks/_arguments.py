@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import fields
 from fractions import Fraction
 from functools import lru_cache
@@ -20,7 +21,8 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-from torch import Tensor, bfloat16
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from hooks.sites import AttentionSites, LayerSites
@@ -229,6 +231,53 @@ def check_path(name: str, value: Any) -> Path:
     return Path(given)
 
 
+def check_device(name: str, value: Any) -> Any:
+    """A device that torch has here, or None.
+
+    Raises:
+        TypeError, ValueError: anything else; the message has torch's reason.
+    """
+    if value is None:
+        return None
+    wanted = "a device of torch, such as 'cpu' or 'cuda:0'"
+    given = plain(value)
+    if isinstance(given, bool) or not isinstance(given, (str, int, torch.device)):
+        raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    try:
+        torch.empty(1, device=given)
+    except Exception as error:  # each backend has its own kinds
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"{name}: wanted {wanted}; got {brief(given)}: {reason:.200}") from error
+    return given
+
+
+def check_dtype(name: str, value: Any) -> Any:
+    """A floating dtype of torch, or None.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        wanted = "a floating dtype such as torch.float32"
+        raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    return value
+
+
+@contextmanager
+def naming(name: str, wanted: str, path: Path) -> Iterator[None]:
+    """What the system says of a file is said with the argument's name.
+
+    Raises:
+        OSError: of the same kind.
+    """
+    try:
+        yield
+    except OSError as error:
+        said = type(error)(f"{name}: wanted {wanted}; got {path}: {error.strerror or error}")
+        said.errno = error.errno
+        raise said from error
+
+
 # -- several ------------------------------------------------------------------------------------
 
 
@@ -262,7 +311,7 @@ def read_array(name: str, value: Any, kinds: str, wanted: str) -> np.ndarray:
     try:
         if isinstance(value, Tensor):
             there = value.detach().cpu()
-            array = np.asarray(there.float() if there.dtype == bfloat16 else there)
+            array = np.asarray(there.float() if there.dtype == torch.bfloat16 else there)
         else:
             array = np.asarray(float(value) if isinstance(value, Fraction) else value)
     except (ValueError, TypeError, RuntimeError, OverflowError):

@@ -23,6 +23,7 @@ from hooks._arguments import (
     check_index,
     check_integers,
     check_number,
+    check_text,
     read_array,
 )
 from hooks._kept import KeptRows, no_rows
@@ -219,7 +220,8 @@ class CollapseReport:
         Raises:
             TypeError, ValueError: no such label or prompt.
         """
-        check_choice("label", label, self.model["labels"])
+        layer = check_text("label", label).rpartition("H")[0] or label  # L5H1: a head's
+        check_choice("label", layer, self.model["labels"])
         prompt = check_index("prompt", prompt, len(self.tokens), "prompts")
         decoded = bool(self.decoder_tokens) and label[0] in "DX"
         return (self.decoder_tokens if decoded else self.tokens)[prompt]

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import pandas as pd
@@ -222,11 +221,7 @@ class AttentionSites:
         """
         number = plain(index)
         for sites in self.layers:
-            if (
-                isinstance(number, Integral)
-                and sites.layer == number
-                and not isinstance(number, bool)
-            ):
+            if type(number) is int and sites.layer == number:
                 return sites
         known = [sites.layer for sites in self.layers]
         raise ValueError(f"index: wanted one of the attention layers {known}; got {brief(index)}")

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from hooks._arguments import check_kind
 from qkvnorm_lens.attention import Attention, KVCache, Rotation, block_norm, calibrated
 from qkvnorm_lens.config import QKVNormConfig
 from qkvnorm_lens.norms import Calibrated, Gain, Norm
@@ -225,6 +226,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
     """
 
     def __init__(self, cfg: QKVNormConfig) -> None:
+        check_kind("cfg", cfg, QKVNormConfig, "a QKVNormConfig")
         super().__init__()
         self.cfg = cfg
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -297,7 +299,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         """
         _check_mask(attention_mask)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("wanted either input_ids or inputs_embeds, got both or neither")
+            raise ValueError("input_ids: wanted either them or inputs_embeds; got both or neither")
         x = inputs_embeds if input_ids is None else self.tok_embed(input_ids)
         assert x is not None
         cache = (
@@ -306,7 +308,9 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         n_old = 0 if cache is None else len(cache)
         n_new = x.shape[1]
         if n_old + n_new > self.cfg.n_ctx:
-            raise ValueError(f"wanted at most n_ctx = {self.cfg.n_ctx} tokens, got {n_old + n_new}")
+            raise ValueError(
+                f"input_ids: wanted at most n_ctx = {self.cfg.n_ctx} tokens; got {n_old + n_new}"
+            )
         if position_ids is None:
             position_ids = self._positions(x, n_old, attention_mask)
         if self.pos is not None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 
 import hooks
 from hooks.laws import LAWS
+from qkvnorm_lens.config import _HONOURED
 from tests import models
 from tests.arguments import Call
 
@@ -133,13 +136,22 @@ def reports(model: Any, folder: Path) -> dict[str, Call]:
 
 
 def groups() -> dict[str, Call]:
-    import os, tempfile
+    import os
+    import tempfile
 
     model = models.tiny_gpt2()
     folder = Path(tempfile.mkdtemp())
     os.chdir(folder)
     hooks.collapse_probe(model, IDS, sigmas=[0.2, 0.4], draws=2).sigma_at(0.5)
-    return measurements(model) | noises(model) | tensors(model) | reports(model, folder)
+    return (
+        measurements(model)
+        | noises(model)
+        | tensors(model)
+        | reports(model, folder)
+        | figures(model)
+        | ours()
+        | alone()
+    )
 
 
 def tensors(model: Any) -> dict[str, Call]:
@@ -150,4 +162,188 @@ def tensors(model: Any) -> dict[str, Call]:
         "ScoreParts.scores": Call(parts.scores),
         "ScoreParts.pattern": Call(parts.pattern),
         "ScoreParts.pattern_of": Call(parts.pattern_of),
+    }
+
+
+def figures(model: Any) -> dict[str, Call]:
+    from matplotlib.figure import Figure  # noqa: F401 - needed by the figures
+
+    from qkvnorm_lens import html_report, plots
+
+    report = hooks.collapse_probe(model, IDS, sigmas=[0.2, 0.4], draws=2)
+    of: dict[str, dict[str, Any]] = {
+        "collapse_curve": {"report": report},
+        "head_map": {"report": report},
+        "row_margins": {"report": report},
+        "attention": {"report": report},
+        "attention_rows": {"report": report},
+        "fragile_text": {"report": report},
+        "spread_bands": {"report": hooks.spread(model, IDS)},
+        "accuracy_curve": {"reports": hooks.sweep(model, IDS, sigmas=[0.1, 0.5], replicates=2)},
+        "sparsity_histogram": {"table": pd.DataFrame({"low": [0.0, 0.5], "rows": [3, 4]})},
+        "rank_by_depth": {"reports": hooks.rank_profile(model, IDS)},
+        "spectrum_by_depth": {"reports": hooks.spectral_gap(model, IDS)},
+        "symmetry_by_depth": {"reports": hooks.symmetry_gap(model, IDS, permutations=2)},
+        "training_curves": {
+            "logs": {"a": pd.DataFrame({"sequences": [1], "loss": [2.0], "per_token": [0.5]})}
+        },
+    }
+    out = {
+        f"plots.{name}": Call(getattr(plots, name), {k: hold(v) for k, v in right.items()})
+        for name, right in of.items()
+    }
+    view = plots.View("<p>")
+    page = {"report": hold(report)}
+    return out | {
+        "View": Call(plots.View, {"html": hold("<p>")}),
+        "View.save": Call(view.save),
+        "html_report": Call(html_report.html_report, page),
+        "write_html": Call(html_report.write_html, page | {"path": hold("page.html")}),
+    }
+
+
+def ours() -> dict[str, Call]:
+    import qkvnorm_lens
+    from qkvnorm_lens import addition, experiments, recipes, text, training
+    from qkvnorm_lens.checkpoints import checkpoint_path
+
+    tiny = {
+        "placement": "pre",
+        "d_model": 8,
+        "d_head": 4,
+        "n_heads": 2,
+        "n_layers": 1,
+        "n_ctx": 16,
+        "d_vocab": 17,
+        "d_mlp": 8,
+    }
+
+    def config(**fields: Any) -> Any:
+        return qkvnorm_lens.QKVNormConfig(**{**tiny, **fields})
+
+    cfg = config()
+    parameters = [*inspect.signature(qkvnorm_lens.QKVNormConfig).parameters, *sorted(_HONOURED)]
+    config.__signature__ = inspect.Signature(
+        [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in parameters if n != "fields"]
+    )
+    plain = qkvnorm_lens.QKVNormTransformer(cfg)
+    bridge = qkvnorm_lens.load_checkpoint()
+    batch = addition.draw("small-train", 4, seed=0)
+    run = {"config": hold(config(n_ctx=32)), "split": hold("small-train")}
+    return {
+        "NormSpec": Call(qkvnorm_lens.NormSpec),
+        "Sinusoids": Call(qkvnorm_lens.Sinusoids),
+        "QKVNormConfig": Call(config, names={"norm": "norm|NormSpec"}),
+        "QKVNormConfig.from_json": Call(qkvnorm_lens.QKVNormConfig.from_json),
+        "named_config": Call(
+            qkvnorm_lens.named_config, {"name": hold("study"), "placement": hold("pre")}
+        ),
+        "QKVNormTransformer": Call(qkvnorm_lens.QKVNormTransformer),
+        "to_bridge": Call(
+            qkvnorm_lens.to_bridge, {"model": lambda: qkvnorm_lens.QKVNormTransformer(cfg)}
+        ),
+        "to_plain": Call(qkvnorm_lens.to_plain, {"bridge": hold(bridge)}),
+        "save_pretrained": Call(
+            qkvnorm_lens.save_pretrained, {"model": hold(plain), "folder": hold("saved")}
+        ),
+        "from_pretrained": Call(
+            qkvnorm_lens.from_pretrained, {"folder": hold(str(checkpoint_path()))}
+        ),
+        "load_checkpoint": Call(qkvnorm_lens.load_checkpoint),
+        "checkpoint_card": Call(qkvnorm_lens.checkpoint_card),
+        "checkpoint_path": Call(checkpoint_path),
+        "load_model": Call(qkvnorm_lens.load_model, names={"name": "name|model"}),
+        "experiments.run": Call(
+            experiments.run,
+            {"name": hold("theorems"), "size": hold("nothing")},
+            names={
+                "models": "models|size",
+                "out": "out|size",
+                "progress": "progress|size",
+                "name": "name|size",
+            },
+        ),
+        "experiments.get_experiment": Call(experiments.get_experiment),
+        "text.windows": Call(text.windows, {"model": hold(bridge), "text": hold("1+2=3")}),
+        "text.lines": Call(
+            text.lines, {"model": hold(bridge), "text": hold("[1+2=3"), "limit": hold(1)}
+        ),
+        "text.sums": Call(text.sums, {"split": hold("small-train"), "n": hold(2), "seed": hold(0)}),
+        "Split": Call(addition.Split, {"counts": hold((2,)), "digits": hold((1,))}),
+        "get_split": Call(addition.get_split),
+        "draw": Call(addition.draw, {"split": hold("small-train"), "n": hold(2), "seed": hold(0)}),
+        "Batch.by_length": Call(batch.by_length),
+        "Batch.to": Call(batch.to),
+        "get_recipe": Call(recipes.get_recipe),
+        "Recipe": Call(
+            recipes.Recipe,
+            {"optimizer": hold("adamw"), "lr": hold(0.1), "schedule": hold("cosine")},
+        ),
+        "Run": Call(training.Run, run),
+        "evaluate": Call(
+            training.evaluate,
+            {"model": hold(bridge), "split": hold("small-train"), "rows": hold(4)},
+        ),
+        "train": Call(
+            training.train,
+            {
+                "run": lambda: training.Run(
+                    config(n_ctx=32), "small-train", "modern-adamw", steps=1, eval_rows=4
+                ),
+                "out": lambda: tempfile.mkdtemp(dir="."),
+                "progress": hold(False),
+            },
+        ),
+    }
+
+
+def alone() -> dict[str, Call]:
+    from qkvnorm_lens import dynamics, markov
+
+    w = dynamics.gaussian(3, 0)
+    system = dynamics.Dynamics(dynamics.causal_mask(4), w, w, w)
+    x = dynamics.unit_tokens(4, 3, 0)
+    trajectory = system.run(x, 4)
+    n, seed = {"n": hold(3)}, {"seed": hold(0)}
+    recursion = markov.Recursion()
+    signal = markov.propagate(recursion, 3, 2, seed=0)
+    d = {"d": hold(3)} | seed
+    return {
+        "dynamics.orthogonal": Call(dynamics.orthogonal, d),
+        "dynamics.gaussian": Call(dynamics.gaussian, d),
+        "dynamics.unit_tokens": Call(dynamics.unit_tokens, n | d),
+        "Dynamics": Call(
+            dynamics.Dynamics,
+            {"mask": hold(dynamics.causal_mask(4)), **{f"w_{r}": hold(w) for r in "qkv"}},
+        ),
+        "Dynamics.attention": Call(system.attention, {"x": hold(x)}),
+        "Dynamics.step": Call(system.step, {"x": hold(x)}),
+        "Dynamics.run": Call(system.run, {"x0": hold(x), "layers": hold(2)}),
+        "Trajectory.fit": Call(trajectory.fit),
+        "fit_decay": Call(dynamics.fit_decay, {"mu": hold([1.0, 0.5, 0.25, 0.1])}),
+        **{
+            f"dynamics.{name}": Call(
+                getattr(dynamics, name), n | ({"width": hold(1)} if "window" in name else {})
+            )
+            for name in (
+                "complete_mask",
+                "causal_mask",
+                "window_mask",
+                "one_way_window_mask",
+                "star_mask",
+            )
+        },
+        "MaskGraph": Call(dynamics.MaskGraph),
+        "as_mask": Call(dynamics.as_mask),
+        "random_markov": Call(markov.random_markov, {"n_tokens": hold(3)} | seed),
+        "uniform": Call(markov.uniform, {"n_tokens": hold(3)}),
+        "random_softmax": Call(markov.random_softmax, {"x": hold(x)} | seed),
+        "stable_rank": Call(markov.stable_rank),
+        "Recursion": Call(markov.Recursion),
+        "Recursion.step": Call(recursion.step, {"x": hold(x), "weight": hold(w)} | seed),
+        "propagate": Call(
+            markov.propagate,
+            {"recursion": hold(recursion), "n_tokens": hold(3), "depth": hold(2)} | seed,
+        ),
+        "gradient_norms": Call(markov.gradient_norms, {"signal": hold(signal)}),
     }
