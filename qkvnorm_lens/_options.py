@@ -22,7 +22,10 @@ def near(given: str, known: Iterable[str]) -> str:
 
 def brief(value: object) -> str:
     """A value for a message: on one line, and not longer than one."""
-    text = " ".join(repr(value)[:1000].split())
+    try:
+        text = " ".join(repr(value)[:1000].split())
+    except Exception:  # a repr of somebody's own, or an integer of ten thousand digits
+        return type(value).__name__
     return text if len(text) <= 100 else f"{text[:70]}..."
 
 
@@ -35,15 +38,8 @@ def check_name(name: str, given: object, known: Iterable[str]) -> str:
     names = list(known)
     if not isinstance(given, str) or given not in names:
         said = near(given, names) if isinstance(given, str) else ""
-        raise ValueError(f"{name}: wanted one of {names}; got {_safe(given)}{said}")
+        raise ValueError(f"{name}: wanted one of {names}; got {brief(given)}{said}")
     return str(given)
-
-
-def _safe(value: object) -> str:
-    try:
-        return brief(value)
-    except Exception:  # a repr of somebody's own
-        return type(value).__name__
 
 
 def directory(name: str, path: Path) -> None:

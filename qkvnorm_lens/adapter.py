@@ -331,5 +331,14 @@ def from_pretrained(
     device, dtype = check_device("device", device), check_dtype("dtype", dtype)
     if attn_implementation is not None:
         check_choice("attn_implementation", attn_implementation, ("eager", "sdpa"))
-    plain = QKVNormTransformer.from_pretrained(str(where), attn_implementation=attn_implementation)
+    try:
+        plain = QKVNormTransformer.from_pretrained(
+            str(where), attn_implementation=attn_implementation
+        )
+    except OSError as error:  # of huggingface_hub too, in many sentences
+        said = " ".join(str(error).split())
+        raise FileNotFoundError(
+            "folder: wanted a directory that save_pretrained wrote, or the id of one on the hub; "
+            f"got {brief(str(where))}: {said:.300}"
+        ) from error
     return to_bridge(plain.to(device=device, dtype=dtype).eval())

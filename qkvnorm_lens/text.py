@@ -138,8 +138,10 @@ def sums(split: str | Split, n: int, *, seed: int) -> Prompts:
     Raises:
         ValueError: an unknown split, or n < 1.
     """
+    from hooks._arguments import check_integers
     from qkvnorm_lens.addition import PAD, draw, get_split
 
+    (n,) = check_integers(n=(n, 1))
     chosen = get_split(split)
     rows = draw(chosen, n, seed=seed).tokens.tolist()
     ids = [[token for token in row if token != PAD] for row in rows]
