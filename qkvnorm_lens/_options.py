@@ -94,18 +94,6 @@ def number(wanted: str, fits: Callable[[float], bool]) -> Callable[[str], float]
     return read
 
 
-def choice(*known: str) -> Callable[[str], str]:
-    """An option's type: one of some names."""
-
-    def read(value: str) -> str:
-        if value not in known:
-            said = f"{brief(value)}{near(value, known)}"
-            raise argparse.ArgumentTypeError(f"wanted one of {', '.join(known)}; got {said}")
-        return value
-
-    return read
-
-
 def positive(value: str) -> int:
     """An integer of at least 1."""
     return _at_least(value, 1)
@@ -114,6 +102,11 @@ def positive(value: str) -> int:
 def count(value: str) -> int:
     """An integer of at least 0."""
     return _at_least(value, 0)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An option's type: an integer of at least this."""
+    return lambda value: _at_least(value, least)
 
 
 def _at_least(value: str, least: int) -> int:
