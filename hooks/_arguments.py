@@ -95,7 +95,7 @@ def check_integers(**given: tuple[Any, int] | tuple[Any, int, int | float]) -> t
         number, end = plain(value), most[0] if most else _LARGEST
         whole = isinstance(number, Integral) and not isinstance(number, bool)
         if not whole or not least <= number <= end:
-            bounded = end < math.inf and (most or (whole and number > end))
+            bounded = end < MANY or (whole and number > end)  # a far end is told to who met it
             wanted = f"from {least} to {end}" if bounded else f">= {least}"
             raise ValueError(f"{name}: wanted an integer {wanted}; got {brief(value)}")
         out.append(int(number))
@@ -225,8 +225,8 @@ def check_path(name: str, value: Any) -> Path:
     """
     if not isinstance(value, (str, os.PathLike)) or isinstance(given := os.fspath(value), bytes):
         raise TypeError(f"{name}: wanted a path; got {brief(value)}")
-    parts = Path(given).parts if given and "\0" not in given else ()
-    if not parts or max(len(os.fsencode(part)) for part in parts) > _LONGEST_NAME:
+    long = any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(given).parts)
+    if not given or "\0" in given or long:
         raise ValueError(f"{name}: wanted a path that a file can have; got {brief(given)}")
     return Path(given)
 

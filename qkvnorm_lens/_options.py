@@ -73,8 +73,8 @@ def file(name: str, path: Path) -> None:
 
 def some_path(value: str) -> Path:
     """A path that a file can have."""
-    parts = Path(value).parts if value and "\0" not in value else ()
-    if not parts or max(len(os.fsencode(part)) for part in parts) > 255:
+    long = any(len(os.fsencode(part)) > 255 for part in Path(value).parts)
+    if not value or "\0" in value or long:
         raise argparse.ArgumentTypeError(f"wanted a path; got {brief(value)}")
     return Path(value)
 

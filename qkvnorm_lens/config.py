@@ -360,6 +360,7 @@ def _made(name: str, kind: type[_Spec], values: Any) -> _Spec:
     """A part of a configuration from its dict."""
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     check_kind(name, values, dict, f"a dict with {', '.join(known)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}  # as JSON has
     strange = [key for key in values if key not in known]
     if strange:
         got = f"{brief(strange[0])}{near(strange[0], known)}"

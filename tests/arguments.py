@@ -86,6 +86,7 @@ POOL: dict[str, Callable[[], Any]] = {
     "class": lambda: int,
     "function": lambda: len,
     "Path": lambda: Path("nowhere"),
+    "here": lambda: ".",
     "np.int64": lambda: np.int64(2),
     "np.float32": lambda: np.float32(0.25),
     "np.bool_": lambda: np.bool_(True),
