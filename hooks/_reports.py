@@ -26,7 +26,7 @@ def write_report(
     """
     path = check_path("path", path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path}: wanted a file's name; got a directory")
+        raise IsADirectoryError(f"path: wanted a file's name; got the directory {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     words = {"format": form} | {name: json.dumps(value) for name, value in head.items()}
     # ascontiguousarray gives a number an axis; take it away again.
@@ -42,6 +42,9 @@ def read_report(path: str | Path, form: str, what: str) -> tuple[dict[str, Any],
         ValueError: the file is none, or of another format.
     """
     path = check_path("path", path)
+    if not path.is_file():
+        kind = IsADirectoryError if path.is_dir() else FileNotFoundError
+        raise kind(f"path: wanted a {what}; got {path}, which is no file")
     try:
         with safe_open(path, "np") as file:
             head = file.metadata() or {}

@@ -15,12 +15,150 @@ import torch
 import hooks
 from hooks.laws import LAWS
 from qkvnorm_lens.config import _HONOURED
-from tests import models
 from tests.arguments import Call
 
 IDS = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 1, 2, 3]]
 # What a model is given is read by a function of its own, which has tests of its own.
 GIVEN = ("model", "tokens", "decoder_tokens", "attention_mask", "targets")
+
+
+# Of every call, so that each is a test of its own; `test_arguments` holds them together.
+NAMES = (
+    "NormNoise",
+    "CentredAttention",
+    "collapse_probe",
+    "sweep",
+    "spread",
+    "interference",
+    "rank_profile",
+    "spectral_gap",
+    "symmetry_gap",
+    "NormNoise.uniforms",
+    "NormNoise.factors",
+    "NormNoise.hooks",
+    "NormNoise.applied",
+    "CentredAttention.hooks",
+    "AttentionSites.layer",
+    "LayerSites.vector",
+    "LayerSites.sequence",
+    "critical_half_width",
+    "collapse_probability",
+    "split",
+    "ScoreParts.scores",
+    "ScoreParts.pattern",
+    "ScoreParts.pattern_of",
+    "CollapseReport.to_frame",
+    "CollapseReport.sigma_at",
+    "CollapseReport.fragile",
+    "CollapseReport.kept_noise",
+    "CollapseReport.read_by",
+    "CollapseReport.exact_rate",
+    "CollapseReport.merge",
+    "CollapseReport.save",
+    "CollapseReport.load",
+    "ProbeSettings",
+    "SweepReport.to_frame",
+    "SweepReport.sigma_at",
+    "SweepReport.merge",
+    "SweepReport.save",
+    "SweepReport.load",
+    "SweepSettings",
+    "SpreadReport.to_frame",
+    "SpreadReport.save",
+    "SpreadReport.load",
+    "SpreadSettings",
+    "InterferenceReport.to_frame",
+    "InterferenceReport.merge",
+    "InterferenceReport.save",
+    "InterferenceReport.load",
+    "InterferenceSettings",
+    "RankReport.to_frame",
+    "RankReport.save",
+    "RankReport.load",
+    "RankSettings",
+    "SpectrumReport.to_frame",
+    "SpectrumReport.save",
+    "SpectrumReport.load",
+    "SpectrumSettings",
+    "SymmetryReport.to_frame",
+    "SymmetryReport.verdict",
+    "SymmetryReport.vanishes",
+    "SymmetryReport.save",
+    "SymmetryReport.load",
+    "SymmetrySettings",
+    "RankSite",
+    "KeptRows.weights",
+    "plots.collapse_curve",
+    "plots.head_map",
+    "plots.row_margins",
+    "plots.attention",
+    "plots.attention_rows",
+    "plots.fragile_text",
+    "plots.spread_bands",
+    "plots.accuracy_curve",
+    "plots.sparsity_histogram",
+    "plots.rank_by_depth",
+    "plots.spectrum_by_depth",
+    "plots.symmetry_by_depth",
+    "plots.training_curves",
+    "View",
+    "View.save",
+    "html_report",
+    "write_html",
+    "NormSpec",
+    "Sinusoids",
+    "QKVNormConfig",
+    "QKVNormConfig.from_json",
+    "named_config",
+    "QKVNormTransformer",
+    "to_bridge",
+    "to_plain",
+    "save_pretrained",
+    "from_pretrained",
+    "load_checkpoint",
+    "checkpoint_card",
+    "checkpoint_path",
+    "load_model",
+    "experiments.run",
+    "experiments.get_experiment",
+    "text.windows",
+    "text.lines",
+    "text.sums",
+    "Split",
+    "get_split",
+    "draw",
+    "Batch.by_length",
+    "Batch.to",
+    "get_recipe",
+    "Recipe",
+    "Run",
+    "evaluate",
+    "train",
+    "dynamics.orthogonal",
+    "dynamics.gaussian",
+    "dynamics.unit_tokens",
+    "Dynamics",
+    "Dynamics.attention",
+    "Dynamics.step",
+    "Dynamics.run",
+    "Trajectory.fit",
+    "fit_decay",
+    "dynamics.complete_mask",
+    "dynamics.causal_mask",
+    "dynamics.window_mask",
+    "dynamics.one_way_window_mask",
+    "dynamics.star_mask",
+    "MaskGraph",
+    "as_mask",
+    "random_markov",
+    "uniform",
+    "random_softmax",
+    "stable_rank",
+    "Recursion",
+    "Recursion.step",
+    "propagate",
+    "gradient_norms",
+)
 
 
 def hold(value: Any) -> Callable[[], Any]:
@@ -72,19 +210,21 @@ def noises(model: Any) -> dict[str, Call]:
         "NormNoise.uniforms": Call(
             noise.uniforms,
             drawn | {"prompt": hold(0), "start": hold(0)},
-            slow={"n_pos": ("2**70",), "n_heads": ("2**70",)},
         ),
-        "NormNoise.factors": Call(noise.factors, drawn | {"prompts": hold([0, 1])}),
+        "NormNoise.factors": Call(
+            noise.factors, drawn | {"prompts": hold([0, 1])}, slow={"prompts": ("long list",)}
+        ),
         "NormNoise.hooks": Call(noise.hooks, {"model": hold(model)}),
         "NormNoise.applied": Call(_applied(model, noise)),
         "CentredAttention.hooks": Call(hooks.CentredAttention().hooks, {"model": hold(model)}),
         "AttentionSites.layer": Call(sites.layer),
         "LayerSites.vector": Call(layer.vector),
         "LayerSites.sequence": Call(layer.sequence),
-        "critical_half_width": Call(hooks.critical_half_width, tensors),
+        "critical_half_width": Call(hooks.critical_half_width, tensors, {"s_star": "s_star|s"}),
         "collapse_probability": Call(
             hooks.collapse_probability,
             tensors | {"sigma": hold(torch.full((3,), 0.2)), "law": hold(LAWS["uniform"])},
+            {"s_star": "s_star|s|sigma"},
         ),
     }
 
@@ -122,7 +262,7 @@ def reports(model: Any, folder: Path) -> dict[str, Call]:
                 "exact_rate": {"sigma": hold(0.2), "rows": hold([0, 1])},
                 "read_by": {"label": hold("L0"), "prompt": hold(0)},
             }.get(method, {})
-            names = {"merge": {"later": "merge"}}.get(method, {})
+            names = {"merge": {"later": "merge"}, "load": {"path": r"\w+"}}.get(method, {})
             out[f"{name}.{method}"] = Call(getattr(each, method), right, names)
         settings = type(each.settings)
         right = {f.name: hold(getattr(each.settings, f.name)) for f in dataclasses.fields(settings)}
@@ -133,25 +273,6 @@ def reports(model: Any, folder: Path) -> dict[str, Call]:
     )
     out["KeptRows.weights"] = Call(report.kept.weights)
     return out
-
-
-def groups() -> dict[str, Call]:
-    import os
-    import tempfile
-
-    model = models.tiny_gpt2()
-    folder = Path(tempfile.mkdtemp())
-    os.chdir(folder)
-    hooks.collapse_probe(model, IDS, sigmas=[0.2, 0.4], draws=2).sigma_at(0.5)
-    return (
-        measurements(model)
-        | noises(model)
-        | tensors(model)
-        | reports(model, folder)
-        | figures(model)
-        | ours()
-        | alone()
-    )
 
 
 def tensors(model: Any) -> dict[str, Call]:
@@ -293,6 +414,7 @@ def ours() -> dict[str, Call]:
                 "out": lambda: tempfile.mkdtemp(dir="."),
                 "progress": hold(False),
             },
+            skip=("compile_model",),  # torch takes long
         ),
     }
 
@@ -347,3 +469,10 @@ def alone() -> dict[str, Call]:
         ),
         "gradient_norms": Call(markov.gradient_norms, {"signal": hold(signal)}),
     }
+
+
+def every(model: Any, folder: Path) -> dict[str, Call]:
+    """All of them; ``folder`` is the working directory."""
+    made = [measurements(model), noises(model), tensors(model), reports(model, folder)]
+    made += [figures(model), ours(), alone()]
+    return {name: call for group in made for name, call in group.items()}

@@ -1,8 +1,8 @@
 """Wrong and right arguments, and the rule for what a call makes of them.
 
-A call gives a result, or refuses: ValueError, TypeError or OSError, whose message has the argument's
-name, what was wanted and what was got, on one line of bounded length. Users run without the shape
-checks that the tests have, and so does this.
+A call gives a result, or refuses: ValueError, TypeError or OSError, whose message has the
+argument's name, what was wanted and what was got, on one line of bounded length. Users run without
+the shape checks that the tests have, and so does this.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Call:
         parameters = inspect.signature(self.call).parameters.values()
         return [p.name for p in parameters if p.kind not in kinds and p.name not in self.skip]
 
-    def values(self, argument: str, more: Mapping[str, Callable[[], Any]] = {}) -> list[str]:
+    def values(self, argument: str) -> list[str]:
         """Names of the values that are tried for an argument."""
         return [v for v in POOL if v not in self.slow.get(argument, ())]
 
