@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from hooks._arguments import check_choice, check_fields, check_number
-from hooks._reports import check_follows, read_report, write_report
+from hooks._reports import check_follows, joined_facts, read_report, told, write_report
 
 SweepBy = Literal["sigma", "prompt", "draw"]
 _FORMAT = "qkvnorm-lens sweep report 1"
@@ -199,6 +199,7 @@ class SweepReport:
         }
         return replace(
             self,
+            model=joined_facts(self, later),
             tokens=self.tokens + later.tokens,
             decoder_tokens=self.decoder_tokens + later.decoder_tokens,
             **joined,
@@ -242,7 +243,7 @@ class SweepReport:
                 parts.append("No measured sigma takes a tenth of the accuracy.")
         if s.at == "projection":
             parts.append(_projected(self.model["shields"], s.on))
-        return " ".join([*parts, self.model["sites"]])
+        return " ".join([*parts, told(self.model)])
 
     def __str__(self) -> str:
         return self.summary()

@@ -9,15 +9,15 @@ counts while its scores exist and is let go of.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import (
     MANY,
     brief,
@@ -29,15 +29,16 @@ from hooks._arguments import (
     read_sigmas,
 )
 from hooks._facts import attention_facts
-from hooks._inputs import without_cache
+from hooks._given import MaskLike, Tokens
 from hooks._prompts import encode
 from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused
+from hooks._threads import hooked
 from hooks.laws import LAWS
 from hooks.noise import SPARSE, NormNoise, Shared
 from hooks.results import CollapseReport, ProbeSettings
-from hooks.scores import qk_part
-from hooks.selfcheck import attention_sites
+from hooks.scores import qk_part, recheck
+from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
 
 if TYPE_CHECKING:
@@ -56,11 +57,12 @@ _BLOCK_BYTES = 1 << 24
 Method = Literal["exact", "sample"]
 
 
+@measurement
 def collapse_probe(
     model: HookedModel,
-    tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],
+    tokens: Tokens,
     *,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
+    decoder_tokens: Tokens | None = None,
     sigmas: Sequence[float] | None = None,
     on: str = "qk",
     method: Method = "exact",
@@ -70,7 +72,7 @@ def collapse_probe(
     sparse: float = SPARSE,
     draws: int = 16,
     seed: int = 0,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     keep: int = KEEP,
@@ -153,9 +155,6 @@ def collapse_probe(
     )
     query_block = None if query_block is None else block
     _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
-    unusual = tokens if isinstance(tokens, Mapping) else None
-    sites = attention_sites(model, unusual)
-    chosen = choose_layers(sites, layers)
     prompts = encode(
         model,
         tokens,
@@ -163,6 +162,8 @@ def collapse_probe(
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
     )
+    sites = sites_for(model, prompts)
+    chosen = choose_layers(sites, layers)
     settings = ProbeSettings(
         sigmas=values,
         on="".join(noise.roles),
@@ -176,9 +177,8 @@ def collapse_probe(
         keep=keep,
         keep_rows=keep_rows,
     )
-    tally = Tally(settings, chosen, len(prompts), first_prompt)
+    tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
     batches = prompts.batches(batch_size)
-    options = without_cache(model)
     with (
         _state.evaluating(model),
         Workers().open() as workers,
@@ -195,11 +195,11 @@ def collapse_probe(
             with (
                 contextlib.suppress(_state.Finished),
                 watch.tap or contextlib.nullcontext(),
-                model.hooks(fwd_hooks=watch.hooks()),
+                hooked(model, watch.hooks()),
             ):
-                given.run(model, **options)
+                given.run(model)
             bar.update(len(indices))
-    return tally.report(model=attention_facts(model, sites, chosen), prompts=prompts)
+    return tally.report(model=attention_facts(model, sites, chosen, prompts), prompts=prompts)
 
 
 def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
@@ -271,7 +271,9 @@ class _Watch:
         def at_pattern(pattern: Tensor, hook: Any) -> None:
             vectors = q_and_k()
             s = None if vectors is None else qk_part(sites, *vectors)
-            reducer().add(kept.pop("scores"), pattern, s)
+            scores = kept.pop("scores")
+            recheck(sites, scores, pattern)
+            reducer().add(scores, pattern, s)
             finish()
 
         def at_z(z: Tensor, hook: Any) -> None:

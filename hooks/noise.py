@@ -31,6 +31,7 @@ from hooks._arguments import (
     read_list,
 )
 from hooks._inputs import has_decoder, real_spans
+from hooks._threads import intervening
 from hooks.errors import UnsupportedModelError
 from hooks.laws import LAWS, check_sigma, get_law
 from hooks.scores import expand_factors, split
@@ -186,7 +187,7 @@ class NormNoise:
         given = read_list("prompts", prompts, "a list of indices")
         prompts = [check_integers(prompts=(p, 0))[0] for p in given]
         starts = _starts(start, len(prompts))
-        out = torch.ones(len(prompts), n_pos, n_heads)
+        out = torch.ones(len(prompts), n_pos, n_heads, dtype=torch.float32)
         if self.sigma == 0:
             return out
         law = get_law(self.law)
@@ -252,7 +253,7 @@ class NormNoise:
         clock = _Clock(first_prompt, _masks(model, attention_mask, decoder_attention_mask))
         inner = getattr(model, "original_model", None)
         handle = None
-        with model.hooks(fwd_hooks=self._hooks(model, clock)):
+        with intervening(model, self._hooks(model, clock)):
             if inner is not None:
                 handle = inner.register_forward_pre_hook(clock.read_cache, with_kwargs=True)
                 clock.follows = True

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks._arguments import brief, check_booleans, check_kind, check_tensor
+from hooks.errors import UnsupportedModelError
 from hooks.sites import LayerSites
 
 Scores = Float[Tensor, "batch head query key"]
@@ -90,6 +91,30 @@ def softmax_with_sink(
         return torch.softmax(w, dim=-1)
     beside = sink.to(w).expand(w.shape[:-1])[..., None]
     return torch.softmax(torch.cat([w, beside], dim=-1), dim=-1)[..., :-1]
+
+
+def recheck(sites: LayerSites, scores: Scores, pattern: Scores) -> None:
+    """Refuse a pattern that is not the softmax of its scores, where hooks of the user's may edit.
+
+    Raises:
+        UnsupportedModelError: it is another.
+    """
+    if not sites.recheck:
+        return
+    seen = visible(scores)
+    w = scores.double().masked_fill(~seen, -torch.inf)
+    sink = w.new_tensor(sites.sink)[:, None] if sites.sink else None
+    p = softmax_with_sink(w, sink)
+    room = 64 * torch.finfo(scores.dtype).eps * (1 + w.masked_fill(~seen, 0).abs().amax(-1))
+    error = (p - pattern.double()).abs().amax(-1).where(seen.any(-1), torch.zeros(()).double())
+    if not bool((error <= room).all()):
+        raise UnsupportedModelError(
+            "pattern = softmax(scores)",
+            wanted=f"a difference of at most {float(room.max()):.2g}",
+            got=f"{float(error.max()):.2g}: a hook of yours edits the pattern behind its scores, "
+            "so that no noise on them says what it does; measure without it",
+            layer=sites.layer,
+        )
 
 
 def split(
@@ -167,7 +192,7 @@ def expand_factors(
     k: Float[Tensor, "batch key kv_head"] | None,
 ) -> Float[Tensor, "#batch #head #query #key"]:
     """(1 + kq)(1 + k_t) as a factor on the scores, from factors per vector; None stands for 1."""
-    factor = torch.ones(1, 1, 1, 1)
+    factor = torch.ones(1, 1, 1, 1, dtype=torch.float32)
     if q is not None:
         factor = q.transpose(1, 2)[:, :, :, None]
     if k is not None:

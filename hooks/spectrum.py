@@ -13,31 +13,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks._ambient import measurement
 from hooks._arguments import brief, check_integers, check_optional, choose_layers, read_list
 from hooks._facts import attention_facts
+from hooks._given import MaskLike, Tokens
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
 from hooks._spectrum_report import SpectrumReport, SpectrumSettings
 from hooks.centring import is_centred
 from hooks.errors import UnsupportedModelError
-from hooks.selfcheck import attention_sites
+from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
 
 _MOST_VALUES = 1 << 16  # singular values: no attention matrix has more that are worth keeping
 
 
+@measurement
 def spectral_gap(
     model: HookedModel,
-    tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
+    tokens: Tokens,
     *,
     k: int = 8,
     lengths: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    decoder_tokens: Tokens | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     progress: bool | None = None,
@@ -77,7 +80,14 @@ def spectral_gap(
     k, batch_size = check_integers(k=(k, 2, _MOST_VALUES), batch_size=(batch_size, 1))
     cuts = None if lengths is None else _check_lengths(lengths)
     _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
-    sites = attention_sites(model, tokens if isinstance(tokens, Mapping) else None)
+    prompts = encode(
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+    )
+    sites = sites_for(model, prompts)
     chosen = choose_layers(sites, layers)
     for layer in chosen:
         if layer.sequence("q") != layer.sequence("k"):
@@ -87,13 +97,6 @@ def spectral_gap(
                 got=f"cross-attention {layer.label} (leave it out with layers=)",
                 layer=layer.layer,
             )
-    prompts = encode(
-        model,
-        tokens,
-        decoder_tokens=decoder_tokens,
-        attention_mask=attention_mask,
-        prepend_bos=prepend_bos,
-    )
     origin = list(range(len(prompts)))
     if cuts is not None:
         prompts, origin = _cut(prompts, cuts)
@@ -108,7 +111,7 @@ def spectral_gap(
         what="spectral gap",
     )
     settings = SpectrumSettings(k=k, lengths=cuts, layers=tuple(s.layer for s in chosen))
-    facts = attention_facts(model, sites, chosen)
+    facts = attention_facts(model, sites, chosen, prompts)
     facts["centred"] = [s.label for s in chosen if is_centred(model, s)]
     return gathered.report(settings, facts, prompts, origin)
 

@@ -12,9 +12,10 @@ from typing import Any, cast, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from hooks._ambient import measurement
 from hooks._arguments import (
     check_booleans,
     check_choice,
@@ -23,23 +24,25 @@ from hooks._arguments import (
     choose_layers,
 )
 from hooks._facts import attention_facts
+from hooks._given import MaskLike, Tokens
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
 from hooks._spread_report import Of, SpreadReport, SpreadSettings
 from hooks.errors import UnsupportedModelError
-from hooks.selfcheck import attention_sites
+from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites, Role
 
 
+@measurement
 def spread(
     model: HookedModel,
-    tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
+    tokens: Tokens,
     *,
     of: Of = "stream",
     without_first: bool = True,
     layers: Sequence[int] | None = None,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    decoder_tokens: Tokens | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     progress: bool | None = None,
@@ -80,7 +83,14 @@ def spread(
     (batch_size,) = check_integers(batch_size=(batch_size, 1))
     (without_first,) = check_booleans(without_first=without_first)
     _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
-    sites = attention_sites(model, tokens if isinstance(tokens, Mapping) else None)
+    prompts = encode(
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+    )
+    sites = sites_for(model, prompts)
     chosen = choose_layers(sites, layers)
     for layer in chosen:
         if of == "stream" and layer.sequence("q") != layer.sequence("k"):
@@ -90,13 +100,6 @@ def spread(
                 got=f"cross-attention {layer.label} (leave it out with layers=, or take of='k')",
                 layer=layer.layer,
             )
-    prompts = encode(
-        model,
-        tokens,
-        decoder_tokens=decoder_tokens,
-        attention_mask=attention_mask,
-        prepend_bos=prepend_bos,
-    )
     gathered = _Gathered(chosen, of)
     roles: tuple[Role, ...] = () if of == "stream" else (of,)
     observe(
@@ -113,7 +116,7 @@ def spread(
     settings = SpreadSettings(
         of=of, without_first=without_first, layers=tuple(s.layer for s in chosen)
     )
-    return gathered.report(settings, attention_facts(model, sites, chosen), prompts)
+    return gathered.report(settings, attention_facts(model, sites, chosen, prompts), prompts)
 
 
 class _Gathered:
@@ -156,6 +159,7 @@ class _Gathered:
             model=model,
             tokens=prompts.strings,
             decoder_tokens=prompts.decoder_strings,
+            starts=prompts.starts if prompts.packed else (),
             norms=tuple(norms),
             weights=tuple(weights),
             prompt=tuple(prompt),

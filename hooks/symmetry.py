@@ -9,7 +9,7 @@ Source: Zuo & Guerzhoy 2024, arXiv 2402.05969; for neighbouring positions arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement, model_pass
 from hooks._arguments import (
     MANY,
     SEEDS,
@@ -35,19 +36,22 @@ from hooks._arguments import (
     read_list,
 )
 from hooks._facts import attention_facts
+from hooks._given import MaskLike, Tokens, refuse_other_inputs
 from hooks._inputs import has_decoder, input_device, without_cache
 from hooks._observe import Hook, stream_hook
 from hooks._positions import find_removals, rounding, taken
 from hooks._prompts import Prompts, encode
 from hooks._symmetry_report import FLOORS, REACH, SymmetryReport, SymmetrySettings
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
-from hooks.selfcheck import attention_sites
+from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
 
 
+@measurement
 def symmetry_gap(
     model: HookedModel,
-    tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
+    tokens: Tokens,
     *,
     permutations: int | Sequence[Sequence[int]] | np.ndarray | Tensor = 8,
     seed: int = 0,
@@ -55,7 +59,7 @@ def symmetry_gap(
     positions: bool | None = None,
     mask: bool | None = None,
     layers: Sequence[int] | None = None,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 16,
     progress: bool | None = None,
@@ -116,10 +120,11 @@ def symmetry_gap(
     positions, mask, _, progress = check_optional(
         positions=positions, mask=mask, prepend_bos=prepend_bos, progress=progress
     )
-    sites = attention_sites(model, tokens if isinstance(tokens, Mapping) else None)
+    prompts = encode(model, tokens, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    sites = sites_for(model, prompts)
     _refuse_two_sequences(model)
     chosen = choose_layers(sites, layers)
-    prompts = encode(model, tokens, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    refuse_other_inputs("symmetry_gap", prompts.extra)
     orders = _orders(prompts, asked, seed, keep_first)
     removals = find_removals(model, list(sites), prompts)
     variants = removals.variants(positions, mask)
@@ -145,7 +150,7 @@ def symmetry_gap(
         variants=tuple(v.name for v in variants),
         layers=tuple(s.layer for s in chosen),
     )
-    facts = attention_facts(model, sites, chosen) | {
+    facts = attention_facts(model, sites, chosen, prompts) | {
         name: {"status": removal.status, "why": removal.why}
         for name, removal in (("positions", removals.positions), ("mask", removals.mask))
     }
@@ -352,7 +357,7 @@ class _Run:
             for name, value in self.arguments(ids.shape[1], dtype).items()
         }
         kept: dict[str, Tensor] = {}
-        with self.model.hooks(fwd_hooks=self._hooks(kept, tried)):
+        with hooked(self.model, self._hooks(kept, tried)), model_pass():
             logits = self.model(ids.to(device), **{**self.options, **named})
         for sites, name in zip(self.layers, self.ends, strict=True):
             if name not in kept or not bool(torch.isfinite(kept[name]).all()):
