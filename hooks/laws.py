@@ -190,7 +190,7 @@ def get_law(name: str) -> Law:
     Raises:
         ValueError: an unknown name.
     """
-    return LAWS[check_choice("law", name, LAWS)]
+    return LAWS[check_choice("law", name, sorted(LAWS))]
 
 
 def check_sigma(sigma: float, law: Law, name: str = "sigma") -> float:

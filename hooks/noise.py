@@ -109,7 +109,7 @@ class NormNoise:
         )
         seed, draw = check_integers(seed=(self.seed, 0, SEEDS), draw=(self.draw, 0, SEEDS))
         read: dict[str, Any] = {
-            "law": check_choice("law", self.law, LAWS),
+            "law": check_choice("law", self.law, sorted(LAWS)),
             "on": _roles(self.on),
             **{name: check_choice(name, getattr(self, name), names) for name, names in known},
             "seed": seed,

@@ -24,6 +24,7 @@ from hooks._arguments import (
     check_integers,
     check_layers,
     check_optional,
+    choose_layers,
     read_sigmas,
 )
 from hooks._facts import attention_facts
