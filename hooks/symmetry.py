@@ -9,7 +9,7 @@ Source: Zuo & Guerzhoy 2024, arXiv 2402.05969; for neighbouring positions arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -187,6 +187,8 @@ def _asked(permutations: Any) -> int | list[np.ndarray]:
     if isinstance(plain(permutations), Integral):
         return check_integers(permutations=(permutations, 1, MANY))[0]
     wanted = "an integer >= 1, or permutations [permutation, position]"
+    if isinstance(permutations, Set):  # of no order
+        raise ValueError(f"permutations: wanted {wanted}; got {brief(permutations)}")
     try:
         rows = read_list("permutations", permutations, wanted)
     except TypeError as error:

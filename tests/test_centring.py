@@ -408,7 +408,7 @@ def test_each_layer_may_have_its_own(gpt2: Any) -> None:
 
 @pytest.mark.parametrize("value", [1, 0, "no", None])
 def test_a_configuration_takes_a_boolean(value: Any) -> None:
-    with shape_checks_off(), pytest.raises(ValueError, match="centred: wanted True or False, got"):
+    with shape_checks_off(), pytest.raises(TypeError, match="centred: wanted True or False; got"):
         ours(centred=value)
 
 
