@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks._arguments import check_integers
+from hooks._arguments import check_choice, check_fields, check_integers
 from hooks._files import Unsound
 from hooks._interference_count import ALL_ROWS, CONTENT_ROWS, DIRECTION, LENGTH, TOTAL
 from hooks._reports import Form, check_follows, joined_facts, told
@@ -33,6 +33,9 @@ class InterferenceSettings:
     draws: int
     layers: tuple[int, ...]
     seed: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +137,7 @@ class InterferenceReport:
         Raises:
             ValueError: another ``by``.
         """
-        if by not in _DROP:
-            raise ValueError(f"by: wanted one of {list(_DROP)}; got {by!r}")
+        check_choice("by", by, _DROP)
         frames = [
             self._one(by, i, j)
             for i in range(len(self.settings.on))

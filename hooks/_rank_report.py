@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from hooks._arguments import check_booleans, check_choice, check_fields
 from hooks._files import Unsound
 from hooks._rank_measures import MEASURES
 from hooks._reports import Form
@@ -52,6 +53,9 @@ class RankSite:
     site: str
     hook: str
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def label(self) -> str:
         """``L3 mid``; ``E3``, ``D3`` in an encoder and a decoder."""
@@ -64,6 +68,9 @@ class RankSettings:
 
     layers: tuple[int, ...] | None
     sites: tuple[RankSite, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +120,8 @@ class RankReport:
         Raises:
             ValueError: another ``by``.
         """
-        if by not in ("prompt", "site"):
-            raise ValueError(f"by: wanted 'prompt' or 'site'; got {by!r}")
-        if not isinstance(without_first, bool):
-            raise ValueError(f"without_first: wanted True or False; got {without_first!r}")
+        check_choice("by", by, get_args(RankBy))
+        (without_first,) = check_booleans(without_first=without_first)
         names = [
             {"stack": s.stack, "layer": s.layer, "site": s.site, "label": s.label}
             for s in self.settings.sites

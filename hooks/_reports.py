@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from safetensors.numpy import save
 
+from hooks._arguments import check_path
 from hooks._files import (
     DIGEST,
     TensorFile,
@@ -71,9 +72,9 @@ class Form(Generic[Report]):
             IsADirectoryError: it is one.
             OSError: it can't be written; the message says what was kept.
         """
-        path = Path(path)
+        path = check_path("path", path)
         if path.is_dir():
-            raise IsADirectoryError(f"{path}: wanted a file's name; got a directory")
+            raise IsADirectoryError(f"path: wanted a file's name; got the directory {path}")
         kinds = _kinds(self.report)
         head = {n: getattr(report, n) for n, kind in kinds.items() if not _has_arrays(kind)}
         words = {"format": self._format(self.version)}
@@ -91,8 +92,12 @@ class Form(Generic[Report]):
             ReportFileError: it is no such report, or not whole.
             OSError: no such file, or one that can't be read.
         """
+        path = check_path("path", path)
+        if not path.is_file():
+            kind = IsADirectoryError if path.is_dir() else FileNotFoundError
+            raise kind(f"path: wanted a {self.name}; got {path}, which is no file")
         try:
-            with Path(path).open("rb") as stream:
+            with path.open("rb") as stream:
                 return self._read(TensorFile.open(stream))
         except Unsound as error:
             wanted = error.wanted

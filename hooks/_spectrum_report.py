@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks._arguments import check_integers
+from hooks._arguments import check_choice, check_fields, check_integers
 from hooks._files import Unsound
 from hooks._reports import Form
 from hooks._values import check_ascending, check_numbers, per_layer
@@ -32,6 +32,9 @@ class SpectrumSettings:
     k: int
     lengths: tuple[int, ...] | None
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +91,7 @@ class SpectrumReport:
         Raises:
             ValueError: another ``by``.
         """
-        if by not in get_args(SpectrumBy):
-            raise ValueError(f"by: wanted one of {list(get_args(SpectrumBy))}; got {by!r}")
+        check_choice("by", by, get_args(SpectrumBy))
         rows = pd.concat([self._rows(i) for i in range(len(self.singular))], ignore_index=True)
         if by == "prompt":
             return rows

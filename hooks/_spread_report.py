@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from hooks._arguments import check_choice, check_fields, check_number
 from hooks._files import Unsound
 from hooks._reports import Form, first_tokens
 from hooks._values import check_numbers, per_layer
@@ -33,6 +34,9 @@ class SpreadSettings:
     of: Of
     without_first: bool
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +96,8 @@ class SpreadReport:
         Raises:
             ValueError: another ``by``, or a share outside (0, 1].
         """
-        if by not in ("token", "head", "layer", "model"):
-            raise ValueError(f"by: wanted 'token', 'head', 'layer' or 'model'; got {by!r}")
-        if not 0 < share <= 1:
-            raise ValueError(f"share: wanted a share in (0, 1]; got {share!r}")
+        check_choice("by", by, get_args(SpreadBy))
+        share = check_number("share", share, "a share in (0, 1]", lambda x: 0 < x <= 1)
         heads = [self._head(i, h) for i, w in enumerate(self.weights) for h in range(len(w))]
         if by == "token":
             return pd.concat([head.frame(self) for head in heads], ignore_index=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks._arguments import check_integers
+from hooks._arguments import check_choice, check_fields, check_integers, check_number
 from hooks._files import Unsound
 from hooks._reports import Form, check_follows, joined_facts, told
 from hooks._values import check_ascending, check_counts, check_numbers, check_word
@@ -35,6 +35,9 @@ class SweepSettings:
     rows: str
     layers: tuple[int, ...]
     seed: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +96,7 @@ class SweepReport:
             se_prompts_accuracy_change, se_prompts_loss_change: standard error of the changes over
                 prompts, clean and noisy paired (by sigma; NaN for one prompt).
         """
-        if by not in ("sigma", "prompt", "draw"):
-            raise ValueError(f"by: wanted one of ['sigma', 'prompt', 'draw']; got {by!r}")
+        check_choice("by", by, get_args(SweepBy))
         sums = self._sums()  # [sigma, draw, prompt]
         over = {"sigma": (1, 2), "prompt": (1,), "draw": (2,)}[by]
         n = {name: self._counts(name) for name in _METRICS}
@@ -164,8 +166,7 @@ class SweepReport:
             ValueError: a share outside (0, 1), no accuracy, or a fall that no measured sigma
                 brackets.
         """
-        if not 0 < drop < 1:
-            raise ValueError(f"drop: wanted a share between 0 and 1; got {drop!r}")
+        drop = check_number("drop", drop, "a share between 0 and 1", lambda x: 0 < x < 1)
         frame = self.to_frame()
         sigma, accuracy = (frame[name].to_numpy(dtype=float) for name in ("sigma", "accuracy"))
         if not accuracy[0] > 0:

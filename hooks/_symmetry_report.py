@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from hooks._arguments import check_integers
+from hooks._arguments import check_choice, check_fields, check_integers
 from hooks._files import Unsound
 from hooks._positions import Status, Variant
 from hooks._reports import Form
@@ -35,6 +35,9 @@ class SymmetrySettings:
     keep_first: bool
     variants: tuple[str, ...]
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +120,8 @@ class SymmetryReport:
         return self.verdict(variant) == "none"
 
     def _index(self, variant: str) -> int:
-        if variant not in self.settings.variants:
-            raise ValueError(
-                f"variant: wanted one of {list(self.settings.variants)}; got {variant!r}"
-            )
-        return self.settings.variants.index(variant)
+        known = self.settings.variants
+        return known.index(check_choice("variant", variant, known))
 
     def to_frame(self, by: SymmetryBy = "variant") -> pd.DataFrame:
         """Tidy numbers: one row per variant, per layer, per permutation, or per distance.
@@ -145,8 +145,7 @@ class SymmetryReport:
         Raises:
             ValueError: another ``by``.
         """
-        if by not in get_args(SymmetryBy):
-            raise ValueError(f"by: wanted one of {list(get_args(SymmetryBy))}; got {by!r}")
+        check_choice("by", by, get_args(SymmetryBy))
         make = {
             "variant": self._of_variant,
             "layer": self._of_layers,

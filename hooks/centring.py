@@ -19,12 +19,12 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._ambient import measurement
+from hooks._arguments import check_layers, choose_layers
 from hooks._clock import refuse_cache
 from hooks._inputs import short_input
 from hooks._tap import AttentionTap
 from hooks._threads import TapOfThreads, hooked, intervening
 from hooks.errors import UnsupportedModelError
-from hooks.noise import check_layers
 from hooks.scores import visible
 from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel, LayerSites
@@ -115,7 +115,7 @@ class CentredAttention:
     def _checked(self, model: HookedModel) -> list[LayerSites]:
         """The layers, on which the edit was seen to land."""
         sites = attention_sites(model)
-        chosen = list(sites) if self.layers is None else [sites.layer(n) for n in self.layers]
+        chosen = list(choose_layers(sites, self.layers))
         for layer in chosen:
             _refuse(layer)
             assert layer.z is not None

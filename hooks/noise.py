@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
@@ -21,12 +21,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks import _state
+from hooks._arguments import (
+    SEEDS,
+    brief,
+    check_choice,
+    check_integers,
+    check_layers,
+    choose_layers,
+    plain,
+    read_array,
+    read_list,
+)
 from hooks._cachecheck import cached_steps
 from hooks._clock import Clock
 from hooks._inputs import has_decoder
 from hooks._threads import intervening
 from hooks.errors import UnsupportedModelError
-from hooks.laws import check_sigma, get_law
+from hooks.laws import LAWS, check_sigma, get_law
 from hooks.scores import expand_factors, split
 from hooks.selfcheck import attention_sites
 from hooks.sites import ROLES, AttentionSites, HookedModel, LayerSites, Role, Site, Stream
@@ -44,6 +55,7 @@ NON_SPARSE = 0.70
 # What a factor's stream is keyed by when it is shared: one stream for several sites.
 _STREAM = {"q": 0, "k": 1, "v": 2}
 _SHARED_KV_STREAM = 3
+_FAR = 1 << 62
 _WORDS_PER_BLOCK = 4  # Philox gives its numbers in blocks of four
 
 
@@ -94,21 +106,23 @@ class NormNoise:
     draw: int = 0
 
     def __post_init__(self) -> None:
-        check_sigma(self.sigma, get_law(self.law))
-        if not self.on or set(self.on) - set(ROLES) or len(set(self.on)) != len(self.on):
-            raise ValueError(f"on: wanted some of 'q', 'k', 'v', each once; got {self.on!r}")
-        for name, value, known in (
-            ("shared", self.shared, ("none", "heads", "kv", "token")),
-            ("at", self.at, ("dot", "projection")),
-            ("rows", self.rows, ("all", "sparse", "non-sparse")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: wanted one of {list(known)}; got {value!r}")
-        for name, number in (("seed", self.seed), ("draw", self.draw)):
-            if number < 0:
-                raise ValueError(f"{name}: wanted an integer >= 0; got {number}")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", check_layers(self.layers))
+        known = (
+            ("shared", ("none", "heads", "kv", "token")),
+            ("at", ("dot", "projection")),
+            ("rows", ("all", "sparse", "non-sparse")),
+        )
+        seed, draw = check_integers(seed=(self.seed, 0, SEEDS), draw=(self.draw, 0, SEEDS))
+        read: dict[str, Any] = {
+            "law": check_choice("law", self.law, sorted(LAWS)),
+            "on": _roles(self.on),
+            **{name: check_choice(name, getattr(self, name), names) for name, names in known},
+            "seed": seed,
+            "draw": draw,
+            "layers": None if self.layers is None else check_layers(self.layers),
+        }
+        read["sigma"] = check_sigma(self.sigma, LAWS[read["law"]])
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
         if self.rows != "all" and ("v" in self.on or self.at != "dot"):
             raise ValueError(
                 "rows: noise on some rows only acts on their scores: wanted on='q', 'k' or 'qk' "
@@ -130,6 +144,14 @@ class NormNoise:
         A counter-based generator (Philox) is keyed by (seed, draw, layer, site, prompt) and set to
         the position: any part of the sequence can be drawn alone.
         """
+        check_choice("role", role, ROLES)
+        layer, prompt, start, n_pos, n_heads = check_integers(
+            layer=(layer, 0),
+            prompt=(prompt, 0),
+            start=(start, 0),
+            n_pos=(n_pos, 0),
+            n_heads=(n_heads, 1),
+        )
         together = self.shared in ("kv", "token") and role in ("k", "v")
         stream = _SHARED_KV_STREAM if together else _STREAM[role]
         width = 1 if self.shared in ("heads", "token") else n_heads
@@ -162,7 +184,13 @@ class NormNoise:
             start: position of the first, counted from each prompt's first real token; padding
                 before it (a negative position) is left alone.
         """
-        starts = [start] * len(prompts) if isinstance(start, int) else list(start)
+        check_choice("role", role, ROLES)
+        layer, n_pos, n_heads = check_integers(
+            layer=(layer, 0), n_pos=(n_pos, 0), n_heads=(n_heads, 1)
+        )
+        given = read_list("prompts", prompts, "a list of indices")
+        prompts = [check_integers(prompts=(p, 0))[0] for p in given]
+        starts = _starts(start, len(prompts))
         out = torch.ones(len(prompts), n_pos, n_heads, dtype=torch.float32)
         if self.sigma == 0:
             return out
@@ -247,9 +275,8 @@ class NormNoise:
                 f"noise would mix with active dropout: wanted model.eval(); got {dropout} in "
                 "training mode"
             )
-        chosen = self.layers if self.layers is not None else [s.layer for s in sites]
         entries: HookList = []
-        layers = [sites.layer(layer) for layer in chosen]
+        layers = list(choose_layers(sites, self.layers))
         for layer in layers:
             entries += self._layer_hooks(layer, clock)
         shown = [s for s in layers if not s.tapped and s.sequence("k") == "target"]
@@ -370,17 +397,23 @@ class NormNoise:
         return entries
 
 
-def check_layers(layers: Any) -> tuple[int, ...]:
-    """Layer indices as a tuple of ints.
+def _starts(start: Any, n: int) -> list[int]:
+    """The first position of each prompt; negative in padding."""
+    if isinstance(plain(start), Integral):
+        return [check_integers(start=(start, -_FAR))[0]] * n
+    given = read_list("start", start, f"an integer, or {n} of them in a list")
+    if len(given) != n:
+        raise ValueError(f"start: wanted an integer, or {n} of them in a list; got {len(given)}")
+    return [check_integers(start=(first, -_FAR))[0] for first in given]
 
-    Raises:
-        ValueError: none, one twice, or something that is no integer.
-    """
-    given = list(layers) if isinstance(layers, Iterable) else [layers]
-    integers = all(isinstance(x, Integral) and not isinstance(x, bool) for x in given)
-    if not given or not integers or len(set(given)) != len(given) or isinstance(layers, Integral):
-        raise ValueError(f"layers: wanted one or more indices in a list, each once; got {layers!r}")
-    return tuple(int(x) for x in given)
+
+def _roles(on: Any) -> str:
+    """Some of q, k and v, as a text."""
+    with suppress(TypeError):
+        on = str(on) if isinstance(on, str) else "".join(read_list("on", on, "some"))
+    if not isinstance(on, str) or not on or set(on) - set(ROLES) or len(set(on)) != len(on):
+        raise ValueError(f"on: wanted some of 'q', 'k', 'v', each once; got {brief(on)}")
+    return on
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -407,9 +440,19 @@ def _masks(
             f"{type(model).__name__} without a decoder of its own"
         )
     of_mask: Stream = "source" if has_decoder(model) else "target"
-    given: dict[Stream, Any] = {"target": decoder_mask, of_mask: mask}
-    masks = {s: torch.as_tensor(given[s]) for s in given if given[s] is not None}
-    for tensor in masks.values():
-        if tensor.ndim != 2:
-            raise ValueError(f"attention_mask: wanted shape [batch, pos]; got {list(tensor.shape)}")
-    return masks
+    given: tuple[tuple[Stream, str, Any], ...] = (
+        ("target", "decoder_attention_mask", decoder_mask),
+        (of_mask, "attention_mask", mask),
+    )
+    return {s: _read_mask(name, each) for s, name, each in given if each is not None}
+
+
+def _read_mask(name: str, mask: Any) -> Tensor:
+    """A mask ``[batch, pos]`` as a tensor."""
+    wanted = "1 for real tokens and 0 for padding, of shape [batch, pos]"
+    array = read_array(name, mask, "biuf", wanted)
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{name}: wanted {wanted}; got shape {list(array.shape)}")
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name}: wanted {wanted}; got other numbers")
+    return torch.as_tensor(array)

@@ -15,7 +15,17 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from hooks._arguments import check_integers
+from hooks._arguments import (
+    brief,
+    check_booleans,
+    check_choice,
+    check_fields,
+    check_index,
+    check_integers,
+    check_number,
+    check_text,
+    read_array,
+)
 from hooks._files import Unsound
 from hooks._kept import KeptRows, no_rows
 from hooks._reports import Form, first_tokens
@@ -28,6 +38,7 @@ from hooks._values import (
     check_word,
     per_layer,
 )
+from hooks.laws import check_sigma, get_law
 
 if TYPE_CHECKING:
     from hooks.noise import NormNoise
@@ -52,6 +63,9 @@ class ProbeSettings:
     seed: int
     keep: int
     keep_rows: int = 0  # reports written before rows were kept have none
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,9 +183,7 @@ class CollapseReport:
         Rates are NaN where there are no rows.
         """
         axes = {"head": (), "layer": (2,), "model": (1, 2)}
-        if by not in axes:
-            raise ValueError(f"by: wanted one of {list(axes)}; got {by!r}")
-        drop = axes[by]
+        drop = axes[check_choice("by", by, axes)]
 
         def pool(x: np.ndarray, first: int) -> np.ndarray:
             """Sum over the heads (and layers) that ``by`` leaves out."""
@@ -228,7 +240,13 @@ class CollapseReport:
         """Tokens at the query positions of a layer, by its label: a decoder's own in ``D``, ``X``.
 
         Empty for images and sound.
+
+        Raises:
+            TypeError, ValueError: no such label or prompt.
         """
+        layer = check_text("label", label).rpartition("H")[0] or label  # L5H1: a head's
+        check_choice("label", layer, self.model["labels"])
+        prompt = check_index("prompt", prompt, len(self.tokens), "prompts")
         decoded = bool(self.decoder_tokens) and label[0] in "DX"
         return (self.decoder_tokens if decoded else self.tokens)[prompt]
 
@@ -256,16 +274,15 @@ class CollapseReport:
         """
         from hooks._thresholds import solve_sigma_at
 
-        if not 0 < rate < 1:
-            raise ValueError(f"rate: wanted a share between 0 and 1; got {rate!r}")
+        rate = check_number("rate", rate, "a share between 0 and 1", lambda x: 0 < x < 1)
+        (content,) = check_booleans(content=content)
+        check_choice("by", by, get_args(By))
         n_layers, n_heads = self.rows.shape[:2]
         groups = {
             "head": (self.table.layer * n_heads + self.table.head, n_layers * n_heads),
             "layer": (self.table.layer, n_layers),
             "model": (np.zeros(len(self.table), dtype=int), 1),
         }
-        if by not in groups:
-            raise ValueError(f"by: wanted one of {list(groups)}; got {by!r}")
         of_row, n_groups = groups[by]
         kinds = (CONTENT,) if content else (CONTENT, SINK)
 
@@ -299,7 +316,8 @@ class CollapseReport:
             n: number of rows.
             content: leave attention sinks out.
         """
-        check_integers(n=(n, 0))
+        (n,) = check_integers(n=(n, 0))
+        (content,) = check_booleans(content=content)
         t = self.table
         order = np.argsort(t.half_width, kind="stable")
         if content:
@@ -340,13 +358,14 @@ class CollapseReport:
         first_prompt=report.first_prompt)`` has that row of attention.
 
         Raises:
-            IndexError: no such row.
+            IndexError (a ValueError, too): no such row.
+            TypeError: no index.
             ValueError: no noise is shown there.
         """
         from hooks.noise import NormNoise
 
         kept, settings = self.kept, self.settings
-        kept.weights(row)
+        row = check_index("row", row, len(kept), "kept rows")
         if kept.draw[row] < 0:
             raise ValueError(f"row: wanted one that some noise moves; got {row}, which none does")
         return NormNoise(
@@ -449,11 +468,30 @@ class CollapseReport:
 
         ``sigma`` is one number or one for each row. Exact under uniform noise whose half-width
         sqrt(3) sigma is at most the table's ``cutoff``; else a lower bound.
+
+        Raises:
+            TypeError, ValueError: rows that the table does not have, or a sigma that the law can't.
         """
         from hooks._thresholds import rate_of_rows
 
-        each = np.broadcast_to(np.asarray(sigma, dtype=float), rows.shape)
-        return rate_of_rows(self, each, rows)
+        at, each = self._check_rate(sigma, rows)
+        return rate_of_rows(self, each, at)
+
+    def _check_rate(self, sigma: Any, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and the sigma of each, for :meth:`exact_rate`."""
+        n = len(self.table)
+        at = read_array("rows", rows, "iu", "a list of indices of the table's rows")
+        if at.ndim != 1 or (at.size and not 0 <= at.min() <= at.max() < n):
+            raise ValueError(f"rows: wanted a list of indices from 0 to {n - 1}; got {brief(rows)}")
+        wanted = "a number, or one for each row"
+        each = read_array("sigma", sigma, "iuf", wanted).astype(float)
+        if each.shape not in ((), at.shape):
+            raise ValueError(f"sigma: wanted {wanted}; got shape {list(each.shape)}")
+        for end in (each.min(), each.max()) if each.size else ():
+            law = get_law(self.settings.law)
+            # What a rounding error above the limit has, a geometric grid's end may have.
+            check_sigma(end / (1 + 1e-9) if end > 0 else end, law)
+        return at, np.broadcast_to(each, at.shape)
 
 
 def _check_settings(s: ProbeSettings) -> None:

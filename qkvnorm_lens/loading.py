@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qkvnorm_lens._options import brief, near
 from qkvnorm_lens.checkpoints import DEFAULT, checkpoint_path, checkpoints, experiment_models
 
 if TYPE_CHECKING:
@@ -49,23 +50,45 @@ def find(name: str) -> Source:
     Raises:
         LoadError: a path that is no model directory.
     """
+    if isinstance(name, os.PathLike):
+        name = os.fspath(name)
+    if not isinstance(name, str):
+        raise TypeError(f"name: wanted a model's name or directory; got {brief(name)}")
     if name in checkpoints():
         return Source(name, "ours", checkpoint_path(name))
     if name in (known := experiment_models()):
         return Source(name, "ours", known[name])
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        is_path = path.exists() or name.startswith((".", "~")) or path.is_absolute()
-        if is_path or not name.strip() or len(path.parts) > 2:
+    path = _path(name)
+    if path is None or not path.is_dir():
+        a_path = path is None or path.exists() or name.startswith((".", "~")) or path.is_absolute()
+        if a_path or not name.strip() or len(path.parts) > 2:
+            what = "a file" if path is not None and path.is_file() else "none of these"
             raise LoadError(
                 f"model: wanted one of {checkpoints()}, a directory or a Hugging Face id; got "
-                f"{name!r}, which is {'a file' if path.is_file() else 'none of these'}"
+                f"{brief(name)}, which is {what}{_near(name)}"
             )
         return Source(name, "hub")
     if not (path / "config.json").is_file():
-        raise LoadError(f"{path}: wanted config.json, which save_pretrained writes")
+        raise LoadError(
+            f"model: wanted a directory with config.json, which save_pretrained writes; got {path}"
+        )
     ours = read_object(path / "config.json").get("architecture") == _OURS
     return Source(name, "ours" if ours else "directory", path)
+
+
+def _path(name: str) -> Path | None:
+    """The name as a path; None for what no file can be called."""
+    try:
+        path = Path(name).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long; no such user's home; a null character
+        return None
+    return path
+
+
+def _near(name: str) -> str:
+    """The name of ours that may have been meant."""
+    return near(name, [*checkpoints(), *experiment_models()])
 
 
 def load_model(
@@ -86,7 +109,10 @@ def load_model(
     Raises:
         LoadError: no such model, or one that can't be loaded.
     """
+    from hooks._arguments import check_device, check_dtype
+
     source = find(name)
+    device, dtype = check_device("device", device), check_dtype("dtype", dtype)
     from transformer_lens.utilities.devices import get_device
 
     where = device if device is not None else get_device()
@@ -146,13 +172,16 @@ def _why(source: Source, error: Exception) -> str:
     """One line: what was asked for and why it failed."""
     if source.kind == "hub" and _unreachable(error):
         return (
-            f"{source.name!r} is no shipped model ({', '.join(checkpoints()) or 'none'}) and no "
-            "directory here; the Hugging Face cache does not hold it and the hub can't be reached. "
+            f"model: wanted a shipped model ({', '.join(checkpoints()) or 'none'}), a directory or "
+            f"a Hugging Face id; got {brief(source.name)}{_near(source.name)}, which is none of "
+            "ours and no directory here; the Hugging Face cache does not hold it and the hub can't "
+            "be reached. "
             f"{_HOW[0].upper()}{_HOW[1:]}"
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else type(error).__name__
-    return f"{source.name}: could not be loaded: {said}"
+    said = f"{said}{_near(source.name) if source.kind == 'hub' else ''}"
+    return f"model: wanted one that can be loaded; got {brief(source.name)}: {said}"
 
 
 def _unreachable(error: BaseException | None) -> bool:

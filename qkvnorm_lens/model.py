@@ -22,6 +22,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import nn
 
+from hooks._arguments import check_kind
 from qkvnorm_lens import _model_files
 from qkvnorm_lens._model_files import CONFIG, TOKENIZER, WEIGHTS
 from qkvnorm_lens.attention import Attention, KVCache, Rotation, block_norm, calibrated
@@ -221,6 +222,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
     """
 
     def __init__(self, cfg: QKVNormConfig) -> None:
+        check_kind("cfg", cfg, QKVNormConfig, "a QKVNormConfig")
         super().__init__()
         self.cfg = cfg
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -293,7 +295,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         """
         _check_mask(attention_mask)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("wanted either input_ids or inputs_embeds, got both or neither")
+            raise ValueError("input_ids: wanted either them or inputs_embeds; got both or neither")
         x = inputs_embeds if input_ids is None else self.tok_embed(input_ids)
         assert x is not None
         cache = (
@@ -302,7 +304,9 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         n_old = 0 if cache is None else len(cache)
         n_new = x.shape[1]
         if n_old + n_new > self.cfg.n_ctx:
-            raise ValueError(f"wanted at most n_ctx = {self.cfg.n_ctx} tokens, got {n_old + n_new}")
+            raise ValueError(
+                f"input_ids: wanted at most n_ctx = {self.cfg.n_ctx} tokens; got {n_old + n_new}"
+            )
         if position_ids is None:
             position_ids = self._positions(x, n_old, attention_mask)
         if self.pos is not None:

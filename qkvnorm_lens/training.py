@@ -29,6 +29,15 @@ from jaxtyping import Int
 from torch import nn
 from tqdm import tqdm
 
+from hooks._arguments import (
+    SEEDS,
+    check_booleans,
+    check_device,
+    check_integers,
+    check_kind,
+    check_path,
+    check_text,
+)
 from qkvnorm_lens._run_files import RunFileError, cut_log, note_log, read_state, write_state
 from qkvnorm_lens.addition import Accuracy, AccuracyCounter, Batch, Split, draw, get_split
 from qkvnorm_lens.config import QKVNormConfig
@@ -80,18 +89,22 @@ class Run:
     eval_rows: int = 4000
 
     def __post_init__(self) -> None:
+        check_kind("config", self.config, QKVNormConfig, "a QKVNormConfig")
         recipe = get_recipe(self.recipe)
         wanted = get_split(self.split).max_length
         if self.config.n_ctx < wanted:
             raise ValueError(
-                f"n_ctx: these sums want at least {wanted} tokens, got {self.config.n_ctx}"
+                f"n_ctx: wanted at least {wanted} tokens for these sums; got {self.config.n_ctx}"
             )
-        for name in ("steps", "length_parts", "log_every", "eval_every", "eval_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        names = ("steps", "length_parts", "log_every", "eval_every", "eval_rows")
+        whole: dict[str, Any] = {name: (getattr(self, name), 1) for name in names}
+        whole["seed"] = (self.seed, 0, SEEDS)
+        for name, value in zip(whole, check_integers(**whole), strict=True):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "bf16", *check_booleans(bf16=self.bf16))
         if recipe.batch_size < self.length_parts:
             raise ValueError(
-                f"length_parts: wanted at most batch_size = {recipe.batch_size}, got "
+                f"length_parts: wanted at most batch_size = {recipe.batch_size}; got "
                 f"{self.length_parts}"
             )
 
@@ -125,6 +138,9 @@ def evaluate(
 
     Works on a bridge too. The model's training mode is put back.
     """
+    check_kind("model", model, nn.Module, "a model of torch")
+    rows, batch_size = check_integers(rows=(rows, 1), batch_size=(batch_size, 1))
+    check_device("device", device)
     was_training = model.training
     model.eval()
     try:
@@ -462,7 +478,16 @@ def train(
         OSError: state or log can't be written (a full disk); the message says what was kept.
         Stopped: interrupted; a ``KeyboardInterrupt``.
     """
-    trainer = Trainer(run, Path(out), device=device, compile_model=compile_model)
+    check_kind("run", run, Run, "a Run")
+    compile_model, progress = check_booleans(compile_model=compile_model, progress=progress)
+    (save_every,) = check_integers(save_every=(save_every, 1))
+    if stop_at is not None:
+        (stop_at,) = check_integers(stop_at=(stop_at, 0))
+    check_device("device", check_text("device", device))
+    out = check_path("out", out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"out: wanted a directory; got the file {out}")
+    trainer = Trainer(run, out, device=device, compile_model=compile_model)
     main = trainer.accelerator.is_main_process
     last = run.steps if stop_at is None else min(stop_at, run.steps)
     bar = tqdm(total=run.steps, initial=trainer.step, unit="step", disable=not (progress and main))

@@ -179,7 +179,7 @@ def _check_smaller(folder: Path, size: Size) -> None:
         ValueError: the folder holds the results of a larger size, or is no folder.
     """
     if any(path.is_file() for path in (folder, *folder.parents)):
-        raise ValueError(f"--out: wanted a directory; got a file in {folder}")
+        raise ValueError(f"out: wanted a directory; got a file in {folder}")
     about = folder / "about.json"
     there = _held(about).get("size")
     if about.exists() and there not in SIZES:
@@ -188,7 +188,10 @@ def _check_smaller(folder: Path, size: Size) -> None:
             "may be replaced"
         )
     if there in SIZES and SIZES.index(there) > SIZES.index(size):
-        raise ValueError(f"{folder} holds {there} results: wanted another --out for a {size} run")
+        raise ValueError(
+            f"out: wanted another directory for a {size} run; got {folder}, which holds {there} "
+            "results"
+        )
 
 
 def _plain(value: Any) -> Any:
