@@ -192,7 +192,8 @@ def value_changed(words: Words, arrays: Arrays, rng: random.Random) -> None:
     """One value somewhere within the settings, facts or texts."""
     names = [n for n in sorted(words) if not words[n].startswith(("qkvnorm-lens", "sha256:", "pt"))]
     if not names:
-        return word_changed(words, arrays, rng)
+        word_changed(words, arrays, rng)
+        return
     name = rng.choice(names)
     root = {"": json.loads(words[name])}
     holder, key = root, ""
