@@ -120,7 +120,8 @@ class Form(Generic[Report]):
         headed = {n: kind for n, kind in kinds.items() if not _has_arrays(kind)}
         also = {"format", DIGEST} if digested else {"format"}
         if not digested:  # written before there was such a field
-            later = {f.name for f in dataclasses.fields(self.report) if f.default == ()}
+            fields: Any = dataclasses.fields(self.report)  # type: ignore[arg-type]
+            later = {f.name for f in fields if f.default == ()}
             headed = {n: k for n, k in headed.items() if n not in later - {*file.words}}
         same_names("header", {*headed, *also}, file.words)
         head = {n: as_kind(kind, read_json(file.words[n], n), n) for n, kind in headed.items()}
