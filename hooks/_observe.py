@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._inputs import without_cache
 from hooks._prompts import Prompts
-from hooks._tap import AttentionTap
+from hooks._tap import AttentionTap, Taken
 from hooks.errors import UnsupportedModelError
 from hooks.scores import ScoreParts, split, visible
 from hooks.sites import HookedModel, LayerSites, Role
@@ -152,28 +152,24 @@ class _Watch:
         roles: set[Role] = {*self.vectors}
         if sites.has_bias:
             roles |= {"q", "k"}
-        for role in sorted(roles):
-            name = sites.vector(role).dot.hook
-            if not name:
-                raise UnsupportedModelError(
-                    f"reading {role}",
-                    wanted="a hook point where it enters the dot product",
-                    got="none of TransformerLens's",
-                    layer=sites.layer,
-                )
-            entries.append((name, _keep(kept, role)))
+        if not sites.bare:
+            entries += [(sites.vector(r).dot.hook, _keep(kept, r)) for r in sorted(roles)]
         if self.stream:
             entries.append((stream_hook(model, sites), _keep(kept, "stream")))
 
-        def show(scores: Tensor, pattern: Tensor) -> None:
+        def show(scores: Tensor, pattern: Tensor, taken: Taken | None = None) -> None:
             wide = torch.promote_types(scores.dtype, torch.float32)
+            if taken is not None:
+                vectors = {r: x for r, x in taken.vectors(sites).items() if r in roles}
+            else:
+                vectors = {r: sites.vector(r).dot.by_position(kept.pop(r)) for r in sorted(roles)}
             view = LayerView(
                 index=index,
                 sites=sites,
                 prompts=self.indices,
                 scores=scores.to(wide),
                 pattern=pattern.to(wide),
-                vectors={r: sites.vector(r).dot.by_position(kept.pop(r)) for r in sorted(roles)},
+                vectors=vectors,
                 stream=kept.pop("stream", None),
             )
             self.on_layer(view)
@@ -190,6 +186,13 @@ class _Watch:
                 raise RuntimeError(f"layer {sites.layer}: no softmax was seen before {hook.name}")
             show(taken.scores, taken.pattern)
 
+        def at_anchor(tensor: Tensor, hook: Any) -> None:
+            assert self.tap is not None
+            self.tap.expect(sites, tensor, show=lambda t: show(t.scores, t.pattern, t))
+
+        if sites.bare:
+            assert sites.anchor is not None
+            return [*entries, (sites.anchor.hook, at_anchor)]
         if sites.tapped:
             assert sites.z is not None
             return [*entries, (sites.z.hook, at_z)]
@@ -209,7 +212,7 @@ def stream_hook(model: HookedModel, sites: LayerSites) -> str:
     Raises:
         UnsupportedModelError: the model has none of that name.
     """
-    block = sites.prefix.rpartition(".")[0]
+    block = sites.block
     for name in (f"{block}.hook_in", f"{block}.hook_resid_pre"):
         if name in model.hook_dict:
             return name

@@ -201,7 +201,7 @@ class Runner:
 
 def _first_block(points: Mapping[str, Any], layers: Sequence[LayerSites]) -> str:
     """Hook at the input of the first noised block, where clean blocks lie before it."""
-    block = layers[0].prefix.rpartition(".")[0]
+    block = layers[0].block
     name = f"{block}.hook_resid_pre"
     if not block.startswith("blocks.") or block == "blocks.0" or name not in points:
         return ""

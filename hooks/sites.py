@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import pandas as pd
@@ -52,7 +52,8 @@ class Site:
     """One TransformerLens hook point that carries one vector per token and head.
 
     ``head_axis`` is 2 for ``[batch, pos, head, d_head]``, 1 for ``[batch, head, pos, d_head]`` and
-    -1 for ``[batch, pos, head * d_head]``. ``hook`` is empty where TransformerLens has none.
+    -1 for ``[batch, pos, head * d_head]``. ``hook`` is empty where TransformerLens has none, or
+    none that acts: the vectors are then those that the model multiplies.
     """
 
     hook: str
@@ -108,6 +109,24 @@ class VectorSite:
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """What tells a layer's attention from the others that a forward pass takes.
+
+    Attributes:
+        hook: the attention is the first of its shape behind this hook point.
+        product: which product with its number of heads, queries and components behind the hook is
+            that of its queries and keys, from 1; 0 in a fused attention.
+        d_head: components of a query.
+        kv_heads: key/value head of each query head, found by comparing the keys.
+    """
+
+    hook: str
+    product: int
+    d_head: int
+    kv_heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class LayerSites:
     """The hook points of one attention layer.
 
@@ -132,6 +151,7 @@ class LayerSites:
             components is then scaled, ``centred`` where the mean over each row's visible keys is
             taken away, ``unverified`` where it is none of these.
         scores_editable: whether an edit of ``scores`` changes the pattern.
+        anchor: where the attention is in the forward pass, if the products are seen that it takes.
     """
 
     layer: int
@@ -149,6 +169,18 @@ class LayerSites:
     sink: tuple[float, ...] = ()
     averaging: Averaging = "plain"
     scores_editable: bool = False
+    anchor: Anchor | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether q, k, v and z are read and written where the model multiplies them."""
+        return not self.q.dot.hooked
+
+    @property
+    def block(self) -> str:
+        """Name of the block that the attention is in, ``blocks.{layer}``."""
+        inside = re.match(r"\w*blocks\.\d+", self.prefix)
+        return inside[0] if inside else self.prefix.rpartition(".")[0]
 
     @property
     def tapped(self) -> bool:
@@ -173,8 +205,27 @@ class LayerSites:
     @property
     def kv_head_of(self) -> tuple[int, ...]:
         """Key/value head that each query head reads: noise there is shared by its query heads."""
+        if self.bare and self.anchor is not None:
+            return self.anchor.kv_heads
         group = self.n_heads // self.n_kv_heads
         return tuple(head // group for head in range(self.n_heads))
+
+    @property
+    def kv_leaders(self) -> list[int]:
+        """The first query head of each key/value head."""
+        return [self.kv_head_of.index(head) for head in range(self.n_kv_heads)]
+
+    def without_hooks(self) -> LayerSites:
+        """The same layer with q, k, v and z taken at the products, behind every hook."""
+        assert self.anchor is not None
+        n_kv = 1 + max(self.anchor.kv_heads)
+        q, kv = Site("", len(self.anchor.kv_heads), 2), Site("", n_kv, 2)
+        bare = {
+            role: VectorSite(here.projection if here.projection.hooked else dot, dot, "none")
+            for role, dot in (("q", q), ("k", kv), ("v", kv))
+            if (here := self.vector(role))
+        }
+        return replace(self, **bare, scores="", pattern="", z=q)
 
     def vector(self, role: Role) -> VectorSite:
         """The site of ``"q"``, ``"k"`` or ``"v"``."""
@@ -197,12 +248,15 @@ class AttentionSites:
             Nothing is known of them, and nothing measures them.
         outside: attention modules whose hooks fired, but that are in no stack of blocks (the same
             one, run on an image): nothing measures them either.
+        left_out: attentions of blocks that have no row of weights over a sequence's keys (those
+            over windows), by name, with what was seen: nothing measures them.
     """
 
     layers: tuple[LayerSites, ...]
     check: pd.DataFrame = field(repr=False, compare=False)
     silent: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def __iter__(self) -> Iterator[LayerSites]:
         return iter(self.layers)
@@ -263,6 +317,10 @@ class AttentionSites:
         left_out = _together((*self.silent, *self.outside))
         if left_out:  # in the same words on text and with an image: reports of both can be merged
             parts.append(f"Left out, as it did not run or is no block's: {left_out}.")
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left_out:
+            reasons.setdefault(why, []).append(name)
+        parts += [f"Left out, {why}: {_together(names)}." for why, names in reasons.items()]
         return " ".join(parts)
 
     def _where(self, n_layers: int) -> str:
@@ -304,9 +362,9 @@ _FACTS: tuple[tuple[Callable[[LayerSites], bool], str], ...] = (
         "What noise on v does could not be verified{}: it is refused there.",
     ),
     (
-        lambda s: not (s.q.dot.hooked and s.k.dot.hooked),
-        "No hook carries q or k where they enter the dot product{}: the probe reads their scores, "
-        "NormNoise on them is refused there.",
+        lambda s: s.bare,
+        "No hook carries q, k and v where they enter the attention{}: they are read, and noised by "
+        "NormNoise.applied, where the model multiplies them.",
     ),
     (
         lambda s: s.tapped,

@@ -408,7 +408,7 @@ def end_hook(model: HookedModel, sites: LayerSites) -> str:
     Raises:
         UnsupportedModelError: the model has none of that name.
     """
-    block = sites.prefix.rpartition(".")[0]
+    block = sites.block
     for name in (f"{block}.hook_out", f"{block}.hook_resid_post"):
         if name in model.hook_dict:
             return name
