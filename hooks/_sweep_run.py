@@ -20,6 +20,7 @@ from hooks import _state
 from hooks._inputs import ModelInput, input_device, without_cache
 from hooks._prompts import Prompts
 from hooks._sweep_factors import Grid, RowFactors
+from hooks._tap import AttentionTap
 from hooks.errors import UnsupportedModelError
 from hooks.noise import HookList, NormNoise
 from hooks.sites import HookedModel, LayerSites
@@ -64,7 +65,8 @@ class Runner:
         self.block = _first_block(points, layers)
         self.early = _UNEMBED in points and _bare(points, "unembed")
         self._options = without_cache(model)
-        self._entries = noise._hooks(model, self.factors)
+        self.tap = AttentionTap()
+        self._entries = noise._hooks(model, self.factors, self.tap)
         if noise.rows != "all":
             self._entries = [(name, self._keeping_clean(fn)) for name, fn in self._entries]
         self._caught: Tensor | None = None

@@ -120,6 +120,7 @@ class AttentionTap(TorchFunctionMode):
         super().__init__()
         self.on_attention = on_attention
         self.on_softmax = on_softmax
+        self.needed = False  # whether a hook of ours waits for it
         self.products: list[tuple[int, ...]] = []  # shapes of scores and width, where asked for
         self._latest: Taken | None = None
         self._product: _Product | None = None  # the latest

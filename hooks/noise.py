@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._inputs import has_decoder, real_spans
+from hooks._tap import AttentionTap
+from hooks._writing import Writer
 from hooks.errors import UnsupportedModelError
 from hooks.laws import check_sigma, get_law
 from hooks.scores import expand_factors, split
@@ -203,10 +205,11 @@ class NormNoise:
                 model whose scores can't be edited.
 
         These hooks take every forward pass for a whole sequence; for ``generate`` with a cache use
-        :meth:`applied` (a cached step under these hooks raises).
+        :meth:`applied` (a cached step under these hooks raises). So must a model of which no hook
+        carries the vectors: only a context can write where they are multiplied.
         """
         masks = _masks(model, attention_mask, decoder_attention_mask)
-        return self._hooks(model, _Clock(first_prompt, masks))
+        return self._hooks(model, _Clock(first_prompt, masks), None)
 
     @contextmanager
     def applied(
@@ -223,10 +226,12 @@ class NormNoise:
         """
         clock = _Clock(first_prompt, _masks(model, attention_mask, decoder_attention_mask))
         inner = getattr(model, "original_model", None)
-        handle = None
-        with model.hooks(fwd_hooks=self._hooks(model, clock)):
+        handles, tap = [], AttentionTap()
+        hooks = self._hooks(model, clock, tap)
+        with model.hooks(fwd_hooks=hooks), tap if tap.needed else nullcontext():
             if inner is not None:
-                handle = inner.register_forward_pre_hook(clock.read_cache, with_kwargs=True)
+                handles.append(inner.register_forward_pre_hook(lambda *_: tap.reset()))
+                handles.append(inner.register_forward_pre_hook(clock.read_cache, with_kwargs=True))
                 clock.follows = True
             else:
                 clock.advice = (
@@ -235,10 +240,11 @@ class NormNoise:
             try:
                 yield self
             finally:
-                if handle is not None:
+                for handle in handles:
                     handle.remove()
 
-    def _hooks(self, model: HookedModel, clock: _Clock) -> HookList:
+    def _hooks(self, model: HookedModel, clock: _Clock, tap: AttentionTap | None) -> HookList:
+        """Hooks on the model; ``tap`` writes in those layers where no hook does."""
         sites = attention_sites(model)
         dropout = _state.active_dropout(model)
         if dropout:
@@ -249,8 +255,9 @@ class NormNoise:
         chosen = self.layers if self.layers is not None else [s.layer for s in sites]
         entries: HookList = []
         layers = [sites.layer(layer) for layer in chosen]
+        writer = None if tap is None else Writer(self, clock, tap)
         for layer in layers:
-            entries += self._layer_hooks(layer, clock)
+            entries += self._layer_hooks(layer, clock, writer)
         shown = [s for s in layers if not s.tapped and s.sequence("k") == "target"]
         if shown:
             clock.guarded = True
@@ -273,7 +280,7 @@ class NormNoise:
                     stacklevel=4,
                 )
 
-    def _layer_hooks(self, sites: LayerSites, clock: _Clock) -> HookList:
+    def _layer_hooks(self, sites: LayerSites, clock: _Clock, writer: Writer | None) -> HookList:
         if self.rows != "all":
             return self._row_hooks(sites, clock)
         entries: HookList = []
@@ -284,14 +291,19 @@ class NormNoise:
                 got="another; q and k can be noised",
                 layer=sites.layer,
             )
+        if sites.bare and self.at == "dot" and writer is not None:
+            assert sites.anchor is not None
+            return [(sites.anchor.hook, writer.hook(sites))]
         for role in self.roles:
             vector = sites.vector(role)
             site = vector.dot if self.at == "dot" else vector.projection
             if not site.hooked:
+                at = "where it enters the attention" if self.at == "dot" else "at its projection"
+                advice = "; NormNoise.applied needs none" if self.at == "dot" else ""
                 raise UnsupportedModelError(
                     f"noise on {role}",
-                    wanted="a hook point where it enters the dot product",
-                    got="none of TransformerLens's; collapse_probe needs none",
+                    wanted=f"a hook point {at}",
+                    got=f"none of TransformerLens's{advice}",
                     layer=sites.layer,
                 )
             if site.n_heads != vector.dot.n_heads:
@@ -414,6 +426,7 @@ class _Clock:
         self.known = False  # whether it was told so in this pass
         self.guarded = False  # whether a pattern will show that there is a cache
         self.advice = "Use NormNoise.applied(model) around generate"
+        self.padded = any(not bool(mask.all()) for mask in masks.values())
         self.width = {stream: int(mask.shape[1]) for stream, mask in masks.items()}
         self.padding = {
             stream: [first for first, _ in real_spans(mask)] for stream, mask in masks.items()

@@ -7,6 +7,7 @@ sigmas their draws.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,6 +124,7 @@ def sweep(
         runner = Runner(model, noise, chosen, grid)
         with (
             model.hooks(fwd_hooks=runner.hooks()),
+            runner.tap if runner.tap.needed else contextlib.nullcontext(),
             tqdm(
                 total=len(prompts) * len(grid),
                 desc="sweep",

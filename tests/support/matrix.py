@@ -23,6 +23,8 @@ import torch
 from tqdm import tqdm
 
 import hooks
+from hooks._observe import observe
+from hooks._prompts import encode
 from hooks.sites import ROLES, AttentionSites, Role
 from tests.support import builders, reference
 
@@ -31,6 +33,7 @@ SIGMA, DRAWS, POS = 0.4, 2, 21
 SPARSE = (0.95, 0.6, 0.35)
 LEAST_MOVES = 4  # fewer arg max shifts prove nothing: then rows of a smaller maximum are asked
 MARGIN = 1e-3  # of a row's logarithmic lead: closer ones may fall either way in float32
+WRITTEN = 1e-3  # of a weight under noise, in float32
 ORDER = ("verified", "limited", "refused", "not tried")
 
 
@@ -97,19 +100,18 @@ def _limits(sites: AttentionSites) -> str:
     """Where noise is refused although the probe is right: by the vectors it is refused on."""
     refused: dict[str, list[str]] = {}
     for s in sites:
-        roles = [r for r in ROLES[:2] if not s.vector(r).dot.hooked]
-        roles += ROLES[2:] if s.averaging == "unverified" else ()
-        if roles:
-            refused.setdefault(", ".join(roles), []).append(s.label)
-    return "; ".join(
-        f"noise on {roles} is refused in {_ranges(labels)}" for roles, labels in refused.items()
-    )
+        if s.averaging == "unverified":
+            refused.setdefault("v", []).append(s.label)
+    limits = [f"noise on {roles} is refused in {_ranges(ls)}" for roles, ls in refused.items()]
+    limits += [f"{name} is left out, {why}" for name, why in sites.left_out]
+    return "; ".join(limits)
 
 
 def _scores(sites: AttentionSites) -> str:
     facts = {
         "a hook": any(not s.tapped for s in sites),
-        "the softmax": any(s.tapped for s in sites),
+        "the softmax": any(s.tapped and not s.bare for s in sites),
+        "the product": any(s.bare for s in sites),
         "bias": any(s.has_bias for s in sites),
         "soft cap": any(s.soft_cap for s in sites),
         "sink": any(s.sink for s in sites),
@@ -162,6 +164,7 @@ def _recompute(
         if list(layer.kv_head_of) != call.kv_head.tolist():
             raise Disagreement(f"{layer.label}: heads read {layer.kv_head_of}; {call.kv_head}")
     noisy = [_noised(hf, inputs, sites, calls, draw) for draw in range(DRAWS)]
+    _check_writes(built.model, inputs, sites, noisy[0])
     for sparse in SPARSE:
         report = _probe(built.model, inputs, sparse)
         rows, moved = _compare(report, sites, calls, noisy, sparse)
@@ -207,6 +210,24 @@ def _noised(
         }
         factors.append((drawn["q"], drawn["k"]))
     return reference.noised(hf, inputs, factors, calls)
+
+
+def _check_writes(
+    model: Any, inputs: reference.Inputs, sites: AttentionSites, noisy: list[torch.Tensor]
+) -> None:
+    """Where no hook carries q and k, the noise of a NormNoise makes the pattern it should."""
+    (first,), named = inputs
+    prompts = encode(model, first, decoder_tokens=named.get("decoder_input_ids"))
+    for layer, wanted in zip(sites, noisy, strict=True):
+        if not layer.bare:
+            continue
+        seen: list[torch.Tensor] = []
+        noise = hooks.NormNoise(sigma=SIGMA, on="qk", layers=(layer.layer,))
+        with noise.applied(model):
+            observe(model, [layer], prompts, lambda view, to=seen: to.append(view.pattern[0]))
+        error = float((seen[0].double() - wanted).abs().max())
+        if not error < WRITTEN:
+            raise Disagreement(f"{layer.label}: a pattern under noise is {error:.2g} off")
 
 
 def _compare(
@@ -314,8 +335,9 @@ attention where the family has them.
 shifts under drawn noise are, head by head, those of the Hugging Face model itself in float64, in
 which the operands of the dot product are multiplied and nothing of this library runs. *Scores
 from*: `a hook` of TransformerLens, or `the softmax` that the model takes, where no hook shows its
-scores. *Noise at the projection*: `removed` by a norm over each head, `mixed` by a norm over all
-heads, else it arrives unchanged. Models of text and images run on text here; the attention of
+scores, `the product` where none shows q and k either: these are read, and noised by
+`NormNoise.applied`, where the model multiplies them. *Noise at the projection*: `removed` by a norm
+over each head, `mixed` by a norm over all heads, else it arrives unchanged. Models of text and images run on text here; the attention of
 their other towers is no layer of a probe, and where it has hooks `attention_sites` names it as left
 out. The same is asked of your own model each time it is probed.
 
