@@ -74,6 +74,7 @@ def observe(
     vectors: Collection[Role] = (),
     stream: bool = False,
     hooks: Sequence[Hook] = (),
+    beside: bool = False,
     batch_size: int = 8,
     progress: bool | None = False,
     what: str = "prompts",
@@ -90,12 +91,13 @@ def observe(
         vectors: which of q, k and v to show.
         stream: show the block's input too.
         hooks: further hooks, for interventions: they run first.
+        beside: show a layer also where it has keys beside those of its own tokens.
         batch_size: prompts per pass; only prompts of one length share one.
         progress: show a progress bar; None: in a terminal or a notebook.
         what: its title.
 
     Raises:
-        UnsupportedModelError: a vector or stream that the model has no hook for.
+        UnsupportedModelError: a stream that the model has no hook for; keys beside the tokens'.
     """
     options = without_cache(model)
     with (
@@ -110,7 +112,7 @@ def observe(
     ):
         for indices, given in prompts.batches(batch_size):
             tap = AttentionTap() if any(s.tapped for s in layers) else None
-            watch = _Watch(layers, indices, on_layer, tuple(vectors), stream, tap)
+            watch = _Watch(layers, indices, on_layer, tuple(vectors), stream, tap, beside)
             entries = [*hooks, *watch.hooks(model)]
             with (
                 contextlib.suppress(_state.Finished),
@@ -132,7 +134,9 @@ class _Watch:
         vectors: tuple[Role, ...],
         stream: bool,
         tap: AttentionTap | None,
+        beside: bool,
     ) -> None:
+        self.beside = beside
         self.layers = layers
         self.indices = indices
         self.on_layer = on_layer
@@ -158,6 +162,10 @@ class _Watch:
             entries.append((stream_hook(model, sites), _keep(kept, "stream")))
 
         def show(scores: Tensor, pattern: Tensor, taken: Taken | None = None) -> None:
+            if not self.beside:
+                _refuse_keys_beside(sites, scores)
+            if self.stream:
+                refuse_several_streams(kept["stream"], sites)
             wide = torch.promote_types(scores.dtype, torch.float32)
             if taken is not None:
                 vectors = {r: x for r, x in taken.vectors(sites).items() if r in roles}
@@ -199,11 +207,34 @@ class _Watch:
         return [*entries, (sites.scores, _keep(kept, "scores")), (sites.pattern, at_pattern)]
 
 
+def _refuse_keys_beside(sites: LayerSites, scores: Tensor) -> None:
+    """Keys that are no token of the sequence: an encoder's beside a decoder's, compressed ones."""
+    n_query, n_key = scores.shape[-2:]
+    if sites.sequence("q") == sites.sequence("k") and n_key > n_query:
+        raise UnsupportedModelError(
+            "keys of the attention",
+            wanted=f"one for each of {n_query} tokens",
+            got=f"{n_key - n_query} more in {sites.label} (leave it out with layers=)",
+            layer=sites.layer,
+        )
+
+
 def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook_fn(tensor: Tensor, hook: Any) -> None:
         kept[name] = tensor
 
     return hook_fn
+
+
+def refuse_several_streams(stream: Tensor, sites: LayerSites) -> None:
+    """A block may be given several streams beside each other (hyper-connections)."""
+    if stream.ndim != 3:
+        raise UnsupportedModelError(
+            "the residual stream",
+            wanted="one, [batch, pos, d_model]",
+            got=f"{list(stream.shape)}",
+            layer=sites.layer,
+        )
 
 
 def stream_hook(model: HookedModel, sites: LayerSites) -> str:

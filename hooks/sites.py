@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Role = Literal["q", "k", "v"]
-Shield = Literal["none", "removed", "mixed"]
+Shield = Literal["none", "removed", "mixed", "unseen"]
 Averaging = Literal["plain", "gated", "centred", "unverified"]
 Stream = Literal["source", "target"]
 
@@ -100,7 +100,8 @@ class VectorSite:
         dot: the vectors that enter the dot product (v: that the pattern averages).
         shield: what noise at ``projection`` becomes at ``dot``: ``none`` (it arrives unchanged),
             ``removed`` (a norm over each head takes it away) or ``mixed`` (a norm over the whole
-            projection takes part of it away and leaks one head's noise into the others).
+            projection takes part of it away and leaks one head's noise into the others), or
+            ``unseen`` (no hook is at the projection).
     """
 
     projection: Site
@@ -221,9 +222,9 @@ class LayerSites:
         n_kv = 1 + max(self.anchor.kv_heads)
         q, kv = Site("", len(self.anchor.kv_heads), 2), Site("", n_kv, 2)
         bare = {
-            role: VectorSite(here.projection if here.projection.hooked else dot, dot, "none")
+            role: VectorSite(here, dot, "none") if here.hooked else VectorSite(dot, dot, "unseen")
             for role, dot in (("q", q), ("k", kv), ("v", kv))
-            if (here := self.vector(role))
+            if (here := self.vector(role).projection)
         }
         return replace(self, **bare, scores="", pattern="", z=q)
 
@@ -328,8 +329,10 @@ class AttentionSites:
         return "" if n_layers == len(self) else f" in {n_layers} of {len(self)} layers"
 
 
-_SHIELD_TEXT = {
+_SHIELD_TEXT: dict[Shield, str] = {
     "none": "Norm noise on {} at the projection reaches the attention unchanged{}.",
+    "unseen": "Whether norm noise on {} at the projection reaches the attention is not known{}: no "
+    "hook is there, and a norm may follow.",
     "removed": "Norm noise on {} at the projection is removed by a norm over each head{}: the "
     "curve is for the vectors behind that norm.",
     "mixed": "Norm noise on {} at the projection passes a norm over all heads{}, which removes "

@@ -25,7 +25,7 @@ from hooks import _state
 from hooks._arguments import check_integers
 from hooks._facts import attention_facts
 from hooks._inputs import has_decoder, input_device, without_cache
-from hooks._observe import Hook, stream_hook
+from hooks._observe import Hook, refuse_several_streams, stream_hook
 from hooks._positions import find_removals, rounding, taken
 from hooks._prompts import Prompts, encode
 from hooks._symmetry_report import FLOORS, REACH, SymmetryReport, SymmetrySettings
@@ -366,6 +366,7 @@ class _Run:
                     got="no such tensor" if name not in kept else "an infinite one or NaN",
                     layer=sites.layer,
                 )
+            refuse_several_streams(kept[name], sites)
         logits = _checked_logits(logits, len(ids))
         whole = [kept[self.starts[0]], *(kept[name] for name in self.ends)]
         starts, ends = (

@@ -224,7 +224,13 @@ def _check_writes(
         seen: list[torch.Tensor] = []
         noise = hooks.NormNoise(sigma=SIGMA, on="qk", layers=(layer.layer,))
         with noise.applied(model):
-            observe(model, [layer], prompts, lambda view, to=seen: to.append(view.pattern[0]))
+            observe(
+                model,
+                [layer],
+                prompts,
+                lambda view, to=seen: to.append(view.pattern[0]),
+                beside=True,
+            )
         error = float((seen[0].double() - wanted).abs().max())
         if not error < WRITTEN:
             raise Disagreement(f"{layer.label}: a pattern under noise is {error:.2g} off")
@@ -337,9 +343,10 @@ which the operands of the dot product are multiplied and nothing of this library
 from*: `a hook` of TransformerLens, or `the softmax` that the model takes, where no hook shows its
 scores, `the product` where none shows q and k either: these are read, and noised by
 `NormNoise.applied`, where the model multiplies them. *Noise at the projection*: `removed` by a norm
-over each head, `mixed` by a norm over all heads, else it arrives unchanged. Models of text and images run on text here; the attention of
-their other towers is no layer of a probe, and where it has hooks `attention_sites` names it as left
-out. The same is asked of your own model each time it is probed.
+over each head, `mixed` by a norm over all heads, else it arrives unchanged. Models of text and
+images run on text here; the attention of their other towers is no layer of a probe, and where it
+has hooks `attention_sites` names it as left out. The same is asked of your own model each time it
+is probed.
 
 Of {adapters} adapters {tried} could be built here; {attention} of these have attention, and
 {verified} of those are verified ({limited} with a limit)."""
