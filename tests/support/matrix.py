@@ -23,17 +23,12 @@ import torch
 from tqdm import tqdm
 
 import hooks
-from hooks._observe import observe
-from hooks._prompts import encode
-from hooks.sites import ROLES, AttentionSites, Role
-from tests.support import builders, reference
+from hooks.sites import ROLES, AttentionSites
+from tests.support import builders
+from tests.support.inputs import check_inputs
+from tests.support.recompute import POS, Disagreement, recompute, truth
 
 DOCS = Path(__file__).parents[2] / "docs"
-SIGMA, DRAWS, POS = 0.4, 2, 21
-SPARSE = (0.95, 0.6, 0.35)
-LEAST_MOVES = 4  # fewer arg max shifts prove nothing: then rows of a smaller maximum are asked
-MARGIN = 1e-3  # of a row's logarithmic lead: closer ones may fall either way in float32
-WRITTEN = 1e-3  # of a weight under noise, in float32
 ORDER = ("verified", "limited", "refused", "not tried")
 
 
@@ -51,10 +46,7 @@ class Row:
     rows: int = 0
     moved: int = 0
     sparse: float = 0.0
-
-
-class Disagreement(AssertionError):
-    """The library counts what the model does not do."""
+    inputs: str = ""
 
 
 def kinds() -> list[tuple[str, str]]:
@@ -82,7 +74,12 @@ def judge(name: str, heads: str) -> Row:
         sites = hooks.attention_sites(built.model)
     except hooks.UnsupportedModelError as error:
         return Row(name, heads, "refused", str(error))
-    counted = _recompute(name, heads, built, sites)
+    hf = builders.build_hf(name, heads or None, dtype=torch.float64)
+    real = truth(hf, built.inputs(1, POS, 0), sites)
+    rows, moved, sparse = recompute(built, sites, real)
+    tried = ""
+    if (heads or None) in (None, builders.preferred(name)):  # one kind of heads for each adapter
+        tried = check_inputs(name, hf, built, sites, sparse, real)
     limits = _limits(sites)
     return Row(
         name,
@@ -92,7 +89,10 @@ def judge(name: str, heads: str) -> Row:
         layers=_ranges([s.label for s in sites]),
         scores=_scores(sites),
         noise=_noise(sites),
-        **counted,
+        rows=rows,
+        moved=moved,
+        sparse=sparse,
+        inputs=tried,
     )
 
 
@@ -103,7 +103,10 @@ def _limits(sites: AttentionSites) -> str:
         if s.averaging == "unverified":
             refused.setdefault("v", []).append(s.label)
     limits = [f"noise on {roles} is refused in {_ranges(ls)}" for roles, ls in refused.items()]
-    limits += [f"{name} is left out, {why}" for name, why in sites.left_out]
+    left_out: dict[str, list[str]] = {}
+    for name, why in sites.left_out:
+        left_out.setdefault(why, []).append(name)
+    limits += [f"{', '.join(names)} left out, {why}" for why, names in left_out.items()]
     return "; ".join(limits)
 
 
@@ -142,144 +145,6 @@ def _ranges(labels: list[str]) -> str:
         ends = [f"{kind}{numbers[0]}-{numbers[-1]}"] if run else [f"{kind}{n}" for n in numbers]
         parts += ends
     return " ".join(parts)
-
-
-# --- recomputation ---------------------------------------------------------------------------
-
-
-def _recompute(
-    name: str, heads: str, built: builders.Built, sites: AttentionSites
-) -> dict[str, Any]:
-    hf = builders.build_hf(name, heads or None, dtype=torch.float64)
-    inputs = built.inputs(1, POS, 0)
-    calls = reference.attentions(hf, inputs)
-    if len(calls) != len(sites):
-        raise Disagreement(f"{len(sites)} attentions found; the model takes {len(calls)}")
-    for layer, call in zip(sites, calls, strict=True):
-        if (layer.n_heads, layer.n_kv_heads) != (call.n_heads, call.n_kv_heads):
-            raise Disagreement(
-                f"{layer.label}: {layer.n_heads} heads on {layer.n_kv_heads}; the model has "
-                f"{call.n_heads} on {call.n_kv_heads}"
-            )
-        if list(layer.kv_head_of) != call.kv_head.tolist():
-            raise Disagreement(f"{layer.label}: heads read {layer.kv_head_of}; {call.kv_head}")
-    noisy = [_noised(hf, inputs, sites, calls, draw) for draw in range(DRAWS)]
-    _check_writes(built.model, inputs, sites, noisy[0])
-    for sparse in SPARSE:
-        report = _probe(built.model, inputs, sparse)
-        rows, moved = _compare(report, sites, calls, noisy, sparse)
-        if moved >= LEAST_MOVES:
-            return {"rows": rows, "moved": moved, "sparse": sparse}
-    raise Disagreement(f"only {moved} arg max shifts among {rows} rows: nothing is proven")
-
-
-def _probe(model: Any, inputs: reference.Inputs, sparse: float) -> hooks.CollapseReport:
-    (first,), named = inputs
-    decoder = named.get("decoder_input_ids")
-    return hooks.collapse_probe(
-        model,
-        first,
-        decoder_tokens=decoder,
-        sigmas=[SIGMA],
-        method="sample",
-        draws=DRAWS,
-        sparse=sparse,
-        progress=False,
-    )
-
-
-def _noised(
-    hf: Any,
-    inputs: reference.Inputs,
-    sites: AttentionSites,
-    calls: list[reference.AttentionCall],
-    draw: int,
-) -> list[torch.Tensor]:
-    noise = hooks.NormNoise(sigma=SIGMA, on="qk", draw=draw)
-    factors = []
-    for layer, call in zip(sites, calls, strict=True):
-        shapes: dict[Role, tuple[int, int]] = {
-            "q": (call.n_query, call.n_heads),
-            "k": (call.n_key, call.n_kv_heads),
-        }
-        drawn = {
-            role: noise.factors(
-                layer=layer.layer, role=role, n_heads=n_heads, prompts=[0], n_pos=n_pos
-            )[0].double()
-            for role, (n_pos, n_heads) in shapes.items()
-        }
-        factors.append((drawn["q"], drawn["k"]))
-    return reference.noised(hf, inputs, factors, calls)
-
-
-def _check_writes(
-    model: Any, inputs: reference.Inputs, sites: AttentionSites, noisy: list[torch.Tensor]
-) -> None:
-    """Where no hook carries q and k, the noise of a NormNoise makes the pattern it should."""
-    (first,), named = inputs
-    prompts = encode(model, first, decoder_tokens=named.get("decoder_input_ids"))
-    for layer, wanted in zip(sites, noisy, strict=True):
-        if not layer.bare:
-            continue
-        seen: list[torch.Tensor] = []
-        noise = hooks.NormNoise(sigma=SIGMA, on="qk", layers=(layer.layer,))
-        with noise.applied(model):
-            observe(
-                model,
-                [layer],
-                prompts,
-                lambda view, to=seen: to.append(view.pattern[0]),
-                beside=True,
-            )
-        error = float((seen[0].double() - wanted).abs().max())
-        if not error < WRITTEN:
-            raise Disagreement(f"{layer.label}: a pattern under noise is {error:.2g} off")
-
-
-def _compare(
-    report: hooks.CollapseReport,
-    sites: AttentionSites,
-    calls: list[reference.AttentionCall],
-    noisy: list[list[torch.Tensor]],
-    sparse: float,
-) -> tuple[int, int]:
-    """Sparse rows and arg max shifts, the same on both sides but for what rounding decides."""
-    rows = moved = 0
-    for i, (layer, call) in enumerate(zip(sites, calls, strict=True)):
-        n = layer.n_heads
-        mine = torch.as_tensor(report.rows[i, :n].sum((1, 2)))
-        _same(mine, *_bounds(call, sparse), f"{layer.label}: sparse rows")
-        rows += int(mine.sum())
-        for draw in range(DRAWS):
-            counted = torch.as_tensor(report.loose_draws[0, draw, i, :n].sum(-1)).round().long()
-            surely, maybe = _shift_bounds(call, noisy[draw][i], sparse)
-            _same(counted, surely, maybe, f"{layer.label}: shifts in draw {draw}")
-            moved += int(counted.sum())
-    return rows, moved
-
-
-def _bounds(call: reference.AttentionCall, sparse: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that are sparse for certain and perhaps, by head."""
-    low, high = (reference.sparse_rows(call, sparse * f) for f in (1 + MARGIN, 1 - MARGIN))
-    return low.sum(-1), high.sum(-1)
-
-
-def _shift_bounds(
-    call: reference.AttentionCall, noisy: torch.Tensor, sparse: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    star = call.pattern.argmax(-1, keepdim=True)
-    others = noisy.scatter(-1, star, 0.0).amax(-1)
-    lead = others.log() - noisy.gather(-1, star).squeeze(-1).log()
-    surely = reference.sparse_rows(call, sparse * (1 + MARGIN)) & (lead > MARGIN)
-    maybe = reference.sparse_rows(call, sparse * (1 - MARGIN)) & (lead > -MARGIN)
-    return surely.sum(-1), maybe.sum(-1)
-
-
-def _same(mine: torch.Tensor, least: torch.Tensor, most: torch.Tensor, what: str) -> None:
-    if not bool(((least <= mine) & (mine <= most)).all()):
-        raise Disagreement(
-            f"{what}: {mine.tolist()} by head; the model has {least.tolist()} to {most.tolist()}"
-        )
 
 
 # --- the table -------------------------------------------------------------------------------
