@@ -224,7 +224,7 @@ class _Pass:
         for prefix in prefixes:
             at = next((i for i, f in enumerate(self.firings) if _of(prefix, f)), None)
             if at is not None:
-                first[prefix] = at
+                first[prefix] = float(at)
         for prefix, product in self.products.items():
             if not any(hooked.startswith(f"{prefix}.") for hooked in first):
                 first.setdefault(prefix, product.at - 0.5)  # before the hook that fires next

@@ -51,8 +51,8 @@ _open = _Open()
 class _Product:
     """A product of which the softmax may be taken: of queries and keys, as they came."""
 
-    q: Float[Tensor, "batch head query d_head"]
-    k: Float[Tensor, "batch head key d_head"]
+    q: Float[Tensor, "#batch #head query d_head"]
+    k: Float[Tensor, "#batch #head key d_head"]
     written: bool = False
 
     @property
@@ -137,7 +137,6 @@ class AttentionTap(TorchFunctionMode):
         super().__exit__(*error)
         _open.taps.remove(self)
         expected, self._expected = self._expected, None
-        self.reset()
         if expected is not None and error[0] is None:
             raise expected.error("none")
 

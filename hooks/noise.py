@@ -297,6 +297,8 @@ class NormNoise:
         for role in self.roles:
             vector = sites.vector(role)
             site = vector.dot if self.at == "dot" else vector.projection
+            if role == "v" and not site.hooked and vector.shield == "none":
+                site = vector.projection  # what is written there was seen to arrive
             if not site.hooked:
                 at = "where it enters the attention" if self.at == "dot" else "at its projection"
                 advice = "; NormNoise.applied needs none" if self.at == "dot" else ""
