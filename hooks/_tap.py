@@ -215,7 +215,8 @@ class AttentionTap(TorchFunctionMode):
         if left.ndim != 4 or right.ndim != 4:
             return args
         if self._pending is not None and _averages(self._pending, left, right):
-            self._pending = replace(self._pending, v=right)
+            v = _of_each_head(right, left.shape[1])
+            self._pending = replace(self._pending, v=v)
             expected = self._expected
             return (left, right if expected is None else expected.scaled("v", right), *args[2:])
         self._pending = None
@@ -273,8 +274,7 @@ class AttentionTap(TorchFunctionMode):
         """The product of a pattern and its values is over, and with it an attention."""
         if self._pending is None or self._pending.v is None:
             return
-        v = _of_each_head(self._pending.v, z.shape[1])
-        taken, self._pending = replace(self._pending, v=v, z=z), None
+        taken, self._pending = replace(self._pending, z=z), None
         self._show(taken)
 
     def _show(self, taken: Taken) -> None:

@@ -160,6 +160,11 @@ def drawn(role: Role, n_pos: int) -> torch.Tensor:
     return vectors(10 + "qkv".index(role), B, n_pos, H)
 
 
+def by_head(role: Role, n_pos: int) -> torch.Tensor:
+    """The same as operands have it."""
+    return drawn(role, n_pos).transpose(1, 2)[..., None]
+
+
 @ATTENTIONS
 def test_what_is_expected_is_multiplied_and_shown_and_nothing_else(attention: Attention) -> None:
     q, k, v = vectors(0, B, H, Q, D), vectors(1, B, H, K, D), vectors(2, B, H, K, D)
@@ -170,7 +175,7 @@ def test_what_is_expected_is_multiplied_and_shown_and_nothing_else(attention: At
         torch.matmul(v, v.transpose(-1, -2))  # of another shape: not meant
         noisy, again = attention(q, k, v), attention(q, k, v)
     assert torch.equal(again, clean)
-    f_q, f_k, f_v = (drawn(r, n).transpose(1, 2)[..., None] for r, n in zip("qkv", (Q, K, K)))  # type: ignore[arg-type]
+    f_q, f_k, f_v = by_head("q", Q), by_head("k", K), by_head("v", K)
     torch.testing.assert_close(noisy, eager(q * f_q, k * f_k, v * f_v))
     assert (noisy - clean).abs().max() > 0.01
     (taken,) = seen
@@ -205,7 +210,7 @@ def test_keys_that_are_values_too_are_scaled_in_their_product_alone() -> None:
             tap.expect(layer((0, 0, 0, 0)), q[:, 0], factors=only(role), show=seen.append)
             eager(q, kv, kv)
         (taken,) = seen
-        by = drawn(role, K).transpose(1, 2)[..., None]  # type: ignore[arg-type]
+        by = by_head("k" if role == "k" else "v", K)
         assert taken.z is not None
         if role == "k":
             torch.testing.assert_close(taken.pattern, torch.softmax(q @ (kv * by).mT / D**0.5, -1))
@@ -224,7 +229,7 @@ def test_what_an_outer_tap_writes_an_inner_one_sees(attention: Attention) -> Non
         with AttentionTap() as inner:
             inner.expect(layer(), q[:, 0], show=lambda t: shown.update(inner=t))
             attention(q, k, v)
-    f_q, f_k, f_v = (drawn(r, n).transpose(1, 2)[..., None] for r, n in zip("qkv", (Q, K, K)))  # type: ignore[arg-type]
+    f_q, f_k, f_v = by_head("q", Q), by_head("k", K), by_head("v", K)
     for at, by in (("q", f_q), ("k", f_k), ("v", f_v)):
         torch.testing.assert_close(getattr(shown["inner"], at), getattr(shown["outer"], at) * by)
     torch.testing.assert_close(shown["inner"].pattern, shown["outer"].pattern)
@@ -246,14 +251,21 @@ def test_noise_that_would_not_be_written_is_an_error() -> None:
     """Another product than the self-check saw, no attention at all, another thread."""
     q, k, v = vectors(0, B, H, Q, D), vectors(1, B, H, K, D), vectors(2, B, H, K, D)
     wrong = "layer 0: wanted the attention that the self-check saw behind blocks.0.attn.hook_in"
-    with pytest.raises(RuntimeError, match=f"{wrong}; got another product"), AttentionTap() as tap:
-        tap.expect(layer(product=2), q[:, 0], factors=drawn)
-        eager(q, k, v)
-    with pytest.raises(RuntimeError, match=f"{wrong}; got none"), AttentionTap() as tap:
-        tap.expect(layer(), q[:, 0], factors=drawn)
-    with pytest.raises(RuntimeError, match=f"{wrong}; got none"), AttentionTap() as tap:
-        tap.expect(layer(), q[:, 0], factors=drawn)
-        tap.expect(layer(), q[:, 0], factors=drawn)
+
+    def run(*, product: int = 1, times: int = 1, attends: bool = False) -> None:
+        with AttentionTap() as tap:
+            for _ in range(times):
+                tap.expect(layer(product=product), q[:, 0], factors=drawn)
+            if attends:
+                eager(q, k, v)
+
+    with pytest.raises(RuntimeError, match=f"{wrong}; got another product"):
+        run(product=2, attends=True)
+    with pytest.raises(RuntimeError, match=f"{wrong}; got none"):
+        run()
+    with pytest.raises(RuntimeError, match=f"{wrong}; got none"):
+        run(times=2, attends=True)
+    tap = AttentionTap()
     said: list[str] = []
 
     def elsewhere() -> None:
@@ -262,7 +274,7 @@ def test_noise_that_would_not_be_written_is_an_error() -> None:
         except RuntimeError as error:
             said.append(str(error))
 
-    with AttentionTap() as tap:
+    with tap:
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
@@ -272,9 +284,15 @@ def test_noise_that_would_not_be_written_is_an_error() -> None:
 def test_a_pass_that_is_broken_off_leaves_nothing() -> None:
     q, k, v = vectors(0, B, H, Q, D), vectors(1, B, H, K, D), vectors(2, B, H, K, D)
     clean = eager(q, k, v)
-    with pytest.raises(KeyError), AttentionTap() as tap:
-        tap.expect(layer(), q[:, 0], factors=drawn)
-        raise KeyError
+    tap = AttentionTap()
+
+    def broken() -> None:
+        with tap:
+            tap.expect(layer(), q[:, 0], factors=drawn)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
     with tap:
         assert torch.equal(eager(q, k, v), clean)
         tap.expect(layer(), q[:, 0], factors=drawn)
