@@ -157,6 +157,7 @@ class Runner:
         return caught
 
     def _call(self, given: ModelInput) -> Any:
+        self.tap.reset()  # one that was only tried may have been broken off
         named = {
             n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in given.named.items()
         }

@@ -136,8 +136,18 @@ class AttentionTap(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         _open.taps.remove(self)
+        if error[0] is None:
+            self.finish()
+        self._expected = None
+
+    def finish(self) -> None:
+        """A pass is over.
+
+        Raises:
+            RuntimeError: the attention of the last layer was not seen.
+        """
         expected, self._expected = self._expected, None
-        if expected is not None and error[0] is None:
+        if expected is not None:
             raise expected.error("none")
 
     def reset(self) -> None:

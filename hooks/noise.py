@@ -231,6 +231,7 @@ class NormNoise:
         with model.hooks(fwd_hooks=hooks), tap if tap.needed else nullcontext():
             if inner is not None:
                 handles.append(inner.register_forward_pre_hook(lambda *_: tap.reset()))
+                handles.append(inner.register_forward_hook(lambda *_: tap.finish()))
                 handles.append(inner.register_forward_pre_hook(clock.read_cache, with_kwargs=True))
                 clock.follows = True
             else:
@@ -240,6 +241,7 @@ class NormNoise:
             try:
                 yield self
             finally:
+                tap.reset()  # a pass that was broken off is the user's business
                 for handle in handles:
                     handle.remove()
 
