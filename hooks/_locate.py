@@ -102,11 +102,11 @@ def locate(model: HookedModel, given: ModelInput) -> Located:
     first = seen.begins(prefixes)
     modules = {p: m for p in first if (m := _module(p)) is not None}
     ordered = [modules[p] for p in sorted(modules, key=first.__getitem__)]
-    if not ordered:
+    left_out = [(p, _SEVERAL) for p in sorted(seen.twice) if not _known(p, modules)]
+    if not ordered and not left_out:
         _refuse_without_layers(any(_module(p) for p in prefixes), seen)
     several = len({m.stack for m in ordered}) > 1 or len({m.block for m in ordered}) < len(ordered)
     layers: list[LayerSites] = []
-    left_out: list[tuple[str, str]] = []
     soft_cap = max(float(getattr(model.cfg, "attn_scores_soft_cap", 0) or 0), 0.0)
     for index, module in enumerate(ordered):
         layer = index if several else module.block
@@ -131,7 +131,13 @@ def locate(model: HookedModel, given: ModelInput) -> Located:
     )
 
 
+_SEVERAL = "as it takes several attentions, which no hook tells apart"
 _OVER_A_WINDOW = "as its softmax {} is over windows, and has no row over a sequence's keys"
+
+
+def _known(prefix: str, modules: Iterable[str]) -> bool:
+    """Whether this module, or one inside it, has hooks of an attention."""
+    return any(f"{name}.".startswith(f"{prefix}.") for name in modules)
 
 
 def _sites(module: _Module, layer: int, seen: _Pass, soft_cap: float) -> LayerSites:
@@ -194,6 +200,7 @@ class _Pass:
         taken: the softmax that each attention took before its z, by its module.
         products: what its products showed of it, likewise.
         windows: shape of a softmax that was over no sequence, likewise.
+        twice: modules that took several.
         attentions: how many there were, also outside every block.
     """
 
@@ -203,7 +210,7 @@ class _Pass:
         self.products: dict[str, _Multiplied] = {}
         self.windows: dict[str, tuple[int, ...]] = {}
         self.attentions = 0
-        self._twice: set[str] = set()
+        self.twice: set[str] = set()
         self._inside: list[tuple[str, int]] = []  # modules that run, and products before them
         self._batch = given.batch
         decoded = given.named.get("decoder_input_ids", given.first)
@@ -226,7 +233,7 @@ class _Pass:
             if at is not None:
                 first[prefix] = float(at)
         for prefix, product in self.products.items():
-            if not any(hooked.startswith(f"{prefix}.") for hooked in first):
+            if not _known(prefix, list(first)):
                 first.setdefault(prefix, product.at - 0.5)  # before the hook that fires next
         return first
 
@@ -278,8 +285,8 @@ class _Pass:
         if not self._inside or taken.q is None or taken.k is None:
             return
         module, start = self._inside[-1]
-        if module in self.products or module in self._twice:
-            self._twice.add(module)
+        if module in self.products or module in self.twice:
+            self.twice.add(module)
             self.products.pop(module, None)
             return
         batch, n_heads, n_query, d_head = taken.q.shape

@@ -292,3 +292,20 @@ def test_a_pass_that_is_broken_off_inside_the_context_leaves_the_next_one_right(
         assert torch.equal(logits(model), noisy)
         with pytest.raises(KeyError), model.hooks(fwd_hooks=[("blocks.0.attn.kv.hook_out", stop)]):
             logits(model)
+
+
+def test_attentions_that_nothing_tells_apart_are_left_out_by_name() -> None:
+    """A block without a hook in its attention that takes it twice in a pass."""
+    model = built("RecurrentGemmaForCausalLM")
+    block = model.original_model.model.layers[2]
+    attention = getattr(block, "original_component", block).temporal_block
+    once = attention.forward
+
+    def twice(*given: Any, **named: Any) -> Any:
+        once(*given, **named | {"past_key_values": None})
+        return once(*given, **named | {"past_key_values": None})
+
+    attention.forward = twice
+    got = "got blocks.2 left out, as it takes several attentions"
+    with pytest.raises(UnsupportedModelError, match=f"wanted an attention with a row .*; {got}"):
+        attention_sites(model)
