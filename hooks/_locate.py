@@ -374,7 +374,9 @@ class _Finder:
         """The sites where q, k, v and z are read and written at the products that take them."""
         sites = LayerSites(
             layer=self.layer,
-            **{role: VectorSite(_NONE, _NONE, "none") for role in ROLES},
+            q=VectorSite(_NONE, _NONE, "none"),
+            k=VectorSite(_NONE, _NONE, "none"),
+            v=VectorSite(_NONE, _NONE, "none"),
             scores="",
             pattern="",
             z=None,

@@ -81,6 +81,12 @@ class _Expected:
         wanted = (self.batch, self.sites.n_heads, self.n_query, anchor.d_head)
         return tuple(q.shape) == wanted and k.shape[1] in (1, self.sites.n_heads)
 
+    def unwritten(self, product: _Product) -> bool:
+        """Whether this is a product that should have been multiplied, and was not."""
+        if self.factors is None or product.written:
+            return False
+        return self.fits(product.q, product.k)
+
     def scaled(self, role: Role, vectors: Tensor) -> Tensor:
         """Vectors ``[batch, head, pos, d]`` times their factors."""
         factor = None if self.factors is None else self.factors(role, vectors.shape[2])
@@ -130,11 +136,11 @@ class AttentionTap(TorchFunctionMode):
 
     def __enter__(self) -> AttentionTap:
         _open.taps.append(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         _open.taps.remove(self)
         if error[0] is None:
             self.finish()
@@ -274,8 +280,7 @@ class AttentionTap(TorchFunctionMode):
         if scores.shape[-1] > n_key:
             scores, pattern = scores[..., :n_key], pattern[..., :n_key]
         expected, self._product = self._expected, None
-        writes = expected is not None and expected.factors is not None
-        if writes and not product.written and expected.fits(product.q, product.k):
+        if expected is not None and expected.unwritten(product):
             raise expected.error("another product before its softmax")
         q, k = (_of_each_head(x, product.shape[1]) for x in (product.q, product.k))
         self._pending = self._latest = Taken((scores, pattern), None, q, k)

@@ -213,25 +213,36 @@ class LayerSites:
 
     @property
     def kv_leaders(self) -> list[int]:
-        """The first query head of each key/value head."""
-        return [self.kv_head_of.index(head) for head in range(self.n_kv_heads)]
+        """The first query head of each key/value head, where these are read at the products."""
+        assert self.anchor is not None
+        return [self.anchor.kv_heads.index(head) for head in range(self.n_kv_heads)]
 
     def without_hooks(self) -> LayerSites:
         """The same layer with q, k, v and z taken at the products, behind every hook."""
         assert self.anchor is not None
         n_kv = 1 + max(self.anchor.kv_heads)
         q, kv = Site("", len(self.anchor.kv_heads), 2), Site("", n_kv, 2)
-        bare = {
-            role: VectorSite(here, dot, "none") if here.hooked else VectorSite(dot, dot, "unseen")
-            for role, dot in (("q", q), ("k", kv), ("v", kv))
-            if (here := self.vector(role).projection)
-        }
-        return replace(self, **bare, scores="", pattern="", z=q)
+        return replace(
+            self,
+            q=_at_products(self.q.projection, q),
+            k=_at_products(self.k.projection, kv),
+            v=_at_products(self.v.projection, kv),
+            scores="",
+            pattern="",
+            z=q,
+        )
 
     def vector(self, role: Role) -> VectorSite:
         """The site of ``"q"``, ``"k"`` or ``"v"``."""
         sites: dict[Role, VectorSite] = {"q": self.q, "k": self.k, "v": self.v}
         return sites[role]
+
+
+def _at_products(projection: Site, dot: Site) -> VectorSite:
+    """A vector taken where it is multiplied; what noise at its projection becomes is still open."""
+    if projection.hooked:
+        return VectorSite(projection, dot, "none")
+    return VectorSite(dot, dot, "unseen")
 
 
 @dataclass(frozen=True)
