@@ -509,8 +509,7 @@ def test_heads_taken_for_positions_are_caught(monkeypatch: Patch) -> None:
     """As many tokens as heads: no shape tells the axes apart, the noise does."""
     model, find = model_of("gpt2", "float32"), vars(selfcheck)["locate"]
     four = models.tokens(1, 4)
-    with pytest.raises(UnsupportedModelError, match="shape of"):
-        judged(model, four)
+    assert all(layer.bare for layer in judged(model, four)), "products have their axes in order"
     longer = ModelInput(models.tokens(1, 5).expand(2, -1))
     monkeypatch.setattr(selfcheck, "locate", lambda model, given: find(model, longer))
     judged(model, four)
