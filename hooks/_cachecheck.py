@@ -22,6 +22,7 @@ from hooks import _state
 from hooks._ambient import measurement, model_pass
 from hooks._clock import Clock, cache_in_output
 from hooks._inputs import has_decoder, input_device, short_input
+from hooks._tap import AttentionTap
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.sites import AttentionSites, HookedModel
@@ -63,14 +64,14 @@ class CachedSteps:
 
 @measurement
 def cached_steps(
-    model: HookedModel, sites: AttentionSites, noising: Callable[[Clock], HookList]
+    model: HookedModel, sites: AttentionSites, noising: Callable[[Clock, AttentionTap], HookList]
 ) -> CachedSteps:
     """The verdict on a model, remembered as long as its self-check is.
 
     Args:
         model: a model with ``original_model``.
         sites: the result of its self-check.
-        noising: hooks of a strong noise in all layers, for a clock.
+        noising: hooks of a strong noise in all layers, for a clock and a tap.
     """
     known = _tried.get(model)
     if known is not None and known[0] is sites:
@@ -90,7 +91,9 @@ def cached_steps(
 class _Trial:
     """The same tokens at once and in steps."""
 
-    def __init__(self, model: HookedModel, noising: Callable[[Clock], HookList]) -> None:
+    def __init__(
+        self, model: HookedModel, noising: Callable[[Clock, AttentionTap], HookList]
+    ) -> None:
         self.model = model
         self.inner: Any = model.original_model  # type: ignore[attr-defined]
         self.noising = noising
@@ -139,7 +142,10 @@ class _Trial:
         cache, name, first, logits = None, "", 0, []
         with ExitStack() as stack:
             if clock is not None:
-                stack.enter_context(hooked(self.model, self.noising(clock)))
+                tap = AttentionTap()
+                stack.enter_context(hooked(self.model, self.noising(clock, tap)))
+                if tap.needed:
+                    stack.enter_context(tap.of_passes(self.inner))
                 stack.enter_context(clock.following(self.inner))
             for new in steps:
                 named = dict(self.named)

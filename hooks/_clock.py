@@ -155,6 +155,7 @@ class Clock:
         self.module: nn.Module | None = None  # whose call would show a cache
         self.steps: CachedSteps | None = None  # what was found of cached steps on this model
         self.advice = "Use NormNoise.applied(model) around generate"
+        self.padded = any(not bool(mask.all()) for mask in masks.values())
         self.width = {stream: int(mask.shape[1]) for stream, mask in masks.items()}
         self.padding = {
             stream: [first for first, _ in real_spans(mask)] for stream, mask in masks.items()

@@ -194,7 +194,7 @@ class _Finder:
             others = ", ".join(after for _, after in early)
             _refuse(
                 sites,
-                f"a norm in {sites.prefix.rpartition('.')[0]} from whose output q and k are made",
+                f"a norm in {sites.block} from whose output q and k are made",
                 f"{others}, which q and k do not follow" if early else "none before q and k",
             )
         return found
@@ -306,7 +306,7 @@ def _projection(sites: LayerSites, role: Role) -> str:
 
 def _candidates(model: HookedModel, sites: LayerSites) -> list[tuple[str, str]]:
     """Hooks before and behind each module that stands beside the attention in its block."""
-    block = sites.prefix.rpartition(".")[0]
+    block = sites.block
     points: Mapping[str, Any] = model.hook_dict
     found: dict[str, tuple[str, str]] = {}
     for name in points:

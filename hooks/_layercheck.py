@@ -15,7 +15,7 @@ from hooks._layercopies import HALF_WIDTH, LayerCopies
 from hooks._valuecheck import HALF_PRECISION, MARGIN, ValueCheck
 from hooks.errors import UnsupportedModelError
 from hooks.scores import MASKED, ScoreParts, expand_factors, qk_product, split, visible
-from hooks.sites import ROLES, Averaging, LayerSites, Role, Shield, Site, VectorSite
+from hooks.sites import ROLES, Averaging, LayerSites, Role, Shield, VectorSite
 
 _SAME_PRODUCT = 0.1  # a score differs from its product by rounding, or by much more
 _SUM_TO_ONE = 1e-5  # a row of a pattern sums to one up to this
@@ -31,15 +31,6 @@ class Undecided(Exception):
 
 class Unpredicted(UnsupportedModelError):
     """The pattern under noise is not the one predicted from the clean scores."""
-
-
-def without_hooks(sites: LayerSites) -> LayerSites:
-    """The same layer with q and k taken where they enter the dot product, behind every hook."""
-    bare = {
-        role: replace(sites.vector(role), dot=Site("", sites.vector(role).dot.n_heads, 2))
-        for role in ROLES[:2]
-    }
-    return replace(sites, q=bare["q"], k=bare["k"])
 
 
 class LayerCheck:
@@ -130,17 +121,14 @@ class LayerCheck:
             )
 
     def _averaging(self, pattern: Tensor, tolerance: Tensor) -> Averaging:
-        """What z is; ``unverified`` too where v is another layer's, and noised there."""
-        if not self.sites.v.dot.hooked:
-            return "unverified"
+        """What z is."""
         of_scores = tolerance if self.seen.fused else torch.zeros_like(tolerance)
         shown = visible(self.seen.tensors["scores"])[:1]
         return ValueCheck(self, pattern, self.seen.double("v"), shown, of_scores).verdict()
 
     def _refuse_other_firings(self) -> None:
         """Every tensor that this layer is judged by must have been shown, and once."""
-        names = ["q", "k", "scores", "pattern"]
-        names += ["v"] * self.sites.v.dot.hooked + ["z"] * (self.sites.z is not None)
+        names = ["q", "k", "v", "scores", "pattern"] + ["z"] * (self.sites.z is not None)
         fired = {name: self.seen.fired[name] for name in names}
         if any(times != 1 for times in fired.values()):
             raise UnsupportedModelError(

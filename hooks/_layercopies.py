@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks._tap import AttentionTap, Factors, Taken
+from hooks import _state
+from hooks._tap import AttentionTap, Taken
 from hooks.errors import UnsupportedModelError
 from hooks.scores import visible
 from hooks.sites import ROLES, LayerSites, Role, Site, VectorSite
@@ -76,6 +77,7 @@ class LayerCopies:
         self.seen = _Seen()
         self.factor: dict[Role, Tensor] = {}
         self.miswritten: UnsupportedModelError | None = None
+        self.last = False  # whether nothing later is looked at
 
     def hooks(self) -> list[tuple[str, Any]]:
         """Hooks that noise this layer's copies and keep what its hook points show."""
@@ -86,20 +88,15 @@ class LayerCopies:
                 entries.append((site.projection.hook, self._at_projection(role, site)))
             if site.dot.hooked:
                 entries.append((site.dot.hook, self._at_dot(role, site)))
-        if self.bare:
-            first = self.sites.q.dot if self.sites.q.dot.hooked else self.sites.q.projection
-            entries.append((first.hook, self._arm(first)))
+        if self.sites.bare:
+            assert self.sites.anchor is not None
+            return [*entries, (self.sites.anchor.hook, self._at_anchor)]
         if not self.sites.tapped:
             entries.append((self.sites.scores, self._at_scores))
             entries.append((self.sites.pattern, self._at_pattern))
         if self.sites.z is not None:
             entries.append((self.sites.z.hook, self._at_z(self.sites.z)))
         return entries
-
-    @property
-    def bare(self) -> tuple[Role, ...]:
-        """Which of q and k have no hook where they enter the dot product."""
-        return tuple(r for r in ROLES[:2] if not self.sites.vector(r).dot.hooked)
 
     def _drawn(self, role: Role, site: Site, n_pos: int, device: torch.device) -> Tensor:
         """This role's factors ``[pos, head]``, drawn when its number of positions is known."""
@@ -110,26 +107,34 @@ class LayerCopies:
             self.factor[role] = (1 + HALF_WIDTH * (2 * drawn - 1)).to(device)
         return self.factor[role][:, : site.n_heads].to(device)
 
-    def _arm(self, first: Site) -> Any:
-        """A hook that makes the tap multiply what no hook point carries."""
+    def _at_anchor(self, tensor: Tensor, hook: Any) -> None:
+        """Makes the tap multiply and show what no hook point carries."""
+        self.tap.expect(self.sites, tensor, factors=self._factors, show=self._see)
 
-        def hook(tensor: Tensor, hook: Any) -> None:
-            n_pos, n_heads = first.n_pos(tensor), self.sites.n_heads
-            factors: dict[Role, Tensor] = {}
-            for role in ROLES[:2]:
-                factors[role] = torch.ones(
-                    self.batch, n_pos, n_heads, device=tensor.device, dtype=torch.float32
-                )
-            for role in self.bare:
-                site = self.sites.vector(role).dot
-                drawn = self._drawn(role, site, n_pos, tensor.device)
-                shared = drawn if role == "q" else drawn[:, list(self.sites.kv_head_of)]
-                factors[role][self.copy[role]] = shared
-            if "q" in self.bare:
-                factors["q"][self.copy["zero"]] = 0.0
-            self.tap.arm(Factors(factors["q"], factors["k"]))
+    def _factors(self, role: Role, n_pos: int) -> Tensor:
+        """What multiplies a role's vectors in all copies, by query head."""
+        site = self.sites.vector(role).dot
+        drawn = self._drawn(role, site, n_pos, torch.device("cpu"))
+        factor = torch.ones(self.batch, *drawn.shape, dtype=torch.float32)
+        factor[self.copy[role]] = drawn
+        if role == "q":
+            factor[self.copy["zero"]] = 0.0
+        return factor if role == "q" else factor[..., list(self.sites.kv_head_of)]
 
-        return hook
+    def _see(self, taken: Taken) -> None:
+        """Keeps what the products showed: the vectors as they came, one for each that differs."""
+        for role, vectors in taken.vectors(self.sites).items():
+            self.seen.keep(role, vectors[self.rows])
+        assert taken.z is not None
+        self.seen.keep("z", taken.z.transpose(1, 2)[self.rows])
+        self._see_softmax(taken)
+        if self.last:
+            raise _state.Finished
+
+    def _see_softmax(self, taken: Taken) -> None:
+        self.seen.keep("scores", taken.scores[self.rows])
+        self.seen.keep("pattern", taken.pattern[self.rows])
+        self.seen.fused = taken.fused is not None
 
     def at(self, kind: str) -> slice:
         """Where one of this layer's ``KINDS`` of copies lies in what was seen."""
@@ -203,17 +208,6 @@ class LayerCopies:
             self.seen.keep("z", site.by_position(tensor)[self.rows])
             taken = self.tap.take(self.batch) if self.sites.tapped else None
             if taken is not None:
-                self.seen.keep("scores", taken.scores[self.rows])
-                self.seen.keep("pattern", taken.pattern[self.rows])
-                self.seen.fused = taken.fused is not None
-                self._see_operands(taken)
+                self._see_softmax(taken)
 
         return hook
-
-    def _see_operands(self, taken: Taken) -> None:
-        """Keeps the vectors that no hook carries, one for each head that has its own."""
-        group = self.sites.n_heads // self.sites.n_kv_heads
-        for role, operand in (("q", taken.q), ("k", taken.k)):
-            if role in self.bare and operand is not None:
-                own = operand if role == "q" else operand[:, ::group]
-                self.seen.keep(role, own.transpose(1, 2)[self.rows])

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from hooks._inputs import ModelInput
 from hooks._tap import AttentionTap, Taken
-from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.scores import visible
-from hooks.sites import ROLES, HookedModel, LayerSites, Role, Site, VectorSite
+from hooks.sites import ROLES, Anchor, HookedModel, LayerSites, Role, Site, VectorSite
 
 _CANDIDATES: dict[Role, tuple[str, ...]] = {
     role: tuple(
@@ -37,13 +36,15 @@ _CANDIDATES: dict[Role, tuple[str, ...]] = {
     for role in ROLES
 }
 _ATTENTION = re.compile(r"^(?P<prefix>.+)\.(?:hook_attn_scores|hook_z)$")
-_IN_A_STACK = re.compile(r"^(?P<stack>\w*blocks)\.(?P<block>\d+)\.(?P<module>\w+)$")
+_IN_A_STACK = re.compile(r"^(?P<stack>\w*blocks)\.(?P<block>\d+)(?:\.(?P<module>\w+))?$")
+_EDGE = re.compile(r"^(?P<module>\w*blocks\.\d+(?:\.\w+)?)\.hook_(?P<side>in|out)$")
+_NONE = Site("", 0, 2)
 _CLOSE = 1e-2  # enough to tell a pattern from scores; the self-check is strict
 
 
 @dataclass(frozen=True)
 class _Module:
-    """One attention module of a stack of blocks: ``{stack}.{block}.{name}``."""
+    """One attention module of a stack of blocks: ``{stack}.{block}.{name}``, or the block."""
 
     prefix: str
     stack: str
@@ -64,6 +65,15 @@ class _Firing:
 
 
 @dataclass(frozen=True)
+class _Multiplied:
+    """What the products showed of one attention, and of where in the pass it was taken."""
+
+    at: int  # how many hook points had fired
+    shape: tuple[int, ...]  # of its scores
+    anchor: Anchor
+
+
+@dataclass(frozen=True)
 class Located:
     """The attentions of one forward pass.
 
@@ -71,11 +81,13 @@ class Located:
         layers: those in a stack of blocks that ran, in the order of the forward pass.
         silent: attention modules with hooks of which none fired, by name.
         outside: attention modules whose hooks fired, but that are in no stack of blocks.
+        left_out: attentions of blocks without a row of weights over keys, and what was seen.
     """
 
     layers: tuple[LayerSites, ...]
     silent: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
 def locate(model: HookedModel, given: ModelInput) -> Located:
@@ -86,36 +98,59 @@ def locate(model: HookedModel, given: ModelInput) -> Located:
             than once, or has an unknown shape.
     """
     prefixes = _attentions(model)
-    modules = {p: m for p in prefixes if (m := _module(p)) is not None}
-    if not modules:
-        _refuse_without_modules(model, given)
-    firings, taken = _record(model, prefixes, given)
-    first: dict[str, int] = {}  # where in the forward pass each attention's hooks begin
-    for prefix in prefixes:
-        at = next((i for i, f in enumerate(firings) if _of(prefix, f)), None)
-        if at is not None:
-            first[prefix] = at
-    ordered = [modules[p] for p in sorted(first, key=first.__getitem__) if p in modules]
-    if not ordered:
-        raise UnsupportedModelError(
-            "attention fires", wanted="hooks of an attention to fire", got=f"none of {len(modules)}"
-        )
+    seen = _Pass(model, prefixes, given)
+    first = seen.begins(prefixes)
+    modules = {p: m for p in first if (m := _module(p)) is not None}
+    ordered = [modules[p] for p in sorted(modules, key=first.__getitem__)]
+    left_out = [(p, _SEVERAL) for p in sorted(seen.twice) if not _known(p, modules)]
+    if not ordered and not left_out:
+        _refuse_without_layers(any(_module(p) for p in prefixes), seen)
     several = len({m.stack for m in ordered}) > 1 or len({m.block for m in ordered}) < len(ordered)
-    layers = tuple(
-        _Finder(
-            module,
-            index if several else module.block,
-            [f for f in firings if _of(module.prefix, f)],
-            taken.get(module.prefix),
-            float(getattr(model.cfg, "attn_scores_soft_cap", 0) or 0),
-        ).sites()
-        for index, module in enumerate(ordered)
-    )
+    layers: list[LayerSites] = []
+    soft_cap = max(float(getattr(model.cfg, "attn_scores_soft_cap", 0) or 0), 0.0)
+    for index, module in enumerate(ordered):
+        layer = index if several else module.block
+        try:
+            layers.append(_sites(module, layer, seen, soft_cap))
+        except UnsupportedModelError:
+            window = seen.windows.get(module.prefix)
+            if window is None:
+                raise
+            left_out.append((module.prefix, _OVER_A_WINDOW.format(list(window))))
+    if not layers:
+        raise UnsupportedModelError(
+            "attention sites",
+            wanted="an attention with a row of weights over the keys of a sequence",
+            got="; ".join(f"{name} left out, {why}" for name, why in left_out),
+        )
     return Located(
-        layers,
+        tuple(layers),
         silent=tuple(p for p in prefixes if p not in first),
         outside=tuple(p for p in prefixes if p in first and p not in modules),
+        left_out=tuple(left_out),
     )
+
+
+_SEVERAL = "as it takes several attentions, which no hook tells apart"
+_OVER_A_WINDOW = "as its softmax {} is over windows, and has no row over a sequence's keys"
+
+
+def _known(prefix: str, modules: Iterable[str]) -> bool:
+    """Whether this module, or one inside it, has hooks of an attention."""
+    return any(f"{name}.".startswith(f"{prefix}.") for name in modules)
+
+
+def _sites(module: _Module, layer: int, seen: _Pass, soft_cap: float) -> LayerSites:
+    """The sites of one attention: at its hooks or, where these do not show it, at its products."""
+    firings = [f for f in seen.firings if _of(module.prefix, f)]
+    product = seen.products.get(module.prefix)
+    finder = _Finder(module, layer, firings, seen.taken.get(module.prefix), soft_cap, product)
+    try:
+        return finder.sites()
+    except UnsupportedModelError:
+        if product is None:
+            raise
+        return finder.bare(product)
 
 
 def _attentions(model: HookedModel) -> tuple[str, ...]:
@@ -127,19 +162,20 @@ def _attentions(model: HookedModel) -> tuple[str, ...]:
 def _module(prefix: str) -> _Module | None:
     """The module of that prefix; None where it is in no stack of blocks."""
     match = _IN_A_STACK.match(prefix)
-    return match and _Module(prefix, match["stack"], int(match["block"]), match["module"])
+    return match and _Module(prefix, match["stack"], int(match["block"]), match["module"] or "")
 
 
-def _refuse_without_modules(model: HookedModel, given: ModelInput) -> NoReturn:
-    """Tells a model without attention from one whose attention has no hook in a stack of blocks."""
-    tap = AttentionTap()
-    with torch.no_grad(), tap:
-        given.run(model)
+def _refuse_without_layers(hooked: bool, seen: _Pass) -> NoReturn:
+    """Tells a model without attention from one whose attention is in no stack of blocks."""
+    if hooked:
+        raise UnsupportedModelError(
+            "attention fires", wanted="hooks of an attention to fire", got="none"
+        )
     hidden = "attention of which TransformerLens shows no hook"
     raise UnsupportedModelError(
         "attention sites",
         wanted="a layer with attention (hook points blocks.{l}.attn.hook_attn_scores)",
-        got=hidden if tap.attentions else "no attention layer",
+        got=hidden if seen.attentions else "no attention layer",
     )
 
 
@@ -156,46 +192,132 @@ def _of(prefix: str, firing: _Firing) -> bool:
     return firing.name.startswith(f"{prefix}.")
 
 
-def _record(
-    model: HookedModel, prefixes: Iterable[str], given: ModelInput
-) -> tuple[list[_Firing], dict[str, Taken]]:
-    """What fires in one forward pass, and the softmax each attention took before its z."""
-    names = ["hook_attn_scores", "hook_pattern", "hook_z"]
-    names += [name for candidates in _CANDIDATES.values() for name in candidates]
-    hook_dict = model.hook_dict
-    by_point: dict[int, str] = {}
-    for prefix in prefixes:
-        for name in names:
-            point = hook_dict.get(f"{prefix}.{name}")
-            if point is not None:  # one name per hook point: aliases would record it twice
-                by_point.setdefault(id(point), f"{prefix}.{name}")
-    firings: list[_Firing] = []
-    taken: dict[str, Taken] = {}
-    tap = AttentionTap()
+class _Pass:
+    """What one forward pass showed.
 
-    def recorder(name: str) -> Any:
+    Attributes:
+        firings: what the hook points of q, k, v, z, scores and patterns carried.
+        taken: the softmax that each attention took before its z, by its module.
+        products: what its products showed of it, likewise.
+        windows: shape of a softmax that was over no sequence, likewise.
+        twice: modules that took several.
+        attentions: how many there were, also outside every block.
+    """
+
+    def __init__(self, model: HookedModel, prefixes: Iterable[str], given: ModelInput) -> None:
+        self.firings: list[_Firing] = []
+        self.taken: dict[str, Taken] = {}
+        self.products: dict[str, _Multiplied] = {}
+        self.windows: dict[str, tuple[int, ...]] = {}
+        self.attentions = 0
+        self.twice: set[str] = set()
+        self._inside: list[tuple[str, int]] = []  # modules that run, and products before them
+        self._batch = given.batch
+        decoded = given.named.get("decoder_input_ids", given.first)
+        self._lengths = {given.first.shape[-1], decoded.shape[-1]}
+        self._tap = AttentionTap(self._on_attention, self._on_softmax)
+        hooks = [
+            (name, self._at_edge(match["module"], match["side"]))
+            for name in model.hook_dict
+            if (match := _EDGE.match(name)) is not None
+        ]
+        hooks += [(name, self._recorder(name)) for name in self._points(model, prefixes)]
+        with torch.no_grad(), self._tap, hooked(model, hooks):
+            _first_pass(model, given)
+
+    def begins(self, prefixes: Iterable[str]) -> dict[str, float]:
+        """Where in the pass each attention begins that ran, by its module."""
+        first: dict[str, float] = {}
+        for prefix in prefixes:
+            at = next((i for i, f in enumerate(self.firings) if _of(prefix, f)), None)
+            if at is not None:
+                first[prefix] = float(at)
+        for prefix, product in self.products.items():
+            if not _known(prefix, list(first)):
+                first.setdefault(prefix, product.at - 0.5)  # before the hook that fires next
+        return first
+
+    @staticmethod
+    def _points(model: HookedModel, prefixes: Iterable[str]) -> list[str]:
+        """One name for each hook point that may carry something: aliases would fire twice."""
+        names = ["hook_attn_scores", "hook_pattern", "hook_z"]
+        names += [name for candidates in _CANDIDATES.values() for name in candidates]
+        hook_dict = model.hook_dict
+        by_point: dict[int, str] = {}
+        for prefix in prefixes:
+            for name in names:
+                point = hook_dict.get(f"{prefix}.{name}")
+                if point is not None:
+                    by_point.setdefault(id(point), f"{prefix}.{name}")
+        return list(by_point.values())
+
+    def _recorder(self, name: str) -> Any:
         prefix = name.rsplit(".", 1)[0]
 
         def record(tensor: Any, hook: Any) -> None:
-            firings.append(_Firing(name, tensor.clone() if isinstance(tensor, Tensor) else None))
+            kept = tensor.clone() if isinstance(tensor, Tensor) else None
+            self.firings.append(_Firing(name, kept))
             if name == f"{prefix}.hook_z":
-                latest = tap.take(given.batch)
+                latest = self._tap.take(self._batch)
                 if latest is not None:
-                    taken[prefix] = latest
+                    self.taken[prefix] = latest
 
         return record
 
-    fwd_hooks = [(name, recorder(name)) for name in by_point.values()]
-    with torch.no_grad(), tap, hooked(model, fwd_hooks):
-        _first_pass(model, given)
-    return firings, taken
+    def _at_edge(self, module: str, side: str) -> Any:
+        def enter(tensor: Any, hook: Any) -> None:
+            self._inside.append((module, len(self._tap.products)))
+
+        def leave(tensor: Any, hook: Any) -> None:
+            while any(name == module for name, _ in self._inside):
+                self._inside.pop()
+
+        return enter if side == "in" else leave
+
+    def _on_softmax(self, shape: tuple[int, ...]) -> None:
+        self.attentions += 1
+        if self._inside and shape[-2] not in self._lengths:
+            self.windows.setdefault(self._inside[-1][0], shape)
+
+    def _on_attention(self, taken: Taken) -> None:
+        """Notes an attention of the innermost module that runs; two in one can't be told apart."""
+        self.attentions += 1
+        if not self._inside or taken.q is None or taken.k is None:
+            return
+        module, start = self._inside[-1]
+        if module in self.products or module in self.twice:
+            self.twice.add(module)
+            self.products.pop(module, None)
+            return
+        batch, n_heads, n_query, d_head = taken.q.shape
+        if batch != self._batch:
+            return
+        before = self._tap.products[start:]
+        mine = [(*s[:3], s[-1]) == (batch, n_heads, n_query, d_head) for s in before]
+        if taken.fused is None:  # the last product is that of pattern and values
+            mine = mine[: _last_product(before, taken.shape) + 1]
+        self.products[module] = _Multiplied(
+            len(self.firings),
+            taken.shape,
+            Anchor(
+                f"{module}.hook_in",
+                0 if taken.fused is not None else sum(mine),
+                d_head,
+                _sharing(taken.k),
+            ),
+        )
+
+
+def _last_product(products: list[tuple[int, ...]], shape: tuple[int, ...]) -> int:
+    """Index of the last of these whose result has the scores' shape."""
+    return max(i for i, s in enumerate(products) if s[:4] == shape)
 
 
 def _first_pass(model: HookedModel, given: ModelInput) -> None:
     """A pass of the model as it is, with nothing of ours but hooks that look on."""
     try:
         given.run(model)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, AttributeError, TypeError) as error:
         said = str(error).strip().splitlines() or [""]
         raise UnsupportedModelError(
             "a forward pass of the model",
@@ -214,12 +336,14 @@ class _Finder:
         firings: list[_Firing],
         taken: Taken | None,
         soft_cap: float,
+        product: _Multiplied | None = None,
     ) -> None:
         self.module = module
         self.layer = layer
         self.firings = firings
         self.taken = taken
-        self.soft_cap = max(soft_cap, 0.0)
+        self.soft_cap = soft_cap
+        self.product = product
 
     def sites(self) -> LayerSites:
         """The sites, not yet verified."""
@@ -235,15 +359,9 @@ class _Finder:
         # v may fire after the scores; q and k must fire before them.
         q = self._vector("q", early, n_query, n_heads)
         width = self._width(q.dot)
-        shared = self._keys_of_another_layer()
-        if shared is not None:
-            n_kv = _distinct(shared)
-            bare = Site("", n_kv, 2)
-            k = v = VectorSite(bare, bare, "none")
-        else:
-            k = self._vector("k", early, n_key, None, width)
-            v = self._vector("v", self.firings, n_key, None, width)
-            n_kv = k.dot.n_heads
+        k = self._vector("k", early, n_key, None, width)
+        v = self._vector("v", self.firings, n_key, None, width)
+        n_kv = k.dot.n_heads
         if q.dot.n_heads != n_heads or n_heads % n_kv or n_kv != v.dot.n_heads:
             self._refuse(
                 "head counts",
@@ -262,7 +380,25 @@ class _Finder:
             prefix=prefix,
             label=_label(self.module),
             soft_cap=self.soft_cap,
+            anchor=None if self.product is None else self.product.anchor,
         )
+
+    def bare(self, product: _Multiplied) -> LayerSites:
+        """The sites where q, k, v and z are read and written at the products that take them."""
+        sites = LayerSites(
+            layer=self.layer,
+            q=VectorSite(_NONE, _NONE, "none"),
+            k=VectorSite(_NONE, _NONE, "none"),
+            v=VectorSite(_NONE, _NONE, "none"),
+            scores="",
+            pattern="",
+            z=None,
+            prefix=self.module.prefix,
+            label=_label(self.module),
+            soft_cap=self.soft_cap,
+            anchor=product.anchor,
+        )
+        return sites.without_hooks()
 
     def _only(self, name: str) -> Tensor | None:
         """What fired under this name; None for nothing."""
@@ -304,12 +440,6 @@ class _Finder:
         dot = self._site(found[-1], n_pos, n_heads, width)
         # A projection may hold more than the vectors: a gate beside the queries.
         return VectorSite(self._site(found[0], n_pos, None, width), dot, "none")
-
-    def _keys_of_another_layer(self) -> Tensor | None:
-        """The keys of a layer that has no k and v of its own, as the product took them; or None."""
-        names = [f"{self.module.prefix}.{n}" for r in ROLES[1:] for n in _CANDIDATES[r]]
-        fired = any(f.name in names for f in self.firings)
-        return None if fired or self.taken is None else self.taken.k
 
     def _width(self, site: Site) -> int:
         """d_head of a site."""
@@ -360,6 +490,13 @@ def _axes(
     return None
 
 
-def _distinct(keys: Float[Tensor, "batch head key d_head"]) -> int:
-    """Key/value heads, counted by comparing what the query heads read."""
-    return 1 + sum(not torch.equal(keys[:, h], keys[:, h - 1]) for h in range(1, keys.shape[1]))
+def _sharing(keys: Float[Tensor, "batch head key d_head"]) -> tuple[int, ...]:
+    """Key/value head of each query head, by comparing what they read; in the order they come."""
+    leaders: list[int] = []
+    out = []
+    for head in range(keys.shape[1]):
+        same = [i for i, h in enumerate(leaders) if torch.equal(keys[:, h], keys[:, head])]
+        if not same:
+            leaders.append(head)
+        out.append(same[0] if same else len(leaders) - 1)
+    return tuple(out)

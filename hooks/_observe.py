@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._prompts import Prompts
-from hooks._tap import AttentionTap
+from hooks._tap import AttentionTap, Taken
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.scores import ScoreParts, recheck, split, visible
@@ -74,6 +74,7 @@ def observe(
     vectors: Collection[Role] = (),
     stream: bool = False,
     hooks: Sequence[Hook] = (),
+    beside: bool = False,
     batch_size: int = 8,
     progress: bool | None = False,
     what: str = "prompts",
@@ -90,12 +91,13 @@ def observe(
         vectors: which of q, k and v to show.
         stream: show the block's input too.
         hooks: further hooks, for interventions: they run first.
+        beside: show a layer also where it has keys beside those of its own tokens.
         batch_size: prompts per pass; only prompts of one length share one.
         progress: show a progress bar; None: in a terminal or a notebook.
         what: its title.
 
     Raises:
-        UnsupportedModelError: a vector or stream that the model has no hook for.
+        UnsupportedModelError: a stream that the model has no hook for; keys beside the tokens'.
     """
     with (
         _state.evaluating(model),
@@ -109,7 +111,7 @@ def observe(
     ):
         for indices, given in prompts.batches(batch_size):
             tap = AttentionTap() if any(s.tapped for s in layers) else None
-            watch = _Watch(layers, indices, on_layer, tuple(vectors), stream, tap)
+            watch = _Watch(layers, indices, on_layer, tuple(vectors), stream, tap, beside)
             entries = [*hooks, *watch.hooks(model)]
             with (
                 contextlib.suppress(_state.Finished),
@@ -131,7 +133,9 @@ class _Watch:
         vectors: tuple[Role, ...],
         stream: bool,
         tap: AttentionTap | None,
+        beside: bool,
     ) -> None:
+        self.beside = beside
         self.layers = layers
         self.indices = indices
         self.on_layer = on_layer
@@ -151,28 +155,28 @@ class _Watch:
         roles: set[Role] = {*self.vectors}
         if sites.has_bias:
             roles |= {"q", "k"}
-        for role in sorted(roles):
-            name = sites.vector(role).dot.hook
-            if not name:
-                raise UnsupportedModelError(
-                    f"reading {role}",
-                    wanted="a hook point where it enters the dot product",
-                    got="none of TransformerLens's",
-                    layer=sites.layer,
-                )
-            entries.append((name, _keep(kept, role)))
+        if not sites.bare:
+            entries += [(sites.vector(r).dot.hook, _keep(kept, r)) for r in sorted(roles)]
         if self.stream:
             entries.append((stream_hook(model, sites), _keep(kept, "stream")))
 
-        def show(scores: Tensor, pattern: Tensor) -> None:
+        def show(scores: Tensor, pattern: Tensor, taken: Taken | None = None) -> None:
+            if not self.beside:
+                _refuse_keys_beside(sites, scores)
+            if self.stream:
+                refuse_several_streams(kept["stream"], sites)
             wide = torch.promote_types(scores.dtype, torch.float32)
+            if taken is not None:
+                vectors = {r: x for r, x in taken.vectors(sites).items() if r in roles}
+            else:
+                vectors = {r: sites.vector(r).dot.by_position(kept.pop(r)) for r in sorted(roles)}
             view = LayerView(
                 index=index,
                 sites=sites,
                 prompts=self.indices,
                 scores=scores.to(wide),
                 pattern=pattern.to(wide),
-                vectors={r: sites.vector(r).dot.by_position(kept.pop(r)) for r in sorted(roles)},
+                vectors=vectors,
                 stream=kept.pop("stream", None),
             )
             self.on_layer(view)
@@ -191,10 +195,29 @@ class _Watch:
                 raise RuntimeError(f"layer {sites.layer}: no softmax was seen before {hook.name}")
             show(taken.scores, taken.pattern)
 
+        def at_anchor(tensor: Tensor, hook: Any) -> None:
+            assert self.tap is not None
+            self.tap.expect(sites, tensor, show=lambda t: show(t.scores, t.pattern, t))
+
+        if sites.bare:
+            assert sites.anchor is not None
+            return [*entries, (sites.anchor.hook, at_anchor)]
         if sites.tapped:
             assert sites.z is not None
             return [*entries, (sites.z.hook, at_z)]
         return [*entries, (sites.scores, _keep(kept, "scores")), (sites.pattern, at_pattern)]
+
+
+def _refuse_keys_beside(sites: LayerSites, scores: Tensor) -> None:
+    """Keys that are no token of the sequence: an encoder's beside a decoder's, compressed ones."""
+    n_query, n_key = scores.shape[-2:]
+    if sites.sequence("q") == sites.sequence("k") and n_key > n_query:
+        raise UnsupportedModelError(
+            "keys of the attention",
+            wanted=f"one for each of {n_query} tokens",
+            got=f"{n_key - n_query} more in {sites.label} (leave it out with layers=)",
+            layer=sites.layer,
+        )
 
 
 def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
@@ -204,13 +227,24 @@ def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
     return hook_fn
 
 
+def refuse_several_streams(stream: Tensor, sites: LayerSites) -> None:
+    """A block may be given several streams beside each other (hyper-connections)."""
+    if stream.ndim != 3:
+        raise UnsupportedModelError(
+            "the residual stream",
+            wanted="one, [batch, pos, d_model]",
+            got=f"{list(stream.shape)}",
+            layer=sites.layer,
+        )
+
+
 def stream_hook(model: HookedModel, sites: LayerSites) -> str:
     """Name of the hook with the residual stream at the input of a layer's block.
 
     Raises:
         UnsupportedModelError: the model has none of that name.
     """
-    block = sites.prefix.rpartition(".")[0]
+    block = sites.block
     for name in (f"{block}.hook_in", f"{block}.hook_resid_pre"):
         if name in model.hook_dict:
             return name

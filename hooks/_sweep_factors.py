@@ -84,7 +84,9 @@ class RowFactors(Clock):
                 f"{site.hook}; got {batch}"
             )
         here = (sites.layer, role)
-        if here not in self._made or self._made[here].shape[1] != n_pos:
+        if here in self._made and self._made[here].shape[1] != n_pos:
+            self._make([here], n_pos, site.n_heads)  # keys beside the tokens' are this layer's own
+        elif here not in self._made:
             alike = [
                 (s.layer, r)
                 for s, r in self.places

@@ -21,6 +21,7 @@ from hooks._ambient import model_pass
 from hooks._inputs import ModelInput, input_device
 from hooks._prompts import Prompts
 from hooks._sweep_factors import Grid, RowFactors
+from hooks._tap import AttentionTap
 from hooks._threads import hooked, standing_hooks
 from hooks.errors import UnsupportedModelError
 from hooks.noise import HookList, NormNoise
@@ -70,7 +71,8 @@ class Runner:
         points = model.hook_dict  # made anew at each look
         self.block = _first_block(points, layers)
         self.early = _UNEMBED in points and _bare(points, "unembed")
-        self._entries = noise._hooks(model, sites, self.factors)
+        self.tap = AttentionTap()
+        self._entries = noise._hooks(model, sites, self.factors, self.tap)
         if noise.rows != "all":
             self._entries = [(name, self._keeping_clean(fn)) for name, fn in self._entries]
         self._caught: Tensor | None = None
@@ -161,6 +163,7 @@ class Runner:
         return caught
 
     def _call(self, given: ModelInput) -> Any:
+        self.tap.reset()  # one that was only tried may have been broken off
         return given.run(self.model)
 
     def _unembedded(self, states: Tensor) -> Tensor:
@@ -205,7 +208,7 @@ class Runner:
 
 def _first_block(points: Mapping[str, Any], layers: Sequence[LayerSites]) -> str:
     """Hook at the input of the first noised block, where clean blocks lie before it."""
-    block = layers[0].prefix.rpartition(".")[0]
+    block = layers[0].block
     name = f"{block}.hook_resid_pre"
     if not block.startswith("blocks.") or block == "blocks.0" or name not in points:
         return ""

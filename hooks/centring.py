@@ -129,7 +129,7 @@ def _refuse(sites: LayerSites) -> None:
     wanted, got = "", ""
     if sites.sequence("q") != sites.sequence("k"):
         wanted, got = "self-attention", f"cross-attention {sites.label} (name layers= without it)"
-    elif sites.z is None or not sites.v.dot.hooked:
+    elif sites.z is None or sites.bare:
         wanted, got = "hooks of TransformerLens for v and z", "none for one of them"
     elif sites.averaging != "plain":
         wanted = "a z that is the pattern's average of v"
@@ -312,7 +312,7 @@ def _keep_output(written: dict[int, Tensor], sites: LayerSites) -> Callable[...,
 
 def _output_hook(model: HookedModel, sites: LayerSites) -> str:
     """Name of the hook with what W_O gives, before a norm that may follow it."""
-    block = sites.prefix.rpartition(".")[0]
+    block = sites.block
     names = (f"{sites.prefix}.o.hook_out", f"{sites.prefix}.hook_out", f"{block}.hook_attn_out")
     for name in names:
         if name in model.hook_dict:

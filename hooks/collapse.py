@@ -32,7 +32,7 @@ from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
 from hooks._prompts import encode
 from hooks._tally import Tally
-from hooks._tap import AttentionTap, Fused
+from hooks._tap import AttentionTap, Fused, Taken
 from hooks._threads import hooked
 from hooks.laws import LAWS
 from hooks.noise import SPARSE, NormNoise, Shared
@@ -257,11 +257,15 @@ class _Watch:
 
             return LayerReducer(self.tally, index, sites, self.noise, self.indices, self.workers)
 
-        def q_and_k() -> tuple[Tensor, Tensor] | None:
+        def q_and_k(taken: Taken | None = None) -> tuple[Tensor, Tensor] | None:
             """The vectors that enter the dot product, where a bias is added to it."""
             if not sites.has_bias:
                 return None
-            q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
+            if sites.bare:
+                assert taken is not None
+                q, k = taken.vectors(sites)["q"], taken.vectors(sites)["k"]
+            else:
+                q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
             wide = torch.promote_types(q.dtype, torch.float32)
             return q.to(wide), k.to(wide)
 
@@ -282,7 +286,10 @@ class _Watch:
             taken = self.tap.take(z.shape[0])
             if taken is None:  # the self-check saw it happen
                 raise RuntimeError(f"layer {sites.layer}: no softmax was seen before {hook.name}")
-            vectors = q_and_k()
+            reduce(taken)
+
+        def reduce(taken: Taken) -> None:
+            vectors = q_and_k(taken)
             if taken.fused is not None:
                 self._in_blocks(reducer(), sites, taken.fused, vectors)
             else:
@@ -290,6 +297,13 @@ class _Watch:
                 reducer().add(taken.scores, taken.pattern, s)
             finish()
 
+        def at_anchor(tensor: Tensor, hook: Any) -> None:
+            assert self.tap is not None
+            self.tap.expect(sites, tensor, show=reduce)
+
+        if sites.bare:
+            assert sites.anchor is not None
+            return [(sites.anchor.hook, at_anchor)]
         if sites.has_bias:
             entries += [(sites.vector(r).dot.hook, keep(r)) for r in ("q", "k")]
         if sites.tapped:

@@ -35,7 +35,9 @@ from hooks._arguments import (
 from hooks._cachecheck import cached_steps
 from hooks._clock import Clock
 from hooks._inputs import has_decoder
+from hooks._tap import AttentionTap
 from hooks._threads import intervening
+from hooks._writing import Writer
 from hooks.errors import UnsupportedModelError
 from hooks.laws import LAWS, check_sigma, get_law
 from hooks.scores import expand_factors, split
@@ -236,10 +238,11 @@ class NormNoise:
                 model whose scores can't be edited.
 
         These hooks take every forward pass for a whole sequence; for ``generate`` with a cache use
-        :meth:`applied` (a cached step under these hooks raises).
+        :meth:`applied` (a cached step under these hooks raises). So must a model of which no hook
+        carries the vectors: only a context can write where they are multiplied.
         """
         masks = _masks(model, attention_mask, decoder_attention_mask)
-        return self._hooks(model, attention_sites(model), Clock(first_prompt, masks))
+        return self._hooks(model, attention_sites(model), Clock(first_prompt, masks), None)
 
     @contextmanager
     def applied(
@@ -256,18 +259,30 @@ class NormNoise:
         """
         clock = Clock(first_prompt, _masks(model, attention_mask, decoder_attention_mask))
         sites = attention_sites(model)
-        entries = self._hooks(model, sites, clock)
+        tap = AttentionTap()
+        entries = self._hooks(model, sites, clock, tap)
         inner = getattr(model, "original_model", None)
-        if inner is None:
-            clock.advice = "Pass use_past_kv_cache=False to generate: this model hides its cache"
-            with intervening(model, entries):
-                yield self
-            return
-        clock.steps = cached_steps(model, sites, lambda other: _strong(sites, other))
-        with intervening(model, entries), clock.following(inner):
+        with ExitStack() as stack:
+            stack.enter_context(intervening(model, entries))
+            if inner is None:
+                clock.advice = (
+                    "Pass use_past_kv_cache=False to generate: this model hides its cache"
+                )
+            else:
+                clock.steps = cached_steps(model, sites, partial(_strong, sites))
+                stack.enter_context(clock.following(inner))
+            if tap.needed:
+                stack.enter_context(tap.of_passes(inner))
             yield self
 
-    def _hooks(self, model: HookedModel, sites: AttentionSites, clock: Clock) -> HookList:
+    def _hooks(
+        self,
+        model: HookedModel,
+        sites: AttentionSites,
+        clock: Clock,
+        tap: AttentionTap | None,
+    ) -> HookList:
+        """Hooks on the model; ``tap`` writes in those layers where no hook does."""
         clock.module = getattr(model, "original_model", None)
         dropout = _state.active_dropout(model)
         if dropout:
@@ -277,8 +292,9 @@ class NormNoise:
             )
         entries: HookList = []
         layers = list(choose_layers(sites, self.layers))
+        writer = None if tap is None else Writer(self, clock, tap)
         for layer in layers:
-            entries += self._layer_hooks(layer, clock)
+            entries += self._layer_hooks(layer, clock, writer)
         shown = [s for s in layers if not s.tapped and s.sequence("k") == "target"]
         if shown:
             clock.guarded = True
@@ -302,7 +318,7 @@ class NormNoise:
                     stacklevel=4,
                 )
 
-    def _layer_hooks(self, sites: LayerSites, clock: Clock) -> HookList:
+    def _layer_hooks(self, sites: LayerSites, clock: Clock, writer: Writer | None) -> HookList:
         if self.rows != "all":
             return self._row_hooks(sites, clock)
         entries: HookList = []
@@ -313,14 +329,21 @@ class NormNoise:
                 got="another; q and k can be noised",
                 layer=sites.layer,
             )
+        if sites.bare and self.at == "dot" and writer is not None:
+            assert sites.anchor is not None
+            return [(sites.anchor.hook, writer.hook(sites))]
         for role in self.roles:
             vector = sites.vector(role)
             site = vector.dot if self.at == "dot" else vector.projection
+            if role == "v" and not site.hooked and vector.shield == "none":
+                site = vector.projection  # what is written there was seen to arrive
             if not site.hooked:
+                at = "where it enters the attention" if self.at == "dot" else "at its projection"
+                advice = "; NormNoise.applied needs none" if self.at == "dot" else ""
                 raise UnsupportedModelError(
                     f"noise on {role}",
-                    wanted="a hook point where it enters the dot product",
-                    got="none of TransformerLens's; collapse_probe needs none",
+                    wanted=f"a hook point {at}",
+                    got=f"none of TransformerLens's{advice}",
                     layer=sites.layer,
                 )
             if site.n_heads != vector.dot.n_heads:
@@ -421,13 +444,14 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _strong(sites: AttentionSites, clock: Clock) -> HookList:
+def _strong(sites: AttentionSites, clock: Clock, tap: AttentionTap) -> HookList:
     """Hooks of strong noise wherever noise can be written."""
     entries: HookList = []
     for layer in sites:
-        for role in ROLES:
-            with contextlib.suppress(UnsupportedModelError):
-                entries += NormNoise(sigma=0.5, on=role, seed=1)._layer_hooks(layer, clock)
+        on = "qkv" if layer.averaging != "unverified" else "qk"
+        noise = NormNoise(sigma=0.5, on=on, seed=1)
+        with contextlib.suppress(UnsupportedModelError):
+            entries += noise._layer_hooks(layer, clock, Writer(noise, clock, tap))
     return entries
 
 

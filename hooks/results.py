@@ -6,7 +6,7 @@ Frozen, on the CPU, without a reference to the model; tidy frames; safetensors w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -250,6 +250,18 @@ class CollapseReport:
         decoded = bool(self.decoder_tokens) and label[0] in "DX"
         return (self.decoder_tokens if decoded else self.tokens)[prompt]
 
+    def key_token(self, label: str, prompt: int, position: int) -> str:
+        """What a layer's key stands for, by the layer's label; a number for images and sound.
+
+        A decoder's queries look at its own tokens, those of cross-attention at the encoder's. Where
+        one attention has both, the encoder's follow; what follows the last is no token (compressed
+        keys).
+        """
+        decoder = self.decoder_tokens[prompt] if label[0] == "D" and self.decoder_tokens else ()
+        known = decoder + self.tokens[prompt]
+        beside = position - len(known)
+        return f"(no token: {beside})" if known and beside >= 0 else _token(known, position)
+
     # -- thresholds -------------------------------------------------------------------------
 
     def sigma_at(
@@ -337,11 +349,8 @@ class CollapseReport:
         moved = [i for i in range(len(kept)) if lands[i] >= 0]
         frame["shown_sigma"], frame["draw"], frame["lands_pos"] = kept.sigma, kept.draw, lands
         # A query's own token sequence differs from its keys' in cross-attention.
-        keys = "D" if self.decoder_tokens else ""
         frame["lands_token"] = [
-            _token(self.decoder_tokens if label[0] in keys else self.tokens, int(prompt), int(at))
-            if at >= 0
-            else ""
+            self.key_token(label, int(prompt), int(at)) if at >= 0 else ""
             for label, prompt, at in zip(frame["label"], kept.prompt, lands, strict=True)
         ]
         before = [float(clean[key]) for (clean, _), key in zip(pairs, kept.key, strict=True)]
@@ -383,15 +392,15 @@ class CollapseReport:
         prompts = t.prompt[order]
         labels = [self.model["labels"][layer] for layer in t.layer[order]]
 
-        def token(at: np.ndarray, decoded: str) -> list[str]:
-            """Tokens at these positions: the decoder's in layers whose label starts so."""
-            return [
-                _token(self.decoder_tokens if label[0] in decoded else self.tokens, int(p), int(i))
-                for label, p, i in zip(labels, prompts, at[order], strict=True)
-            ]
+        def token(at: np.ndarray, of: Callable[[str, int, int], str]) -> list[str]:
+            """Tokens at these positions."""
+            places = zip(labels, prompts, at[order], strict=True)
+            return [of(label, int(p), int(i)) for label, p, i in places]
 
-        # A decoder's queries look at its own tokens, those of cross-attention at the encoder's.
-        query, key = ("DX", "D") if self.decoder_tokens else ("", "")
+        def query(label: str, prompt: int, position: int) -> str:
+            return _token(self.read_by(label, prompt), position)
+
+        key = self.key_token
         return pd.DataFrame(
             {
                 "layer": np.asarray(self.settings.layers, dtype=int)[t.layer[order]],
@@ -560,9 +569,8 @@ _FORM = Form(
 )
 
 
-def _token(prompts: tuple[tuple[str, ...], ...], prompt: int, position: int) -> str:
+def _token(tokens: tuple[str, ...], position: int) -> str:
     """A token as a string; its position where the input is no text."""
-    tokens = prompts[prompt]
     return tokens[position] if position < len(tokens) else str(position)
 
 

@@ -39,7 +39,7 @@ from hooks._fingerprint import key_of
 from hooks._given import TOKENS_ALONE, shorten
 from hooks._inputs import ModelInput, NoRoom, check_model, short_input
 from hooks._known import refuse_known_wrong
-from hooks._layercheck import LayerCheck, Undecided, Unpredicted, without_hooks
+from hooks._layercheck import LayerCheck, Undecided, Unpredicted
 from hooks._layercopies import KINDS, LayerCopies
 from hooks._locate import locate
 from hooks._prompts import Prompts, encode
@@ -214,7 +214,12 @@ def _verify(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
             for attempt in range(_ATTEMPTS):
                 try:
                     sites = _check_all(example, found.layers, attempt)
-                    return replace(sites, silent=found.silent, outside=found.outside)
+                    return replace(
+                        sites,
+                        silent=found.silent,
+                        outside=found.outside,
+                        left_out=found.left_out,
+                    )
                 except Undecided as error:  # another prompt may show more
                     undecided = undecided or error.refusal
         except NoRoom as error:
@@ -241,12 +246,11 @@ def _check_all(
             try:
                 verified.append(check.judge())
             except Unpredicted:
-                # A norm that no hook shows may stand behind these hooks: try at the operands. Not
-                # in a cross-attention, where a hook on q can't tell how many keys there are.
-                crossed = check.sites.sequence("q") != check.sites.sequence("k")
-                if not may_strip or not check.sites.tapped or check.copies.bare or crossed:
+                # A norm that no hook shows may stand behind these hooks: try at the operands.
+                seen = check.sites.anchor is not None and not check.sites.bare
+                if not may_strip or not check.sites.tapped or not seen:
                     raise
-                stripped[check.sites.layer] = without_hooks(check.sites)
+                stripped[check.sites.layer] = check.sites.without_hooks()
             table += check.table
     if stripped:
         again = tuple(stripped.get(sites.layer, sites) for sites in layers)
@@ -288,8 +292,11 @@ def _check_some(
         for index, sites in enumerate(layers)
     ]
     fwd_hooks = [hook for layer in copies for hook in layer.hooks()]
-    if layers[-1].z is not None:
-        fwd_hooks.append((layers[-1].z.hook, _finish))  # nothing later is looked at
+    last = layers[-1]
+    if last.bare:
+        copies[-1].last = True
+    elif last.z is not None:
+        fwd_hooks.append((last.z.hook, _finish))  # nothing later is looked at
     with (
         warnings.catch_warnings(),
         contextlib.suppress(_state.Finished),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import pandas as pd
@@ -20,7 +20,7 @@ from torch import Tensor
 from hooks._arguments import brief, check_choice, plain
 
 Role = Literal["q", "k", "v"]
-Shield = Literal["none", "removed", "mixed"]
+Shield = Literal["none", "removed", "mixed", "unseen"]
 Averaging = Literal["plain", "gated", "centred", "unverified"]
 Stream = Literal["source", "target"]
 
@@ -54,7 +54,8 @@ class Site:
     """One TransformerLens hook point that carries one vector per token and head.
 
     ``head_axis`` is 2 for ``[batch, pos, head, d_head]``, 1 for ``[batch, head, pos, d_head]`` and
-    -1 for ``[batch, pos, head * d_head]``. ``hook`` is empty where TransformerLens has none.
+    -1 for ``[batch, pos, head * d_head]``. ``hook`` is empty where TransformerLens has none, or
+    none that acts: the vectors are then those that the model multiplies.
     """
 
     hook: str
@@ -101,12 +102,31 @@ class VectorSite:
         dot: the vectors that enter the dot product (v: that the pattern averages).
         shield: what noise at ``projection`` becomes at ``dot``: ``none`` (it arrives unchanged),
             ``removed`` (a norm over each head takes it away) or ``mixed`` (a norm over the whole
-            projection takes part of it away and leaks one head's noise into the others).
+            projection takes part of it away and leaks one head's noise into the others), or
+            ``unseen`` (no hook is at the projection).
     """
 
     projection: Site
     dot: Site
     shield: Shield
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What tells a layer's attention from the others that a forward pass takes.
+
+    Attributes:
+        hook: the attention is the first of its shape behind this hook point.
+        product: which product with its number of heads, queries and components behind the hook is
+            that of its queries and keys, from 1; 0 in a fused attention.
+        d_head: components of a query.
+        kv_heads: key/value head of each query head, found by comparing the keys.
+    """
+
+    hook: str
+    product: int
+    d_head: int
+    kv_heads: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,7 @@ class LayerSites:
         scores_editable: whether an edit of ``scores`` changes the pattern.
         recheck: whether the check could not be done with hooks of the user's that stand on the
             model, so that each pass must show again that its pattern is the softmax of its scores.
+        anchor: where the attention is in the forward pass, if the products are seen that it takes.
     """
 
     layer: int
@@ -154,6 +175,18 @@ class LayerSites:
     averaging: Averaging = "plain"
     scores_editable: bool = False
     recheck: bool = False
+    anchor: Anchor | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether q, k, v and z are read and written where the model multiplies them."""
+        return not self.q.dot.hooked
+
+    @property
+    def block(self) -> str:
+        """Name of the block that the attention is in, ``blocks.{layer}``."""
+        inside = re.match(r"\w*blocks\.\d+", self.prefix)
+        return inside[0] if inside else self.prefix.rpartition(".")[0]
 
     @property
     def tapped(self) -> bool:
@@ -179,13 +212,43 @@ class LayerSites:
     @property
     def kv_head_of(self) -> tuple[int, ...]:
         """Key/value head that each query head reads: noise there is shared by its query heads."""
+        if self.bare and self.anchor is not None:
+            return self.anchor.kv_heads
         group = self.n_heads // self.n_kv_heads
         return tuple(head // group for head in range(self.n_heads))
+
+    @property
+    def kv_leaders(self) -> list[int]:
+        """The first query head of each key/value head, where these are read at the products."""
+        assert self.anchor is not None
+        return [self.anchor.kv_heads.index(head) for head in range(self.n_kv_heads)]
+
+    def without_hooks(self) -> LayerSites:
+        """The same layer with q, k, v and z taken at the products, behind every hook."""
+        assert self.anchor is not None
+        n_kv = 1 + max(self.anchor.kv_heads)
+        q, kv = Site("", len(self.anchor.kv_heads), 2), Site("", n_kv, 2)
+        return replace(
+            self,
+            q=_at_products(self.q.projection, q),
+            k=_at_products(self.k.projection, kv),
+            v=_at_products(self.v.projection, kv),
+            scores="",
+            pattern="",
+            z=q,
+        )
 
     def vector(self, role: Role) -> VectorSite:
         """The site of ``"q"``, ``"k"`` or ``"v"``."""
         sites = {"q": self.q, "k": self.k, "v": self.v}
         return sites[check_choice("role", role, sites)]
+
+
+def _at_products(projection: Site, dot: Site) -> VectorSite:
+    """A vector taken where it is multiplied; what noise at its projection becomes is still open."""
+    if projection.hooked:
+        return VectorSite(projection, dot, "none")
+    return VectorSite(dot, dot, "unseen")
 
 
 @dataclass(frozen=True)
@@ -204,6 +267,8 @@ class AttentionSites:
         outside: attention modules whose hooks fired, but that are in no stack of blocks (the same
             one, run on an image): nothing measures them either.
         notes: what hooks of the user's mean for the check and for what is measured.
+        left_out: attentions of blocks that have no row of weights over a sequence's keys (those
+            over windows), by name, with what was seen: nothing measures them.
     """
 
     layers: tuple[LayerSites, ...]
@@ -211,6 +276,7 @@ class AttentionSites:
     silent: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def __iter__(self) -> Iterator[LayerSites]:
         return iter(self.layers)
@@ -272,6 +338,10 @@ class AttentionSites:
         left_out = _together((*self.silent, *self.outside))
         if left_out:  # in the same words on text and with an image: reports of both can be merged
             parts.append(f"Left out, as it did not run or is no block's: {left_out}.")
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left_out:
+            reasons.setdefault(why, []).append(name)
+        parts += [f"Left out, {why}: {_together(names)}." for why, names in reasons.items()]
         return " ".join(parts)
 
     def _where(self, n_layers: int) -> str:
@@ -279,8 +349,10 @@ class AttentionSites:
         return "" if n_layers == len(self) else f" in {n_layers} of {len(self)} layers"
 
 
-_SHIELD_TEXT = {
+_SHIELD_TEXT: dict[Shield, str] = {
     "none": "Norm noise on {} at the projection reaches the attention unchanged{}.",
+    "unseen": "Whether norm noise on {} at the projection reaches the attention is not known{}: no "
+    "hook is there, and a norm may follow.",
     "removed": "Norm noise on {} at the projection is removed by a norm over each head{}: the "
     "curve is for the vectors behind that norm.",
     "mixed": "Norm noise on {} at the projection passes a norm over all heads{}, which removes "
@@ -313,9 +385,9 @@ _FACTS: tuple[tuple[Callable[[LayerSites], bool], str], ...] = (
         "What noise on v does could not be verified{}: it is refused there.",
     ),
     (
-        lambda s: not (s.q.dot.hooked and s.k.dot.hooked),
-        "No hook carries q or k where they enter the dot product{}: the probe reads their scores, "
-        "NormNoise on them is refused there.",
+        lambda s: s.bare,
+        "No hook carries q, k and v where they enter the attention{}: they are read, and noised by "
+        "NormNoise.applied, where the model multiplies them.",
     ),
     (
         lambda s: s.tapped,

@@ -7,6 +7,7 @@ sigmas their draws.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,6 +135,7 @@ def sweep(
         runner = Runner(model, noise, sites, chosen, grid)
         with (
             hooked(model, runner.hooks()),
+            runner.tap if runner.tap.needed else contextlib.nullcontext(),
             tqdm(
                 total=len(prompts) * len(grid),
                 desc="sweep",

@@ -38,7 +38,7 @@ from hooks._arguments import (
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens, refuse_other_inputs
 from hooks._inputs import has_decoder, input_device, without_cache
-from hooks._observe import Hook, stream_hook
+from hooks._observe import Hook, refuse_several_streams, stream_hook
 from hooks._positions import find_removals, rounding, taken
 from hooks._prompts import Prompts, encode
 from hooks._symmetry_report import FLOORS, REACH, SymmetryReport, SymmetrySettings
@@ -369,6 +369,7 @@ class _Run:
                     got="no such tensor" if name not in kept else "an infinite one or NaN",
                     layer=sites.layer,
                 )
+            refuse_several_streams(kept[name], sites)
         logits = _checked_logits(logits, len(ids))
         whole = [kept[self.starts[0]], *(kept[name] for name in self.ends)]
         starts, ends = (
@@ -411,7 +412,7 @@ def end_hook(model: HookedModel, sites: LayerSites) -> str:
     Raises:
         UnsupportedModelError: the model has none of that name.
     """
-    block = sites.prefix.rpartition(".")[0]
+    block = sites.block
     for name in (f"{block}.hook_out", f"{block}.hook_resid_post"):
         if name in model.hook_dict:
             return name

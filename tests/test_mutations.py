@@ -242,6 +242,7 @@ def mix_batch_and_heads(patch: Patch) -> None:
         return replace(taken, made=made, fused=None)
 
     patch.setattr(_tap.AttentionTap, "take", mixed)
+    patch.setattr(LayerSites, "without_hooks", lambda self: self)  # no other way to see them
 
 
 def keys_for_queries(expand: Any) -> Any:
@@ -281,8 +282,8 @@ NOISE = r"(pattern|scores) under [qk]-noise"
 Q_NOISE, K_NOISE = r"(pattern|scores) under q-noise", r"(pattern|scores) under k-noise"
 SOFTMAX = r"pattern = softmax"
 Z = r"^z under v-noise"
-# Tapped layers are tried again without the hooks of q and k, and so without the mistake; v has it.
-WRITTEN = Q_NOISE + "|" + Z
+# Tapped layers are tried again where they multiply, and so without the mistake; the hooks have it.
+WRITTEN = Q_NOISE + "|^what is written at|" + Z
 # The search for hooks takes other ways where they do not fit.
 SEEN = SOFTMAX + "|^shape of|fires once"
 ONE_OF_EACH = ("gpt2", "bloom", "gemma2", "opt", "gpt-oss", "bert")
@@ -508,8 +509,7 @@ def test_heads_taken_for_positions_are_caught(monkeypatch: Patch) -> None:
     """As many tokens as heads: no shape tells the axes apart, the noise does."""
     model, find = model_of("gpt2", "float32"), vars(selfcheck)["locate"]
     four = models.tokens(1, 4)
-    with pytest.raises(UnsupportedModelError, match="shape of"):
-        judged(model, four)
+    assert all(layer.bare for layer in judged(model, four)), "products have their axes in order"
     longer = ModelInput(models.tokens(1, 5).expand(2, -1))
     monkeypatch.setattr(selfcheck, "locate", lambda model, given: find(model, longer))
     judged(model, four)

@@ -10,7 +10,6 @@ import torch
 from tests.support import builders, matrix
 
 STORED = matrix.stored()
-ATTENTION_HIDDEN = "attention of which TransformerLens shows no hook"
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +50,7 @@ def test_nine_tenths_of_the_adapters_with_attention_are_verified() -> None:
 def test_the_row_is_what_it_was(name: str, heads: str) -> None:
     """Built, checked, and its arg max shifts recomputed on the Hugging Face model in float64."""
     row, before = matrix.judge(name, heads), STORED[name, heads]
-    facts = ("verdict", "layers", "scores", "noise", "why")
+    facts = ("verdict", "layers", "scores", "noise", "why", "inputs")
     assert {f: getattr(row, f) for f in facts} == {f: getattr(before, f) for f in facts}
     if row.verdict in ("verified", "limited"):
         assert row.moved >= matrix.LEAST_MOVES

@@ -115,9 +115,7 @@ def shown_rows(
 
 def _key_tokens(report: CollapseReport, label: str, prompt: int, n: int) -> list[str]:
     """The tokens that a layer's keys stand for; positions where the input is no text."""
-    decoder = bool(report.decoder_tokens) and label[0] == "D"
-    tokens = (report.decoder_tokens if decoder else report.tokens)[prompt]
-    return [tokens[i] if i < len(tokens) else str(i) for i in range(n)]
+    return [report.key_token(label, prompt, i) for i in range(n)]
 
 
 def _chosen(clean: np.ndarray, noisy: np.ndarray, row: Mapping[Any, Any]) -> list[int]:

@@ -108,6 +108,12 @@ def variants(name: str) -> tuple[str, ...]:
     return HEADS if grouped else ("mha",)
 
 
+def preferred(name: str) -> str:
+    """Grouped-query attention where the family has it."""
+    allowed = variants(name)
+    return "gqa" if "gqa" in allowed else allowed[-1]
+
+
 def build(
     name: str,
     heads: str | None = None,
@@ -151,7 +157,7 @@ def build_hf(
 ) -> Any:
     """The model itself with the same weights, as a reference: a bridge changes its own in place."""
     allowed = variants(name)
-    heads = heads or ("gqa" if "gqa" in allowed else allowed[-1])
+    heads = heads or preferred(name)
     if heads not in allowed:
         raise ValueError(f"heads: {name} has {allowed}; got {heads!r}")
     with torch.random.fork_rng(devices=[]), torch.no_grad():

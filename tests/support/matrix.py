@@ -23,14 +23,12 @@ import torch
 from tqdm import tqdm
 
 import hooks
-from hooks.sites import ROLES, AttentionSites, Role
-from tests.support import builders, reference
+from hooks.sites import ROLES, AttentionSites
+from tests.support import builders
+from tests.support.inputs import check_inputs
+from tests.support.recompute import POS, Disagreement, recompute, truth
 
 DOCS = Path(__file__).parents[2] / "docs"
-SIGMA, DRAWS, POS = 0.4, 2, 21
-SPARSE = (0.95, 0.6, 0.35)
-LEAST_MOVES = 4  # fewer arg max shifts prove nothing: then rows of a smaller maximum are asked
-MARGIN = 1e-3  # of a row's logarithmic lead: closer ones may fall either way in float32
 ORDER = ("verified", "limited", "refused", "not tried")
 
 
@@ -48,10 +46,7 @@ class Row:
     rows: int = 0
     moved: int = 0
     sparse: float = 0.0
-
-
-class Disagreement(AssertionError):
-    """The library counts what the model does not do."""
+    inputs: str = ""
 
 
 def kinds() -> list[tuple[str, str]]:
@@ -79,7 +74,12 @@ def judge(name: str, heads: str) -> Row:
         sites = hooks.attention_sites(built.model)
     except hooks.UnsupportedModelError as error:
         return Row(name, heads, "refused", str(error))
-    counted = _recompute(name, heads, built, sites)
+    hf = builders.build_hf(name, heads or None, dtype=torch.float64)
+    real = truth(hf, built.inputs(1, POS, 0), sites)
+    rows, moved, sparse = recompute(built, sites, real)
+    tried = ""
+    if (heads or None) in (None, builders.preferred(name)):  # one kind of heads for each adapter
+        tried = check_inputs(name, hf, built, sites, sparse, real)
     limits = _limits(sites)
     return Row(
         name,
@@ -89,7 +89,10 @@ def judge(name: str, heads: str) -> Row:
         layers=_ranges([s.label for s in sites]),
         scores=_scores(sites),
         noise=_noise(sites),
-        **counted,
+        rows=rows,
+        moved=moved,
+        sparse=sparse,
+        inputs=tried,
     )
 
 
@@ -97,19 +100,21 @@ def _limits(sites: AttentionSites) -> str:
     """Where noise is refused although the probe is right: by the vectors it is refused on."""
     refused: dict[str, list[str]] = {}
     for s in sites:
-        roles = [r for r in ROLES[:2] if not s.vector(r).dot.hooked]
-        roles += ROLES[2:] if s.averaging == "unverified" else ()
-        if roles:
-            refused.setdefault(", ".join(roles), []).append(s.label)
-    return "; ".join(
-        f"noise on {roles} is refused in {_ranges(labels)}" for roles, labels in refused.items()
-    )
+        if s.averaging == "unverified":
+            refused.setdefault("v", []).append(s.label)
+    limits = [f"noise on {roles} is refused in {_ranges(ls)}" for roles, ls in refused.items()]
+    left_out: dict[str, list[str]] = {}
+    for name, why in sites.left_out:
+        left_out.setdefault(why, []).append(name)
+    limits += [f"{', '.join(names)} left out, {why}" for why, names in left_out.items()]
+    return "; ".join(limits)
 
 
 def _scores(sites: AttentionSites) -> str:
     facts = {
         "a hook": any(not s.tapped for s in sites),
-        "the softmax": any(s.tapped for s in sites),
+        "the softmax": any(s.tapped and not s.bare for s in sites),
+        "the product": any(s.bare for s in sites),
         "bias": any(s.has_bias for s in sites),
         "soft cap": any(s.soft_cap for s in sites),
         "sink": any(s.sink for s in sites),
@@ -140,119 +145,6 @@ def _ranges(labels: list[str]) -> str:
         ends = [f"{kind}{numbers[0]}-{numbers[-1]}"] if run else [f"{kind}{n}" for n in numbers]
         parts += ends
     return " ".join(parts)
-
-
-# --- recomputation ---------------------------------------------------------------------------
-
-
-def _recompute(
-    name: str, heads: str, built: builders.Built, sites: AttentionSites
-) -> dict[str, Any]:
-    hf = builders.build_hf(name, heads or None, dtype=torch.float64)
-    inputs = built.inputs(1, POS, 0)
-    calls = reference.attentions(hf, inputs)
-    if len(calls) != len(sites):
-        raise Disagreement(f"{len(sites)} attentions found; the model takes {len(calls)}")
-    for layer, call in zip(sites, calls, strict=True):
-        if (layer.n_heads, layer.n_kv_heads) != (call.n_heads, call.n_kv_heads):
-            raise Disagreement(
-                f"{layer.label}: {layer.n_heads} heads on {layer.n_kv_heads}; the model has "
-                f"{call.n_heads} on {call.n_kv_heads}"
-            )
-        if list(layer.kv_head_of) != call.kv_head.tolist():
-            raise Disagreement(f"{layer.label}: heads read {layer.kv_head_of}; {call.kv_head}")
-    noisy = [_noised(hf, inputs, sites, calls, draw) for draw in range(DRAWS)]
-    for sparse in SPARSE:
-        report = _probe(built.model, inputs, sparse)
-        rows, moved = _compare(report, sites, calls, noisy, sparse)
-        if moved >= LEAST_MOVES:
-            return {"rows": rows, "moved": moved, "sparse": sparse}
-    raise Disagreement(f"only {moved} arg max shifts among {rows} rows: nothing is proven")
-
-
-def _probe(model: Any, inputs: reference.Inputs, sparse: float) -> hooks.CollapseReport:
-    (first,), named = inputs
-    decoder = named.get("decoder_input_ids")
-    return hooks.collapse_probe(
-        model,
-        first,
-        decoder_tokens=decoder,
-        sigmas=[SIGMA],
-        method="sample",
-        draws=DRAWS,
-        sparse=sparse,
-        progress=False,
-    )
-
-
-def _noised(
-    hf: Any,
-    inputs: reference.Inputs,
-    sites: AttentionSites,
-    calls: list[reference.AttentionCall],
-    draw: int,
-) -> list[torch.Tensor]:
-    noise = hooks.NormNoise(sigma=SIGMA, on="qk", draw=draw)
-    factors = []
-    for layer, call in zip(sites, calls, strict=True):
-        shapes: dict[Role, tuple[int, int]] = {
-            "q": (call.n_query, call.n_heads),
-            "k": (call.n_key, call.n_kv_heads),
-        }
-        drawn = {
-            role: noise.factors(
-                layer=layer.layer, role=role, n_heads=n_heads, prompts=[0], n_pos=n_pos
-            )[0].double()
-            for role, (n_pos, n_heads) in shapes.items()
-        }
-        factors.append((drawn["q"], drawn["k"]))
-    return reference.noised(hf, inputs, factors, calls)
-
-
-def _compare(
-    report: hooks.CollapseReport,
-    sites: AttentionSites,
-    calls: list[reference.AttentionCall],
-    noisy: list[list[torch.Tensor]],
-    sparse: float,
-) -> tuple[int, int]:
-    """Sparse rows and arg max shifts, the same on both sides but for what rounding decides."""
-    rows = moved = 0
-    for i, (layer, call) in enumerate(zip(sites, calls, strict=True)):
-        n = layer.n_heads
-        mine = torch.as_tensor(report.rows[i, :n].sum((1, 2)))
-        _same(mine, *_bounds(call, sparse), f"{layer.label}: sparse rows")
-        rows += int(mine.sum())
-        for draw in range(DRAWS):
-            counted = torch.as_tensor(report.loose_draws[0, draw, i, :n].sum(-1)).round().long()
-            surely, maybe = _shift_bounds(call, noisy[draw][i], sparse)
-            _same(counted, surely, maybe, f"{layer.label}: shifts in draw {draw}")
-            moved += int(counted.sum())
-    return rows, moved
-
-
-def _bounds(call: reference.AttentionCall, sparse: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that are sparse for certain and perhaps, by head."""
-    low, high = (reference.sparse_rows(call, sparse * f) for f in (1 + MARGIN, 1 - MARGIN))
-    return low.sum(-1), high.sum(-1)
-
-
-def _shift_bounds(
-    call: reference.AttentionCall, noisy: torch.Tensor, sparse: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    star = call.pattern.argmax(-1, keepdim=True)
-    others = noisy.scatter(-1, star, 0.0).amax(-1)
-    lead = others.log() - noisy.gather(-1, star).squeeze(-1).log()
-    surely = reference.sparse_rows(call, sparse * (1 + MARGIN)) & (lead > MARGIN)
-    maybe = reference.sparse_rows(call, sparse * (1 - MARGIN)) & (lead > -MARGIN)
-    return surely.sum(-1), maybe.sum(-1)
-
-
-def _same(mine: torch.Tensor, least: torch.Tensor, most: torch.Tensor, what: str) -> None:
-    if not bool(((least <= mine) & (mine <= most)).all()):
-        raise Disagreement(
-            f"{what}: {mine.tolist()} by head; the model has {least.tolist()} to {most.tolist()}"
-        )
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -314,10 +206,12 @@ attention where the family has them.
 shifts under drawn noise are, head by head, those of the Hugging Face model itself in float64, in
 which the operands of the dot product are multiplied and nothing of this library runs. *Scores
 from*: `a hook` of TransformerLens, or `the softmax` that the model takes, where no hook shows its
-scores. *Noise at the projection*: `removed` by a norm over each head, `mixed` by a norm over all
-heads, else it arrives unchanged. Models of text and images run on text here; the attention of
-their other towers is no layer of a probe, and where it has hooks `attention_sites` names it as left
-out. The same is asked of your own model each time it is probed.
+scores, `the product` where none shows q and k either: these are read, and noised by
+`NormNoise.applied`, where the model multiplies them. *Noise at the projection*: `removed` by a norm
+over each head, `mixed` by a norm over all heads, else it arrives unchanged. Models of text and
+images run on text here; the attention of their other towers is no layer of a probe, and where it
+has hooks `attention_sites` names it as left out. The same is asked of your own model each time it
+is probed.
 
 Of {adapters} adapters {tried} could be built here; {attention} of these have attention, and
 {verified} of those are verified ({limited} with a limit)."""
