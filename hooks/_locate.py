@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hooks._inputs import ModelInput
 from hooks._tap import AttentionTap, Taken
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.scores import visible
 from hooks.sites import ROLES, Anchor, HookedModel, LayerSites, Role, Site, VectorSite
