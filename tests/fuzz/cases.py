@@ -1,0 +1,428 @@
+"""What is fuzzed: inputs x modes x calls, as flat records that shrink to their plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import BatchEncoding
+
+from tests.fuzz import zoo
+from tests.support.families import VOCAB
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination; every field's default is its plain value.
+
+    Attributes:
+        family, attn, dtype, tokenizer: the model.
+        call: what is asked of the library.
+        form: how the inputs are given.
+        lengths: real tokens of each prompt.
+        side: where prompts of unequal length are padded (with ``extra`` columns more).
+        mask: of which kind, "" for none.
+        positions: of which kind.
+        cache: the inputs' ``use_cache``.
+        beside: further inputs.
+        decoder: of an encoder-decoder, how its decoder's tokens are given.
+        words: of texts, what stands in them.
+        mode: what is set around the call.
+        change: what happens to the model between a first call and the one that is judged.
+        hook: of the user's, on the model.
+        batch_size, seed, sigma, on: as in the library.
+    """
+
+    family: str = "llama"
+    call: str = "probe"
+    form: str = "tensor"
+    lengths: tuple[int, ...] = (9, 9)
+    side: str = "right"
+    extra: int = 0
+    mask: str = ""
+    positions: str = ""
+    cache: str = ""
+    beside: str = ""
+    decoder: str = ""
+    words: str = ""
+    tokenizer: str = ""
+    mode: str = ""
+    change: str = ""
+    hook: str = ""
+    attn: str = "eager"
+    dtype: str = "float32"
+    on: str = "qk"
+    sigma: float = 0.3
+    batch_size: int = 8
+    seed: int = 0
+
+    def __repr__(self) -> str:
+        """As code, without what is plain."""
+        said = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"Case({', '.join(said)})"
+
+    @property
+    def padded(self) -> bool:
+        return len(set(self.lengths)) > 1 or self.extra > 0
+
+
+TEXTS = ("text", "texts", "chat", "template")
+MAPPINGS = ("dict", "arrays", "lists", "encoding", "encoding of lists")
+RAGGED = ("rows", "ragged lists", *TEXTS)
+CALLS = ("probe", "sample", "sweep", "spread", "spectrum", "interference", "rank", "applied")
+MODES = ("", "train", "dropout", "grad", "inference", "float64 by default", "autocast")
+HOOKS = ("", "scale q", "ablate z", "patch v", "zero pattern")
+CHANGES = (
+    "",
+    "weight by data",
+    "weight in place",
+    "weight replaced",
+    "weight undone",
+    "window",
+    "attention",
+    "adapter off",
+    "adapter on",
+    "merged",
+    "merged after a change",
+)
+# Where an edit of the pattern changes what follows (elsewhere it is discarded).
+LANDS = ("llama", "gpt2", "gemma2", "qwen3", "mistral", "gptoss", "bloom", "ours")
+KINDS_OF_POSITIONS = ("", "count", "offset", "gap", "stretched", "zero", "packed")
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    """Combinations that a user can make."""
+    one = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    family = one(*zoo.FAMILIES)
+    kind = zoo.FAMILIES[family]
+    named = set(kind.named)
+    call = one(*CALLS)
+    texts = () if kind.has_decoder or family in ("bert", "ours") else TEXTS
+    form = one("tensor", "dict", "row", "rows", "numpy", "arrays", "lists", "ragged lists")
+    if draw(st.booleans()):
+        form = one("dict", "encoding", "encoding of lists", *texts)
+    mapping = form in MAPPINGS or form == "ragged lists"
+    n = 1 if form in ("row", "text") else one(2, 1, 3)
+    even = draw(st.booleans())
+    lengths = (one(9, 7, 12),) * n if even else tuple(one(7, 12, 9, 5) for _ in range(n))
+    can_pad = form not in RAGGED and form != "row"
+    extra = one(0, 0, 2) if can_pad else 0
+    padded = can_pad and (len(set(lengths)) > 1 or extra > 0)
+    masks = ("int", "bool", "float", "int32")
+    mask = ""
+    if form not in RAGGED and form != "row" and (padded or draw(st.booleans())):
+        mask = one(*masks)
+    if form == "ragged lists" and draw(st.booleans()):
+        mask = "int"
+    positions = ""
+    if mapping and "position_ids" in named and form != "ragged lists":
+        positions = one(*KINDS_OF_POSITIONS, "", "")
+    cache = one("", "", "False", "True") if mapping and "use_cache" in named else ""
+    beside = ""
+    if mapping:
+        options = ["", "labels"] + ["token types"] * ("token_type_ids" in named)
+        beside = one("", *options)
+    decoder = ""
+    if kind.has_decoder:
+        decoder = one("given", "", *(("padded", "padded left", "labels too") if mapping else ()))
+        if decoder.startswith("padded") and n == 1:
+            decoder = "given"
+    words = tokenizer = ""
+    if form in TEXTS:
+        tokenizer = one("plain", "adds", "one")
+        words = one("", "begins", "ends", "pad inside", "no bos") if form != "chat" else ""
+        if form == "template":
+            words = ""
+    elif draw(st.integers(0, 3)) == 3 and family not in ("ours", "bert"):
+        tokenizer = one("plain", "one")
+    mode = one("", *MODES) if draw(st.booleans()) else ""
+    hook, change = "", ""
+    if draw(st.integers(0, 3)) == 3:
+        hook = one(*HOOKS)
+    elif draw(st.integers(0, 2)) == 2:
+        change = one(*CHANGES)
+    return plain(
+        Case(
+            family=family,
+            call=call,
+            form=form,
+            lengths=lengths,
+            side=one("right", "left") if padded else "right",
+            extra=extra,
+            mask=mask,
+            positions=positions,
+            cache=cache,
+            beside=beside,
+            decoder=decoder,
+            words=words,
+            tokenizer=tokenizer,
+            mode=mode,
+            change=change,
+            hook=hook,
+            attn=one("eager", "sdpa") if kind.sdpa else "eager",
+            dtype=one("float32", "float32", "float32", "float32", "bfloat16"),
+            on=one("qk", "k", "q"),
+            sigma=one(0.3, 0.1, 0.5),
+            batch_size=one(8, 1, 2),
+            seed=one(0, 1, 2),
+        )
+    )
+
+
+def plain(case: Case) -> Case:
+    """The same without what its model or its call has no part in."""
+    kind = zoo.FAMILIES[case.family]
+    if case.form not in (*MAPPINGS, "ragged lists"):
+        decoder = case.decoder if case.decoder in ("", "given") else "given"
+        case = replace(case, positions="", cache="", beside="", decoder=decoder)
+    if not kind.has_decoder:
+        case = replace(case, decoder="")
+    if case.hook == "zero pattern" and case.family not in LANDS:
+        case = replace(case, hook="")
+    if case.call in ("spread", "spectrum", "interference", "rank"):
+        case = replace(case, on="qk", sigma=0.3)
+    if case.change == "window" and case.family not in ("mistral", "gemma2"):
+        case = replace(case, change="")
+    if case.change == "attention" and (not kind.sdpa or case.family == "ours"):
+        case = replace(case, change="")
+    if case.change.startswith("adapter") and case.family not in ("llama", "mistral", "qwen3"):
+        case = replace(case, change="")
+    if case.change.startswith("merged") and case.call != "probe":
+        case = replace(case, change="")
+    if case.change == "merged" and (len(case.lengths) < 2 or case.form not in ("tensor", "rows")):
+        case = replace(case, change="")
+    if case.change == "attention":
+        case = replace(case, attn="eager")
+    if case.family in ("ours", "bert") and case.beside == "labels":
+        case = replace(case, beside="")
+    # In half precision what is read is close to nothing else than attention itself.
+    if case.dtype == "bfloat16" and case.call not in ("probe", "spread", "spectrum"):
+        case = replace(case, dtype="float32")
+    if case.mode == "autocast" and case.call != "probe":
+        case = replace(case, mode="")
+    if case.hook and case.attn == "sdpa" and case.hook == "zero pattern":
+        case = replace(case, attn="eager")
+    if case.call == "applied" and case.form in TEXTS:
+        case = replace(case, call="probe")
+    return case
+
+
+# --- from a case to inputs -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given:
+    """A case's inputs, as the library takes them and as Hugging Face's model does.
+
+    Attributes:
+        tokens, options: the library's argument, and what is given beside it.
+        inputs: the model's own, padded tensors.
+        spans: each prompt's real columns.
+        decoder_spans: the same of the decoder's tokens.
+        firsts: of each prompt, real positions (counted from its first one) of first tokens.
+        alone: prompts that share no batch: the model is run on one at a time.
+    """
+
+    tokens: Any
+    options: dict[str, Any]
+    inputs: dict[str, Any]
+    spans: tuple[tuple[int, int], ...]
+    decoder_spans: tuple[tuple[int, int], ...] = ()
+    firsts: tuple[tuple[int, ...], ...] = ()
+    padding: tuple[int, ...] = field(default=())
+
+
+def given(case: Case, model: zoo.Model) -> Given:
+    """The inputs of a case."""
+    if case.form in TEXTS:
+        return _texts(case, model)
+    rows = _ids(case)
+    ids, mask, spans = _pad(rows, case.side, case.extra)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if case.padded and not case.form.startswith("r"):
+        inputs["attention_mask"] = mask
+    elif case.mask and case.form != "ragged lists":
+        inputs["attention_mask"] = mask
+    positions = _positions(case.positions, ids, spans)
+    firsts: list[tuple[int, ...]] = [(0,) for _ in rows]
+    if positions is not None:
+        inputs["position_ids"] = positions
+        firsts = [_firsts(p[a:b]) for p, (a, b) in zip(positions, spans, strict=True)]
+    if case.cache:
+        inputs["use_cache"] = case.cache == "True"
+    generator = torch.Generator().manual_seed(case.seed + 50)
+    if case.beside == "token types":
+        inputs["token_type_ids"] = torch.randint(0, 2, ids.shape, generator=generator)
+    decoder_spans: tuple[tuple[int, int], ...] = ()
+    beside: dict[str, Any] = {}
+    if model.family.has_decoder:
+        decoder_spans, beside = _decoder(case, rows, generator)
+        inputs |= {n: v for n, v in beside.items() if n != "labels"}
+    tokens, options = _as_given(case, inputs, rows, beside)
+    padding = tuple(ids.shape[1] - (b - a) for a, b in spans)
+    if case.form in RAGGED:
+        padding = (0,) * len(rows)
+        inputs["attention_mask"] = mask  # rows of unequal length are prompts of their own
+        if not case.padded:
+            del inputs["attention_mask"]
+    return Given(tokens, options, inputs, spans, decoder_spans, tuple(firsts), padding)
+
+
+def _ids(case: Case) -> list[list[int]]:
+    """No special tokens, some words twice."""
+    rng = np.random.default_rng(case.seed)
+    return [rng.integers(6, VOCAB, n).tolist() for n in case.lengths]
+
+
+def _pad(
+    rows: list[list[int]], side: str, extra: int
+) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...]]:
+    width = max(map(len, rows)) + extra
+    ids = torch.full((len(rows), width), zoo.PAD)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    spans = []
+    for i, row in enumerate(rows):
+        first = width - len(row) if side == "left" else 0
+        spans.append((first, first + len(row)))
+        ids[i, slice(*spans[-1])] = torch.tensor(row)
+        mask[i, slice(*spans[-1])] = 1
+    return ids, mask, tuple(spans)
+
+
+def _positions(kind: str, ids: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor | None:
+    """Ids of positions, counted from each prompt's first real token; 0 under padding."""
+    if not kind:
+        return None
+    out = torch.zeros_like(ids)
+    for i, (first, end) in enumerate(spans):
+        p = torch.arange(end - first)
+        half = (end - first) // 2
+        out[i, first:end] = {
+            "count": p,
+            "offset": p + 5,
+            "gap": p + 20 * (p >= half),
+            "stretched": 2 * p,
+            "zero": 0 * p,
+            "packed": torch.where(p >= half, p - half, p),
+        }[kind]
+    return out
+
+
+def _firsts(positions: Tensor) -> tuple[int, ...]:
+    """Where a document begins: at the first token, and where positions restart."""
+    p = positions.tolist()
+    return (0, *(i for i in range(1, len(p)) if p[i] < p[i - 1]))
+
+
+def _decoder(
+    case: Case, rows: list[list[int]], generator: torch.Generator
+) -> tuple[tuple[tuple[int, int], ...], dict[str, Any]]:
+    """The decoder's real columns and inputs; by default the start token and the prompt."""
+    if not case.decoder:
+        shifted = [[zoo.BOS, *row[:-1]] for row in rows]
+        ids, mask, spans = _pad(shifted, "right", 0)
+        return spans, {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    n = len(rows)
+    lengths = [7] * n
+    if case.decoder.startswith("padded"):
+        lengths = [7 - 2 * (i % 2) for i in range(n)]
+    made = [
+        [zoo.BOS, *torch.randint(6, VOCAB, (m - 1,), generator=generator).tolist()] for m in lengths
+    ]
+    side = "left" if case.decoder.endswith("left") else "right"
+    ids, mask, spans = _pad(made, side, 0)
+    out = {"decoder_input_ids": ids}
+    if case.decoder.startswith("padded"):
+        out["decoder_attention_mask"] = mask
+    if case.decoder == "labels too":
+        out["labels"] = torch.cat([ids[:, 1:], torch.full((n, 1), zoo.EOS)], 1)
+    return spans, out
+
+
+def _as_given(
+    case: Case, inputs: Mapping[str, Any], rows: list[list[int]], beside: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The library's argument, and the options beside it."""
+    kinds = {"bool": torch.bool, "float": torch.float32, "int32": torch.int32}
+    options: dict[str, Any] = {}
+    named = {n: v for n, v in inputs.items() if not n.startswith("decoder")}
+    if "attention_mask" in named:
+        named["attention_mask"] = named["attention_mask"].to(kinds.get(case.mask, torch.long))
+    if case.decoder:
+        named |= beside
+    if case.beside == "labels":
+        named["labels"] = named["input_ids"].clone()
+    if case.form in ("tensor", "numpy", "row", "rows"):
+        if "attention_mask" in named and case.form != "rows":
+            options["attention_mask"] = named["attention_mask"]
+        if "decoder_input_ids" in named:
+            options["decoder_tokens"] = named["decoder_input_ids"]
+        ids = named["input_ids"]
+        forms: dict[str, Any] = {"tensor": ids, "row": ids[0], "rows": rows, "numpy": ids.numpy()}
+        if case.form == "row" and "decoder_tokens" in options:
+            options["decoder_tokens"] = options["decoder_tokens"][0]
+        return forms[case.form], options
+
+    def lists(x: Any) -> Any:
+        return x.tolist() if isinstance(x, Tensor) else x
+
+    if case.form == "arrays":
+        return {n: v.numpy() if isinstance(v, Tensor) else v for n, v in named.items()}, options
+    if case.form == "encoding":
+        return BatchEncoding(named), options
+    if case.form in ("lists", "encoding of lists"):
+        made = {n: lists(v) for n, v in named.items()}
+        return (made if case.form == "lists" else BatchEncoding(made)), options
+    if case.form == "ragged lists":
+        made = {n: lists(v) for n, v in named.items()} | {"input_ids": rows}
+        made.pop("attention_mask", None)
+        if case.mask:
+            made["attention_mask"] = [[1] * len(row) for row in rows]
+        if "labels" in made and not case.decoder.startswith("labels"):
+            made["labels"] = rows
+        return made, options
+    return dict(named), options
+
+
+def _texts(case: Case, model: zoo.Model) -> Given:
+    """Texts, and what the tokenizer's template makes of them: one BOS at the front."""
+    rng = np.random.default_rng(case.seed)
+    words = [rng.integers(6, VOCAB, n - 1).tolist() for n in case.lengths]
+    options: dict[str, Any] = {}
+    tokenizer = model.tokenizer
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if case.form in ("chat", "template"):
+        chats = [[{"role": "user", "content": zoo.said(row)}] for row in words]
+        rows = [tokenizer.apply_chat_template(c, tokenize=True)["input_ids"] for c in chats]
+        tokens: Any = chats
+        if case.form == "template":
+            tokens = [tokenizer.apply_chat_template(c, tokenize=False) for c in chats]
+        tokens = tokens[0] if len(tokens) == 1 else tokens
+    else:
+        if case.words == "pad inside":
+            for row in words:
+                row[len(row) // 2] = tokenizer.pad_token_id
+        if case.words == "ends":
+            words = [[*row, eos] for row in words]
+        rows = [[bos, *row] for row in words]
+        if case.words == "no bos":
+            options["prepend_bos"] = False
+            rows = words
+        texts = [zoo.said(rows[i] if case.words == "begins" else words[i]) for i in range(len(rows))]
+        tokens = texts[0] if case.form == "text" else texts
+    ids, mask, spans = _pad(rows, "right", 0)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if len({len(row) for row in rows}) > 1:
+        inputs["attention_mask"] = mask
+    n = len(rows)
+    return Given(tokens, options, inputs, spans, (), ((0,),) * n, (0,) * n)

@@ -1,0 +1,824 @@
+"""One case: the library's numbers against the oracle's."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hooks
+from tests.fuzz import oracle, zoo
+from tests.fuzz.cases import Case, Given, given
+from tests.support.families import N_HEADS
+
+HEAD = 1  # which a user's hook acts on, in block 0
+
+
+class Wrong(AssertionError):
+    """Other numbers than the model's own."""
+
+
+class Refused(AssertionError):
+    """A valid case was refused, or refused in another form than the documented one."""
+
+
+DOCUMENTED = (ValueError, TypeError, hooks.UnsupportedModelError)
+FORM = re.compile(r": wanted .*; got ", re.DOTALL)
+
+
+def may_refuse(case: Case) -> str:
+    """Why this combination may be refused by name; empty: it must be measured."""
+    kind = zoo.FAMILIES[case.family]
+    if case.hook == "zero pattern":
+        return "a pattern that is no softmax"
+    if case.mode == "autocast":
+        return "autocast"
+    if case.call == "interference":
+        if case.hook:
+            return "interference looks for the norm behind hooks"
+        if case.family in ("bert", "t5", "bart", "ours") or case.attn == "sdpa":
+            return "a norm that reaches q and k is looked for"
+        if case.change == "adapter on" or case.change == "adapter off":
+            return "an adapter beside the projections"
+    if case.call in ("applied", "sweep") and case.hook == "patch v":
+        return "v is no longer what the noise was put on"
+    if case.call in ("applied", "sweep") and (kind.has_decoder or case.hook):
+        return ""
+    return ""
+
+
+def judge(case: Case, *, fresh: bool = False) -> str:
+    """Runs a case.
+
+    Returns:
+        "right", or "refused" where that is allowed.
+
+    Raises:
+        Wrong, Refused: what the library did instead.
+    """
+    build: Any = zoo.build if fresh else zoo.model
+    model: zoo.Model = build(
+        case.family,
+        attn=case.attn,
+        dtype=getattr(torch, case.dtype),
+        tokenizer=case.tokenizer,
+        adapter=case.change.startswith("adapter"),
+        dropout=case.mode == "dropout",
+    )
+    what = given(case, model)
+    with _left_as_found(model), _changes(case, model, what) as before, _mode(case, model):
+        truth = _Truth(case, model, what)
+        try:
+            with _hooks(case, model, what):
+                check = _CALLS[case.call](case, model, what)
+        except DOCUMENTED as error:
+            if not FORM.search(str(error)):
+                raise Refused(f"{type(error).__name__}, not in the documented form: {error}") from error
+            if may_refuse(case):
+                return "refused"
+            raise Refused(f"though valid: {type(error).__name__}: {error}") from error
+        with _torch_as_it_is():
+            check(truth)
+        if case.change == "merged after a change" and before is not None:
+            _refuses_to_merge(case, model, what, before)
+    return "right"
+
+
+# --- the truth -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Slack:
+    """How far numbers in the model's dtype may lie from the float64 ones."""
+
+    scores: tuple[float, ...]
+    logits: float
+
+
+class _Truth:
+    """The oracle's passes for a case."""
+
+    def __init__(self, case: Case, model: zoo.Model, what: Given) -> None:
+        self.case, self.model, self.what = case, model, what
+        self.kind = model.family
+        with _torch_as_it_is():
+            self.clean = self.run()
+            self.slack = self._slack()
+
+    def run(self, edits: oracle.Edits | None = None, hf: Any = None) -> oracle.Pass:
+        """The user's own pass, with the user's own hooks."""
+        hf = self.model.hf if hf is None else hf
+        return oracle.run(
+            hf, self.inputs(), n_heads=N_HEADS, edits=_both(edits or {}, self._of_user())
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """As Hugging Face's model takes them; positions as TransformerLens counts them."""
+        inputs = dict(self.what.inputs)
+        mask = inputs.get("attention_mask")
+        if self.kind.counts and mask is not None and "position_ids" not in inputs:
+            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+        return inputs
+
+    def _of_user(self) -> oracle.Edits:
+        hook, named = self.case.hook, {}
+        if hook == "scale q":
+            named = {"q": lambda q: q * 1.5}
+        elif hook == "ablate z":
+            named = {"z": lambda z: _with_head(z, 0.0)}
+        elif hook == "zero pattern":
+            named = {"pattern": lambda p: _with_head(p, 0.0)}
+        elif hook == "patch v":
+            named = {"v": lambda v: self.patch(v)}
+        return {0: named} if named else {}
+
+    def patch(self, v: Tensor) -> Tensor:
+        """[batch, head, key, d] of a cache."""
+        cache = _cached_v(self.model, v.shape[2])
+        group = N_HEADS // cache.shape[1]
+        return cache.permute(1, 0, 2).repeat_interleave(group, 0)[None].expand_as(v)
+
+    def _slack(self) -> _Slack:
+        if self.case.dtype == "float32" and self.case.mode != "autocast":
+            scores = (2e-6 * float(_finite(a.w).abs().max()) + 2e-5 for a in self.clean.attentions)
+            return _Slack(tuple(scores), 2e-5 * float(self.clean.logits.abs().max()) + 1e-4)
+        low = torch.autocast("cpu", torch.bfloat16, enabled=self.case.mode == "autocast")
+        with low:
+            own = self.run(hf=self.model.plain)
+        scores = tuple(
+            2 * float(_finite(a.w - b.w).abs().max()) + 1e-3
+            for a, b in zip(own.attentions, self.clean.attentions, strict=True)
+        )
+        return _Slack(scores, 2 * float((own.logits - self.clean.logits).abs().max()))
+
+    def rows(self, index: int, prompt: int, clean: oracle.Pass | None = None) -> oracle.Rows:
+        """Of one attention, without padding."""
+        queries, keys = self.spans(index)
+        return oracle.unpacked(
+            (clean or self.clean).attentions[index],
+            prompt,
+            range(*queries[prompt]),
+            range(*keys[prompt]),
+            scale=self.kind.scale,
+            biased=self.kind.biased,
+            cap=self.kind.cap,
+            near=self.slack.scores[index],
+        )
+
+    def spans(self, index: int) -> tuple[Any, Any]:
+        """Real columns of an attention's queries and keys."""
+        source, target = self.what.spans, self.what.decoder_spans
+        if not target:
+            return source, source
+        encoder = len(self.clean.attentions) // 3
+        if index < encoder:
+            return source, source
+        return target, source if (index - encoder) % 2 else target
+
+    def crossed(self, index: int) -> bool:
+        return self.spans(index)[0] is not self.spans(index)[1]
+
+    def firsts(self, index: int, prompt: int) -> tuple[int, ...]:
+        """Keys that are a document's first token."""
+        return (0,) if self.spans(index)[1] is not self.what.spans else self.what.firsts[prompt]
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.what.spans)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite() & (x.abs() < -oracle.HIDDEN), x, 0.0)
+
+
+def _with_head(x: Tensor, value: float) -> Tensor:
+    x = x.clone()
+    x[:, HEAD] = value
+    return x
+
+
+def _both(a: oracle.Edits, b: oracle.Edits) -> oracle.Edits:
+    """First b's, then a's."""
+    out: dict[int, dict[str, Callable[[Tensor], Tensor]]] = {}
+    for edits in (b, a):
+        for index, named in edits.items():
+            for name, edit in named.items():
+                first = out.setdefault(index, {}).get(name)
+                out[index][name] = edit if first is None else _then(first, edit)
+    return out
+
+
+def _then(
+    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    return lambda x: second(first(x))
+
+
+def _cached_v(model: zoo.Model, n: int) -> Tensor:
+    """[key, kv head, d], the same whatever the prompt."""
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(64, model.n_kv_heads, 8, generator=generator, dtype=torch.float64)[:n]
+
+
+def noise_edits(truth: _Truth, noise: hooks.NormNoise, first_prompt: int = 0) -> oracle.Edits:
+    """The factors of `NormNoise`, on the operands of every attention."""
+    edits: dict[int, dict[str, Callable[[Tensor], Tensor]]] = {}
+    group = N_HEADS // truth.model.n_kv_heads
+
+    def scaling(role: Any, index: int, spans: Any) -> Callable[[Tensor], Tensor]:
+        def scale(x: Tensor) -> Tensor:
+            factor = noise.factors(
+                layer=index,
+                role=role,
+                n_heads=N_HEADS if role == "q" else truth.model.n_kv_heads,
+                prompts=range(first_prompt, first_prompt + len(x)),
+                n_pos=x.shape[2],
+                start=[-first for first, _ in spans],
+            ).double()
+            if role != "q":
+                factor = factor.repeat_interleave(group, 2)
+            return x * factor.transpose(1, 2)[..., None]
+
+        return scale
+
+    for index in range(len(truth.clean.attentions)):
+        queries, keys = truth.spans(index)
+        edits[index] = {
+            role: scaling(role, index, queries if role == "q" else keys) for role in noise.roles
+        }
+    return edits
+
+
+# --- calls -----------------------------------------------------------------------------------
+
+Check = Callable[[_Truth], None]
+QUIET: dict[str, Any] = {"progress": False}
+
+
+def _probe(case: Case, model: zoo.Model, what: Given) -> Check:
+    if case.change == "merged":
+        return _merged(case, model, what)
+    return _probed(case, _report(case, model, what))
+
+
+def _report(case: Case, model: zoo.Model, what: Given, **options: Any) -> hooks.CollapseReport:
+    chosen = dict(sigmas=[case.sigma], on=case.on, draws=0, batch_size=case.batch_size)
+    return hooks.collapse_probe(
+        model.bridge, what.tokens, **(chosen | QUIET | what.options | options)
+    )
+
+
+def _probed(case: Case, report: hooks.CollapseReport) -> Check:
+    def check(truth: _Truth) -> None:
+        _same_padding(report, truth)
+        for index in range(len(truth.clean.attentions)):
+            for prompt in range(truth.n_prompts):
+                rows = truth.rows(index, prompt)
+                where = f"attention {index}, prompt {prompt}"
+                seen = rows.visible.sum(-1)
+                for name, n in (("examined", seen >= 2), ("single_key", seen == 1)):
+                    got = getattr(report, name)[index, :N_HEADS, prompt]
+                    _equal(got, n.sum(-1), f"{where}: {name}")
+                got = report.rows[index, :N_HEADS, prompt]
+                low, high = _kinds(rows, truth.firsts(index, prompt))
+                _between(got, low, high, f"{where}: sparse rows by head, content and sinks")
+                loose = report.loose[0, index, :N_HEADS, prompt]
+                least, most = _probabilities(case, rows, truth.firsts(index, prompt))
+                _between(loose, least, most, f"{where}: rows that collapse", 2e-5)
+
+    return check
+
+
+def _same_padding(report: hooks.CollapseReport, truth: _Truth) -> None:
+    _equal(report.padding, np.array(truth.what.padding), "padding")
+
+
+def _kinds(rows: oracle.Rows, firsts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Sparse rows [head, kind], for certain and perhaps."""
+    sink = np.isin(rows.star, firsts)
+    counts = [
+        np.stack([(some & ~sink).sum(-1), (some & sink).sum(-1)], -1) for some in rows.sparse()
+    ]
+    return counts[0], counts[1]
+
+
+def _probabilities(
+    case: Case, rows: oracle.Rows, firsts: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the collapse probability over sparse rows, [head, kind]."""
+    sure, maybe = rows.sparse()
+    sink = np.isin(rows.star, firsts).astype(int)
+    least, most = np.zeros((len(sure), 2)), np.zeros((len(sure), 2))
+    at = maybe.nonzero()
+    if len(at[0]):
+        low, high = oracle.collapse_bounds(rows, at, case.sigma, on=case.on)
+        kind = sink[at]
+        np.add.at(least, (at[0], kind), np.where(sure[at], low, 0.0))
+        np.add.at(most, (at[0], kind), high)
+    # Where a bias is added and q and k are both noised, the library promises 3e-5 in every row.
+    room = 6e-5 if rows.bias is not None else 4e-6
+    count = np.zeros_like(most)
+    np.add.at(count, (at[0], sink[at]), room)
+    return least - count, most + count
+
+
+def _sample(case: Case, model: zoo.Model, what: Given) -> Check:
+    report = _report(case, model, what, method="sample", draws=2)
+
+    def check(truth: _Truth) -> None:
+        _same_padding(report, truth)
+        for index in range(len(truth.clean.attentions)):
+            for draw in range(2):
+                noise = hooks.NormNoise(sigma=case.sigma, on=case.on, draw=draw)
+                least, most = np.zeros(N_HEADS), np.zeros(N_HEADS)
+                for prompt in range(truth.n_prompts):
+                    low, high = _shifts(truth, index, prompt, noise)
+                    least, most = least + low, most + high
+                got = report.loose_draws[0, draw, index, :N_HEADS].sum(-1)
+                _between(got, least, most, f"attention {index}, draw {draw}: shifts by head")
+
+    return check
+
+
+def _shifts(
+    truth: _Truth, index: int, prompt: int, noise: hooks.NormNoise
+) -> tuple[np.ndarray, np.ndarray]:
+    rows = truth.rows(index, prompt)
+    n_heads, n_query, n_key = rows.s.shape
+    group = N_HEADS // truth.model.n_kv_heads
+    s = rows.s
+    for role, n, heads in (("q", n_query, N_HEADS), ("k", n_key, truth.model.n_kv_heads)):
+        if role not in noise.roles:
+            continue
+        f = noise.factors(
+            layer=index,
+            role=role,  # type: ignore[arg-type]
+            n_heads=heads,
+            prompts=[prompt],
+            n_pos=n,
+        )[0].T.double()
+        if role == "k":
+            f = f.repeat_interleave(group, 0)
+        s = s * (f.numpy()[:, :, None] if role == "q" else f.numpy()[:, None, :])
+    total = s if rows.bias is None else s + rows.bias
+    total = np.where(rows.visible, total, -np.inf)
+    star = rows.star[..., None]
+    own = np.take_along_axis(total, star, -1)
+    np.put_along_axis(total, star, -np.inf, -1)
+    lead = (total.max(-1, keepdims=True) - own)[..., 0]
+    sure, maybe = rows.sparse()
+    slack = 4 * rows.near
+    return (sure & (lead > slack)).sum(-1), (maybe & (lead > -slack)).sum(-1)
+
+
+def _sweep(case: Case, model: zoo.Model, what: Given) -> Check:
+    on = case.on if case.seed else "qkv"
+    report = hooks.sweep(
+        model.bridge,
+        what.tokens,
+        sigmas=[case.sigma],
+        replicates=2,
+        on=on,
+        batch_size=4 * case.batch_size,
+        **(QUIET | what.options),
+    )
+
+    def check(truth: _Truth) -> None:
+        noise = hooks.NormNoise(sigma=case.sigma, on=on, draw=1)
+        noisy = truth.run(noise_edits(truth, noise)).logits
+        spans = what.decoder_spans or what.spans
+        ids = what.inputs["decoder_input_ids" if what.decoder_spans else "input_ids"]
+        for prompt, (first, end) in enumerate(spans):
+            z = truth.clean.logits[prompt, first:end]
+            y = noisy[prompt, first:end]
+            room = (truth.slack.logits * 4 + 1e-3) * (end - first)
+            where = f"prompt {prompt}: "
+            kl = _kl(z, y)
+            if case.family == "bert":  # nothing is next
+                _near(report.kl[0, 1, prompt], kl.sum(), room, f"{where}KL")
+                continue
+            target = ids[prompt, first + 1 : end]
+            _near(report.clean_loss[prompt], _loss(z, target), room, f"{where}clean loss")
+            _near(report.loss[0, 1, prompt], _loss(y, target), room, f"{where}noisy loss")
+            _near(report.kl[0, 1, prompt], kl[:-1].sum(), room, f"{where}KL")
+            low, high = _top(z, target, truth.slack.logits * 4 + 1e-3)
+            _between(report.clean_correct[prompt], low, high, f"{where}correct")
+
+    return check
+
+
+def _loss(z: Tensor, target: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(z[:-1], target, reduction="sum"))
+
+
+def _kl(z: Tensor, y: Tensor) -> Tensor:
+    p, q = z.log_softmax(-1), y.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _top(z: Tensor, target: Tensor, room: float) -> tuple[np.ndarray, np.ndarray]:
+    own = z[:-1].gather(-1, target[:, None])[:, 0]
+    rest = z[:-1].scatter(-1, target[:, None], -math.inf).amax(-1)
+    return (own > rest + room).sum().numpy(), (own > rest - room).sum().numpy()
+
+
+def _own_layers(model: zoo.Model) -> list[int] | None:
+    """Layers that attend to their own sequence."""
+    if not model.family.has_decoder:
+        return None
+    return [i for i in range(6) if i not in (3, 5)]
+
+
+def _spread(case: Case, model: zoo.Model, what: Given) -> Check:
+    of = ("k", "stream")[case.seed % 2]
+    layers = None if of == "k" else _own_layers(model)
+    report = hooks.spread(
+        model.bridge,
+        what.tokens,
+        of=of,
+        layers=layers,
+        batch_size=case.batch_size,
+        **(QUIET | what.options),
+    )
+
+    def check(truth: _Truth) -> None:
+        chosen = range(len(truth.clean.attentions)) if layers is None else layers
+        for at, index in enumerate(chosen):
+            queries, keys = truth.spans(index)
+            weights, norms = [], []
+            for prompt in range(truth.n_prompts):
+                rows = truth.rows(index, prompt)
+                weights.append(rows.pattern.sum(1))
+                k = truth.clean.attentions[index].k[prompt][:, slice(*keys[prompt])]
+                norms.append(k.norm(dim=-1).numpy()[:: N_HEADS // truth.model.n_kv_heads])
+            room = 2 * truth.slack.scores[index] * max(b - a for a, b in queries) + 1e-3
+            wanted = np.concatenate(weights, 1)
+            if case.hook != "zero pattern":
+                _near(report.weights[at], wanted, room, f"attention {index}: weights")
+            if of == "k" and case.dtype == "float32" and case.mode != "autocast":
+                wanted = np.concatenate(norms, 1)
+                got = report.norms[at] * (wanted[0, 0] / report.norms[at][0, 0])
+                _near(got, wanted, 1e-3 * wanted.max(), f"attention {index}: norms of k")
+
+    return check
+
+
+def _spectrum(case: Case, model: zoo.Model, what: Given) -> Check:
+    layers = _own_layers(model)
+    report = hooks.spectral_gap(
+        model.bridge,
+        what.tokens,
+        k=3,
+        layers=layers,
+        batch_size=case.batch_size,
+        **(QUIET | what.options),
+    )
+
+    def check(truth: _Truth) -> None:
+        chosen = range(len(truth.clean.attentions)) if layers is None else layers
+        for at, index in enumerate(chosen):
+            for prompt in range(truth.n_prompts):
+                rows = truth.rows(index, prompt)
+                wanted = np.linalg.svd(rows.pattern, compute_uv=False)[:, :3]
+                room = 2 * rows.near * rows.pattern.shape[1] + 1e-4
+                where = f"attention {index}, prompt {prompt}"
+                _near(report.singular[at][prompt], wanted, room, f"{where}: singular values")
+                seen = rows.visible / rows.visible.sum(-1, keepdims=True)
+                wanted = np.linalg.svd(seen, compute_uv=False)[:, :3]
+                _near(report.uniform[at][prompt], wanted, 1e-6, f"{where}: those of the mask")
+
+    return check
+
+
+def _interference(case: Case, model: zoo.Model, what: Given) -> Check:
+    report = hooks.interference(
+        model.bridge,
+        what.tokens,
+        draws=0,
+        on="k",
+        batch_size=case.batch_size,
+        **(QUIET | what.options),
+    )
+
+    def check(truth: _Truth) -> None:
+        for index in range(len(truth.clean.attentions)):
+            for prompt in range(truth.n_prompts):
+                rows = truth.rows(index, prompt)
+                low, high = _kinds(rows, truth.firsts(index, prompt))
+                got = report.rows[index, :N_HEADS, prompt]
+                _between(got, low, high, f"attention {index}, prompt {prompt}: sparse rows")
+
+    return check
+
+
+def _rank(case: Case, model: zoo.Model, what: Given) -> Check:
+    report = hooks.rank_profile(
+        model.bridge, what.tokens, batch_size=case.batch_size, **(QUIET | what.options)
+    )
+
+    def check(truth: _Truth) -> None:
+        streams, at = truth.clean.streams, 0
+        room = 1e-4
+        for number, site in enumerate(report.settings.sites):
+            if site.site != "in":
+                continue
+            stream = streams[at]
+            decoder = bool(what.decoder_spans) and at >= len(streams) // 2
+            spans = what.decoder_spans if decoder else what.spans
+            at += 1
+            for prompt, (first, end) in enumerate(spans):
+                x = stream[prompt, first:end]
+                wanted = {"norm": float(x.norm()), "mu": float((x - x.mean(0)).norm())}
+                for name, value in wanted.items():
+                    got = report.numbers[prompt, number, 0, _measure(name)]
+                    _near(got, value, room * wanted["norm"], f"{site.label}, {prompt}: {name}")
+        if at != len(streams):
+            raise Wrong(f"{at} blocks; the model has {len(streams)}")
+
+    return check
+
+
+def _measure(name: str) -> int:
+    from hooks._rank_measures import MEASURES
+
+    return MEASURES.index(name)
+
+
+def _applied(case: Case, model: zoo.Model, what: Given) -> Check:
+    noise = hooks.NormNoise(sigma=case.sigma, on=case.on if case.seed else "qkv", draw=1)
+    inputs = dict(what.inputs)
+    masks = {
+        name: inputs[name]
+        for name in ("attention_mask", "decoder_attention_mask")
+        if name in inputs and model.family.has_decoder | (name == "attention_mask")
+    }
+    ids = inputs.pop("input_ids")
+    with noise.applied(model.bridge, **masks):
+        out = model.bridge(ids, **inputs)
+
+    def check(truth: _Truth) -> None:
+        wanted = truth.run(noise_edits(truth, noise)).logits
+        for prompt, (first, end) in enumerate(what.decoder_spans or what.spans):
+            z = wanted[prompt, first:end]
+            got = out.detach().double()[prompt, first:end]
+            room = 8 * truth.slack.logits + 2e-3
+            _near(got.numpy(), z.numpy(), room, f"prompt {prompt}: logits under noise")
+
+    return check
+
+
+_CALLS: dict[str, Callable[[Case, zoo.Model, Given], Check]] = {
+    "probe": _probe,
+    "sample": _sample,
+    "sweep": _sweep,
+    "spread": _spread,
+    "spectrum": _spectrum,
+    "interference": _interference,
+    "rank": _rank,
+    "applied": _applied,
+}
+
+
+# --- what is compared ------------------------------------------------------------------------
+
+
+def _equal(got: Any, wanted: Any, what: str) -> None:
+    if not np.array_equal(got, wanted):
+        raise Wrong(f"{what}: {_short(got)}; the model has {_short(wanted)}")
+
+
+def _between(got: Any, low: Any, high: Any, what: str, room: float = 0.0) -> None:
+    got, low, high = np.asarray(got), np.asarray(low), np.asarray(high)
+    if got.shape != low.shape or not ((low - room <= got) & (got <= high + room)).all():
+        raise Wrong(f"{what}: {_short(got)}; the model has {_short(low)} to {_short(high)}")
+
+
+def _near(got: Any, wanted: Any, room: float, what: str) -> None:
+    got, wanted = np.asarray(got, dtype=float), np.asarray(wanted, dtype=float)
+    if got.shape != wanted.shape or not (np.abs(got - wanted) <= room).all():
+        raise Wrong(f"{what}: {_short(got)}; the model has {_short(wanted)} (within {room:.2g})")
+
+
+def _short(x: Any) -> str:
+    return re.sub(r"\s+", " ", np.array2string(np.asarray(x), precision=5, threshold=40))
+
+
+# --- modes, changes, hooks -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _torch_as_it_is() -> Iterator[None]:
+    """The oracle in eval mode, without autocast, whatever the user set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _mode(case: Case, model: zoo.Model) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if case.mode in ("train", "dropout") and case.call != "applied":
+            model.bridge.train()
+            stack.callback(model.bridge.eval)
+        elif case.mode == "inference":
+            stack.enter_context(torch.inference_mode())
+        elif case.mode == "float64 by default":
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)
+        elif case.mode == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        if case.mode != "grad":
+            stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextlib.contextmanager
+def _hooks(case: Case, model: zoo.Model, what: Given) -> Iterator[None]:
+    """The user's, standing on the bridge."""
+    prefix = "encoder_blocks.0.attn." if model.family.has_decoder else "blocks.0.attn."
+
+    def scale(q: Tensor, hook: Any) -> Tensor:
+        return q * 1.5
+
+    def ablate(z: Tensor, hook: Any) -> Tensor:
+        z = z.clone()
+        z[:, :, HEAD] = 0.0
+        return z
+
+    def zero(pattern: Tensor, hook: Any) -> Tensor:
+        return _with_head(pattern, 0.0)
+
+    def patch(v: Tensor, hook: Any) -> Tensor:
+        return _cached_v(model, v.shape[1]).to(v.dtype)[None].expand(len(v), -1, -1, -1).clone()
+
+    q = "hook_q"
+    if case.family == "qwen3" or (case.family == "ours"):
+        q = "hook_rot_q"
+    kinds: Mapping[str, Any] = {
+        "scale q": (q, scale),
+        "ablate z": ("hook_z", ablate),
+        "zero pattern": ("hook_pattern", zero),
+        "patch v": ("hook_v", patch),
+    }
+    if not case.hook:
+        yield
+        return
+    name, hook_fn = kinds[case.hook]
+    with model.bridge.hooks(fwd_hooks=[(prefix + name, hook_fn)]):
+        yield
+
+
+@contextlib.contextmanager
+def _changes(case: Case, model: zoo.Model, what: Given) -> Iterator[Any]:
+    """A first call, then a change, of the bridge and of the oracle alike; undone at the end."""
+    change = case.change
+    if not change or change == "merged":
+        yield None
+        return
+    if change.startswith("adapter"):
+        on = change == "adapter on"
+        _switch(model, not on)
+        _first(case, model, what)
+        _switch(model, on)
+        yield None
+        return
+    if change == "weight undone":
+        with _scaled_weight(model, "data"):
+            _first(case, model, what)
+        yield None
+        return
+    before = _first(case, model, what)
+    if change == "attention":
+        model.bridge.original_model.set_attn_implementation("sdpa")
+        try:
+            yield None
+        finally:
+            model.bridge.original_model.set_attn_implementation("eager")
+    elif change == "window":
+        with _window(model, 6):
+            yield None
+    else:
+        how = {"weight in place": "in place", "weight replaced": "replaced"}.get(change, "data")
+        with _scaled_weight(model, how):
+            yield before
+
+
+def _first(case: Case, model: zoo.Model, what: Given) -> Any:
+    """What makes the library remember; its own verdict is another case's."""
+    with contextlib.suppress(Exception):
+        return _report(case, model, what)
+    return None
+
+
+def _switch(model: zoo.Model, on: bool) -> None:
+    for hf in (model.bridge.original_model, model.hf, model.plain):
+        zoo.switch_adapter(hf, on)
+
+
+@contextlib.contextmanager
+def _window(model: zoo.Model, width: int) -> Iterator[None]:
+    configs = [m.config for m in (model.bridge.original_model, model.hf, model.plain)]
+    before = [c.sliding_window for c in configs]
+    for config in configs:
+        config.sliding_window = width
+    try:
+        yield
+    finally:
+        for config, was in zip(configs, before, strict=True):
+            config.sliding_window = was
+
+
+@contextlib.contextmanager
+def _scaled_weight(model: zoo.Model, how: str) -> Iterator[None]:
+    """A weight that every pattern hangs on, other in the bridge and in the oracle."""
+    undo = []
+    for hf in (model.bridge.original_model, model.hf, model.plain):
+        found = [
+            (name, p)
+            for name, p in hf.named_parameters()
+            if name.replace("_original_component.", "").endswith(model.family.matters)
+        ]
+        assert found, model.family.matters
+        name, p = found[0]
+        old = p.detach().clone()
+        other = old * 1.5 + 0.25 * torch.linspace(-1, 1, old.numel()).to(old).view_as(old)
+        if how == "data":
+            p.data.copy_(other)
+            undo.append((p, old, None, ""))
+        elif how == "in place":
+            with torch.no_grad():
+                p.copy_(other)
+            undo.append((p, old, None, ""))
+        else:
+            owner_name, _, last = name.rpartition(".")
+            owner = hf.get_submodule(owner_name)
+            setattr(owner, last, torch.nn.Parameter(other))
+            undo.append((p, old, owner, last))
+    try:
+        yield
+    finally:
+        for p, old, owner, last in undo:
+            if owner is None:
+                p.data.copy_(old)
+            else:
+                setattr(owner, last, p)
+
+
+def _refuses_to_merge(case: Case, model: zoo.Model, what: Given, before: Any) -> None:
+    after = _report(case, model, what, first_prompt=len(what.spans))
+    try:
+        before.merge(after)
+    except ValueError:
+        return
+    raise Wrong("parts of different models were merged")
+
+
+def _merged(case: Case, model: zoo.Model, what: Given) -> Check:
+    """Parts of a corpus, each by itself."""
+    parts = []
+    for i in range(len(what.spans)):
+        tokens = what.tokens[i : i + 1]
+        options = {n: v[i : i + 1] for n, v in what.options.items()}
+        one = replace(what, tokens=tokens, options=options)
+        parts.append(_report(case, model, one, first_prompt=i))
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole.merge(part)
+    return _probed(case, whole)
+
+
+@contextlib.contextmanager
+def _left_as_found(model: zoo.Model) -> Iterator[None]:
+    bridge = model.bridge
+    state = torch.get_rng_state()
+    flags = [m.training for m in bridge.modules()]
+    before = _hooked(bridge)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    if _hooked(bridge) != before:
+        raise Wrong("other hooks were left")
+    if flags != [m.training for m in bridge.modules()]:
+        bridge.eval()
+        raise Wrong("another training mode was left")
+    if not torch.equal(state, torch.get_rng_state()):
+        raise Wrong("the global random state was moved")
+    if not torch.is_grad_enabled() or torch.get_default_dtype() != torch.float32:
+        raise Wrong("torch's own settings were left changed")
+
+
+def _hooked(bridge: Any) -> list[str]:
+    """Bridges of MLPs stand with hooks of their own."""
+    return [name for name, point in bridge.hook_dict.items() if point.has_hooks()]
