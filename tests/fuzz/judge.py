@@ -55,6 +55,20 @@ def may_refuse(case: Case) -> str:
     return ""
 
 
+KNOWN: dict[str, Callable[[Case], bool]] = {}
+"""Kinds of combinations that are known to be wrong, by what is wrong; empty when all is mended."""
+
+
+def known(case: Case) -> str:
+    """The kind of known fault that a case is of; empty: it must be right."""
+    return next((name for name, holds in KNOWN.items() if holds(case)), "")
+
+
+def must_refuse(case: Case) -> str:
+    """Why it must be, with this name in the message."""
+    return "past_key_values" if case.beside == "cache" else ""
+
+
 def judge(case: Case, *, fresh: bool = False) -> str:
     """Runs a case.
 
@@ -82,9 +96,13 @@ def judge(case: Case, *, fresh: bool = False) -> str:
         except DOCUMENTED as error:
             if not FORM.search(str(error)):
                 raise Refused(f"{type(error).__name__}, not in the documented form: {error}") from error
-            if may_refuse(case):
+            if may_refuse(case) or must_refuse(case):
+                if must_refuse(case) not in str(error):
+                    raise Refused(f"not by the name of {must_refuse(case)}: {error}") from error
                 return "refused"
             raise Refused(f"though valid: {type(error).__name__}: {error}") from error
+        if must_refuse(case):
+            raise Wrong(f"{must_refuse(case)} was taken")
         with _torch_as_it_is():
             check(truth)
         if case.change == "merged after a change" and before is not None:

@@ -87,7 +87,7 @@ FAMILIES = {
     "bloom": Family(
         "BloomForCausalLM", ("use_cache",), scale=D_HEAD**-0.5, biased=True
     ),
-    "ours": Family("QKVNormTransformer", grouped=True, matters="k_norm.gain"),
+    "ours": Family("QKVNormTransformer", ("position_ids",), grouped=True, matters="k_norm.weight"),
 }
 
 
