@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import _state
-from hooks._inputs import ModelInput, without_cache
+from hooks._inputs import ModelInput
 from hooks._observe import Hook, stream_hook
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel, LayerSites, Role
@@ -167,7 +167,6 @@ class _Finder:
     ) -> None:
         self.model = model
         self.example = example
-        self.options = without_cache(model)
         self.candidates = {s.layer: _candidates(model, s) for s in layers}
         wanted = {name for pairs in self.candidates.values() for pair in pairs for name in pair}
         wanted |= {_projection(s, role) for s in layers for role in ("q", "k")}
@@ -284,7 +283,7 @@ class _Finder:
 
     def _run(self, entries: Sequence[Hook]) -> None:
         with contextlib.suppress(_state.Finished), self.model.hooks(fwd_hooks=list(entries)):
-            self.example.run(self.model, **self.options)
+            self.example.run(self.model)
 
 
 def _projection(sites: LayerSites, role: Role) -> str:

@@ -12,10 +12,28 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks import _state
+from hooks._standing import raised_by
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel
 
-_PRIMES = (5, 7, 11, 13, 17)
+_LENGTHS = (5, 7, 11, 13, 17, 3, 4, 2)  # few tokens only where the context has no room for more
+
+
+class NoRoom(UnsupportedModelError):
+    """The context is too short for a prompt whose length is no number of heads."""
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        TypeError: it lacks ``cfg``, ``hook_dict``, ``hooks`` or ``run_with_hooks``.
+    """
+    if not isinstance(model, HookedModel):
+        raise TypeError(
+            "model: wanted a TransformerBridge (TransformerBridge.boot_transformers(name)) or a "
+            f"HookedTransformer; got {type(model).__name__}"
+        )
 
 
 @dataclass(frozen=True)
@@ -35,11 +53,31 @@ class ModelInput:
         """Number of prompts."""
         return int(self.first.shape[0])
 
-    def run(self, model: HookedModel, **options: Any) -> None:
-        """One forward pass; ``options`` are arguments that the inputs may already hold."""
+    def run(self, model: HookedModel) -> Any:
+        """One forward pass, and what it returns.
+
+        Nothing is written to a cache, but where positions are given: without a cache and a mask
+        transformers takes positions that start again for packed prompts, and separates them.
+
+        Raises:
+            ValueError: a hook of the user's can't take this batch.
+        """
         device = input_device(model)
         named = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.named.items()}
-        model(self.first.to(device), **{**options, **named})
+        options = {} if "position_ids" in named else without_cache(model)
+        try:
+            return model(self.first.to(device), **{**options, **named})
+        except _state.Finished:
+            raise
+        except Exception as error:
+            where = raised_by(model, error)
+            if where is None:
+                raise
+            raise ValueError(
+                f"hooks: wanted hooks that take a pass of {self.batch} prompts of "
+                f"{self.first.shape[1]} positions; got {type(error).__name__} from yours on "
+                f"{where}: {error}"
+            ) from error
 
     def rows(self, index: Sequence[int]) -> ModelInput:
         """Some of the prompts, in this order; a prompt may be asked for several times."""
@@ -68,12 +106,12 @@ def short_input(model: HookedModel, batch: int, avoid: set[int], attempt: int = 
     if signal is not None:
         return ModelInput(_copies(signal, batch).to(_state.model_dtype(model)))
     n_ctx = int(getattr(model.cfg, "n_ctx", 0) or 10**9)
-    lengths = [p for p in _PRIMES if p not in avoid and p <= n_ctx]
+    lengths = [p for p in _LENGTHS if p not in avoid and p <= n_ctx]
+    lengths = [p for p in lengths if p >= _LENGTHS[0]] or lengths
     if not lengths:
-        raise UnsupportedModelError(
+        raise NoRoom(
             "a short prompt to check with",
-            wanted=f"room for {', '.join(map(str, _PRIMES[:-1]))} or {_PRIMES[-1]} tokens, of "
-            "which no layer has as many heads",
+            wanted="room for 2 tokens or more, of which no layer has as many heads",
             got=f"a context of {n_ctx}; numbers of heads {sorted(avoid)}",
         )
     length = lengths[min(attempt, len(lengths) - 1)]

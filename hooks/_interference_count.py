@@ -30,28 +30,51 @@ class CleanRows:
             which no two share the maximum.
         examined: rows with two or more visible keys.
         ties: sparse rows left out, as two keys share their maximum.
+        first: the prompts' first tokens, packed documents' own included.
     """
 
     star: Int[Tensor, "batch head query"]
     sparse: Bool[Tensor, "batch head query"]
     examined: Bool[Tensor, "batch head query"]
     ties: Bool[Tensor, "batch head query"]
+    first: Bool[Tensor, "batch key"]
+
+    def on_first(self, star: Int[Tensor, "batch head query"]) -> Bool[Tensor, "batch head query"]:
+        """Whether these keys are first tokens."""
+        batch, heads, queries = star.shape
+        first = self.first[:, None].expand(batch, heads, -1)
+        return first.gather(-1, star.reshape(batch, heads, queries))
 
     def sums(self, values: Tensor) -> Float[np.ndarray, "head batch kind"]:
         """Sums over rows of ``[batch, head, query]``: content, then those on the first token."""
-        sink = self.star == 0
+        sink = self.on_first(self.star)
         both = torch.stack([(values * ~sink).sum(-1), (values * sink).sum(-1)], -1)
         return both.double().transpose(0, 1).cpu().numpy()
 
 
-def clean_rows(view: LayerView, sparse: float, prompts: Sequence[int]) -> CleanRows:
-    """Sparse rows of a layer as it is."""
+def clean_rows(
+    view: LayerView,
+    sparse: float,
+    prompts: Sequence[int],
+    first: Bool[Tensor, "batch key"] | None = None,
+) -> CleanRows:
+    """Sparse rows of a layer as it is; ``first``: first tokens, where a prompt has several."""
     refuse_broken(view, prompts, "")
     top, star = _scores(view).max(-1)
     shared = (_scores(view) == top[..., None]).sum(-1) > 1
     examined = view.visible.sum(-1) > 1
     reached = examined & (view.pattern.amax(-1) >= sparse)
-    return CleanRows(star, reached & ~shared, examined, reached & shared)
+    if first is None:
+        first = first_of([(0,)] * len(top), view.scores.shape[-1])
+    return CleanRows(star, reached & ~shared, examined, reached & shared, first.to(star.device))
+
+
+def first_of(starts: Sequence[Sequence[int]], n_key: int) -> Bool[Tensor, "batch key"]:
+    """True at the positions at which prompts, or documents packed into them, begin."""
+    first = torch.zeros(len(starts), n_key, dtype=torch.bool)
+    for row, mine in zip(first, starts, strict=True):
+        row[list(mine)] = True
+    return first
 
 
 def refuse_broken(view: LayerView, prompts: Sequence[int], when: str) -> None:
@@ -84,7 +107,7 @@ def moved_rows(clean: CleanRows, scores: Tensor, pattern: Tensor, sparse: float)
     top, star = scores.max(-1)
     own = scores.gather(-1, clean.star[..., None]).squeeze(-1)
     loose = clean.sparse & (top > own)
-    return Moved(loose, loose & (pattern.amax(-1) >= sparse), loose & (star == 0))
+    return Moved(loose, loose & (pattern.amax(-1) >= sparse), loose & clean.on_first(star))
 
 
 def frozen_rows(
@@ -170,14 +193,22 @@ def with_factors(
 
 
 def shuffles(
-    seed: int, layer: int, prompts: Sequence[int], n_pos: int, draw: int, *, spare_first: bool
+    seed: int,
+    layer: int,
+    prompts: Sequence[int],
+    spared: Bool[Tensor, "batch pos"],
+    draw: int,
 ) -> Int[Tensor, "batch pos"]:
-    """A permutation of each prompt's tokens: a function of seed, layer, prompt and draw alone."""
-    first = int(spare_first)
+    """A permutation of each prompt's tokens: a function of seed, layer, prompt and draw alone.
+
+    ``spared``: tokens that keep their places.
+    """
+    n_pos = spared.shape[1]
     out = np.tile(np.arange(n_pos), (len(prompts), 1))
-    for row, prompt in zip(out, prompts, strict=True):
+    for row, prompt, stays in zip(out, prompts, spared.cpu().numpy(), strict=True):
         rng = np.random.default_rng((seed, layer, prompt, draw))
-        row[first:] = first + rng.permutation(n_pos - first)
+        moving = np.flatnonzero(~stays)
+        row[moving] = moving[rng.permutation(len(moving))]
     return torch.from_numpy(out)
 
 
@@ -196,8 +227,8 @@ def variances(view: LayerView, clean: CleanRows) -> Float[np.ndarray, "head batc
     s = view.parts.s.double()
     along = s / length.clamp_min(1e-300)
     later = view.visible.clone()
-    later[..., 0] = False
-    sink = clean.star == 0
+    later &= ~clean.first[:, None, None, :]
+    sink = clean.on_first(clean.star)
     kinds = (torch.ones_like(sink), clean.sparse & ~sink, clean.sparse & sink)
     out = np.zeros((s.shape[1], s.shape[0], 3, 2, 3))
     for i, seen in enumerate((view.visible, later)):
@@ -216,10 +247,13 @@ def variances(view: LayerView, clean: CleanRows) -> Float[np.ndarray, "head batc
     return out
 
 
-def scale_spread(s: Float[Tensor, "batch pos"]) -> Float[np.ndarray, "batch 2"]:
-    """Deviation over mean of a prompt's scales: of all tokens, and without the first one."""
-    both = [x.std(1, correction=0) / x.mean(1) for x in (s, s[:, 1:])]
-    return torch.stack(both, 1).cpu().numpy()
+def scale_spread(
+    s: Float[Tensor, "batch pos"], first: Bool[Tensor, "batch pos"]
+) -> Float[np.ndarray, "batch 2"]:
+    """Deviation over mean of a prompt's scales: of all tokens, and without the first ones."""
+    rows = [(row, row[~mine.to(row.device)]) for row, mine in zip(s, first, strict=True)]
+    both = [[float(x.std(correction=0) / x.mean()) for x in pair] for pair in rows]
+    return np.asarray(both)
 
 
 def median(s: Float[Tensor, "batch pos"]) -> Float[Tensor, "batch"]:

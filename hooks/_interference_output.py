@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks._inputs import ModelInput, input_device, without_cache
+from hooks._inputs import ModelInput
 from hooks._observe import Hook
 from hooks._prompts import Prompts
 from hooks._sweep_run import has_next_token
 from hooks._sweep_score import UNSCORED
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel
-from hooks.sweep import _given, _next_tokens
+from hooks.sweep import given_targets, next_tokens
 
 
 class Output:
@@ -27,18 +27,15 @@ class Output:
         self,
         model: HookedModel,
         prompts: Prompts,
-        tokens: Any,
         targets: Any,
-        attention_mask: Any,
         example: ModelInput,
     ) -> None:
         self.model = model
-        self._options = without_cache(model)
         if targets is not None:
-            self.wanted = _given(model, tokens, targets, prompts, attention_mask)
+            self.wanted = given_targets(model, targets, prompts)
         else:
             known = bool(prompts.decoder) or has_next_token(model, example)
-            self.wanted = _next_tokens(prompts, known)
+            self.wanted = next_tokens(prompts, known)
         n = len(prompts)
         self.positions = np.zeros(n, np.int64)
         self.targets = np.zeros(n, np.int64)
@@ -77,10 +74,8 @@ class Output:
 
     def _run(self, prompts: Prompts, hooks: Sequence[Hook]) -> Float[Tensor, "batch pos d_vocab"]:
         given = prompts.batch(range(len(prompts)))
-        device = input_device(self.model)
-        named = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in given.named.items()}
         with torch.no_grad(), self.model.hooks(fwd_hooks=list(hooks)):
-            logits = self.model(given.first.to(device), **{**self._options, **named})
+            logits = given.run(self.model)
         if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
             raise UnsupportedModelError(
                 "logits to compare",

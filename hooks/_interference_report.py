@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from hooks._interference_count import ALL_ROWS, CONTENT_ROWS, DIRECTION, LENGTH, TOTAL
-from hooks._reports import check_follows, read_report, write_report
+from hooks._reports import check_follows, joined_facts, read_report, told, write_report
 from hooks.results import CONTENT, SINK, By, _se_prompts
 
 _FORMAT = "qkvnorm-lens interference report 1"
@@ -251,7 +251,7 @@ class InterferenceReport:
                 f"With everything that reads the norm frozen, KL(clean || frozen) is at most "
                 f"{worst['kl']:.3g} nats per position ({worst['label']})."
             )
-        return " ".join([*parts, self.model["sites"]])
+        return " ".join([*parts, told(self.model)])
 
     def _moved(self, near: pd.Series) -> list[str]:
         content = int(near["rows"] - near["sinks"])
@@ -301,6 +301,7 @@ class InterferenceReport:
         }
         return replace(
             self,
+            model=joined_facts(self, later),
             tokens=self.tokens + later.tokens,
             decoder_tokens=self.decoder_tokens + later.decoder_tokens,
             **joined,

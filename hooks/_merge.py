@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hooks._kept import join_kept
-from hooks._reports import check_follows
+from hooks._reports import check_follows, joined_facts
 from hooks._table import join
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def merge_reports(first: CollapseReport, later: CollapseReport) -> CollapseRepor
     return replace(
         first,
         tokens=first.tokens + later.tokens,
+        model=joined_facts(first, later),
         decoder_tokens=first.decoder_tokens + later.decoder_tokens,
+        starts=first.document_starts + later.document_starts,
         table=table,
         kept=kept,
         **joined,

@@ -18,11 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
-from hooks._inputs import without_cache
 from hooks._prompts import Prompts
 from hooks._tap import AttentionTap
 from hooks.errors import UnsupportedModelError
-from hooks.scores import ScoreParts, split, visible
+from hooks.scores import ScoreParts, recheck, split, visible
 from hooks.sites import HookedModel, LayerSites, Role
 
 Hook = tuple[str, Callable[..., Any]]
@@ -97,7 +96,6 @@ def observe(
     Raises:
         UnsupportedModelError: a vector or stream that the model has no hook for.
     """
-    options = without_cache(model)
     with (
         _state.evaluating(model),
         tqdm(
@@ -117,7 +115,7 @@ def observe(
                 tap or contextlib.nullcontext(),
                 model.hooks(fwd_hooks=entries),
             ):
-                given.run(model, **options)
+                given.run(model)
             bar.update(len(indices))
 
 
@@ -181,7 +179,9 @@ class _Watch:
                 raise _state.Finished
 
         def at_pattern(pattern: Tensor, hook: Any) -> None:
-            show(kept.pop("scores"), pattern)
+            scores = kept.pop("scores")
+            recheck(sites, scores, pattern)
+            show(scores, pattern)
 
         def at_z(z: Tensor, hook: Any) -> None:
             assert self.tap is not None

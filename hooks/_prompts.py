@@ -1,11 +1,10 @@
-"""Texts or token ids to unpadded prompts, and prompts to batches of one length."""
+"""Texts, token ids or named inputs to unpadded prompts, and prompts to batches of one length."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks import _state
-from hooks._inputs import ModelInput, has_decoder, input_device, real_spans
+from hooks._given import (
+    LABELS,
+    first_name,
+    is_named,
+    named,
+    shorten,
+    taken,
+)
+from hooks._inputs import ModelInput, check_model, has_decoder, input_device, short_input
+from hooks._token_rows import integers, refuse_bos, token_rows
+
+Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,14 @@ class Prompts:
         each: other inputs, a tensor for each prompt.
         joined: of a single prompt, what a model takes joined along the first axis (image patches).
         plain: what is no tensor, for all prompts.
+        masked: whether a mask of ones goes with each prompt, as there was a mask in the user's
+            call: transformers looks for packed prompts where there is none.
+        decoder_masked: the same of the decoder's tokens.
+        spans, width: from where to where the prompts lay in the rows that were given, and how wide
+            these were; 0 where each had a length of its own.
+        decoder_spans, decoder_width: the same of the decoder's tokens.
+        starts: positions of each prompt's first tokens: 0, and where a packed document begins.
+        notes: what a reader must know of how they came to be.
     """
 
     first: tuple[Tensor, ...]
@@ -40,9 +58,38 @@ class Prompts:
     each: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     joined: Mapping[str, Tensor] = field(default_factory=dict)
     plain: Mapping[str, Any] = field(default_factory=dict)
+    masked: bool = False
+    decoder_masked: bool = False
+    spans: Spans = ()
+    width: int = 0
+    decoder_spans: Spans = ()
+    decoder_width: int = 0
+    starts: tuple[tuple[int, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.first)
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Names of the tensors beside the tokens, their mask and the decoder's tokens."""
+        return tuple(sorted({*self.each, *self.joined}))
+
+    @property
+    def packed(self) -> bool:
+        """Whether a prompt holds several documents."""
+        return any(len(starts) > 1 for starts in self.starts)
+
+    def some(self, indices: Sequence[int]) -> Prompts:
+        """Some of the prompts."""
+
+        def pick(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(rows[i] for i in indices) if rows else rows
+
+        names = ("first", "padding", "strings", "decoder", "decoder_strings", "starts", "spans")
+        picked: dict[str, Any] = {name: pick(getattr(self, name)) for name in names}
+        each = {name: pick(rows) for name, rows in self.each.items()}
+        return replace(self, each=each, decoder_spans=pick(self.decoder_spans), **picked)
 
     def batches(self, batch_size: int) -> list[tuple[list[int], ModelInput]]:
         """Prompts of one shape together, at most ``batch_size``: (their indices, the input)."""
@@ -60,69 +107,117 @@ class Prompts:
         """Prompts of one shape as a model takes them."""
         named: dict[str, Any] = {**self.plain, **self.joined}
         named |= {n: torch.stack([rows[i] for i in indices]) for n, rows in self.each.items()}
-        if self.decoder:
-            named["decoder_input_ids"] = torch.stack([self.decoder[i] for i in indices])
         first = torch.stack([self.first[i] for i in indices])
+        if self.masked:
+            named["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.long)
+        if self.decoder:
+            decoder = torch.stack([self.decoder[i] for i in indices])
+            named["decoder_input_ids"] = decoder
+            if self.decoder_masked:
+                named["decoder_attention_mask"] = torch.ones_like(decoder)
         return ModelInput(first, named, frozenset(self.joined))
+
+
+def example_of(model: Any, prompts: Prompts) -> ModelInput:
+    """One short prompt: of random tokens, or the first one where there is more than tokens."""
+    return prompts.batch([0]) if prompts.extra else short_input(model, 1, set())
 
 
 def encode(
     model: Any,
-    tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
+    tokens: Any,
     *,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    decoder_tokens: Any = None,
+    attention_mask: Any = None,
     prepend_bos: bool | None = None,
 ) -> Prompts:
-    """Prompts from a text, texts, ids ``[pos]`` or ``[batch, pos]``, a list of ids, or inputs.
+    """Prompts from texts, chat messages, ids, or what a tokenizer or a collator returns.
+
+    A text; ids ``[pos]`` or ``[batch, pos]`` (tensor, array or lists); one conversation (messages
+    with ``role`` and ``content``); a list of texts, ids and conversations; named inputs, or rows of
+    a data set that hold them. What a forward pass of the user's is given is what is measured:
+    masks, positions and options go along, padding is cut off.
 
     Raises:
-        ValueError: nothing to probe, an id outside the vocabulary, one token only, or more tokens
-            than the context holds.
+        ValueError: nothing to probe, an id outside the vocabulary, one token only, more tokens
+            than the context holds, a cache, or an input that the model does not take.
         TypeError: something that is neither text nor integer ids.
     """
-    named: dict[str, Any] = {}
-    decoder_mask = None
-    if isinstance(tokens, Mapping):
-        named = dict(tokens)
-        attention_mask = _one_of_two(named, "attention_mask", "attention_mask", attention_mask)
-        decoder_tokens = _one_of_two(named, "decoder_input_ids", "decoder_tokens", decoder_tokens)
-        decoder_mask = named.pop("decoder_attention_mask", None)
-        name = _first_name(model)
-        if name not in named:
-            raise ValueError(f"inputs: wanted {name!r} among them; got {sorted(named)}")
-        tokens = named.pop(name)
+    check_model(model)
+    if prepend_bos is not None and not isinstance(prepend_bos, bool):
+        raise TypeError(f"prepend_bos: wanted True, False or None; got {shorten(prepend_bos)}")
+    values: dict[str, Any] = {}
+    lengths: tuple[int, ...] = ()
+    notes: list[str] = []
+    decoder_mask = labels = None
+    if is_named(tokens):
+        given = named(model, tokens)
+        values, lengths = given.values, given.lengths
+        attention_mask = _one_of_two(values, "attention_mask", "attention_mask", attention_mask)
+        decoder_tokens = _one_of_two(values, "decoder_input_ids", "decoder_tokens", decoder_tokens)
+        decoder_mask = values.pop("decoder_attention_mask", None)
+        labels = values.pop(LABELS, None)
+        if given.left_out:
+            notes.append(f"no input of the model, and left out: {', '.join(given.left_out)}")
+        tokens = values.pop(first_name(model))
+        if isinstance(tokens, Tensor):
+            refuse_bos(prepend_bos)
     if isinstance(tokens, Tensor) and tokens.is_floating_point():
-        return _signals(model, tokens, named)
-    rows, spans = _rows(model, tokens, attention_mask, prepend_bos)
+        return _signals(model, tokens, values)
+    rows, spans, said = token_rows(model, tokens, attention_mask, prepend_bos, lengths)
     for index, row in enumerate(rows):
         _check_ids(model, row, f"prompt {index}", least=2)
-    width = int(tokens.shape[-1]) if isinstance(tokens, Tensor) else 0
+    width = int(tokens.shape[-1]) if isinstance(tokens, (Tensor, np.ndarray)) else 0
+    whole = lengths or tuple(width or end - at for at, end in spans)
+    others = _beside(values, spans, width)
+    mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+    if mask is not None and mask.ndim == 4:
+        others["each"]["attention_mask"] = tuple(mask.cpu())
     prompts = Prompts(
         first=tuple(rows),
-        padding=tuple((width or end) - (end - first) for first, end in spans),
+        padding=tuple(n - (end - at) for n, (at, end) in zip(whole, spans, strict=True)),
         strings=tuple(_strings(model, row) for row in rows),
-        **_beside(named, spans, width),
+        masked=mask is not None and mask.ndim < 4 and "attention_mask" in taken(model),
+        spans=tuple(spans),
+        width=width,
+        notes=(*notes, *said),
+        **others,
     )
-    if not has_decoder(model):
-        if decoder_tokens is not None or decoder_mask is not None:
-            raise ValueError(
-                f"decoder_tokens: wanted an encoder-decoder model; got {type(model).__name__} "
-                "without a decoder of its own"
-            )
-        return prompts
-    decoder = _decoder_rows(model, rows, decoder_tokens, decoder_mask)
-    for index, row in enumerate(decoder):
-        _check_ids(model, row, f"decoder's prompt {index}", least=1)
-    strings = tuple(_strings(model, row) for row in decoder)
-    return replace(prompts, decoder=tuple(decoder), decoder_strings=strings)
+    prompts = replace(prompts, starts=_starts(prompts))
+    if has_decoder(model):
+        return _with_decoder(model, prompts, decoder_tokens, decoder_mask, labels)
+    if decoder_tokens is not None or decoder_mask is not None:
+        raise ValueError(
+            f"decoder_tokens: wanted an encoder-decoder model; got {type(model).__name__} "
+            "without a decoder of its own"
+        )
+    if labels is not None:
+        prompts = replace(prompts, notes=(*prompts.notes, "labels are no part of the pass"))
+    return prompts
 
 
-def _one_of_two(named: dict[str, Any], name: str, argument: str, given: Any) -> Any:
+def _one_of_two(values: dict[str, Any], name: str, argument: str, given: Any) -> Any:
     """An input that can be named or given as an argument, and not as both."""
-    if name in named and given is not None:
+    if name in values and given is not None:
         raise ValueError(f"{argument}: wanted it once; got it beside {name!r} of the inputs too")
-    return named.pop(name, given)
+    return values.pop(name, given)
+
+
+def _starts(prompts: Prompts) -> tuple[tuple[int, ...], ...]:
+    """First tokens of each prompt: where positions come back to the value they began with.
+
+    Packed documents count their positions so, and by one within each; others are no documents.
+    """
+    rows = prompts.each.get("position_ids", ())
+    out = []
+    for row in rows:
+        again = row[1:] == row[0]
+        counts = bool((again | (row[1:] == row[:-1] + 1)).all()) and not bool(again.all())
+        out.append((0, *((again.nonzero().flatten() + 1).tolist() if counts else ())))
+    return tuple(out) or ((0,),) * len(prompts)
+
+
+_PER_POSITION = ("position_ids", "token_type_ids")
 
 
 def _beside(
@@ -135,14 +230,17 @@ def _beside(
     for name, value in named.items():
         if not isinstance(value, Tensor):
             plain[name] = value
-        elif value.shape[:1] == (len(spans),):
+            continue
+        if name in _PER_POSITION:
+            value = _per_position(name, value, len(spans), width)
+        if value.shape[:1] == (len(spans),):
             cut = width and value.shape[1:2] == (width,) and not value.is_floating_point()
             each[name] = tuple(
                 row[first:end] if cut else row
                 for row, (first, end) in zip(value.cpu(), spans, strict=True)
             )
         elif len(spans) == 1:
-            joined[name] = value.cpu()  # an axis of patches: prompts lie one behind the other
+            joined[name] = value.cpu()  # an axis of patches: those of a prompt follow each other
         else:
             raise ValueError(
                 f"inputs: wanted {name!r} with an entry for each of {len(spans)} prompts, or one "
@@ -151,28 +249,43 @@ def _beside(
     return {"each": each, "joined": joined, "plain": plain}
 
 
-def _first_name(model: Any) -> str:
-    if getattr(model.cfg, "is_visual_model", False):
-        return "pixel_values"
-    return "input_values" if getattr(model.cfg, "is_audio_model", False) else "input_ids"
+def _per_position(name: str, value: Tensor, n_prompts: int, width: int) -> Tensor:
+    """``[batch, pos]``; one row stands for all prompts, as the model has it too.
+
+    Raises:
+        ValueError: another shape, such as several numbers to a position.
+    """
+    if value.ndim != 2 or value.shape[0] not in (1, n_prompts) or value.shape[1] != width:
+        raise ValueError(
+            f"inputs: wanted {name!r} of shape {[n_prompts, width]}, that of the tokens; got "
+            f"{list(value.shape)}"
+        )
+    return value.expand(n_prompts, -1)
 
 
 def _signals(model: Any, signals: Tensor, named: Mapping[str, Any]) -> Prompts:
     """Images ``[batch, channel, height, width]``, wave forms ``[batch, time]`` or spectrograms."""
-    if _first_name(model) == "input_ids":
+    if first_name(model) == "input_ids":
         raise TypeError(
             f"tokens: wanted integer ids (this model reads tokens); got {signals.dtype} of shape "
             f"{list(signals.shape)}"
         )
-    n_dims = (4,) if _first_name(model) == "pixel_values" else (2, 3)
+    n_dims = (4,) if first_name(model) == "pixel_values" else (2, 3)
     if signals.ndim not in n_dims or not signals.numel():
         raise ValueError(
-            f"{_first_name(model)}: wanted {n_dims[-1]} axes, the prompts first; got shape "
+            f"{first_name(model)}: wanted {n_dims[-1]} axes, the prompts first; got shape "
             f"{list(signals.shape)}"
         )
     signals = signals.to(_state.model_dtype(model)).cpu()
     n = len(signals)
-    return Prompts(tuple(signals), (0,) * n, ((),) * n, **_beside(named, [(0, 0)] * n, 0))
+    return Prompts(
+        tuple(signals),
+        (0,) * n,
+        ((),) * n,
+        spans=((0, 0),) * n,
+        starts=((0,),) * n,
+        **_beside(named, [(0, 0)] * n, 0),
+    )
 
 
 def _check_ids(model: Any, row: Tensor, name: str, *, least: int) -> None:
@@ -192,7 +305,68 @@ def _check_ids(model: Any, row: Tensor, name: str, *, least: int) -> None:
         )
 
 
-def _decoder_rows(model: Any, rows: list[Tensor], given: Any, mask: Tensor | None) -> list[Tensor]:
+# -- the decoder of an encoder-decoder ----------------------------------------------------------
+
+
+def _with_decoder(model: Any, prompts: Prompts, given: Any, mask: Any, labels: Any) -> Prompts:
+    """The same with the decoder's tokens: given, made of the labels, or the prompt's own."""
+    notes: tuple[str, ...] = ()
+    if isinstance(given, np.ndarray):
+        given = torch.as_tensor(given)
+    if labels is not None:
+        labels = integers(torch.as_tensor(labels).cpu(), 2)
+        if given is None:
+            given, notes = (
+                _from_labels(model, labels),
+                ("the decoder's tokens are the labels, moved on by one",),
+            )
+        if mask is None and isinstance(given, Tensor) and given.shape == labels.shape:
+            mask = _until_last(labels != IGNORED)
+    rows, spans = _decoder_rows(model, list(prompts.first), given, mask)
+    for index, row in enumerate(rows):
+        _check_ids(model, row, f"decoder's prompt {index}", least=1)
+    return replace(
+        prompts,
+        decoder=tuple(rows),
+        decoder_strings=tuple(_strings(model, row) for row in rows),
+        decoder_masked=mask is not None and "decoder_attention_mask" in taken(model),
+        decoder_spans=tuple(spans),
+        decoder_width=int(given.shape[-1]) if isinstance(given, Tensor) else 0,
+        notes=(*prompts.notes, *notes),
+    )
+
+
+IGNORED = -100
+"""Label of a position that is not scored, as in PyTorch."""
+
+
+def _until_last(real: Tensor) -> Tensor:
+    """1 up to the last True of each row, and for its first position: a start token is real."""
+    mask = (real.flip(1).cumsum(1).flip(1) > 0).long()
+    mask[:, :1] = 1
+    return mask
+
+
+def _from_labels(model: Any, labels: Tensor) -> Tensor:
+    """The labels moved on by one, as the model itself does it where it is given labels alone.
+
+    Raises:
+        ValueError: the model does not say how.
+    """
+    inner = model.original_model
+    moved = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+    if not callable(moved):
+        raise ValueError(
+            "labels: wanted decoder_input_ids beside them, as the model does not say how it makes "
+            "them of labels; got labels alone"
+        )
+    out: Tensor = moved(labels=labels)
+    return out
+
+
+def _decoder_rows(
+    model: Any, rows: list[Tensor], given: Any, mask: Any
+) -> tuple[list[Tensor], Spans]:
     """The decoder's ids; by default the prompt itself after the start token, as in denoising."""
     inner = model.original_model
     known = (inner.config, getattr(inner, "generation_config", None))
@@ -204,121 +378,22 @@ def _decoder_rows(model: Any, rows: list[Tensor], given: Any, mask: Tensor | Non
                 "decoder_tokens: wanted some, as the model's configuration has no "
                 "decoder_start_token_id; got None"
             )
-        return [torch.cat([row.new_tensor([start]), row[:-1]]) for row in rows]
+        made = [torch.cat([row.new_tensor([start]), row[:-1]]) for row in rows]
+        return made, tuple((0, len(row)) for row in made)
     if isinstance(given, Tensor) and mask is None:
-        mask = torch.ones_like(given)  # a decoder's start token is often the pad token
-    decoder, _ = _rows(model, given, mask, None)
+        given = given[None] if given.ndim == 1 else given
+        pads = {getattr(getattr(model, "tokenizer", None), "pad_token_id", None)}
+        pads |= {getattr(config, "pad_token_id", None) for config in known}
+        real = torch.ones_like(given, dtype=torch.bool)
+        for pad in pads - {None}:  # a start token is often the pad token: it stays
+            real &= given != pad
+        mask = _until_last(real)
+    decoder, spans, _ = token_rows(model, given, mask, None, ())
     if len(decoder) != len(rows):
         raise ValueError(
             f"decoder_tokens: wanted one for each of {len(rows)} prompts; got {len(decoder)}"
         )
-    return decoder
-
-
-def _rows(
-    model: Any, tokens: Any, attention_mask: Tensor | None, prepend_bos: bool | None
-) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """Each prompt's ids, and from where to where they lay in the padded row."""
-    if isinstance(tokens, str):
-        tokens = [tokens]
-    if isinstance(tokens, np.ndarray):
-        tokens = torch.as_tensor(tokens)
-    if isinstance(tokens, Tensor):
-        _refuse_bos(prepend_bos)
-        return _from_tensor(model, tokens, attention_mask)
-    if attention_mask is not None:
-        raise ValueError(
-            f"attention_mask: wanted token ids [batch, pos] beside it; got {type(tokens).__name__}"
-        )
-    if not isinstance(tokens, Sequence) or isinstance(tokens, bytes):
-        raise TypeError(f"tokens: wanted text or token ids; got {type(tokens).__name__}")
-    items = list(tokens)
-    if not items:
-        raise ValueError("tokens: wanted one prompt or more; got none")
-    if all(isinstance(item, Integral) for item in items):
-        items = [items]
-    rows = []
-    for index, item in enumerate(items):
-        if isinstance(item, str):
-            if not item.strip():
-                raise ValueError(f"prompt {index}: wanted text; got an empty one")
-            rows.append(_from_text(model, item, index, prepend_bos))
-        else:
-            _refuse_bos(prepend_bos)
-            if isinstance(item, Sequence) and not len(item):
-                raise ValueError(f"prompt {index}: wanted integer ids; got none")
-            rows.append(_integers(torch.as_tensor(item).cpu(), 1))
-    return rows, [(0, len(row)) for row in rows]
-
-
-def _refuse_bos(prepend_bos: bool | None) -> None:
-    if prepend_bos is not None:
-        raise ValueError(f"prepend_bos: wanted text beside it; got {prepend_bos} and token ids")
-
-
-def _from_text(model: Any, text: str, index: int, prepend_bos: bool | None) -> Tensor:
-    if getattr(model, "tokenizer", None) is None:
-        raise ValueError(
-            f"prompt {index}: wanted token ids, as the model has no tokenizer; got text"
-        )
-    # Without truncate=False a long text is cut to the context, and nobody is told.
-    ids: Tensor = model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].cpu()
-    pad = _own_pad_token(model)
-    if pad is not None and bool((ids == pad).any()):
-        raise ValueError(
-            f"prompt {index}: wanted text of the tokenizer's vocabulary; got {text!r}, of which a "
-            "part becomes the pad token"
-        )
-    return ids
-
-
-def _own_pad_token(model: Any) -> int | None:
-    """The pad token's id, where it is not also the first or the last token of a text."""
-    tokenizer = getattr(model, "tokenizer", None)
-    pad: int | None = getattr(tokenizer, "pad_token_id", None)
-    ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")}
-    return None if pad in ends else pad
-
-
-def _integers(ids: Tensor, n_dims: int) -> Tensor:
-    if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != n_dims:
-        raise TypeError(
-            f"tokens: wanted integer ids with {n_dims} axis or axes; got {ids.dtype} of shape "
-            f"{list(ids.shape)}"
-        )
-    return ids.long()
-
-
-def _from_tensor(
-    model: Any, tokens: Tensor, attention_mask: Tensor | None
-) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    ids = _integers(tokens.cpu(), 2 if tokens.ndim != 1 else 1)
-    ids = ids[None] if ids.ndim == 1 else ids
-    if ids.numel() == 0:
-        raise ValueError(f"tokens: wanted one token or more; got shape {list(ids.shape)}")
-    mask = _pad_mask(model, ids) if attention_mask is None else torch.as_tensor(attention_mask)
-    mask = mask.cpu()
-    mask = mask[None] if mask.ndim == 1 else mask
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask: wanted the shape of the tokens {list(ids.shape)}; got "
-            f"{list(mask.shape)}"
-        )
-    spans = real_spans(mask)
-    rows = [row[first:end] for row, (first, end) in zip(ids, spans, strict=True)]
-    return rows, spans
-
-
-def _pad_mask(model: Any, ids: Tensor) -> Tensor:
-    """1 for real tokens: the tokenizer's own pad token at either end of a row is padding."""
-    pad = _own_pad_token(model)
-    if pad is None:
-        return torch.ones_like(ids)
-    real = ids != pad
-    after_first = real.cumsum(1) > 0
-    before_last = real.flip(1).cumsum(1).flip(1) > 0
-    mask: Tensor = (after_first & before_last).long()
-    return mask
+    return decoder, tuple(spans)
 
 
 def _strings(model: Any, row: Tensor) -> tuple[str, ...]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-_UNLIKE = ("versions", "device")  # facts that two parts of one measurement may differ in
+_UNLIKE = ("device", "given")  # facts that two parts of one measurement may differ in
 
 
 def write_report(
@@ -63,15 +64,52 @@ def check_follows(first: Any, later: Any) -> None:
         raise ValueError(
             f"merge: wanted reports of equal settings; got {first.settings} and {later.settings}"
         )
-    for fact in sorted({*first.model, *later.model} - {*_UNLIKE}):
-        if first.model.get(fact) != later.model.get(fact):
-            raise ValueError(
-                f"merge: wanted reports of one model; got {fact} {first.model.get(fact)!r} and "
-                f"{later.model.get(fact)!r}"
-            )
+    for name, (mine, other) in _apart(first.model, later.model):
+        raise ValueError(f"merge: wanted reports of one model; got {name} {mine!r} and {other!r}")
     follows = first.first_prompt + len(first.tokens)
     if later.first_prompt != follows:
         raise ValueError(
             f"merge: wanted a report that starts at prompt {follows} (first_prompt={follows}); got "
             f"one that starts at {later.first_prompt}"
         )
+
+
+def _apart(
+    first: Mapping[str, Any], later: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """The facts in which two reports differ, those within a fact by their own names."""
+    for fact in sorted({*first, *later} - {*_UNLIKE}):
+        mine, other = first.get(fact), later.get(fact)
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            yield from (
+                (name, (mine.get(name), other.get(name)))
+                for name in sorted({*mine, *other})
+                if mine.get(name) != other.get(name)
+            )
+        elif mine != other:
+            yield fact, (mine, other)
+
+
+def joined_facts(first: Any, later: Any) -> dict[str, Any]:
+    """Facts of a merged report: what was said of either part is said of both."""
+    given = [*first.model.get("given", ()), *later.model.get("given", ())]
+    return {**first.model, **({"given": list(dict.fromkeys(given))} if given else {})}
+
+
+def told(model: Mapping[str, Any]) -> str:
+    """What a model's layers are, and what it was given, in sentences."""
+    given = "; ".join(model.get("given", ()))
+    return str(model["sites"]) + (f" Given: {given}." if given else "")
+
+
+def first_tokens(
+    starts: Sequence[Sequence[int]],
+    prompt: Int[np.ndarray, "n"],
+    position: Int[np.ndarray, "n"],
+) -> Bool[np.ndarray, "n"]:
+    """Whether these tokens are a prompt's first, or the first of a document packed into it."""
+    first: np.ndarray = position == 0
+    for index, mine in enumerate(starts):
+        if len(mine) > 1:
+            first |= (prompt == index) & np.isin(position, mine)
+    return first

@@ -145,7 +145,7 @@ class LayerReducer:
                 q=np.ascontiguousarray(draws.q[..., first_query : first_query + queries])
             )
         flat = [x.flatten(0, 1) for x in given]
-        rule = self._rule(first_query, eps)
+        rule = self._rule(first_query, eps, n_key)
         sums = self._sums(batch * n_heads)
 
         def work(first: int, end: int) -> None:
@@ -204,7 +204,16 @@ class LayerReducer:
             where = (slice(None),) * _MATRIX_AXIS.get(name, 2)
             getattr(sums, name)[(*where, slice(first, end))] = values
 
-    def _rule(self, first_query: int, eps: float) -> _scanner.Rule:
+    def _first_tokens(self, n_key: int) -> np.ndarray:
+        """1 where one of the batch's documents begins, ``[batch, key]``."""
+        first = np.zeros((len(self.prompts), n_key), np.int8)
+        first[:, 0] = 1
+        for row, prompt in enumerate(self.prompts):
+            if self.sites.sequence("k") == "target":  # an encoder's tokens are one document
+                first[row, list(self.tally.starts[prompt])] = 1
+        return first
+
+    def _rule(self, first_query: int, eps: float, n_key: int) -> _scanner.Rule:
         sink = self.sites.sink or (-math.inf,) * self.sites.n_heads
         return _scanner.Rule(
             law=LAW_CODES[self.settings.law],
@@ -223,6 +232,7 @@ class LayerReducer:
             soft_cap=self.sites.soft_cap,
             sink=np.asarray(sink, dtype=np.float64),
             kv_head=np.asarray(self.sites.kv_head_of, dtype=np.int64),
+            first=self._first_tokens(n_key),
         )
 
     def _sums(self, n: int) -> _scanner.Sums:

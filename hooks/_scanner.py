@@ -61,6 +61,7 @@ class Rule(NamedTuple):
     soft_cap: float
     sink: Array  # per head; -inf without one
     kv_head: Ints
+    first: Floats  # [batch, key]: where a document begins
 
 
 class Layer(NamedTuple):
@@ -183,6 +184,12 @@ def scan(
 
 
 @compiled
+def _kind(rule: Rule, m: int, star: int) -> int:
+    """1 for a row that attends to a first token, else 0."""
+    return int(rule.first[(m + rule.first_matrix) // rule.n_heads, star])
+
+
+@compiled
 def _plain_row(
     rule: Rule,
     row: Floats,
@@ -210,7 +217,7 @@ def _plain_row(
         if n and use.key[0] >= top - TIE * rule.eps * abs(top):
             sums.counts[TIES, m] += 1
             return
-    kind = 1 if star == 0 else 0
+    kind = _kind(rule, m, star)
     sums.rows[m, kind] += 1
     sums.level[m, kind] += top
     if not rule.on_k:
@@ -320,7 +327,7 @@ def _unpacked_row(
     if close > 1:
         sums.counts[TIES, m] += 1
         return
-    kind = 1 if use.visible[star] == 0 else 0
+    kind = _kind(rule, m, use.visible[star])
     sums.rows[m, kind] += 1
     sums.level[m, kind] += use.s[star]
     if not (rule.on_q or rule.on_k):
@@ -410,7 +417,7 @@ def _draw(
     """Draw the row's noise: the loose rate where it is sampled, the strict rate always."""
     if count == 0:
         return
-    matrix, kind = m + rule.first_matrix, 1 if star == 0 else 0
+    matrix, kind = m + rule.first_matrix, _kind(rule, m, star)
     head, batch = matrix % rule.n_heads, matrix // rule.n_heads
     simple = rule.law != LOGNORMAL and not unpacked and rule.on_k
     near = simple and rule.law == UNIFORM and s_star > 0 and rule.sink[head] == -math.inf

@@ -17,7 +17,7 @@ Of = Literal["stream", "q", "k", "v"]
 SpreadBy = Literal["token", "head", "layer", "model"]
 _FORMAT = "qkvnorm-lens spread report 1"
 _ARRAYS = ("norms", "weights", "prompt", "position")
-_HEAD = ("model", "tokens", "decoder_tokens")
+_HEAD = ("model", "tokens", "decoder_tokens", "starts")
 _WHAT = {
     "stream": "the embeddings at the input of",
     "q": "the queries of",
@@ -51,6 +51,8 @@ class SpreadReport:
         weights: attention that each token receives ``[head, token]``, summed over the queries; of
             a prompt they sum to its number of queries (less what an attention sink term takes).
         prompt, position: where each token stands.
+        starts: positions of each prompt's first tokens, where documents are packed into one; empty
+            where no prompt holds several.
     """
 
     settings: SpreadSettings
@@ -61,6 +63,7 @@ class SpreadReport:
     weights: tuple[Float[np.ndarray, "_ _"], ...] = field(repr=False)
     prompt: tuple[Int[np.ndarray, "_"], ...] = field(repr=False)
     position: tuple[Int[np.ndarray, "_"], ...] = field(repr=False)
+    starts: tuple[tuple[int, ...], ...] = field(repr=False, default=())
 
     def to_frame(self, by: SpreadBy = "head", *, share: float = 0.9) -> pd.DataFrame:
         """One row per layer and head (or layer, or one for the model; or per head and token).
@@ -109,7 +112,7 @@ class SpreadReport:
         """One head's tokens over its median."""
         norms, weights = self.norms[index], self.weights[index][head].astype(float)
         norm = norms[head * len(norms) // len(self.weights[index])].astype(float)
-        first = self.position[index] == 0
+        first = first_tokens(self.starts, self.prompt[index], self.position[index])
         counted = ~first if self.settings.without_first else np.ones_like(first)
         median = weighted_quantile(norm[counted], weights[counted], 0.5)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -179,7 +182,7 @@ class SpreadReport:
         head, arrays = read_report(path, _FORMAT, "spread report")
         settings = head.pop("settings")
         settings["layers"] = tuple(settings["layers"])
-        head |= {name: tuple(tuple(p) for p in head[name]) for name in ("tokens", "decoder_tokens")}
+        head |= {name: tuple(tuple(p) for p in head.get(name, ())) for name in _HEAD[1:]}
         n_layers = len(settings["layers"])
         head |= {name: tuple(arrays[f"{name}.{i}"] for i in range(n_layers)) for name in _ARRAYS}
         return cls(settings=SpreadSettings(**settings), **head)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -97,18 +96,6 @@ def model_dtype(model: Any) -> torch.dtype:
             if parameter.is_floating_point():
                 return parameter.dtype
     return torch.float32
-
-
-def fingerprint(model: Any) -> str:
-    """A few numbers of every weight, hashed: tells models of one architecture apart."""
-    digest = hashlib.sha256()
-    root = getattr(model, "original_model", model)
-    if isinstance(root, nn.Module):
-        for name, parameter in root.named_parameters():
-            flat = parameter.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // 8)][:8]
-            digest.update(f"{name}{tuple(parameter.shape)}{some.double().tolist()}".encode())
-    return digest.hexdigest()[:16]
 
 
 def refuse_unreadable(model: Any) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks._reports import check_follows, read_report, write_report
+from hooks._reports import check_follows, joined_facts, read_report, told, write_report
 
 SweepBy = Literal["sigma", "prompt", "draw"]
 _FORMAT = "qkvnorm-lens sweep report 1"
@@ -197,6 +197,7 @@ class SweepReport:
         }
         return replace(
             self,
+            model=joined_facts(self, later),
             tokens=self.tokens + later.tokens,
             decoder_tokens=self.decoder_tokens + later.decoder_tokens,
             **joined,
@@ -240,7 +241,7 @@ class SweepReport:
                 parts.append("No measured sigma takes a tenth of the accuracy.")
         if s.at == "projection":
             parts.append(_projected(self.model["shields"], s.on))
-        return " ".join([*parts, self.model["sites"]])
+        return " ".join([*parts, told(self.model)])
 
     def __str__(self) -> str:
         return self.summary()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hooks import _state
-from hooks._inputs import ModelInput, input_device, without_cache
+from hooks._inputs import ModelInput, input_device
 from hooks._prompts import Prompts
 from hooks._sweep_factors import Grid, RowFactors
 from hooks.errors import UnsupportedModelError
@@ -63,7 +63,6 @@ class Runner:
         points = model.hook_dict  # made anew at each look
         self.block = _first_block(points, layers)
         self.early = _UNEMBED in points and _bare(points, "unembed")
-        self._options = without_cache(model)
         self._entries = noise._hooks(model, self.factors)
         if noise.rows != "all":
             self._entries = [(name, self._keeping_clean(fn)) for name, fn in self._entries]
@@ -155,10 +154,7 @@ class Runner:
         return caught
 
     def _call(self, given: ModelInput) -> Any:
-        named = {
-            n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in given.named.items()
-        }
-        return self.model(given.first.to(self.device), **self._options, **named)
+        return given.run(self.model)
 
     def _unembedded(self, states: Tensor) -> Tensor:
         out: Tensor = self.model.unembed(states)  # type: ignore[attr-defined]
@@ -221,9 +217,7 @@ def has_next_token(model: HookedModel, example: ModelInput) -> bool:
         return False
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % int(model.cfg.d_vocab)
-    device = input_device(model)
-    named = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in example.named.items()}
-    both = [model(replace(example, first=x).first.to(device), **named) for x in (ids, other)]
+    both = [replace(example, first=x).run(model) for x in (ids, other)]
     if not all(isinstance(z, Tensor) and z.ndim == 3 for z in both):
         return False
     a, b = (z[:, :-1].double() for z in both)

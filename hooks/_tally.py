@@ -23,8 +23,10 @@ class Tally:
         layers: tuple[LayerSites, ...],
         n_prompts: int,
         first_prompt: int = 0,
+        starts: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.settings = settings
+        self.starts = starts or ((0,),) * n_prompts
         self.first_prompt = first_prompt
         self.layers = layers
         self.biased = any(s.has_bias for s in layers)
@@ -57,6 +59,7 @@ class Tally:
             first_prompt=self.first_prompt,
             tokens=prompts.strings,
             decoder_tokens=prompts.decoder_strings,
+            starts=self.starts,
             padding=np.asarray(prompts.padding, dtype=np.int64),
             rows=self.rows,
             able=self.able,

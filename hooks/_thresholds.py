@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from hooks._reports import told
 from hooks.laws import get_law
 from hooks.probability import collapse_probability
 
@@ -194,7 +195,7 @@ def summarise(report: CollapseReport) -> str:
             "no single attended token to lose. That is not stability: how non-sparse attention "
             "changes is not measured here."
         )
-        return "\n".join([*lines, str(model["sites"])])
+        return "\n".join([*lines, told(model)])
     sinks = int(report.rows[..., 1].sum())
     lines.append(
         f"{sparse} of {examined} rows are sparse ({threshold}), {percent(sinks / sparse)} of these "
@@ -214,7 +215,7 @@ def summarise(report: CollapseReport) -> str:
         f"collapse, {percent(middle['loose_centred'])} in the centred gauge (mean score level "
         f"{level:.3g}; rates of models with other levels compare only there)."
     )
-    lines.append(str(model["sites"]))
+    lines.append(told(model))
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import _state
-from hooks._inputs import short_input, without_cache
+from hooks._inputs import short_input
 from hooks._tap import AttentionTap
 from hooks.errors import UnsupportedModelError
 from hooks.noise import check_layers
@@ -262,7 +262,7 @@ def _check_landing(model: HookedModel, layers: Sequence[LayerSites]) -> None:
         model.hooks(fwd_hooks=entries),
         tap or contextlib.nullcontext(),
     ):
-        given.run(model, **without_cache(model))
+        given.run(model)
     for sites in layers:
         _judge(model, sites, written.get(sites.layer))
 

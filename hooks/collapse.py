@@ -20,15 +20,14 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._arguments import check_integers, read_sigmas
 from hooks._facts import attention_facts
-from hooks._inputs import without_cache
 from hooks._prompts import encode
 from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused
 from hooks.laws import LAWS
 from hooks.noise import SPARSE, NormNoise, Shared, check_layers
 from hooks.results import CollapseReport, ProbeSettings
-from hooks.scores import qk_part
-from hooks.selfcheck import attention_sites
+from hooks.scores import qk_part, recheck
+from hooks.selfcheck import sites_for
 from hooks.sites import AttentionSites, HookedModel, LayerSites
 
 if TYPE_CHECKING:
@@ -143,9 +142,6 @@ def collapse_probe(
         query_block=(1 if query_block is None else query_block, 1),
         first_prompt=(first_prompt, 0),
     )
-    unusual = tokens if isinstance(tokens, Mapping) else None
-    sites = attention_sites(model, unusual)
-    chosen = _layers(sites, layers)
     prompts = encode(
         model,
         tokens,
@@ -153,6 +149,8 @@ def collapse_probe(
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
     )
+    sites = sites_for(model, prompts)
+    chosen = _layers(sites, layers)
     settings = ProbeSettings(
         sigmas=values,
         on="".join(noise.roles),
@@ -166,9 +164,8 @@ def collapse_probe(
         keep=keep,
         keep_rows=keep_rows,
     )
-    tally = Tally(settings, chosen, len(prompts), first_prompt)
+    tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
     batches = prompts.batches(batch_size)
-    options = without_cache(model)
     with (
         _state.evaluating(model),
         Workers().open() as workers,
@@ -187,9 +184,9 @@ def collapse_probe(
                 watch.tap or contextlib.nullcontext(),
                 model.hooks(fwd_hooks=watch.hooks()),
             ):
-                given.run(model, **options)
+                given.run(model)
             bar.update(len(indices))
-    return tally.report(model=attention_facts(model, sites, chosen), prompts=prompts)
+    return tally.report(model=attention_facts(model, sites, chosen, prompts), prompts=prompts)
 
 
 def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
@@ -268,7 +265,9 @@ class _Watch:
         def at_pattern(pattern: Tensor, hook: Any) -> None:
             vectors = q_and_k()
             s = None if vectors is None else qk_part(sites, *vectors)
-            reducer().add(kept.pop("scores"), pattern, s)
+            scores = kept.pop("scores")
+            recheck(sites, scores, pattern)
+            reducer().add(scores, pattern, s)
             finish()
 
         def at_z(z: Tensor, hook: Any) -> None:

@@ -26,10 +26,10 @@ from hooks import _state
 from hooks._arguments import check_booleans, check_integers
 from hooks._facts import attention_facts
 from hooks._inner_norm import CHECK, InnerNorm, inner_norms
-from hooks._inputs import short_input
 from hooks._interference_count import (
     CleanRows,
     clean_rows,
+    first_of,
     frozen_rows,
     median,
     predicted,
@@ -43,11 +43,11 @@ from hooks._interference_count import (
 from hooks._interference_output import Output
 from hooks._interference_report import InterferenceReport, InterferenceSettings
 from hooks._observe import Hook, LayerView, observe
-from hooks._prompts import Prompts, encode
+from hooks._prompts import Prompts, encode, example_of
 from hooks.collapse import _check_sparse, _layers
 from hooks.errors import UnsupportedModelError
 from hooks.noise import SPARSE
-from hooks.selfcheck import attention_sites
+from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
 
 _ON = ("k", "qk")
@@ -127,21 +127,23 @@ def interference(
     check_booleans(spare_first=spare_first, output=output)
     if targets is not None and not output:
         raise ValueError("targets: wanted output=True with them, which compares the output")
-    unusual = tokens if isinstance(tokens, Mapping) else None
-    sites = attention_sites(model, unusual)
-    chosen = _layers(sites, layers)
-    given = (decoder_tokens, attention_mask, prepend_bos)
     prompts = encode(
-        model, tokens, decoder_tokens=given[0], attention_mask=given[1], prepend_bos=given[2]
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
     )
+    sites = sites_for(model, prompts)
+    chosen = _layers(sites, layers)
     settings = replace(settings, draws=draws, seed=seed, layers=tuple(s.layer for s in chosen))
     with _state.evaluating(model):
-        example = short_input(model, 1, set()) if unusual is None else prompts.batch([0])
+        example = example_of(model, prompts)
         norms = inner_norms(model, chosen, example)
         end = None
         if output:
-            end = Output(model, prompts, tokens, targets, attention_mask, example)
-        run = _Run(model, chosen, norms, settings, len(prompts), first_prompt, end)
+            end = Output(model, prompts, targets, example)
+        run = _Run(model, chosen, norms, settings, prompts.starts, first_prompt, end)
         batches = [indices for indices, _ in prompts.batches(batch_size)]
         passes = 1 + len(chosen) * len(settings.constants) * (len(settings.on) + output)
         with tqdm(
@@ -152,8 +154,8 @@ def interference(
             leave=False,
         ) as bar:
             for indices in batches:
-                run.batch(_part(prompts, indices), indices, bar.update)
-    return run.report(attention_facts(model, sites, chosen), prompts)
+                run.batch(prompts.some(indices), indices, bar.update)
+    return run.report(attention_facts(model, sites, chosen, prompts), prompts)
 
 
 def _settings(
@@ -180,23 +182,6 @@ def _settings(
     )
 
 
-def _part(prompts: Prompts, indices: Sequence[int]) -> Prompts:
-    """Some of the prompts."""
-
-    def some(rows: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(rows[i] for i in indices) if rows else rows
-
-    return replace(
-        prompts,
-        first=some(prompts.first),
-        padding=some(prompts.padding),
-        strings=some(prompts.strings),
-        decoder=some(prompts.decoder),
-        decoder_strings=some(prompts.decoder_strings),
-        each={name: some(rows) for name, rows in prompts.each.items()},
-    )
-
-
 @dataclass
 class _Clean:
     """What a clean pass leaves behind of one layer."""
@@ -206,6 +191,7 @@ class _Clean:
     q: Tensor | None = None
     scale: Tensor | None = None
     constant: Tensor | None = None
+    first: Tensor | None = None
     rows: CleanRows | None = None
 
 
@@ -218,11 +204,12 @@ class _Run:
         layers: tuple[LayerSites, ...],
         norms: tuple[InnerNorm, ...],
         settings: InterferenceSettings,
-        n_prompts: int,
+        starts: Sequence[Sequence[int]],
         first_prompt: int,
         end: Output | None,
     ) -> None:
         self.model = model
+        self.starts, n_prompts = starts, len(starts)
         self.layers = layers
         self.norms = norms
         self.settings = settings
@@ -315,10 +302,12 @@ class _Run:
             )
         kept.x, kept.y = None, None
         kept.constant = median(kept.scale)
-        rows = kept.rows = clean_rows(view, settings.sparse, self._numbers(indices))
+        first = first_of([self.starts[i] for i in indices], view.scores.shape[-1])
+        rows = kept.rows = clean_rows(view, settings.sparse, self._numbers(indices), first)
+        kept.first = rows.first
         layer, mine = view.index, list(indices)
         self.sums["constant"][layer, mine] = kept.constant.cpu().numpy()
-        self.sums["scale_spread"][layer, mine] = scale_spread(kept.scale)
+        self.sums["scale_spread"][layer, mine] = scale_spread(kept.scale, rows.first)
         self._add("examined", (layer,), rows.sums(rows.examined).sum(-1), mine)
         self._add("ties", (layer,), rows.sums(rows.ties).sum(-1), mine)
         self._add("rows", (layer,), rows.sums(rows.sparse), mine)
@@ -333,14 +322,8 @@ class _Run:
         self._add("factored", (layer,), rows.sums(moved), mine)
         numbers = self._numbers(indices)
         for draw in range(settings.draws):
-            order = shuffles(
-                settings.seed,
-                norm.layer,
-                numbers,
-                factor.shape[1],
-                draw,
-                spare_first=settings.spare_first,
-            )
+            spared = rows.first & settings.spare_first
+            order = shuffles(settings.seed, norm.layer, numbers, spared, draw)
             moved = with_factors(view.parts, rows, factor.gather(1, order.to(factor.device)))
             self._add("permuted", (draw, layer), rows.sums(moved), mine)
 
@@ -354,7 +337,8 @@ class _Run:
         assert kept.constant is not None
         factor = kept.scale / (constant * kept.constant)[:, None]
         if self.settings.spare_first:
-            factor[:, 0] = 1.0
+            assert kept.first is not None
+            factor[kept.first] = 1.0
         return factor
 
     # -- with a frozen norm ------------------------------------------------------------------

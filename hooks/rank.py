@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._arguments import check_integers
 from hooks._facts import model_facts
-from hooks._inputs import without_cache
 from hooks._prompts import Prompts, encode
 from hooks._rank_measures import MEASURES, first_share, measures
 from hooks._rank_report import WITH, RankReport, RankSettings, RankSite
@@ -90,7 +89,6 @@ def rank_profile(
         prepend_bos=prepend_bos,
     )
     gathered = _Gathered(torch.finfo(_state.model_dtype(model)).eps / 2)
-    options = without_cache(model)
     with (
         _state.evaluating(model),
         tqdm(
@@ -107,11 +105,11 @@ def rank_profile(
                 contextlib.suppress(_state.Finished),
                 model.hooks(fwd_hooks=watch.hooks(model)),
             ):
-                given.run(model, **options)
+                given.run(model)
             watch.close()
             bar.update(len(indices))
     asked = None if layers is None else tuple(sorted(int(x) for x in layers))
-    return gathered.report(asked, model_facts(model), prompts)
+    return gathered.report(asked, model_facts(model, prompts), prompts)
 
 
 def _chosen(stacks: dict[str, list[Block]], layers: Sequence[int] | None) -> set[int]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from hooks._arguments import check_integers
 from hooks._kept import KeptRows, no_rows
-from hooks._reports import read_report, write_report
+from hooks._reports import first_tokens, read_report, write_report
 
 if TYPE_CHECKING:
     from hooks.noise import NormNoise
@@ -84,13 +84,16 @@ class CollapseReport:
     """The collapse of sparse attention under norm noise: rates, errors and the rows that go first.
 
     Counts and sums have the axes sigma, draw, layer, head, prompt, and last the kind of row: 0 for
-    rows that attend to content, 1 for rows that attend to the first token (attention sinks).
+    rows that attend to content, 1 for rows that attend to a first token (attention sinks): the
+    prompt's, or in a prompt of packed documents any of theirs.
 
     Attributes:
         settings: how the probe was run.
         model: facts of the model and what noise means there (``sites``), versions.
         first_prompt: index of the first prompt, where this is a part of a corpus.
         tokens: each prompt's tokens as strings; none for images and sound.
+        starts: positions of each prompt's first tokens: 0, and where a packed document begins;
+            empty in reports of earlier versions, for 0 alone.
         decoder_tokens: the same of an encoder-decoder's decoder; empty for other models.
         examined: rows looked at (two or more visible keys), sparse or not.
         single_key, ties: rows left out: one visible key; sparse ones whose maximum two keys share.
@@ -126,6 +129,18 @@ class CollapseReport:
     centred_draws: Float[np.ndarray, "sigma loose_draw layer head kind"] = field(repr=False)
     table: RowTable = field(repr=False)
     kept: KeptRows = field(repr=False, default_factory=no_rows)
+    starts: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+
+    @property
+    def document_starts(self) -> tuple[tuple[int, ...], ...]:
+        """``starts``, also where an earlier version wrote none."""
+        return self.starts or ((0,),) * len(self.tokens)
+
+    def is_first(
+        self, prompt: Int[np.ndarray, "n"], position: Int[np.ndarray, "n"]
+    ) -> Bool[np.ndarray, "n"]:
+        """Whether these keys are first tokens: rows that attend to them are sinks."""
+        return first_tokens(self.starts, prompt, position)
 
     # -- rates ------------------------------------------------------------------------------
 
@@ -250,7 +265,7 @@ class CollapseReport:
             total: np.ndarray = x[..., kinds].sum((-1, -2)).reshape(n_groups, -1).sum(1)
             return total
 
-        of_kind = np.where(self.table.key == 0, SINK, CONTENT)
+        of_kind = np.where(self.is_first(self.table.prompt, self.table.key), SINK, CONTENT)
         keep = np.isin(of_kind, kinds)
         listed = np.zeros(n_groups, dtype=np.int64)
         np.add.at(listed, of_row[keep], np.diff(self.table.start)[keep])
@@ -279,7 +294,7 @@ class CollapseReport:
         t = self.table
         order = np.argsort(t.half_width, kind="stable")
         if content:
-            order = order[t.key[order] != 0]
+            order = order[~self.is_first(t.prompt[order], t.key[order])]
         return self._row_frame(t, order[:n])
 
     def kept_rows(self) -> pd.DataFrame:
@@ -365,7 +380,7 @@ class CollapseReport:
                 "jump_token": token(t.rival, key),
                 "half_width": t.half_width[order].astype(float),
                 "sigma": t.half_width[order].astype(float) / math.sqrt(3),
-                "sink": t.key[order] == 0,
+                "sink": self.is_first(prompts, t.key[order]),
             }
         )
 
@@ -431,6 +446,7 @@ class CollapseReport:
             first_prompt=head["first_prompt"],
             tokens=tuple(tuple(prompt) for prompt in head["tokens"]),
             decoder_tokens=tuple(tuple(p) for p in head["decoder_tokens"]),
+            starts=tuple(tuple(p) for p in head.get("starts", ())),
             table=table,
             kept=kept,
             **{name: arrays[name] for name in _ARRAYS},
@@ -450,7 +466,7 @@ class CollapseReport:
         return rate_of_rows(self, each, rows)
 
 
-_HEAD = ("first_prompt", "tokens", "decoder_tokens")
+_HEAD = ("first_prompt", "tokens", "decoder_tokens", "starts")
 _ARRAYS = tuple(
     f.name
     for f in fields(CollapseReport)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.errors import UnsupportedModelError
 from hooks.sites import LayerSites
 
 Scores = Float[Tensor, "batch head query key"]
@@ -78,6 +79,30 @@ def softmax_with_sink(
         return torch.softmax(w, dim=-1)
     beside = sink.to(w).expand(w.shape[:-1])[..., None]
     return torch.softmax(torch.cat([w, beside], dim=-1), dim=-1)[..., :-1]
+
+
+def recheck(sites: LayerSites, scores: Scores, pattern: Scores) -> None:
+    """Refuse a pattern that is not the softmax of its scores, where hooks of the user's may edit.
+
+    Raises:
+        UnsupportedModelError: it is another.
+    """
+    if not sites.recheck:
+        return
+    seen = visible(scores)
+    w = scores.double().masked_fill(~seen, -torch.inf)
+    sink = w.new_tensor(sites.sink)[:, None] if sites.sink else None
+    p = softmax_with_sink(w, sink)
+    room = 64 * torch.finfo(scores.dtype).eps * (1 + w.masked_fill(~seen, 0).abs().amax(-1))
+    error = (p - pattern.double()).abs().amax(-1).where(seen.any(-1), torch.zeros(()).double())
+    if not bool((error <= room).all()):
+        raise UnsupportedModelError(
+            "pattern = softmax(scores)",
+            wanted=f"a difference of at most {float(room.max()):.2g}",
+            got=f"{float(error.max()):.2g}: a hook of yours edits the pattern behind its scores, "
+            "so that no noise on them says what it does; measure without it",
+            layer=sites.layer,
+        )
 
 
 def split(

@@ -24,7 +24,8 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,45 +34,47 @@ import torch
 from torch import Tensor
 
 from hooks import _state
-from hooks._inputs import ModelInput, short_input
+from hooks._fingerprint import key_of
+from hooks._given import TOKENS_ALONE, shorten
+from hooks._inputs import ModelInput, NoRoom, check_model, short_input
 from hooks._known import refuse_known_wrong
 from hooks._layercheck import LayerCheck, Undecided, Unpredicted, without_hooks
 from hooks._layercopies import KINDS, LayerCopies
 from hooks._locate import locate
-from hooks._prompts import encode
+from hooks._prompts import Prompts, encode
+from hooks._standing import names, resting, users
 from hooks._tap import AttentionTap
 from hooks.errors import UnsupportedModelError
 from hooks.sites import AttentionSites, HookedModel, LayerSites
 
 _ATTEMPTS = 3
-# Switches of a HookedTransformer that change where q, k and v are computed, or the heads of k.
-_FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention")
 _LAYERS_PER_PASS = 8  # bounds the logits of the copies, which nobody reads
+_LONGEST = 128  # tokens of a prompt of the caller's that a check runs copies of
+_KEPT = 4  # states of one model whose check is remembered
 
-_remembered: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], AttentionSites]] = (
-    weakref.WeakKeyDictionary()
-)
+_Remembered = OrderedDict[tuple[Any, ...], AttentionSites]
+_remembered: weakref.WeakKeyDictionary[Any, _Remembered] = weakref.WeakKeyDictionary()
 
 
-def attention_sites(
-    model: HookedModel, inputs: Mapping[str, Any] | Tensor | None = None
-) -> AttentionSites:
+def attention_sites(model: HookedModel, inputs: Any = None) -> AttentionSites:
     """Where q, k, v, scores and pattern are in each attention layer, verified on the model.
 
     Runs a self-check (a few short tokens, some forward passes): every hook point fires once per
     forward; scaling q, k and v there changes what follows; the pattern predicted from the clean
     scores under a drawn noise equals the pattern observed under that noise, in every layer. The
-    result is remembered per model, attention implementation, compatibility mode, dtype, device and
-    switches such as ``use_split_qkv_input``, and made again when one of them changes, or while
-    hooks of the user's are on the attention.
+    result is remembered, and found again only while nothing has changed: all weights and buffers,
+    configurations, modules, hooks of yours, autocast, dtype, device and attention implementation.
     Attention modules that are left out are named in ``silent`` and ``outside`` of the result.
+
+    Hooks of yours that stand on the model are part of it. Where the check can't be done with them
+    (they put in vectors of another prompt, or leave nothing to see), it is done without them, and
+    ``notes`` of the result says so.
 
     Args:
         model: a TransformerBridge, or anything else that can be called and has ``cfg``,
             ``hook_dict``, ``hooks`` and ``run_with_hooks``.
-        inputs: one example to check with, for a model that a few random tokens (an image, a wave
-            form) do not run: pixel values, or named inputs such as
-            ``{"input_ids": ..., "pixel_values": ...}``. The first prompt is taken. The result is
+        inputs: an example to check with, for a model that a few random tokens (an image, a wave
+            form) do not run, or decide nothing about: whatever the measurements take. The result is
             that of later calls without an example, too.
 
     Returns:
@@ -82,92 +85,138 @@ def attention_sites(
             layer, check, wanted and got.
         TypeError: something else than such a model.
     """
-    if not isinstance(model, HookedModel):
-        raise TypeError(
-            "model: wanted a TransformerBridge (TransformerBridge.boot_transformers(name)) or a "
-            f"HookedTransformer; got {type(model).__name__}"
-        )
+    check_model(model)
+    if inputs is None:
+        return _sites(model, None, asked=False)
+    return _sites(model, encode(model, inputs), asked=True)
+
+
+def sites_for(model: HookedModel, prompts: Prompts) -> AttentionSites:
+    """The same for a measurement of these prompts, which decide where random tokens can't."""
+    check_model(model)
+    return _sites(model, prompts, asked=False)
+
+
+def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> AttentionSites:
+    """Remembered, or checked; ``asked``: anew, on the prompts."""
     unreadable = _state.refuse_unreadable(model)
     if unreadable:
         raise UnsupportedModelError(
             "readable weights", wanted="floating-point weights in memory", got=unreadable
         )
     refuse_known_wrong(model)
-    key = _configuration(model)
-    known = _remembered.setdefault(model, {})
-    # A hook of the user's on attention may change what a site carries: look again each time.
-    points = model.hook_dict.items()
-    hooked = sorted(n for n, p in points if "attn" in n and _state.foreign_hooks(p))
-    if hooked or key not in known or inputs is not None:
-        with _state.evaluating(model), _state.checking():
-            try:
-                sites = _verify(model, inputs)
-            except UnsupportedModelError as error:
-                if not hooked:
-                    raise
-                raise _naming(error, hooked) from error
-        if hooked:
-            return sites
-        known[key] = sites
-    return known[key]
+    key, known = key_of(model), _remembered.setdefault(model, OrderedDict())
+    kinds = () if prompts is None else _unusual(prompts)
+    if not asked and (*key, kinds) in known:
+        return known[(*key, kinds)]
+    if asked or kinds:
+        examples = [_Example(model, prompts)]
+    else:
+        examples = [_Example(model, None)] + [_Example(model, p) for p in (prompts,) if p]
+    with _state.evaluating(model), _state.checking():
+        sites = _with_or_without_hooks(model, examples)
+    known[(*key, kinds)] = sites
+    if asked:
+        known[(*key, ())] = sites
+    while len(known) > _KEPT:
+        known.popitem(last=False)
+    return sites
 
 
-def _naming(error: UnsupportedModelError, hooked: list[str]) -> UnsupportedModelError:
-    """The same refusal, with the user's own hooks, which may be its cause."""
-    return UnsupportedModelError(
-        error.check,
-        wanted=error.wanted,
-        got=f"{error.got}; hooks of yours are on {', '.join(hooked[:3])}"
-        f"{' and others' if len(hooked) > 3 else ''}: where they change what a pattern is, probe "
-        "without them, and open the noise's context before theirs",
-        layer=error.layer,
-    )
+def _unusual(prompts: Prompts) -> tuple[str, ...]:
+    """Names of the inputs for which random tokens can't stand."""
+    signal = prompts.first[0].is_floating_point()
+    return tuple(n for n in prompts.extra if n not in TOKENS_ALONE) + ("a signal",) * signal
 
 
-def _configuration(model: HookedModel) -> tuple[Any, ...]:
-    """What a verdict hangs on."""
-    inner = getattr(model, "original_model", None)
-    implementations = (
-        getattr(getattr(inner, "config", None), "_attn_implementation", None),
-        getattr(model.cfg, "attn_implementation", None),
-        getattr(model.cfg, "attention_implementation", None),
-    )
-    flags = tuple(getattr(model.cfg, name, None) for name in _FLAGS)
-    return (
-        *implementations,
-        bool(getattr(model, "compatibility_mode", False)),
-        _state.model_dtype(model),
-        str(next(iter(p.device for m in _state.modules(model) for p in m.parameters()), "cpu")),
-        flags,
-    )
+def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
+    """The check with the hooks that stand on the model, or else without the user's own.
+
+    Raises:
+        UnsupportedModelError: neither holds.
+    """
+    standing = users(model)
+    try:
+        sites = _verify(model, examples)
+    except Exception as error:  # a hook of the user's may raise what it likes
+        if not standing:
+            raise
+        with resting(standing):
+            sites = _verify(model, examples)
+        note = (
+            f"The self-check ran without hooks of yours on {names(standing)}: with them it fails "
+            f"({shorten(str(error), 160)})."
+        )
+        layers = tuple(replace(layer, recheck=True) for layer in sites)
+        sites = replace(sites, layers=layers, notes=(note,))
+    if standing and _draws(model, examples[-1]):
+        note = (
+            f"Hooks of yours on {names(standing)} make two passes of one prompt differ: what is "
+            "measured is one pass among many."
+        )
+        sites = replace(sites, notes=(*sites.notes, note))
+    return sites
+
+
+def _draws(model: HookedModel, example: _Example) -> bool:
+    """Whether two passes of one prompt differ; False where they can't be run."""
+    try:
+        first, second = (example.copies(1, set()).run(model) for _ in range(2))
+    except (ValueError, RuntimeError, IndexError, TypeError):
+        return False
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return False
+    return first.shape != second.shape or not torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 class _Example:
-    """Makes the copies of a check's prompt: random ones, or the user's example."""
+    """Makes the copies of a check's prompt: random ones, or of the caller's prompts."""
 
-    def __init__(self, model: HookedModel, inputs: Mapping[str, Any] | Tensor | None) -> None:
+    def __init__(self, model: HookedModel, prompts: Prompts | None) -> None:
         self.model = model
-        self.example = None if inputs is None else encode(model, inputs).batch([0])
+        self.prompts = prompts
 
     def copies(self, batch: int, avoid: set[int], attempt: int = 0) -> ModelInput:
         """A batch of one prompt, another one at each attempt where there is a choice."""
-        if self.example is not None:
-            return self.example.rows([0] * batch)
-        return short_input(self.model, batch, avoid, attempt)
+        if self.prompts is None:
+            return short_input(self.model, batch, avoid, attempt)
+        index = attempt % len(self.prompts)
+        given = _short(self.prompts.some([index]), avoid).batch([0])
+        return given.rows([0] * batch)
 
 
-def _verify(model: HookedModel, inputs: Mapping[str, Any] | Tensor | None) -> AttentionSites:
+def _short(prompts: Prompts, avoid: set[int]) -> Prompts:
+    """One prompt's beginning, of a length that is no number of heads where that can be had."""
+    row = prompts.first[0]
+    if row.ndim != 1 or row.is_floating_point() or prompts.joined or prompts.decoder:
+        return prompts
+    length = min(len(row), _LONGEST)
+    length = next((n for n in range(length, 1, -1) if n not in avoid), length)
+    if length == len(row):
+        return prompts
+    if any(rows[0].ndim != 1 or len(rows[0]) != len(row) for rows in prompts.each.values()):
+        return prompts
+    each = {name: (rows[0][:length],) for name, rows in prompts.each.items()}
+    return replace(prompts, first=(row[:length],), each=each)
+
+
+def _verify(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
     """Find the attentions and judge them, on other prompts while one decides nothing."""
     cfg = model.cfg
     counts = {int(cfg.n_heads), int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)}
-    example = _Example(model, inputs)
-    found = locate(model, example.copies(2, counts | {2}))
-    for attempt in range(_ATTEMPTS):
+    undecided: UnsupportedModelError | None = None
+    for example in examples:
         try:
-            sites = _check_all(example, found.layers, attempt)
-            return replace(sites, silent=found.silent, outside=found.outside)
-        except Undecided as error:  # another prompt may show more
-            undecided = error.refusal
+            found = locate(model, example.copies(2, counts | {2}))
+            for attempt in range(_ATTEMPTS):
+                try:
+                    sites = _check_all(example, found.layers, attempt)
+                    return replace(sites, silent=found.silent, outside=found.outside)
+                except Undecided as error:  # another prompt may show more
+                    undecided = undecided or error.refusal
+        except NoRoom as error:
+            undecided = undecided or error
+    assert undecided is not None
     raise undecided
 
 

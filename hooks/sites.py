@@ -132,6 +132,8 @@ class LayerSites:
             components is then scaled, ``centred`` where the mean over each row's visible keys is
             taken away, ``unverified`` where it is none of these.
         scores_editable: whether an edit of ``scores`` changes the pattern.
+        recheck: whether the check could not be done with hooks of the user's that stand on the
+            model, so that each pass must show again that its pattern is the softmax of its scores.
     """
 
     layer: int
@@ -149,6 +151,7 @@ class LayerSites:
     sink: tuple[float, ...] = ()
     averaging: Averaging = "plain"
     scores_editable: bool = False
+    recheck: bool = False
 
     @property
     def tapped(self) -> bool:
@@ -197,12 +200,14 @@ class AttentionSites:
             Nothing is known of them, and nothing measures them.
         outside: attention modules whose hooks fired, but that are in no stack of blocks (the same
             one, run on an image): nothing measures them either.
+        notes: what hooks of the user's mean for the check and for what is measured.
     """
 
     layers: tuple[LayerSites, ...]
     check: pd.DataFrame = field(repr=False, compare=False)
     silent: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[LayerSites]:
         return iter(self.layers)

@@ -24,7 +24,7 @@ from hooks._spectrum_report import SpectrumReport, SpectrumSettings
 from hooks.centring import is_centred
 from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
-from hooks.selfcheck import attention_sites
+from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
 
 
@@ -74,7 +74,14 @@ def spectral_gap(
             longer than the context, or lengths of something else than tokens.
     """
     check_integers(k=(k, 2), batch_size=(batch_size, 1))
-    sites = attention_sites(model, tokens if isinstance(tokens, Mapping) else None)
+    prompts = encode(
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+    )
+    sites = sites_for(model, prompts)
     chosen = _layers(sites, layers)
     for layer in chosen:
         if layer.sequence("q") != layer.sequence("k"):
@@ -84,13 +91,6 @@ def spectral_gap(
                 got=f"cross-attention {layer.label} (leave it out with layers=)",
                 layer=layer.layer,
             )
-    prompts = encode(
-        model,
-        tokens,
-        decoder_tokens=decoder_tokens,
-        attention_mask=attention_mask,
-        prepend_bos=prepend_bos,
-    )
     origin = list(range(len(prompts)))
     cuts = None if lengths is None else _check_lengths(lengths)
     if cuts is not None:
@@ -106,7 +106,7 @@ def spectral_gap(
         what="spectral gap",
     )
     settings = SpectrumSettings(k=k, lengths=cuts, layers=tuple(s.layer for s in chosen))
-    facts = attention_facts(model, sites, chosen)
+    facts = attention_facts(model, sites, chosen, prompts)
     facts["centred"] = [s.label for s in chosen if is_centred(model, s)]
     return gathered.report(settings, facts, prompts, origin)
 

@@ -22,7 +22,7 @@ from hooks._prompts import Prompts, encode
 from hooks._spread_report import Of, SpreadReport, SpreadSettings
 from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
-from hooks.selfcheck import attention_sites
+from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites, Role
 
 
@@ -75,7 +75,14 @@ def spread(
         raise ValueError(f"of: wanted one of {list(get_args(Of))}; got {of!r}")
     check_integers(batch_size=(batch_size, 1))
     check_booleans(without_first=without_first)
-    sites = attention_sites(model, tokens if isinstance(tokens, Mapping) else None)
+    prompts = encode(
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+    )
+    sites = sites_for(model, prompts)
     chosen = _layers(sites, layers)
     for layer in chosen:
         if of == "stream" and layer.sequence("q") != layer.sequence("k"):
@@ -85,13 +92,6 @@ def spread(
                 got=f"cross-attention {layer.label} (leave it out with layers=, or take of='k')",
                 layer=layer.layer,
             )
-    prompts = encode(
-        model,
-        tokens,
-        decoder_tokens=decoder_tokens,
-        attention_mask=attention_mask,
-        prepend_bos=prepend_bos,
-    )
     gathered = _Gathered(chosen, of)
     roles: tuple[Role, ...] = () if of == "stream" else (of,)
     observe(
@@ -108,7 +108,7 @@ def spread(
     settings = SpreadSettings(
         of=of, without_first=without_first, layers=tuple(s.layer for s in chosen)
     )
-    return gathered.report(settings, attention_facts(model, sites, chosen), prompts)
+    return gathered.report(settings, attention_facts(model, sites, chosen, prompts), prompts)
 
 
 class _Gathered:
@@ -151,6 +151,7 @@ class _Gathered:
             model=model,
             tokens=prompts.strings,
             decoder_tokens=prompts.decoder_strings,
+            starts=prompts.starts if prompts.packed else (),
             norms=tuple(norms),
             weights=tuple(weights),
             prompt=tuple(prompt),

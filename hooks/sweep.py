@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._arguments import check_integers, read_sigmas
 from hooks._facts import attention_facts
-from hooks._inputs import has_decoder, short_input
-from hooks._prompts import Prompts, encode
+from hooks._given import shorten
+from hooks._prompts import Prompts, encode, example_of
 from hooks._sweep_factors import Grid
 from hooks._sweep_report import SweepReport, SweepSettings
 from hooks._sweep_run import Pass, Runner, has_next_token, passes
 from hooks._sweep_score import UNSCORED, score
 from hooks.noise import At, NormNoise, Rows, Shared, check_layers
-from hooks.selfcheck import attention_sites
+from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel
 
 SWEEP_SIGMAS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -101,9 +101,6 @@ def sweep(
         layers=chosen_layers,
         seed=seed,
     )
-    unusual = tokens if isinstance(tokens, Mapping) else None
-    sites = attention_sites(model, unusual)
-    chosen = sites.layers if layers is None else tuple(map(sites.layer, chosen_layers or ()))
     prompts = encode(
         model,
         tokens,
@@ -111,14 +108,16 @@ def sweep(
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
     )
+    sites = sites_for(model, prompts)
+    chosen = sites.layers if layers is None else tuple(map(sites.layer, chosen_layers or ()))
     grid = Grid(values, replicates)
     with _state.evaluating(model):
-        example = short_input(model, 1, set()) if unusual is None else prompts.batch([0])
+        example = example_of(model, prompts)
         if targets is not None:
-            wanted = _given(model, tokens, targets, prompts, attention_mask)
+            wanted = given_targets(model, targets, prompts)
         else:
             known = bool(prompts.decoder) or has_next_token(model, example)
-            wanted = _next_tokens(prompts, known)
+            wanted = next_tokens(prompts, known)
         tally = _Tally(prompts, wanted, grid)
         runner = Runner(model, noise, chosen, grid)
         with (
@@ -138,7 +137,7 @@ def sweep(
                 tally.run(runner, part, first_prompt, alone)
                 bar.update(len(part.prompts) * len(part.conditions))
     settings = _settings(noise, grid, tuple(s.layer for s in chosen))
-    return tally.report(settings, attention_facts(model, sites, chosen), first_prompt)
+    return tally.report(settings, attention_facts(model, sites, chosen, prompts), first_prompt)
 
 
 def _settings(noise: NormNoise, grid: Grid, layers: tuple[int, ...]) -> SweepSettings:
@@ -168,64 +167,72 @@ def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
 # -- what is scored -------------------------------------------------------------------------
 
 
-def _next_tokens(prompts: Prompts, known: bool) -> list[Tensor | None]:
-    """Targets of each prompt: its next tokens; None for a model without such a thing."""
+def next_tokens(prompts: Prompts, known: bool) -> list[Tensor | None]:
+    """Targets of each prompt: its next tokens; None for a model without such a thing.
+
+    A packed document's last token has none: what follows it is another document's.
+    """
     if not known:
         return [None] * len(prompts)
     rows = prompts.decoder or prompts.first
-    end = torch.tensor([UNSCORED])
-    return [torch.cat([row[1:].cpu(), end]) for row in rows]
+    out: list[Tensor | None] = []
+    for index, row in enumerate(rows):
+        wanted = torch.cat([row[1:].cpu(), torch.tensor([UNSCORED])])
+        if not prompts.decoder and prompts.starts:
+            wanted[[start - 1 for start in prompts.starts[index] if start]] = UNSCORED
+        out.append(wanted)
+    return out
 
 
-def _given(
-    model: HookedModel, tokens: Any, targets: Any, prompts: Prompts, mask: Tensor | None
-) -> list[Tensor | None]:
-    """Targets of each prompt, cut where the tokens were.
+def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Tensor | None]:
+    """Targets of each prompt, cut where the tokens were that they are of.
 
     Raises:
         ValueError: other shapes than the tokens', or an id outside the vocabulary.
     """
-    given = [torch.as_tensor(row) for row in targets]
-    if given and given[0].ndim == 0:  # one prompt's own
-        given = [torch.stack(given)]
-    if any(prompts.padding) and not has_decoder(model):
-        named = dict(tokens) if isinstance(tokens, Mapping) else {"input_ids": tokens}
-        ids = _of_prompts(torch.as_tensor(named["input_ids"]))
-        shapes = [list(row.shape) for row in given]
-        if shapes != [[ids.shape[1]]] * len(ids):
-            raise ValueError(
-                f"targets: wanted the shape of the tokens {list(ids.shape)}, padding included; got "
-                f"{len(given)} rows of shapes {shapes[:3]}"
-            )
-        named |= {"input_ids": ids, "targets": torch.stack(given)}
-        if mask is not None:
-            mask = _of_prompts(torch.as_tensor(mask))
-        given = list(encode(model, named, attention_mask=mask).each["targets"])
-    cut = tuple(given)
-    if len(cut) != len(prompts):
+    spans, width = prompts.spans, prompts.width
+    if prompts.decoder:
+        spans, width = prompts.decoder_spans, prompts.decoder_width
+    given = _rows_of(targets)
+    if len(given) != len(prompts):
         raise ValueError(
-            f"targets: wanted one row for each of {len(prompts)} prompts; got {len(cut)}"
+            f"targets: wanted one row for each of {len(prompts)} prompts; got {len(given)}"
         )
     rows = prompts.decoder or prompts.first
-    vocabulary = int(model.cfg.d_vocab)
-    for index, (row, ids) in enumerate(zip(cut, rows, strict=True)):
-        if row.is_floating_point() or row.ndim != 1 or (ids.ndim == 1 and len(row) != len(ids)):
+    cut = []
+    for index, (row, ids, (first, end)) in enumerate(zip(given, rows, spans, strict=True)):
+        of_tokens = len(ids) if ids.ndim == 1 else len(row)
+        fits = row.ndim == 1 and len(row) in {width, of_tokens}
+        if row.is_floating_point() or row.dtype == torch.bool or not fits:
             raise ValueError(
-                f"targets: prompt {index}: wanted {len(ids)} integer ids, one for each token; got "
-                f"{row.dtype} of shape {list(row.shape)}"
+                f"targets: prompt {index}: wanted {width or of_tokens} integer ids, one for each "
+                f"token, padding included; got {row.dtype} of shape {list(row.shape)}"
             )
-        real = row[row != UNSCORED]
+        mine = row[first:end] if len(row) == width else row
+        real = mine[mine != UNSCORED]
+        vocabulary = int(model.cfg.d_vocab)
         if len(real) and not 0 <= int(real.min()) <= int(real.max()) < vocabulary:
             raise ValueError(
                 f"targets: prompt {index}: wanted ids from 0 to {vocabulary - 1}, or {UNSCORED} "
                 f"where nothing is scored; got {int(real.min())} to {int(real.max())}"
             )
-    return [row.cpu().long() for row in cut]
+        cut.append(mine.cpu().long())
+    return list(cut)
 
 
-def _of_prompts(ids: Tensor) -> Tensor:
-    """``[batch, pos]`` also where there is one prompt ``[pos]``."""
-    return ids[None] if ids.ndim == 1 else ids
+def _rows_of(targets: Any) -> list[Tensor]:
+    """A row for each prompt; one prompt's own may stand alone.
+
+    Raises:
+        TypeError: no integers.
+    """
+    try:
+        given = [torch.as_tensor(row) for row in targets]
+        return [torch.stack(given)] if given and given[0].ndim == 0 else given
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"targets: wanted integer ids [batch, pos]; got {shorten(targets)}"
+        ) from None
 
 
 class _Tally:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._arguments import check_integers
 from hooks._facts import attention_facts
+from hooks._given import refuse_other_inputs
 from hooks._inputs import has_decoder, input_device, without_cache
 from hooks._observe import Hook, stream_hook
 from hooks._positions import find_removals, rounding, taken
@@ -31,7 +32,7 @@ from hooks._prompts import Prompts, encode
 from hooks._symmetry_report import FLOORS, REACH, SymmetryReport, SymmetrySettings
 from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
-from hooks.selfcheck import attention_sites
+from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
 
 
@@ -103,10 +104,11 @@ def symmetry_gap(
     check_integers(batch_size=(batch_size, 1), seed=(seed, 0))
     asked = _asked(permutations)
     _check_choices(keep_first=(keep_first, False), positions=(positions, True), mask=(mask, True))
-    sites = attention_sites(model, tokens if isinstance(tokens, Mapping) else None)
+    prompts = encode(model, tokens, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    sites = sites_for(model, prompts)
     _refuse_two_sequences(model)
     chosen = _layers(sites, layers)
-    prompts = encode(model, tokens, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    refuse_other_inputs("symmetry_gap", prompts.extra)
     orders = _orders(prompts, asked, seed, keep_first)
     removals = find_removals(model, list(sites), prompts)
     variants = removals.variants(positions, mask)
@@ -132,7 +134,7 @@ def symmetry_gap(
         variants=tuple(v.name for v in variants),
         layers=tuple(s.layer for s in chosen),
     )
-    facts = attention_facts(model, sites, chosen) | {
+    facts = attention_facts(model, sites, chosen, prompts) | {
         name: {"status": removal.status, "why": removal.why}
         for name, removal in (("positions", removals.positions), ("mask", removals.mask))
     }

@@ -134,7 +134,8 @@ def _library(*, required: bool) -> str:
 
 def _sentences(report: CollapseReport) -> tuple[str, str]:
     """The summary, what was found apart from what was looked at, without what stands elsewhere."""
-    lines = [s for s in report.summary().splitlines() if s != str(report.model["sites"])]
+    sites = str(report.model["sites"])
+    lines = [s for s in report.summary().splitlines() if not s.startswith(sites)]
     name = f"{report.model['name']}: "
     first = [line.removeprefix(name) for line in lines[:1]]
     return " ".join(lines[1:]) or first[0], " ".join(first) if lines[1:] else ""

@@ -319,7 +319,7 @@ def test_names_that_are_left_out_are_told_together() -> None:
 
 def test_a_decoder_keeps_a_start_token_that_is_the_pad_token(monkeypatch: Any) -> None:
     """T5's decoder starts with its pad token: a tensor is what a list of the same ids is."""
-    monkeypatch.setattr("hooks._prompts._own_pad_token", lambda model: 0)
+    monkeypatch.setattr("hooks._token_rows.own_pad_token", lambda model: 0)
     model = built("T5ForConditionalGeneration", decoder_start_token_id=0)
     read = torch.cat([torch.zeros(3, 1, dtype=torch.long), READ], dim=1)
     settings: dict[str, Any] = {"sparse": 0.5, "draws": 0, "sigmas": [0.3]}
@@ -495,15 +495,17 @@ def test_other_weights_are_another_model() -> None:
         first.merge(collapse_probe(other, SEEN, draws=0, first_prompt=3))
 
 
-def test_a_refusal_names_the_hooks_that_are_on_the_attention() -> None:
+def test_a_pattern_that_a_hook_edits_is_refused_by_what_reads_it() -> None:
     def ablate(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
         return pattern * torch.tensor([0.0, 1, 1, 1])[:, None, None]
 
     model = built("GPT2LMHeadModel")
     with (
         model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", ablate)]),
-        pytest.raises(UnsupportedModelError, match=r"hooks of yours are on blocks\.0\.attn"),
+        pytest.raises(UnsupportedModelError, match="a hook of yours edits the pattern"),
     ):
+        sites = attention_sites(model)
+        assert "without hooks of yours on blocks.0.attn.hook_pattern" in sites.notes[0]
         collapse_probe(model, SEEN)
     # The other way round both act.
     noise = NormNoise(sigma=0.3)

@@ -120,7 +120,7 @@ def of_head(
     }
     sigma, most = measured["norm_k"], measured["norm_largest_k"]
     table = probe.table
-    of_kind = (table.key == 0) == (kind == 1)
+    of_kind = report.is_first(table.prompt, table.key) == (kind == 1)
     mine = np.flatnonzero((table.layer == index) & (table.head == head) & of_kind)
     n = int(errors.rows[index][head, kind])
     able: float = int((table.half_width[mine] < most).sum()) if most < 1 else n

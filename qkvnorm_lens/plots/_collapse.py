@@ -141,7 +141,7 @@ def margins_chart(report: CollapseReport) -> Chart:
         (0, BLUE, "rows on content"),
         (1, ORANGE, "rows on the first token"),
     ):
-        mine = table.half_width[(table.key == 0) == bool(kind)].astype(float)
+        mine = table.half_width[report.is_first(table.prompt, table.key) == bool(kind)].astype(float)
         if not counts[kind]:
             continue
         x = np.sort(100 * mine[np.isfinite(mine)] / math.sqrt(3))

@@ -1,0 +1,321 @@
+"""What a user hands over, in the one form that `encode` reads.
+
+Texts, chat messages, token ids of any kind, what a tokenizer or a collator returns and rows of a
+data set become texts, rows of ids, or a mapping of tensors with an axis of prompts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooks.errors import UnsupportedModelError
+
+# What tokenizers and collators return beside a model's inputs.
+_NO_INPUT = frozenset(
+    {
+        "length",
+        "num_truncated_tokens",
+        "offset_mapping",
+        "overflow_to_sample_mapping",
+        "overflowing_tokens",
+        "special_tokens_mask",
+    }
+)
+_CACHES = frozenset(
+    {"past_key_values", "cache", "cache_params", "cache_position", "layer_past", "encoder_outputs"}
+)
+LABELS = "labels"
+# Named inputs of a pass over tokens alone: a few random tokens can stand for them in a check.
+TOKENS_ALONE = frozenset(
+    {"attention_mask", "position_ids", "token_type_ids", "decoder_input_ids", "use_cache"}
+    | {"decoder_attention_mask", LABELS}
+)
+# Arguments that are a tensor for each token, or several.
+_PER_TOKEN = frozenset({"input_ids", *TOKENS_ALONE}) - {"use_cache"}
+
+
+@dataclass(frozen=True)
+class Named:
+    """Named inputs.
+
+    Attributes:
+        values: tensors ``[batch, ...]``, and options that are none.
+        lengths: how many entries each prompt had, where they were rows of unequal lengths.
+        left_out: names that are no input of a model.
+    """
+
+    values: dict[str, Any]
+    lengths: tuple[int, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def first_name(model: Any) -> str:
+    """Name of the model's first input."""
+    if getattr(model.cfg, "is_visual_model", False):
+        return "pixel_values"
+    return "input_values" if getattr(model.cfg, "is_audio_model", False) else "input_ids"
+
+
+def taken(model: Any) -> set[str]:
+    """Names of the arguments of the model's forward pass."""
+    forward = getattr(getattr(model, "original_model", None), "forward", None)
+    return set(inspect.signature(forward).parameters) if callable(forward) else set()
+
+
+def is_named(tokens: Any) -> bool:
+    """Whether these are named inputs: a mapping, or rows of a data set (no chat messages)."""
+    if isinstance(tokens, Mapping):
+        return True
+    rows = isinstance(tokens, Sequence) and not isinstance(tokens, (str, bytes)) and len(tokens) > 0
+    return rows and all(isinstance(r, Mapping) and "input_ids" in r for r in tokens)
+
+
+def needs_example(model: Any, tokens: Any) -> bool:
+    """Whether a few random tokens can't stand for these inputs in a self-check."""
+    if not is_named(tokens):
+        return False
+    names = set(tokens) if isinstance(tokens, Mapping) else {n for row in tokens for n in row}
+    return bool(names - _NO_INPUT - TOKENS_ALONE - {first_name(model)})
+
+
+def is_chat(tokens: Any) -> bool:
+    """Whether this is one conversation: messages with a role and a content."""
+    return (
+        isinstance(tokens, Sequence)
+        and not isinstance(tokens, (str, bytes))
+        and len(tokens) > 0
+        and all(isinstance(m, Mapping) and "role" in m for m in tokens)
+    )
+
+
+def named(model: Any, tokens: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Named:
+    """Named inputs as tensors.
+
+    Raises:
+        ValueError: the model's first input is missing; a cache; a name that the model does not
+            take; rows of unequal lengths in one input and not in another.
+        TypeError: something that is no tensor and no list of numbers.
+    """
+    if not isinstance(tokens, Mapping):
+        tokens = _collated(tokens)
+    first = first_name(model)
+    if first not in tokens:
+        raise ValueError(f"inputs: wanted {first!r} among them; got {sorted(map(str, tokens))}")
+    for name in tokens:
+        if name in _CACHES and tokens[name] is not None:
+            raise ValueError(
+                f"inputs: wanted whole prompts; got {name!r}, which stands for earlier tokens"
+            )
+    _refuse_unknown(model, tokens)
+    left_out = tuple(n for n in tokens if n in _NO_INPUT)
+    kept = {n: v for n, v in tokens.items() if n not in _NO_INPUT and v is not None}
+    lengths: dict[str, tuple[int, ...]] = {}
+    values: dict[str, Any] = {}
+    for name, value in kept.items():
+        values[name] = _tensor(name, value, lengths)
+    return Named(values, _agreeing(lengths, first), left_out)
+
+
+def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of a data set as one list for each name."""
+    names = set(rows[0])
+    for index, row in enumerate(rows):
+        if set(row) != names:
+            raise ValueError(
+                f"inputs: wanted the same names in each row; got {sorted(names)} and, in row "
+                f"{index}, {sorted(row)}"
+            )
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _refuse_unknown(model: Any, tokens: Mapping[str, Any]) -> None:
+    """A name that nobody reads would be an input that is silently dropped."""
+    takes = taken(model)
+    if not takes:
+        return
+    known = takes | _NO_INPUT | TOKENS_ALONE | {"decoder_attention_mask", first_name(model)}
+    # Options such as output_attentions travel in **kwargs.
+    strange = [n for n, v in tokens.items() if n not in known and not isinstance(v, bool)]
+    if not strange:
+        return
+    near = difflib.get_close_matches(str(strange[0]), known, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(
+        f"inputs: wanted names that the model's forward pass takes; got {strange[0]!r}{hint}"
+    )
+
+
+def _tensor(name: str, value: Any, lengths: dict[str, tuple[int, ...]]) -> Any:
+    """A value as a tensor with an axis of prompts; options and the like as they are."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (Iterable, np.ndarray, Tensor)):
+        return value
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        whole = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    else:
+        whole = _from_rows(name, list(value), lengths)
+    return whole[None] if whole.ndim == 1 and name in _PER_TOKEN else whole
+
+
+def _from_rows(name: str, rows: list[Any], lengths: dict[str, tuple[int, ...]]) -> Tensor:
+    if not rows:
+        raise ValueError(f"inputs: wanted one prompt or more in {name!r}; got none")
+    parts = []
+    for index, row in enumerate(rows):
+        try:
+            parts.append(torch.as_tensor(np.asarray(row) if not isinstance(row, Tensor) else row))
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"inputs: wanted numbers in {name!r}; got {shorten(row)} in row {index}"
+            ) from None
+    sizes = {tuple(part.shape) for part in parts}
+    if len(sizes) == 1:
+        return torch.stack(parts)
+    if any(part.ndim != 1 for part in parts) or name not in _PER_TOKEN:
+        raise ValueError(
+            f"inputs: wanted entries of one shape in {name!r}; got {sorted(sizes)[:3]}"
+        )
+    lengths[name] = tuple(len(part) for part in parts)
+    fill = -100 if name == LABELS else 0
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
+
+
+def _agreeing(lengths: Mapping[str, tuple[int, ...]], first: str) -> tuple[int, ...]:
+    """The lengths of the prompts; those of a decoder are its own."""
+    of_prompts = {n: v for n, v in lengths.items() if not n.startswith("decoder_") and n != LABELS}
+    if len(set(of_prompts.values())) > 1:
+        some = {name: list(values[:3]) for name, values in of_prompts.items()}
+        raise ValueError(f"inputs: wanted rows of the same lengths in each; got {some}")
+    if of_prompts and first not in of_prompts:
+        name = next(iter(of_prompts))
+        raise ValueError(f"inputs: wanted rows as long as the tokens in {name!r}; got others")
+    return lengths.get(first, ())
+
+
+# -- text ---------------------------------------------------------------------------------------
+
+
+def chat_ids(model: Any, messages: Sequence[Mapping[str, Any]]) -> Tensor:
+    """The ids that the tokenizer's chat template makes of a conversation.
+
+    Raises:
+        ValueError: no tokenizer, no template, or one that refuses the messages.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if getattr(tokenizer, "chat_template", None) is None:
+        got = "no tokenizer" if tokenizer is None else "a tokenizer without one"
+        raise ValueError(f"messages: wanted a model with a chat template; got {got}")
+    answers = messages[-1].get("role") == "assistant"
+    try:
+        text = tokenizer.apply_chat_template(  # type: ignore[union-attr]
+            list(messages), tokenize=False, add_generation_prompt=not answers
+        )
+    except Exception as error:  # templates raise what they like
+        raise ValueError(
+            f"messages: wanted what the chat template takes; got {shorten(messages)}: {error}"
+        ) from error
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[misc]
+
+
+def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, str]:
+    """Token ids of a text, and what is to be said of its special tokens.
+
+    Special tokens that the text brings itself are not added once more: those of a chat template,
+    or a text's own first or last one. ``prepend_bos`` True or False is obeyed as it is.
+    """
+    # Without truncate=False a long text is cut to the context, and nobody is told.
+    ids = model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].cpu()
+    tokenizer = model.tokenizer
+    row, bare = ids.tolist(), list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if prepend_bos is not None:
+        twice = len(row) > 1 and row[0] == row[1] == tokenizer.bos_token_id
+        return ids, "two BOS tokens, as prepend_bos=True asks" if twice and prepend_bos else ""
+    added = _added(row, bare, getattr(tokenizer, "eos_token_id", None))
+    if added is None:
+        return ids, ""
+    before, after = added
+    notes = []
+    if before and bare and (before[-1] == bare[0] or bare[0] in _template_starts(tokenizer)):
+        notes.append(f"text that begins with {tokenizer.decode(bare[:1])!r} got no BOS before it")
+        before = []
+    if after and bare and after[0] == bare[-1]:
+        notes.append(f"text that ends with {tokenizer.decode(bare[-1:])!r} got none behind it")
+        after = []
+    whole = [*before, *bare, *after]
+    return torch.tensor(whole, dtype=ids.dtype), "; ".join(notes)
+
+
+def _added(row: list[int], bare: list[int], eos: Any) -> tuple[list[int], list[int]] | None:
+    """What stands before and behind a text's own ids; None where they are not found.
+
+    TransformerLens takes the last EOS away where a tokenizer appends one: the text's own too.
+    """
+    core = list(bare)
+    while core and core[-1] == eos:
+        core.pop()
+    for at in range(len(row) - len(core) + 1):
+        if row[at : at + len(core)] == core:
+            tail, own = row[at + len(core) :], bare[len(core) :]
+            return row[:at], tail[len(own) :] if tail[: len(own)] == own else []
+    return None
+
+
+def _template_starts(tokenizer: Any) -> set[int]:
+    """The ids with which the chat template begins; none without one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return set()
+    starts = set()
+    for role in ("system", "user"):
+        try:
+            text = tokenizer.apply_chat_template([{"role": role, "content": "a"}], tokenize=False)
+        except Exception:  # a template without this role
+            continue
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        starts |= {ids[0]} & set(tokenizer.all_special_ids) if ids else set()
+    return starts
+
+
+def shorten(value: Any, room: int = 80) -> str:
+    """A value for a message."""
+    words = repr(value)
+    return words if len(words) <= room else f"{words[: room - 4]} ..."
+
+
+def refuse_other_inputs(
+    what: str, names: Iterable[str], *, wanted: str = "prompts of tokens alone"
+) -> None:
+    """Refuse inputs that a measurement would not pass on.
+
+    Raises:
+        UnsupportedModelError: there are some.
+    """
+    some = sorted(names)
+    if some:
+        raise UnsupportedModelError(what, wanted=wanted, got=", ".join(some))
+
+
+def as_list(tokens: Any) -> list[Any]:
+    """Prompts of a list, a series or a column.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(tokens, (bytes, dict, set, frozenset)) or not (
+        isinstance(tokens, Sequence)
+        or (hasattr(tokens, "__len__") and isinstance(tokens, Iterable))
+    ):
+        raise TypeError(f"tokens: wanted text or token ids; got {type(tokens).__name__}")
+    return list(tokens)
+
+
+def is_ids(items: Sequence[Any]) -> bool:
+    """Whether these are the ids of one prompt."""
+    return all(isinstance(item, Integral) and not isinstance(item, bool) for item in items)

@@ -1,0 +1,314 @@
+"""What the model is given: the pass that is measured is the pass the user makes.
+
+The oracle is Hugging Face's own model, called with the same inputs: its attention weights say which
+rows are sparse and which attend to a first token, its logits what the loss is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, LlamaForCausalLM
+
+import hooks
+from hooks import collapse_probe, spread, sweep
+from hooks._prompts import encode
+from tests.models import tiny_hf, tiny_llama, tiny_llama_config, tokens
+from tests.support import builders
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:transformer_lens", "ignore::FutureWarning"
+)
+
+B, N = 4, 24
+IDS = tokens(B, N, seed=3)
+ONES = torch.ones_like(IDS)
+AT = torch.arange(N).expand(B, N)
+PACKED = torch.cat([torch.arange(9), torch.arange(8), torch.arange(7)]).expand(B, N)
+
+POSITIONS = {
+    "as counted": AT,
+    "a gap of 20": torch.where(AT < 10, AT, AT + 20),
+    "stretched by two": AT * 2,
+    "all zero": AT * 0,
+    "all seven": AT * 0 + 7,
+    "backwards": AT.flip(1),
+    "begun at five": AT + 5,
+    "every one twice": AT // 2,
+    "packed": PACKED,
+}
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return tiny_hf(LlamaForCausalLM, tiny_llama_config())
+
+
+def weights(hf: Any, ids: Tensor, **inputs: Any) -> list[Tensor]:
+    """Attention weights of each layer, ``[batch, head, query, key]``."""
+    with torch.no_grad():
+        out = hf(ids, output_attentions=True, **inputs)
+    return [a.double() for a in out.attentions]
+
+
+def sparse_rows(
+    attentions: Sequence[Tensor], starts: Sequence[int] = (0,), sparse: float = 0.95
+) -> tuple[int, int]:
+    """Sparse rows with two or more visible keys, and those of them on a first token."""
+    rows = sinks = 0
+    for a in attentions:
+        top, star = a.max(-1)
+        chosen = (top >= sparse) & ((a > 0).sum(-1) > 1)
+        rows += int(chosen.sum())
+        sinks += int((chosen & torch.isin(star, torch.tensor(list(starts)))).sum())
+    return rows, sinks
+
+
+def probed(model: Any, given: Any, **options: Any) -> tuple[int, int]:
+    report = collapse_probe(model, given, draws=0, sigmas=[0.1], **options)
+    return int(report.rows.sum()), int(report.rows[..., 1].sum())
+
+
+def loss_of(hf: Any, ids: Tensor, **inputs: Any) -> float:
+    with torch.no_grad():
+        z = hf(ids, **inputs).logits[:, :-1].double().log_softmax(-1)
+    return float(-z.gather(-1, ids[:, 1:, None]).mean())
+
+
+# -- masks, positions, caches -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_are_those_of_the_users_own_call(
+    llama: Any, plain: Any, name: str, masked: bool
+) -> None:
+    named = {"position_ids": POSITIONS[name]} | ({"attention_mask": ONES} if masked else {})
+    starts = (0, 9, 17) if name == "packed" else (0,)
+    expected = sparse_rows(weights(plain, IDS, **named), starts)
+    assert expected[0] > 20
+    assert probed(llama, {"input_ids": IDS, **named}) == expected
+
+
+@pytest.mark.parametrize("name", ["a gap of 20", "all zero", "packed"])
+def test_without_a_cache_documents_are_apart_as_in_the_users_own_call(
+    llama: Any, plain: Any, name: str
+) -> None:
+    """Without mask and cache transformers hides earlier documents, and so does the probe's pass."""
+    named = {"position_ids": POSITIONS[name], "use_cache": False}
+    starts = (0, 9, 17) if name == "packed" else (0,)
+    apart = sparse_rows(weights(plain, IDS, **named), starts)
+    assert apart != sparse_rows(weights(plain, IDS, position_ids=POSITIONS[name]), starts)
+    assert probed(llama, {"input_ids": IDS, **named}) == apart
+
+
+@pytest.mark.parametrize("name", ["a gap of 20", "all zero", "stretched by two"])
+def test_the_sweeps_clean_loss_is_the_users_own(llama: Any, plain: Any, name: str) -> None:
+    named = {"attention_mask": ONES, "position_ids": POSITIONS[name]}
+    report = sweep(llama, {"input_ids": IDS, **named}, sigmas=[0.1], replicates=1)
+    measured = float(report.clean_loss.sum() / report.targets.sum())
+    assert measured == pytest.approx(loss_of(plain, IDS, **named), rel=1e-5)
+
+
+def test_documents_kept_apart_are_each_its_own_prompt(llama: Any) -> None:
+    """Rows and sinks of a packed prompt are those of its documents alone."""
+    packed = {"input_ids": IDS, "position_ids": PACKED, "use_cache": False}
+    edges = (0, 9, 17, N)
+    alone = [
+        row[a:b].tolist() for row in IDS for a, b in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    assert probed(llama, packed) == probed(llama, alone)
+
+
+def test_each_documents_first_token_is_a_first_token(llama: Any, plain: Any) -> None:
+    report = collapse_probe(llama, {"input_ids": IDS, "position_ids": PACKED}, draws=0)
+    first = {0, 9, 17}
+    frame = report.fragile(10_000)
+    assert (frame["sink"] == frame["key_pos"].isin(first)).all()
+    assert 0 < frame["sink"].sum() > (frame["key_pos"] == 0).sum()
+    assert not report.fragile(10_000, content=True)["key_pos"].isin(first).any()
+    listed = [report.sigma_at(0.01, content=True), report.sigma_at(0.01)]
+    assert all(np.isfinite(listed))
+    assert any("packed documents" in words for words in report.model["given"])
+    a = weights(plain, IDS, position_ids=PACKED)
+    received = spread(llama, {"input_ids": IDS, "position_ids": PACKED}).to_frame("head")
+    for layer in range(2):
+        shares = a[layer].sum(2)[..., [0, 9, 17]].sum((0, 2)) / a[layer].sum((0, 2, 3))
+        mine = received[received["layer"] == layer]["first_share"]
+        np.testing.assert_allclose(mine, shares.numpy(), rtol=1e-5)
+
+
+def test_a_documents_last_token_has_no_next_one(llama: Any) -> None:
+    report = sweep(llama, {"input_ids": IDS, "position_ids": PACKED}, sigmas=[0.1], replicates=1)
+    assert (report.targets == N - 3).all()
+
+
+def test_a_mask_of_four_axes_goes_along(llama: Any, plain: Any) -> None:
+    """Documents kept apart by a mask of the user's own."""
+    of = torch.repeat_interleave(torch.arange(3), torch.tensor([9, 8, 7]))
+    seen = (of[:, None] == of) & torch.ones(N, N).tril().bool()
+    mask = torch.zeros(B, 1, N, N).masked_fill(~seen, torch.finfo(torch.float32).min)
+    named = {"attention_mask": mask, "position_ids": PACKED}
+    expected = sparse_rows(weights(plain, IDS, **named), (0, 9, 17))
+    assert probed(llama, {"input_ids": IDS, **named}) == expected
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_left_out_and_positions_count_from_the_first_token(
+    llama: Any, plain: Any, side: str
+) -> None:
+    mask = ONES.clone()
+    for row, n in enumerate((0, 3, 7, 11)):
+        mask[row, slice(0, n) if side == "left" else slice(N - n, N)] = 0
+    rows = sinks = 0
+    for row, real in zip(IDS, mask.bool(), strict=True):
+        one = sparse_rows(weights(plain, row[real][None]))
+        rows, sinks = rows + one[0], sinks + one[1]
+    for given in (mask, mask.bool(), mask.float(), mask.numpy()):
+        assert probed(llama, {"input_ids": IDS, "attention_mask": given}) == (rows, sinks)
+    report = collapse_probe(llama, {"input_ids": IDS, "attention_mask": mask}, draws=0)
+    assert report.padding.tolist() == [0, 3, 7, 11]
+    assert any("padding is cut off" in words for words in report.model["given"])
+
+
+# -- forms of inputs --------------------------------------------------------------------------
+
+
+def forms() -> dict[str, Any]:
+    lists = IDS.tolist()
+    return {
+        "a tensor": IDS,
+        "an array": IDS.numpy(),
+        "lists": lists,
+        "a mapping of tensors": {"input_ids": IDS},
+        "a mapping of lists": {"input_ids": lists, "attention_mask": ONES.tolist()},
+        "what a tokenizer returns": BatchEncoding({"input_ids": lists}),
+        "with what tokenizers add": BatchEncoding(
+            {"input_ids": IDS, "special_tokens_mask": ONES * 0, "length": [N] * B}
+        ),
+        "rows of a data set": [{"input_ids": row, "attention_mask": [1] * N} for row in lists],
+        "with labels": {"input_ids": IDS, "labels": IDS},
+        "arrays in a list": [np.asarray(row) for row in lists],
+        "int32": IDS.int(),
+    }
+
+
+@pytest.mark.parametrize("name", forms())
+def test_every_form_of_the_same_ids_is_the_same_prompt(
+    llama: Any, plain: Any, name: str
+) -> None:
+    assert probed(llama, forms()[name]) == sparse_rows(weights(plain, IDS))
+
+
+def test_rows_of_unequal_lengths_are_prompts_of_their_own() -> None:
+    model, lists = tiny_llama(), [row[: 24 - 3 * i].tolist() for i, row in enumerate(IDS)]
+    alone = encode(model, lists)
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in lists]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    for given in (rows, columns, BatchEncoding(columns)):
+        found = encode(model, given)
+        assert [row.tolist() for row in found.first] == lists
+        assert found.padding == alone.padding == (0,) * B
+    columns["attention_mask"][1][-2:] = [0, 0]
+    assert encode(model, columns).padding == (0, 2, 0, 0)
+
+
+def test_one_prompt_needs_no_axis() -> None:
+    model = tiny_llama()
+    flat = {"input_ids": IDS[0].tolist(), "attention_mask": [0, 0] + [1] * (N - 2)}
+    found = encode(model, flat)
+    assert found.first[0].tolist() == IDS[0, 2:].tolist()
+    assert found.padding == (2,)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"input_ids": IDS, "attention_maks": ONES}, "did you mean 'attention_mask'"),
+        ({"input_ids": IDS, "past_key_values": object()}, "got 'past_key_values'"),
+        ({"input_ids": IDS, "attention_mask": ONES * 2}, "wanted 1 for real tokens and 0"),
+        ({"input_ids": IDS, "position_ids": AT[:, :5]}, r"wanted 'position_ids' of shape"),
+        ({"input_ids": IDS, "position_ids": AT.expand(3, B, N)}, "wanted 'position_ids' of shape"),
+        ({"attention_mask": ONES}, "wanted 'input_ids' among them"),
+        (["a", None], "prompt 0: wanted token ids, as the model has no tokenizer"),
+        ([[1, 2, 3], None], "prompt 1: wanted text or integer ids; got None"),
+        ([{"input_ids": [1, 2]}, {"input_ids": [1], "labels": [1]}], "the same names in each row"),
+        ({"input_ids": [[1, 2], ["a"]]}, "wanted numbers in 'input_ids'"),
+        ({"input_ids": [[1, 2], [3, 4, 5]], "attention_mask": [[1, 1], [1, 1]]}, "the shape of"),
+    ],
+)
+def test_what_is_no_input_is_named(given: Any, words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        collapse_probe(tiny_llama(), given)
+
+
+# -- decoders ---------------------------------------------------------------------------------
+
+SEQ2SEQ = ("T5ForConditionalGeneration", "BartForConditionalGeneration")
+PAD = 1
+READ = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(2))
+SEEN = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(1))
+REAL = (9, 6, 4)  # real labels of each row
+
+
+@pytest.fixture(scope="module", params=SEQ2SEQ)
+def seq2seq(request: pytest.FixtureRequest) -> Any:
+    return builders.build(request.param, decoder_start_token_id=2, pad_token_id=PAD)
+
+
+def _labels() -> Tensor:
+    labels = READ.clone()
+    for row, n in zip(labels, REAL, strict=True):
+        row[n:] = -100
+    return labels
+
+
+def test_labels_give_the_decoder_what_the_model_would_give_it(seq2seq: Any) -> None:
+    """As a collator hands them over; and where it made the decoder's tokens of them itself."""
+    model, labels = seq2seq.model, _labels()
+    made = model.original_model.prepare_decoder_input_ids_from_labels(labels=labels)
+    mask = torch.ones_like(SEEN)
+    mask[1, 12:] = 0
+    alone = [row[:n].tolist() for row, n in zip(made, REAL, strict=True)]
+    source = [row[real.bool()].tolist() for row, real in zip(SEEN, mask, strict=True)]
+    expected = probed(model, source, decoder_tokens=alone, sparse=0.5)
+    both = {"input_ids": SEEN, "attention_mask": mask}
+    for named in (
+        {"labels": labels},
+        {"labels": labels, "decoder_input_ids": made},
+        {"decoder_input_ids": made},  # padded with the pad token
+        {"labels": labels.tolist()},
+    ):
+        assert probed(model, both | named, sparse=0.5) == expected
+
+
+def test_padded_targets_are_cut_like_the_decoders_tokens(seq2seq: Any) -> None:
+    model, labels = seq2seq.model, _labels()
+    made = model.original_model.prepare_decoder_input_ids_from_labels(labels=labels)
+    named = {"input_ids": SEEN, "decoder_input_ids": made, "labels": labels}
+    report = sweep(model, named, targets=labels, sigmas=[0.1], replicates=1)
+    assert report.targets.tolist() == list(REAL)
+    with torch.no_grad():
+        z = copy.deepcopy(model).original_model(SEEN, decoder_input_ids=made).logits
+    log_p = z.double().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    wanted = -(log_p * (labels != -100)).sum(-1)
+    np.testing.assert_allclose(report.clean_loss, wanted.numpy(), rtol=1e-4)
+
+
+def test_a_report_says_in_a_line_what_the_model_was_given() -> None:
+    model = tiny_llama()
+    assert collapse_probe(model, IDS, draws=0).model["given"] == []
+    report = collapse_probe(model, {"input_ids": IDS, "labels": IDS}, draws=0)
+    assert "labels are no part of the pass" in report.summary()
+    assert hooks.rank_profile(model, {"input_ids": IDS, "labels": IDS}).model["given"]
