@@ -31,7 +31,7 @@ def model_facts(model: HookedModel, prompts: Prompts, notes: Sequence[str] = ())
         "fingerprint": state.pop("weights"),
         "state": state,
         "given": given,
-        "dtype": str(_state.model_dtype(model)).removeprefix("torch."),
+        "dtype": _state.dtype_of_passes(model),
         "device": str(input_device(model)),
         "versions": versions(),
     }

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hooks import _state
+from hooks._ambient import autocast_of_passes
 from hooks._standing import bare, of_a_library, standing
 
 _Plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -44,6 +45,9 @@ _PLACES = frozenset(
 )
 # Switches of a HookedTransformer that change where q, k and v are computed, or the heads of k.
 _FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention")
+
+# Libraries whose objects say too much, or nothing, in their attributes.
+_OPAQUE = ("builtins", "torch", "numpy", "pandas", "transformers", "transformer_lens", "datasets")
 
 _tokens: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
@@ -101,12 +105,8 @@ def key_of(model: Any) -> tuple[str, str]:
 def autocast(model: Any) -> str:
     """The dtype that autocast computes in on the model's device; empty where it is off."""
     kinds = {p.device.type for m in _state.modules(model) for p in m.parameters(recurse=False)}
-    on = [
-        f"{kind} {torch.get_autocast_dtype(kind)}".replace("torch.", "")
-        for kind in sorted(kinds or {"cpu"})
-        if kind != "meta" and torch.is_autocast_enabled(kind)
-    ]
-    return ", ".join(on)
+    cast = [(device, dtype) for device, dtype in autocast_of_passes() if device in kinds]
+    return ", ".join(f"{device} {str(dtype).removeprefix('torch.')}" for device, dtype in cast)
 
 
 def versions() -> dict[str, str]:
@@ -299,6 +299,8 @@ def _inside(value: Any, depth: int) -> str | None:
         return _of_function(value, depth)
     if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
         return getattr(value, "__qualname__", value.__name__)
+    if hasattr(value, "__dict__") and not type(value).__module__.startswith(_OPAQUE):
+        return _words(vars(value), depth + 1)  # an object of the user's, such as a hook with state
     return None
 
 

@@ -11,13 +11,19 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hooks.errors import UnsupportedModelError
+
+Tokens: TypeAlias = str | Iterable[Any] | np.ndarray | Tensor
+"""A text, texts, chat messages, token ids, or named inputs: see :func:`hooks.collapse_probe`."""
+MaskLike: TypeAlias = Iterable[Any] | np.ndarray | Tensor
+"""1 for real tokens and 0 for padding, ``[batch, pos]``; or what a model takes for each query and
+key, ``[batch, head or 1, query, key]``."""
 
 # What tokenizers and collators return beside a model's inputs.
 _NO_INPUT = frozenset(

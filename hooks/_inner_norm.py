@@ -22,6 +22,7 @@ from torch import Tensor
 from hooks import _state
 from hooks._inputs import ModelInput
 from hooks._observe import Hook, stream_hook
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel, LayerSites, Role
 
@@ -204,7 +205,7 @@ class _Finder:
         if after in self.unlike or self.order.count(before) != 1:
             _refuse(sites, f"{after} to carry one [batch, pos, d]", "several that are unlike")
         y = self.seen[after]
-        edited = y * torch.linspace(1.5, 2.0, y.shape[1]).to(y)[:, None]
+        edited = y * torch.linspace(1.5, 2.0, y.shape[1], dtype=torch.float32).to(y)[:, None]
         return all(self._moved(sites, [(after, lambda tensor, hook: edited)], names))
 
     def outputs(
@@ -235,7 +236,12 @@ class _Finder:
     def see_edits(self, sites: LayerSites, norm: InnerNorm) -> None:
         """Do other scales reach q and k, and, with the clean q put back, k alone?"""
         x, y = self.seen[norm.before], self.seen[norm.after]
-        factor = torch.linspace(0.5, 1.5, x.shape[1]).to(x).double().expand(x.shape[:2])
+        factor = (
+            torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float32)
+            .to(x)
+            .double()
+            .expand(x.shape[:2])
+        )
         q, k = (_projection(sites, role) for role in ("q", "k"))
         edit: Hook = (norm.after, lambda t, hook: norm.frozen(y, factor))
         if not all(self._moved(sites, [edit], (q, k))):
@@ -282,7 +288,7 @@ class _Finder:
         return hook_fn
 
     def _run(self, entries: Sequence[Hook]) -> None:
-        with contextlib.suppress(_state.Finished), self.model.hooks(fwd_hooks=list(entries)):
+        with contextlib.suppress(_state.Finished), hooked(self.model, entries):
             self.example.run(self.model)
 
 

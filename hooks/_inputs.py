@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks import _state
+from hooks._ambient import model_pass
 from hooks._standing import raised_by
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel
@@ -66,7 +67,8 @@ class ModelInput:
         named = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.named.items()}
         options = {} if "position_ids" in named else without_cache(model)
         try:
-            return model(self.first.to(device), **{**options, **named})
+            with model_pass():
+                return model(self.first.to(device), **{**options, **named})
         except _state.Finished:
             raise
         except Exception as error:
@@ -146,14 +148,16 @@ def _signal(model: HookedModel, generator: torch.Generator) -> Tensor | None:
                 wanted="image_size and num_channels in the configuration",
                 got=f"{side!r} and {channels!r}",
             )
-        return torch.randn(1, channels, side, side, generator=generator)
+        return torch.randn(1, channels, side, side, generator=generator, dtype=torch.float32)
     if getattr(model.cfg, "is_audio_model", False):
         frames, bands = (getattr(config, n, None) for n in ("max_length", "num_mel_bins"))
         if isinstance(frames, int) and isinstance(bands, int):
-            return torch.randn(1, frames, bands, generator=generator)  # a spectrogram
+            return torch.randn(
+                1, frames, bands, generator=generator, dtype=torch.float32
+            )  # a spectrogram
         strides = getattr(config, "conv_stride", None) or (320,)
         frame = int(torch.tensor(list(strides)).prod())
-        return torch.randn(1, 20 * frame, generator=generator)
+        return torch.randn(1, 20 * frame, generator=generator, dtype=torch.float32)
     return None
 
 

@@ -15,6 +15,7 @@ from hooks._observe import Hook
 from hooks._prompts import Prompts
 from hooks._sweep_run import has_next_token
 from hooks._sweep_score import UNSCORED
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel
 from hooks.sweep import given_targets, next_tokens
@@ -74,7 +75,7 @@ class Output:
 
     def _run(self, prompts: Prompts, hooks: Sequence[Hook]) -> Float[Tensor, "batch pos d_vocab"]:
         given = prompts.batch(range(len(prompts)))
-        with torch.no_grad(), self.model.hooks(fwd_hooks=list(hooks)):
+        with torch.no_grad(), hooked(self.model, hooks):
             logits = given.run(self.model)
         if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
             raise UnsupportedModelError(

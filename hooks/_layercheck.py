@@ -212,7 +212,7 @@ class LayerCheck:
         Read from the row where it weighs neither nothing nor everything.
         """
         seen = clean.mask.any(-1)
-        total = pattern.sum(-1).where(seen, torch.ones(()).double())
+        total = pattern.sum(-1).where(seen, torch.ones((), dtype=torch.float64))
         if bool(((total - 1).abs() < max(8 * self.eps, _SUM_TO_ONE)).all()):
             return ()
         room = total * (1 - total)

@@ -51,7 +51,8 @@ class LayerCopies:
         index: of the layer among those that share this forward pass; says which copies are its own.
         batch: all copies in the pass.
         generator: draws the noise.
-        eps: machine epsilon of the model's dtype, on which every tolerance hangs.
+        eps: machine epsilon of the dtype that the scores are made in, on which every tolerance
+            hangs.
         tap: shows what the hooks of a tapped layer don't; the forward pass runs inside it.
     """
 
@@ -105,8 +106,8 @@ class LayerCopies:
         if role not in self.factor:
             vector = self.sites.vector(role)
             n_heads = max(vector.dot.n_heads, vector.projection.n_heads)
-            noise = 2 * torch.rand(n_pos, n_heads, generator=self.generator) - 1
-            self.factor[role] = (1 + HALF_WIDTH * noise).to(device)
+            drawn = torch.rand(n_pos, n_heads, generator=self.generator, dtype=torch.float32)
+            self.factor[role] = (1 + HALF_WIDTH * (2 * drawn - 1)).to(device)
         return self.factor[role][:, : site.n_heads].to(device)
 
     def _arm(self, first: Site) -> Any:
@@ -116,7 +117,9 @@ class LayerCopies:
             n_pos, n_heads = first.n_pos(tensor), self.sites.n_heads
             factors: dict[Role, Tensor] = {}
             for role in ROLES[:2]:
-                factors[role] = torch.ones(self.batch, n_pos, n_heads, device=tensor.device)
+                factors[role] = torch.ones(
+                    self.batch, n_pos, n_heads, device=tensor.device, dtype=torch.float32
+                )
             for role in self.bare:
                 site = self.sites.vector(role).dot
                 drawn = self._drawn(role, site, n_pos, tensor.device)
@@ -140,7 +143,7 @@ class LayerCopies:
     def _multiply(self, tensor: Tensor, role: Role, site: Site, copies: dict[int, float]) -> Tensor:
         """The tensor with some copies noised (strength 1) or set to zero (strength 0)."""
         drawn = self._drawn(role, site, site.n_pos(tensor), tensor.device)
-        factor = torch.ones(self.batch, *drawn.shape, device=tensor.device)
+        factor = torch.ones(self.batch, *drawn.shape, device=tensor.device, dtype=torch.float32)
         for copy, strength in copies.items():
             factor[copy] = drawn if strength else 0.0
         scaled: Tensor = site.scale(tensor, factor)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hooks._inputs import ModelInput
 from hooks._tap import AttentionTap, Taken
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.scores import visible
 from hooks.sites import ROLES, HookedModel, LayerSites, Role, Site, VectorSite
@@ -185,7 +186,7 @@ def _record(
         return record
 
     fwd_hooks = [(name, recorder(name)) for name in by_point.values()]
-    with torch.no_grad(), tap, model.hooks(fwd_hooks=fwd_hooks):
+    with torch.no_grad(), tap, hooked(model, fwd_hooks):
         given.run(model)
     return firings, taken
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from hooks import _state
 from hooks._prompts import Prompts
 from hooks._tap import AttentionTap
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.scores import ScoreParts, recheck, split, visible
 from hooks.sites import HookedModel, LayerSites, Role
@@ -113,7 +114,7 @@ def observe(
             with (
                 contextlib.suppress(_state.Finished),
                 tap or contextlib.nullcontext(),
-                model.hooks(fwd_hooks=entries),
+                hooked(model, entries),
             ):
                 given.run(model)
             bar.update(len(indices))

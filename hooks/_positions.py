@@ -177,7 +177,7 @@ class _Seen:
 def _look(
     model: HookedModel, layers: Sequence[LayerSites], ids: Tensor, named: dict[str, Tensor]
 ) -> _Seen:
-    seen = _Seen(rounding(_state.model_dtype(model)), [], [], [])
+    seen = _Seen(rounding(_state.pass_dtype(model)), [], [], [])
 
     def on_layer(view: LayerView) -> None:
         seen.scores.append(view.scores[0].cpu())

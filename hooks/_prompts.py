@@ -321,7 +321,8 @@ def _with_decoder(model: Any, prompts: Prompts, given: Any, mask: Any, labels: A
                 ("the decoder's tokens are the labels, moved on by one",),
             )
         if mask is None and isinstance(given, Tensor) and given.shape == labels.shape:
-            mask = _until_last(labels != IGNORED)
+            moved = torch.nn.functional.pad(labels[:, :-1] != IGNORED, (1, 0), value=True)
+            mask = _until_last(moved)
     rows, spans = _decoder_rows(model, list(prompts.first), given, mask)
     for index, row in enumerate(rows):
         _check_ids(model, row, f"decoder's prompt {index}", least=1)

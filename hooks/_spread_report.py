@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks._reports import read_report, write_report
+from hooks._reports import first_tokens, read_report, write_report
 
 Of = Literal["stream", "q", "k", "v"]
 SpreadBy = Literal["token", "head", "layer", "model"]

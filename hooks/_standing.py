@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformer_lens.hook_points import HookPoint
 
-from hooks import _state
+from hooks._threads import OURS
 
 # Libraries whose hooks are part of the model as it was loaded.
 _LIBRARIES = ("transformer_lens.", "accelerate.", "transformers.")
@@ -112,14 +112,14 @@ def _on_module(name: str, module: nn.Module) -> Iterator[Standing]:
     for handle in module.fwd_hooks:
         function = getattr(handle, "user_hook", None) or handle  # 3.9 keeps no function
         if not of_a_library(function):
-            ours, key = hasattr(function, _state._OURS), handle.hook.id
+            ours, key = hasattr(function, OURS), handle.hook.id
             yield Standing(module.name or name, function, ours, module._forward_hooks, key)
 
 
 def _in_table(name: str, table: Any) -> Iterator[Standing]:
     for key, function in list(table.items()):
         if not of_a_library(function):
-            ours = hasattr(function, _state._OURS) or _module(function).startswith("hooks.")
+            ours = hasattr(function, OURS) or _module(function).startswith("hooks.")
             yield Standing(name, function, ours, table, key)
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hooks import _ambient, _apart
+from hooks._threads import OURS
+
 _DROPOUT_RATES = ("dropout", "attention_dropout", "attn_dropout", "dropout_p", "p_dropout")
 
 
@@ -25,7 +28,6 @@ def modules(model: Any) -> list[nn.Module]:
 
 
 _checking: ContextVar[bool] = ContextVar("checking", default=False)
-_OURS = "_hooks_noise"
 
 
 @contextmanager
@@ -45,14 +47,14 @@ def resting(hook_fn: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(tensor: Any, hook: Any) -> Any:
         return None if _checking.get() else hook_fn(tensor, hook)
 
-    setattr(wrapper, _OURS, True)
+    setattr(wrapper, OURS, True)
     return wrapper
 
 
 def foreign_hooks(point: Any) -> list[Any]:
     """Handles of the hooks on a hook point that are not ours."""
     handles = getattr(point, "fwd_hooks", ())
-    return [h for h in handles if not hasattr(getattr(h, "user_hook", None), _OURS)]
+    return [h for h in handles if not hasattr(getattr(h, "user_hook", None), OURS)]
 
 
 class Finished(Exception):
@@ -61,24 +63,19 @@ class Finished(Exception):
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Eval mode and no gradients inside; each module's own training flag afterwards."""
-    flags = [(module, module.training) for module in modules(model)]
-    try:
-        for module, training in flags:
-            if training:  # a module is slow to set anything on
-                module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            if module.training != training:
-                module.training = training
+    """Eval mode and no gradients inside; each module's own training flag afterwards.
+
+    Other threads see neither: see :mod:`hooks._apart`.
+    """
+    with _apart.apart(model), _apart.not_training(model), torch.no_grad():
+        yield
 
 
 def active_dropout(model: Any) -> str | None:
     """Name and rate of a dropout that acts in the model's present mode, or None."""
+    turned_off = _apart.turned_off(model)
     for module in modules(model):
-        if not module.training:
+        if not module.training and id(module) not in turned_off:
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"{type(module).__name__}(p={module.p})"
@@ -96,6 +93,39 @@ def model_dtype(model: Any) -> torch.dtype:
             if parameter.is_floating_point():
                 return parameter.dtype
     return torch.float32
+
+
+def pass_dtype(model: Any, prefix: str = "") -> torch.dtype:
+    """The least precise dtype that a pass multiplies matrices in; what tolerances are made of.
+
+    Of the module with that name, where it has weights, and of the whole model otherwise. Under
+    autocast that is autocast's.
+    """
+    part = _submodule(model, prefix) if prefix else None
+    for of in ([part] if part is not None else []) + [model]:
+        dtypes = {
+            _ambient.autocast_dtype(p.device.type, p.dtype)
+            for module in modules(of)
+            for p in module.parameters(recurse=False)
+            if p.is_floating_point() and p.ndim > 1
+        }
+        if dtypes:
+            return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return model_dtype(model)
+
+
+def _submodule(model: Any, name: str) -> nn.Module | None:
+    part: Any = model
+    for step in name.split("."):
+        part = getattr(part, "_modules", {}).get(step)
+    return part if isinstance(part, nn.Module) else None
+
+
+def dtype_of_passes(model: Any) -> str:
+    """For a report: ``float32``; ``float32, autocast bfloat16``."""
+    dtype = str(model_dtype(model)).removeprefix("torch.")
+    cast = [str(d).removeprefix("torch.") for _, d in _ambient.autocast_of_passes()]
+    return ", ".join([dtype, *(f"autocast {name}" for name in cast)])
 
 
 def refuse_unreadable(model: Any) -> str | None:

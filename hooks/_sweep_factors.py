@@ -110,7 +110,7 @@ class RowFactors(_Clock):
             )
         )
         shape = (len(places), len(self._prompts), len(self._conditions), *u.shape[3:])
-        out = torch.ones(shape)
+        out = torch.ones(shape, dtype=torch.float32)
         law = get_law(self.noise.law)
         for index, sigma in enumerate(grid.sigmas):
             mine = [c for c in noisy if grid.sigma(c) == index]

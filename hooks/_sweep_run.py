@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from hooks import _state
+from hooks._ambient import model_pass
 from hooks._inputs import ModelInput, input_device
 from hooks._prompts import Prompts
 from hooks._sweep_factors import Grid, RowFactors
+from hooks._threads import hooked, standing_hooks
 from hooks.errors import UnsupportedModelError
 from hooks.noise import HookList, NormNoise
 from hooks.sites import HookedModel, LayerSites
@@ -136,7 +138,7 @@ class Runner:
         def enlarge(_: Tensor, hook: Any) -> Tensor:
             return hidden
 
-        with self.model.hooks(fwd_hooks=[(_UNEMBED, enlarge)]):
+        with hooked(self.model, [(_UNEMBED, enlarge)]):
             seen = self._call(example)
         if not isinstance(seen, Tensor) or seen.shape != expected.shape:
             return False
@@ -157,7 +159,8 @@ class Runner:
         return given.run(self.model)
 
     def _unembedded(self, states: Tensor) -> Tensor:
-        out: Tensor = self.model.unembed(states)  # type: ignore[attr-defined]
+        with model_pass():
+            out: Tensor = self.model.unembed(states)  # type: ignore[attr-defined]
         return out
 
     # -- passes -----------------------------------------------------------------------------
@@ -207,7 +210,7 @@ def _first_block(points: Mapping[str, Any], layers: Sequence[LayerSites]) -> str
 def _bare(points: Mapping[str, Any], prefix: str) -> bool:
     """Whether nobody else's hooks are on these points."""
     mine = (point for name, point in points.items() if name.startswith(prefix))
-    return not any(getattr(point, "fwd_hooks", ()) for point in mine)
+    return not any(standing_hooks(point) for point in mine)
 
 
 def has_next_token(model: HookedModel, example: ModelInput) -> bool:

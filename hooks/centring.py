@@ -17,8 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._inputs import short_input
 from hooks._tap import AttentionTap
+from hooks._threads import hooked, intervening
 from hooks.errors import UnsupportedModelError
 from hooks.noise import check_layers
 from hooks.scores import visible
@@ -103,9 +105,10 @@ class CentredAttention:
         """
         chosen = self._checked(model)
         tap = AttentionTap() if any(sites.tapped for sites in chosen) else None
-        with model.hooks(fwd_hooks=_entries(chosen, tap)), tap or contextlib.nullcontext():
+        with intervening(model, _entries(chosen, tap)), tap or contextlib.nullcontext():
             yield self
 
+    @measurement
     def _checked(self, model: HookedModel) -> list[LayerSites]:
         """The layers, on which the edit was seen to land."""
         sites = attention_sites(model)
@@ -259,7 +262,7 @@ def _check_landing(model: HookedModel, layers: Sequence[LayerSites]) -> None:
     with (
         _state.evaluating(model),
         _state.checking(),
-        model.hooks(fwd_hooks=entries),
+        hooked(model, entries),
         tap or contextlib.nullcontext(),
     ):
         given.run(model)
@@ -309,7 +312,7 @@ def _judge(model: HookedModel, sites: LayerSites, written: Tensor | None) -> Non
         raise UnsupportedModelError(
             check, wanted="the attention's output", got="no such hook fired", layer=sites.layer
         )
-    eps = torch.finfo(_state.model_dtype(model)).eps
+    eps = torch.finfo(_state.pass_dtype(model, sites.prefix)).eps
     rounding = _ROUNDING_HALF if eps > _HALF_PRECISION else _ROUNDING
     clean, edited, mean, nothing = written
     moved, predicted = clean - edited, mean - nothing

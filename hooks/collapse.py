@@ -9,20 +9,22 @@ counts while its scores exist and is let go of.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import check_integers, read_sigmas
 from hooks._facts import attention_facts
+from hooks._given import MaskLike, Tokens
 from hooks._prompts import encode
 from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused
+from hooks._threads import hooked
 from hooks.laws import LAWS
 from hooks.noise import SPARSE, NormNoise, Shared, check_layers
 from hooks.results import CollapseReport, ProbeSettings
@@ -46,11 +48,12 @@ _BLOCK_BYTES = 1 << 24
 Method = Literal["exact", "sample"]
 
 
+@measurement
 def collapse_probe(
     model: HookedModel,
-    tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],
+    tokens: Tokens,
     *,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
+    decoder_tokens: Tokens | None = None,
     sigmas: Sequence[float] | None = None,
     on: str = "qk",
     method: Method = "exact",
@@ -60,7 +63,7 @@ def collapse_probe(
     sparse: float = SPARSE,
     draws: int = 16,
     seed: int = 0,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     keep: int = KEEP,
@@ -182,7 +185,7 @@ def collapse_probe(
             with (
                 contextlib.suppress(_state.Finished),
                 watch.tap or contextlib.nullcontext(),
-                model.hooks(fwd_hooks=watch.hooks()),
+                hooked(model, watch.hooks()),
             ):
                 given.run(model)
             bar.update(len(indices))

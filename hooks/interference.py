@@ -23,8 +23,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import check_booleans, check_integers
 from hooks._facts import attention_facts
+from hooks._given import MaskLike, Tokens
 from hooks._inner_norm import CHECK, InnerNorm, inner_norms
 from hooks._interference_count import (
     CleanRows,
@@ -53,9 +55,10 @@ from hooks.sites import HookedModel, LayerSites
 _ON = ("k", "qk")
 
 
+@measurement
 def interference(
     model: HookedModel,
-    tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],
+    tokens: Tokens,
     *,
     constants: Sequence[float] | None = None,
     on: Sequence[str] = _ON,
@@ -66,8 +69,8 @@ def interference(
     sparse: float = SPARSE,
     draws: int = 8,
     seed: int = 0,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    decoder_tokens: Tokens | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     first_prompt: int = 0,

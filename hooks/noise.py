@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._inputs import has_decoder, real_spans
+from hooks._threads import intervening
 from hooks.errors import UnsupportedModelError
 from hooks.laws import check_sigma, get_law
 from hooks.scores import expand_factors, split
@@ -158,7 +159,7 @@ class NormNoise:
                 before it (a negative position) is left alone.
         """
         starts = [start] * len(prompts) if isinstance(start, int) else list(start)
-        out = torch.ones(len(prompts), n_pos, n_heads)
+        out = torch.ones(len(prompts), n_pos, n_heads, dtype=torch.float32)
         if self.sigma == 0:
             return out
         law = get_law(self.law)
@@ -224,7 +225,7 @@ class NormNoise:
         clock = _Clock(first_prompt, _masks(model, attention_mask, decoder_attention_mask))
         inner = getattr(model, "original_model", None)
         handle = None
-        with model.hooks(fwd_hooks=self._hooks(model, clock)):
+        with intervening(model, self._hooks(model, clock)):
             if inner is not None:
                 handle = inner.register_forward_pre_hook(clock.read_cache, with_kwargs=True)
                 clock.follows = True

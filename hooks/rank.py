@@ -6,34 +6,37 @@ Source: Wu et al. 2024.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import check_integers
 from hooks._facts import model_facts
+from hooks._given import MaskLike, Tokens
 from hooks._prompts import Prompts, encode
 from hooks._rank_measures import MEASURES, first_share, measures
 from hooks._rank_report import WITH, RankReport, RankSettings, RankSite
 from hooks._rank_sites import Block, Found, blocks_of, final_norm, resolve
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel
 
 
+@measurement
 def rank_profile(
     model: HookedModel,
-    tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
+    tokens: Tokens,
     *,
     layers: Sequence[int] | None = None,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    decoder_tokens: Tokens | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     progress: bool | None = None,
@@ -88,7 +91,7 @@ def rank_profile(
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
     )
-    gathered = _Gathered(torch.finfo(_state.model_dtype(model)).eps / 2)
+    gathered = _Gathered(torch.finfo(_state.pass_dtype(model)).eps / 2)
     with (
         _state.evaluating(model),
         tqdm(
@@ -103,7 +106,7 @@ def rank_profile(
             watch = _Watch(stacks, chosen, indices, gathered)
             with (
                 contextlib.suppress(_state.Finished),
-                model.hooks(fwd_hooks=watch.hooks(model)),
+                hooked(model, watch.hooks(model)),
             ):
                 given.run(model)
             watch.close()

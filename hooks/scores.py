@@ -172,7 +172,7 @@ def expand_factors(
     k: Float[Tensor, "batch key kv_head"] | None,
 ) -> Float[Tensor, "#batch #head #query #key"]:
     """(1 + kq)(1 + k_t) as a factor on the scores, from factors per vector; None stands for 1."""
-    factor = torch.ones(1, 1, 1, 1)
+    factor = torch.ones(1, 1, 1, 1, dtype=torch.float32)
     if q is not None:
         factor = q.transpose(1, 2)[:, :, :, None]
     if k is not None:

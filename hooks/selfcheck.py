@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._fingerprint import key_of
 from hooks._given import TOKENS_ALONE, shorten
 from hooks._inputs import ModelInput, NoRoom, check_model, short_input
@@ -44,6 +45,7 @@ from hooks._locate import locate
 from hooks._prompts import Prompts, encode
 from hooks._standing import names, resting, users
 from hooks._tap import AttentionTap
+from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.sites import AttentionSites, HookedModel, LayerSites
 
@@ -56,6 +58,7 @@ _Remembered = OrderedDict[tuple[Any, ...], AttentionSites]
 _remembered: weakref.WeakKeyDictionary[Any, _Remembered] = weakref.WeakKeyDictionary()
 
 
+@measurement
 def attention_sites(model: HookedModel, inputs: Any = None) -> AttentionSites:
     """Where q, k, v, scores and pattern are in each attention layer, verified on the model.
 
@@ -279,10 +282,10 @@ def _check_some(
     batch = 1 + len(KINDS) * len(layers)
     given = example.copies(batch, heads, attempt)
     generator = torch.Generator().manual_seed(2 + attempt)
-    eps = torch.finfo(_state.model_dtype(model)).eps
     tap = AttentionTap()
     copies = [
-        LayerCopies(sites, index, batch, generator, eps, tap) for index, sites in enumerate(layers)
+        LayerCopies(sites, index, batch, generator, _rounding(model, sites), tap)
+        for index, sites in enumerate(layers)
     ]
     fwd_hooks = [hook for layer in copies for hook in layer.hooks()]
     if layers[-1].z is not None:
@@ -291,12 +294,17 @@ def _check_some(
         warnings.catch_warnings(),
         contextlib.suppress(_state.Finished),
         tap if any(sites.tapped for sites in layers) else contextlib.nullcontext(),
-        model.hooks(fwd_hooks=fwd_hooks),
+        hooked(model, fwd_hooks),
     ):
         # TransformerLens warns where an edit of the scores is discarded: that is what we test.
         warnings.filterwarnings("ignore", message=".*has already consumed the original values")
         given.run(model)
     return [LayerCheck(layer) for layer in copies]
+
+
+def _rounding(model: HookedModel, sites: LayerSites) -> float:
+    """Machine epsilon of the dtype that a layer's scores are made in."""
+    return torch.finfo(_state.pass_dtype(model, sites.prefix)).eps
 
 
 def _finish(tensor: Tensor, hook: Any) -> None:

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks._ambient import measurement
 from hooks._arguments import check_integers
 from hooks._facts import attention_facts
+from hooks._given import MaskLike, Tokens
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
 from hooks._spectrum_report import SpectrumReport, SpectrumSettings
@@ -28,15 +30,16 @@ from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
 
 
+@measurement
 def spectral_gap(
     model: HookedModel,
-    tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
+    tokens: Tokens,
     *,
     k: int = 8,
     lengths: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    decoder_tokens: Tokens | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     progress: bool | None = None,

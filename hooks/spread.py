@@ -12,11 +12,13 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from hooks._ambient import measurement
 from hooks._arguments import check_booleans, check_integers
 from hooks._facts import attention_facts
+from hooks._given import MaskLike, Tokens
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
 from hooks._spread_report import Of, SpreadReport, SpreadSettings
@@ -26,15 +28,16 @@ from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites, Role
 
 
+@measurement
 def spread(
     model: HookedModel,
-    tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
+    tokens: Tokens,
     *,
     of: Of = "stream",
     without_first: bool = True,
     layers: Sequence[int] | None = None,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    decoder_tokens: Tokens | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     progress: bool | None = None,

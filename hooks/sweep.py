@@ -7,7 +7,7 @@ sigmas their draws.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement
 from hooks._arguments import check_integers, read_sigmas
 from hooks._facts import attention_facts
-from hooks._given import shorten
+from hooks._given import MaskLike, Tokens, shorten
 from hooks._prompts import Prompts, encode, example_of
 from hooks._sweep_factors import Grid
 from hooks._sweep_report import SweepReport, SweepSettings
 from hooks._sweep_run import Pass, Runner, has_next_token, passes
 from hooks._sweep_score import UNSCORED, score
+from hooks._threads import hooked
 from hooks.noise import At, NormNoise, Rows, Shared, check_layers
 from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel
@@ -32,11 +34,12 @@ from hooks.sites import HookedModel
 SWEEP_SIGMAS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
+@measurement
 def sweep(
     model: HookedModel,
-    tokens: str | Sequence[str] | Tensor | Sequence[Any] | Mapping[str, Any],
+    tokens: Tokens,
     *,
-    decoder_tokens: str | Sequence[Any] | Tensor | None = None,
+    decoder_tokens: Tokens | None = None,
     targets: Int[Tensor, "*prompts target"] | Sequence[Any] | None = None,
     sigmas: Sequence[float] | None = None,
     replicates: int = 8,
@@ -47,7 +50,7 @@ def sweep(
     rows: Rows = "all",
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
     first_prompt: int = 0,
@@ -121,7 +124,7 @@ def sweep(
         tally = _Tally(prompts, wanted, grid)
         runner = Runner(model, noise, chosen, grid)
         with (
-            model.hooks(fwd_hooks=runner.hooks()),
+            hooked(model, runner.hooks()),
             tqdm(
                 total=len(prompts) * len(grid),
                 desc="sweep",

@@ -9,7 +9,7 @@ Source: Zuo & Guerzhoy 2024, arXiv 2402.05969; for neighbouring positions arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -22,23 +22,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import _state
+from hooks._ambient import measurement, model_pass
 from hooks._arguments import check_integers
 from hooks._facts import attention_facts
-from hooks._given import refuse_other_inputs
+from hooks._given import MaskLike, Tokens, refuse_other_inputs
 from hooks._inputs import has_decoder, input_device, without_cache
 from hooks._observe import Hook, stream_hook
 from hooks._positions import find_removals, rounding, taken
 from hooks._prompts import Prompts, encode
 from hooks._symmetry_report import FLOORS, REACH, SymmetryReport, SymmetrySettings
+from hooks._threads import hooked
 from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
 
 
+@measurement
 def symmetry_gap(
     model: HookedModel,
-    tokens: str | Sequence[Any] | Tensor | Mapping[str, Any],
+    tokens: Tokens,
     *,
     permutations: int | Sequence[Sequence[int]] | np.ndarray | Tensor = 8,
     seed: int = 0,
@@ -46,7 +49,7 @@ def symmetry_gap(
     positions: bool | None = None,
     mask: bool | None = None,
     layers: Sequence[int] | None = None,
-    attention_mask: Int[Tensor, "*batch pos"] | None = None,
+    attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 16,
     progress: bool | None = None,
@@ -358,7 +361,7 @@ class _Run:
             for name, value in self.arguments(ids.shape[1], dtype).items()
         }
         kept: dict[str, Tensor] = {}
-        with self.model.hooks(fwd_hooks=self._hooks(kept, tried)):
+        with hooked(self.model, self._hooks(kept, tried)), model_pass():
             logits = self.model(ids.to(device), **{**self.options, **named})
         for sites, name in zip(self.layers, self.ends, strict=True):
             if name not in kept or not bool(torch.isfinite(kept[name]).all()):

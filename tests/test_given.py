@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -125,9 +126,7 @@ def test_documents_kept_apart_are_each_its_own_prompt(llama: Any) -> None:
     """Rows and sinks of a packed prompt are those of its documents alone."""
     packed = {"input_ids": IDS, "position_ids": PACKED, "use_cache": False}
     edges = (0, 9, 17, N)
-    alone = [
-        row[a:b].tolist() for row in IDS for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    alone = [row[a:b].tolist() for row in IDS for a, b in pairwise(edges)]
     assert probed(llama, packed) == probed(llama, alone)
 
 
@@ -205,9 +204,7 @@ def forms() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", forms())
-def test_every_form_of_the_same_ids_is_the_same_prompt(
-    llama: Any, plain: Any, name: str
-) -> None:
+def test_every_form_of_the_same_ids_is_the_same_prompt(llama: Any, plain: Any, name: str) -> None:
     assert probed(llama, forms()[name]) == sparse_rows(weights(plain, IDS))
 
 
@@ -259,7 +256,7 @@ SEQ2SEQ = ("T5ForConditionalGeneration", "BartForConditionalGeneration")
 PAD = 1
 READ = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(2))
 SEEN = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(1))
-REAL = (9, 6, 4)  # real labels of each row
+REAL = (9, 6, 4)  # real labels of each row; the decoder also reads a start token
 
 
 @pytest.fixture(scope="module", params=SEQ2SEQ)
@@ -280,7 +277,7 @@ def test_labels_give_the_decoder_what_the_model_would_give_it(seq2seq: Any) -> N
     made = model.original_model.prepare_decoder_input_ids_from_labels(labels=labels)
     mask = torch.ones_like(SEEN)
     mask[1, 12:] = 0
-    alone = [row[:n].tolist() for row, n in zip(made, REAL, strict=True)]
+    alone = [row[: n + 1].tolist() for row, n in zip(made, REAL, strict=True)]
     source = [row[real.bool()].tolist() for row, real in zip(SEEN, mask, strict=True)]
     expected = probed(model, source, decoder_tokens=alone, sparse=0.5)
     both = {"input_ids": SEEN, "attention_mask": mask}

@@ -17,9 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import SPARSE, UnsupportedModelError, _state
+from hooks._ambient import model_pass
 from hooks._inputs import input_device, without_cache
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts
+from hooks._threads import hooked
 from hooks.scores import ScoreParts, expand_factors, qk_part
 from hooks.sites import LayerSites, Site
 from qkvnorm_lens.experiments._quantise import Quantise, Scheme
@@ -269,7 +271,7 @@ def output_effect(
             clean: Tensor | None = None
             for i, cell in enumerate((None, *cells)):
                 hooks = [] if cell is None else cache_hooks(layers, *cell, largest)
-                with model.hooks(fwd_hooks=hooks):
+                with hooked(model, hooks), model_pass():
                     logits = model(given.first.to(input_device(model)), **options)
                 now = logits[at[0], at[1]].float().cpu().log_softmax(-1)
                 clean = now if clean is None else clean

@@ -1,0 +1,157 @@
+"""What surrounds a call of ours: autocast of the user's, and a process that was forked.
+
+The passes that are measured run under the autocast that the caller's own would; everything that is
+made of them is computed without. A forked child has none of its parent's threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class _Here(threading.local):
+    """Of this thread: how deep in calls of ours, and the autocast around the outermost."""
+
+    depth: int = 0
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
+
+
+_here = _Here()
+
+
+def measurement(call: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A public call that runs the model: its arithmetic is done without the caller's autocast."""
+
+    @wraps(call)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        _forks.check()
+        outermost = not _here.depth
+        if outermost:
+            _here.autocast = autocast_now()
+            _forks.measuring.append(threading.get_ident())
+        _here.depth += 1
+        try:
+            with without_autocast():
+                return call(*args, **kwargs)
+        finally:
+            _here.depth -= 1
+            if outermost:
+                _here.autocast = ()
+                _forks.measuring.remove(threading.get_ident())
+
+    return wrapper
+
+
+# -- autocast -------------------------------------------------------------------------------------
+
+
+def autocast_now() -> tuple[tuple[str, torch.dtype], ...]:
+    """Device types under autocast in this thread, and the dtype of each."""
+    return tuple((d, torch.get_autocast_dtype(d)) for d in _DEVICES if torch.is_autocast_enabled(d))
+
+
+def autocast_of_passes() -> tuple[tuple[str, torch.dtype], ...]:
+    """The same for a pass of the model: in a call of ours, what was around the call."""
+    return _here.autocast if _here.depth else autocast_now()
+
+
+def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """What a matrix product of this dtype is made in; autocast leaves float64 alone."""
+    return dtype if dtype == torch.float64 else dict(autocast_of_passes()).get(device, dtype)
+
+
+@contextmanager
+def model_pass() -> Iterator[None]:
+    """Around a pass of the model: the autocast of the caller's.
+
+    Without its cache: a weight that was cast without gradients would go on to be used with them.
+    """
+    given = _here.autocast
+    if not given:
+        yield
+        return
+    caching = torch.is_autocast_cache_enabled()
+    before = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d, _ in given]
+    torch.set_autocast_cache_enabled(False)
+    try:
+        for device, dtype in given:
+            torch.set_autocast_dtype(device, dtype)
+            torch.set_autocast_enabled(device, True)
+        yield
+    finally:
+        for device, enabled, dtype in before:
+            torch.set_autocast_dtype(device, dtype)
+            torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_cache_enabled(caching)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Our own arithmetic is in the dtypes that it says, whatever the model runs under."""
+    active = [d for d in _DEVICES if torch.is_autocast_enabled(d)]
+    for device in active:
+        torch.set_autocast_enabled(device, False)
+    try:
+        yield
+    finally:
+        for device in active:
+            torch.set_autocast_enabled(device, True)
+
+
+# -- forks ----------------------------------------------------------------------------------------
+
+
+class _Forks:
+    """Whether this process is a forked child, and what its parent was at."""
+
+    def __init__(self) -> None:
+        self.measuring: list[int] = []  # threads
+        self.child = False
+        self.interrupted = False  # another thread was measuring, and may have held any lock
+
+    def in_child(self) -> None:
+        """Just after a fork, in the only thread that is left."""
+        me = threading.get_ident()
+        self.child = True
+        self.interrupted |= any(thread != me for thread in self.measuring)
+        self.measuring = [thread for thread in self.measuring if thread == me]
+
+    def check(self) -> None:
+        """One thread for torch in a child: the first OpenMP region would wait for the parent's.
+
+        Raises:
+            RuntimeError: another thread of the parent was measuring when the child was made.
+        """
+        if not self.child:
+            return
+        if self.interrupted:
+            raise RuntimeError(
+                "a forked process: wanted a parent that was not measuring when it forked; got one "
+                "with a measurement in another thread, whose locks are held for ever here. Start "
+                "the process with multiprocessing.get_context('spawn') or 'forkserver'"
+            )
+        if torch.get_num_threads() > 1:
+            warnings.warn(
+                "a forked process: torch's threads stayed in the parent, and its first parallel "
+                "loop would wait for them; torch.set_num_threads(1) from here on",
+                stacklevel=4,
+            )
+            torch.set_num_threads(1)
+
+
+_forks = _Forks()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forks.in_child)

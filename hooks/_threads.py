@@ -1,0 +1,103 @@
+"""Our hooks on a model that other threads may run too.
+
+A hook point is shared by all threads. What a measurement puts there acts in the thread that put it
+there and nowhere else; a context such as `NormNoise.applied` acts in all of them. Neither goes by
+TransformerLens's levels, which are counted for all threads together: each handle is taken off by
+itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from hooks import _apart
+from hooks._ambient import without_autocast
+
+OURS = "_hooks_noise"
+"""Marks hooks of ours, which are none of the user's."""
+MEASURING = "_hooks_measuring"
+"""Marks hooks of a measurement, which edit nothing in other threads."""
+
+Entries = Sequence[tuple[str, Callable[..., Any]]]
+
+
+@contextmanager
+def hooked(model: Any, entries: Entries) -> Iterator[None]:
+    """Hooks of a measurement inside: they act in passes of this thread only."""
+    owner = threading.get_ident()
+    with _on(model, [(name, _of_thread(hook_fn, owner)) for name, hook_fn in entries]):
+        yield
+
+
+@contextmanager
+def intervening(model: Any, entries: Entries) -> Iterator[None]:
+    """Hooks of an intervention inside: they act in every thread that runs the model."""
+    with _on(model, [(name, _plainly(hook_fn)) for name, hook_fn in entries]):
+        yield
+
+
+def standing_hooks(point: Any) -> list[Any]:
+    """Handles of the hooks on a hook point that are no running measurement's."""
+    handles = getattr(point, "fwd_hooks", ())
+    return [h for h in handles if not hasattr(getattr(h, "user_hook", None), MEASURING)]
+
+
+def _of_thread(hook_fn: Callable[..., Any], owner: int) -> Callable[..., Any]:
+    """The hook, without autocast, in its own thread; nothing in others."""
+
+    @wraps(hook_fn)
+    def wrapper(tensor: Any, hook: Any) -> Any:
+        if threading.get_ident() != owner:
+            return None
+        with without_autocast():
+            return hook_fn(tensor, hook)
+
+    for mark in (OURS, MEASURING):
+        setattr(wrapper, mark, True)
+    return wrapper
+
+
+def _plainly(hook_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, without autocast."""
+
+    @wraps(hook_fn)
+    def wrapper(tensor: Any, hook: Any) -> Any:
+        with without_autocast():
+            return hook_fn(tensor, hook)
+
+    return wrapper
+
+
+@contextmanager
+def _on(model: Any, entries: Entries) -> Iterator[None]:
+    """These hooks on their points; exactly these are taken off again."""
+    points = model.hook_dict
+    found = [(points[name], hook_fn) for name, hook_fn in entries]
+    placed: list[tuple[Any, Any]] = []
+    try:
+        for point, hook_fn in found:
+            # Permanent: neither a reset of the user's nor the end of another context takes it off.
+            handle = point.add_hook(hook_fn, is_permanent=True)
+            placed.append((point, point.fwd_hooks[-1] if handle is None else handle))
+            _apart.allow(model, *placed[-1])
+        yield
+    finally:
+        for point, handle in reversed(placed):
+            handle.hook.remove()
+            _drop(point.fwd_hooks, handle)
+
+
+def _drop(handles: list[Any], handle: Any) -> None:
+    """Take one handle from a list that other threads may change meanwhile."""
+    while True:
+        ids = list(map(id, handles))
+        if id(handle) not in ids:
+            return
+        found = handles.pop(ids.index(id(handle)))
+        if found is handle:
+            return
+        handles.append(found)  # the list had moved on
