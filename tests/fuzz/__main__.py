@@ -19,7 +19,8 @@ from tests.fuzz.cases import Case
 def verdict(case: Case, *, fresh: bool = False) -> str:
     """ "right", "refused", or the failure in words."""
     try:
-        return judge.judge(case, fresh=fresh)
+        model = judge.model_of(case, fresh=fresh)
+        return judge.judge(case, model=model)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

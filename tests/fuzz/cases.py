@@ -94,6 +94,8 @@ CHANGES = (
     "merged",
     "merged after a change",
 )
+# Decoders that take a mask [batch, 1, query, key] of what is added to the scores.
+SQUARE = ("llama", "gpt2", "qwen3", "opt")
 # Where an edit of the pattern changes what follows (elsewhere it is discarded).
 LANDS = ("llama", "gpt2", "gemma2", "qwen3", "mistral", "gptoss", "bloom", "ours")
 KINDS_OF_POSITIONS = ("", "count", "offset", "gap", "stretched", "zero", "packed", "shared")
@@ -125,6 +127,8 @@ def cases(draw: Any, few: bool = False) -> Case:
     extra = one(0, 0, 2) if can_pad else 0
     padded = can_pad and (len(set(lengths)) > 1 or extra > 0)
     masks = ("int", "bool", "float", "int32")
+    if form == "dict" and family in SQUARE:
+        masks = (*masks, "square")
     mask = ""
     if form not in RAGGED and form != "row" and (padded or draw(st.booleans())):
         mask = one(*masks)
@@ -201,6 +205,10 @@ def plain(case: Case) -> Case:
         case = replace(case, mask="")
     if case.form in TEXTS and not case.tokenizer:
         case = replace(case, tokenizer="plain")
+    if case.mask == "square" and (
+        case.padded or case.form != "dict" or case.family not in SQUARE or case.call == "applied"
+    ):
+        case = replace(case, mask="int")
     if case.positions == "shared" and case.padded:
         case = replace(case, positions="offset")
     if case.hook == "zero pattern" and case.family not in LANDS:
@@ -267,6 +275,8 @@ def given(case: Case, model: zoo.Model) -> Given:
     inputs: dict[str, Any] = {"input_ids": ids}
     if case.padded and not case.form.startswith("r"):
         inputs["attention_mask"] = mask
+    elif case.mask == "square":
+        inputs["attention_mask"] = _documents(ids)
     elif case.mask and case.form != "ragged lists":
         inputs["attention_mask"] = mask
     positions = _positions(case.positions, ids, spans)
@@ -314,6 +324,15 @@ def _pad(
         ids[i, slice(*spans[-1])] = torch.tensor(row)
         mask[i, slice(*spans[-1])] = 1
     return ids, mask, tuple(spans)
+
+
+def _documents(ids: Tensor) -> Tensor:
+    """[batch, 1, query, key]: causal, and two documents that do not see each other."""
+    at = torch.arange(ids.shape[1])
+    document = at >= ids.shape[1] // 2
+    seen = (at[:, None] >= at) & (document[:, None] == document)
+    hidden = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    return hidden.expand(len(ids), 1, -1, -1)
 
 
 def _positions(kind: str, ids: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor | None:
@@ -376,7 +395,7 @@ def _as_given(
     kinds = {"bool": torch.bool, "float": torch.float32, "int32": torch.int32}
     options: dict[str, Any] = {}
     named = {n: v for n, v in inputs.items() if not n.startswith("decoder")}
-    if "attention_mask" in named:
+    if "attention_mask" in named and case.mask != "square":
         named["attention_mask"] = named["attention_mask"].to(kinds.get(case.mask, torch.long))
     if case.decoder:
         named |= beside

@@ -69,15 +69,8 @@ def must_refuse(case: Case) -> str:
     return "past_key_values" if case.beside == "cache" else ""
 
 
-def judge(case: Case, *, fresh: bool = False) -> str:
-    """Runs a case.
-
-    Returns:
-        "right", or "refused" where that is allowed.
-
-    Raises:
-        Wrong, Refused: what the library did instead.
-    """
+def model_of(case: Case, *, fresh: bool = False) -> zoo.Model:
+    """A case's model; built anew, or the one of the session."""
     build: Any = zoo.build if fresh else zoo.model
     model: zoo.Model = build(
         case.family,
@@ -87,9 +80,28 @@ def judge(case: Case, *, fresh: bool = False) -> str:
         adapter=case.change.startswith("adapter"),
         dropout=case.mode == "dropout",
     )
+    return model
+
+
+def truth(case: Case) -> _Truth:
+    """The oracle's numbers alone."""
+    model = model_of(case)
+    return _Truth(case, model, given(case, model))
+
+
+def judge(case: Case, *, model: zoo.Model | None = None) -> str:
+    """Runs a case.
+
+    Returns:
+        "right", or "refused" where that is allowed.
+
+    Raises:
+        Wrong, Refused: what the library did instead.
+    """
+    model = model_of(case) if model is None else model
     what = given(case, model)
     with _left_as_found(model), _changes(case, model, what) as before, _mode(case, model):
-        truth = _Truth(case, model, what)
+        right = _Truth(case, model, what)
         try:
             with _hooks(case, model, what):
                 check = _CALLS[case.call](case, model, what)
@@ -104,7 +116,7 @@ def judge(case: Case, *, fresh: bool = False) -> str:
         if must_refuse(case):
             raise Wrong(f"{must_refuse(case)} was taken")
         with _torch_as_it_is():
-            check(truth)
+            check(right)
         if case.change == "merged after a change" and before is not None:
             _refuses_to_merge(case, model, what, before)
     return "right"
