@@ -77,10 +77,10 @@ class Case:
 
 TEXTS = ("text", "texts", "chat", "template")
 MAPPINGS = ("dict", "arrays", "lists", "encoding", "encoding of lists")
-RAGGED = ("rows", "ragged lists", *TEXTS)
+RAGGED = ("rows", "tensors", "records", "ragged lists", *TEXTS)
 CALLS = ("probe", "sample", "sweep", "spread", "spectrum", "interference", "rank", "applied")
 MODES = ("", "train", "dropout", "grad", "inference", "float64 by default", "autocast")
-HOOKS = ("", "scale q", "ablate z", "patch v", "zero pattern")
+HOOKS = ("", "scale q", "ablate z", "patch v", "zero pattern", "torch", "column")
 CHANGES = (
     "",
     "weight by data",
@@ -88,12 +88,14 @@ CHANGES = (
     "weight replaced",
     "weight undone",
     "window",
+    "buffer",
     "attention",
     "adapter off",
     "adapter on",
     "merged",
     "merged after a change",
 )
+ROTARY = ("llama", "gemma2", "qwen3", "gptoss", "mistral")
 # Decoders that take a mask [batch, 1, query, key] of what is added to the scores.
 SQUARE = ("llama", "gpt2", "qwen3", "opt")
 # Where an edit of the pattern changes what follows (elsewhere it is discarded).
@@ -117,6 +119,8 @@ def cases(draw: Any, few: bool = False) -> Case:
     call = one(*CALLS)
     texts = () if kind.has_decoder or family in ("bert", "ours") else TEXTS
     form = one("tensor", "dict", "row", "rows", "numpy", "arrays", "lists", "ragged lists")
+    if draw(st.integers(0, 5)) == 5:
+        form = one("tensors", "records")
     if draw(st.booleans()):
         form = one("dict", "encoding", "encoding of lists", *texts)
     mapping = form in MAPPINGS or form == "ragged lists"
@@ -132,8 +136,10 @@ def cases(draw: Any, few: bool = False) -> Case:
     mask = ""
     if form not in RAGGED and form != "row" and (padded or draw(st.booleans())):
         mask = one(*masks)
-    if form == "ragged lists" and draw(st.booleans()):
+    if form in ("ragged lists", "records") and draw(st.booleans()):
         mask = "int"
+    if form == "tensor" and len(set(lengths)) > 1 and draw(st.booleans()):
+        mask = "pads"
     positions = ""
     if mapping and "position_ids" in named and form != "ragged lists":
         positions = one(*KINDS_OF_POSITIONS, "", "")
@@ -201,8 +207,20 @@ def plain(case: Case) -> Case:
         case = replace(case, lengths=case.lengths[:1])
     if case.form in RAGGED or case.form == "row":
         case = replace(case, extra=0, side="right", positions="", mask=case.mask and "int")
-    if case.form == "row" or case.form in ("rows", *TEXTS):
+    if case.form in ("row", "rows", "tensors", *TEXTS):
         case = replace(case, mask="")
+    if case.mask == "pads":
+        told = case.form == "tensor" and len(set(case.lengths)) > 1 and not kind.has_decoder
+        if told and case.family not in ("ours", "bert"):
+            case = replace(case, tokenizer="plain", extra=0)
+        else:
+            case = replace(case, mask="int")
+    if case.call == "applied":
+        case = replace(case, beside="")
+    if case.hook == "torch" and not kind.matters.endswith(("norm.weight", "ln_1.weight")):
+        case = replace(case, hook="")
+    if case.change == "buffer" and case.family not in ROTARY:
+        case = replace(case, change="")
     if case.form in TEXTS and not case.tokenizer:
         case = replace(case, tokenizer="plain")
     if case.mask == "square" and (
@@ -273,11 +291,11 @@ def given(case: Case, model: zoo.Model) -> Given:
     rows = _ids(case)
     ids, mask, spans = _pad(rows, case.side, case.extra)
     inputs: dict[str, Any] = {"input_ids": ids}
-    if case.padded and not case.form.startswith("r"):
+    if case.padded and case.form not in RAGGED:
         inputs["attention_mask"] = mask
     elif case.mask == "square":
         inputs["attention_mask"] = _documents(ids)
-    elif case.mask and case.form != "ragged lists":
+    elif case.mask and case.form not in ("ragged lists", "records"):
         inputs["attention_mask"] = mask
     positions = _positions(case.positions, ids, spans)
     firsts: list[tuple[int, ...]] = [(0,) for _ in rows]
@@ -405,13 +423,14 @@ def _as_given(
         named["labels"] = named["input_ids"].clone()
     if case.beside == "cache":
         named["past_key_values"] = DynamicCache()
-    if case.form in ("tensor", "numpy", "row", "rows"):
-        if "attention_mask" in named and case.form != "rows":
+    if case.form in ("tensor", "numpy", "row", "rows", "tensors"):
+        if "attention_mask" in named and case.form in ("tensor", "numpy") and case.mask != "pads":
             options["attention_mask"] = named["attention_mask"]
         if "decoder_input_ids" in named:
             options["decoder_tokens"] = named["decoder_input_ids"]
         ids = named["input_ids"]
-        forms: dict[str, Any] = {"tensor": ids, "row": ids[0], "rows": rows, "numpy": ids.numpy()}
+        forms: dict[str, Any] = {"tensor": ids, "row": ids[0], "numpy": ids.numpy()}
+        forms |= {"rows": rows, "tensors": [torch.tensor(row) for row in rows]}
         if case.form == "row" and "decoder_tokens" in options:
             options["decoder_tokens"] = options["decoder_tokens"][0]
         return forms[case.form], options
@@ -426,6 +445,14 @@ def _as_given(
     if case.form in ("lists", "encoding of lists"):
         made = {n: lists(v) for n, v in named.items()}
         return (made if case.form == "lists" else BatchEncoding(made)), options
+    if case.form == "records":
+        records: list[dict[str, Any]] = [{"input_ids": row} for row in rows]
+        for i, record in enumerate(records):
+            if case.mask:
+                record["attention_mask"] = [1] * len(rows[i])
+            if "decoder_input_ids" in named:
+                record["decoder_input_ids"] = named["decoder_input_ids"][i].tolist()
+        return records, options
     if case.form == "ragged lists":
         made = {n: lists(v) for n, v in named.items()} | {"input_ids": rows}
         made.pop("attention_mask", None)
@@ -457,11 +484,13 @@ def _texts(case: Case, model: zoo.Model) -> Given:
                 row[len(row) // 2] = tokenizer.pad_token_id
         if case.words == "ends":
             words = [[*row, eos] for row in words]
-        rows = [[bos, *row] for row in words]
         if case.words == "no bos":
             options["prepend_bos"] = False
-            rows = words
-        texts = [zoo.said(rows[i] if case.words == "begins" else words[i]) for i in range(len(rows))]
+        begun = [[bos, *row] for row in words]
+        said = begun if case.words == "begins" else words
+        bare = case.words == "no bos" or not (model.family.bos or case.words == "begins")
+        rows = words if bare else begun
+        texts = [zoo.said(row) for row in said]
         tokens = texts[0] if case.form == "text" else texts
     ids, mask, spans = _pad(rows, "right", 0)
     inputs: dict[str, Any] = {"input_ids": ids}

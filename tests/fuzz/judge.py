@@ -17,9 +17,9 @@ from torch import Tensor
 import hooks
 from tests.fuzz import oracle, zoo
 from tests.fuzz.cases import Case, Given, given
-from tests.support.families import N_HEADS
+from tests.support.families import N_HEADS, VOCAB
 
-HEAD = 1  # which a user's hook acts on, in block 0
+HEAD, COLUMN = 1, 4  # which a user's hook acts on, in block 0
 
 
 class Wrong(AssertionError):
@@ -55,7 +55,15 @@ def may_refuse(case: Case) -> str:
     return ""
 
 
-KNOWN: dict[str, Callable[[Case], bool]] = {}
+KNOWN: dict[str, Callable[[Case], bool]] = {
+    "BART counts its positions from the first column, padding or not": lambda case: (
+        case.family == "bart"
+        and ((case.side == "left" and case.padded) or case.decoder == "padded left")
+    ),
+    "a hook that counts columns, under padding before the text": lambda case: (
+        case.hook in ("patch v", "column") and case.side == "left" and case.padded
+    ),
+}
 """Kinds of combinations that are known to be wrong, by what is wrong; empty when all is mended."""
 
 
@@ -146,9 +154,9 @@ class _Truth:
     def run(self, edits: oracle.Edits | None = None, hf: Any = None) -> oracle.Pass:
         """The user's own pass, with the user's own hooks."""
         hf = self.model.hf if hf is None else hf
-        return oracle.run(
-            hf, self.inputs(), n_heads=N_HEADS, edits=_both(edits or {}, self._of_user())
-        )
+        both = _both(edits or {}, self._of_user())
+        with _torch_hook(self.case, hf):
+            return oracle.run(hf, self.inputs(), n_heads=N_HEADS, edits=both)
 
     def inputs(self) -> dict[str, Any]:
         """As Hugging Face's model takes them; positions as TransformerLens counts them."""
@@ -168,6 +176,8 @@ class _Truth:
             named = {"pattern": lambda p: _with_head(p, 0.0)}
         elif hook == "patch v":
             named = {"v": lambda v: self.patch(v)}
+        elif hook == "column":
+            named = {"z": _with_column}
         return {0: named} if named else {}
 
     def patch(self, v: Tensor) -> Tensor:
@@ -233,6 +243,12 @@ def _with_head(x: Tensor, value: float) -> Tensor:
     x = x.clone()
     x[:, HEAD] = value
     return x
+
+
+def _with_column(z: Tensor) -> Tensor:
+    z = z.clone()
+    z[:, :, COLUMN] = 0.0
+    return z
 
 
 def _both(a: oracle.Edits, b: oracle.Edits) -> oracle.Edits:
@@ -696,18 +712,40 @@ def _hooks(case: Case, model: zoo.Model, what: Given) -> Iterator[None]:
     q = "hook_q"
     if case.family == "qwen3" or (case.family == "ours"):
         q = "hook_rot_q"
+    def column(z: Tensor, hook: Any) -> Tensor:
+        z = z.clone()
+        z[:, COLUMN] = 0.0
+        return z
+
     kinds: Mapping[str, Any] = {
+        "column": ("hook_z", column),
         "scale q": (q, scale),
         "ablate z": ("hook_z", ablate),
         "zero pattern": ("hook_pattern", zero),
         "patch v": ("hook_v", patch),
     }
-    if not case.hook:
-        yield
+    if not case.hook or case.hook == "torch":
+        with _torch_hook(case, model.bridge.original_model):
+            yield
         return
     name, hook_fn = kinds[case.hook]
     with model.bridge.hooks(fwd_hooks=[(prefix + name, hook_fn)]):
         yield
+
+
+@contextlib.contextmanager
+def _torch_hook(case: Case, hf: Any) -> Iterator[None]:
+    """The user's own forward hook of torch, on a module of Hugging Face's model."""
+    if case.hook != "torch":
+        yield
+        return
+    end = zoo.FAMILIES[case.family].matters.removesuffix(".weight")
+    module = next(m for name, m in hf.named_modules() if name.endswith(end))
+    handle = module.register_forward_hook(lambda module, args, out: out * 1.3)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager
@@ -736,12 +774,16 @@ def _changes(case: Case, model: zoo.Model, what: Given) -> Iterator[Any]:
             yield None
         finally:
             model.bridge.original_model.set_attn_implementation("eager")
+    elif change == "buffer":
+        with _slower_rotation(model):
+            yield None
     elif change == "window":
         with _window(model, 6):
             yield None
     else:
         how = {"weight in place": "in place", "weight replaced": "replaced"}.get(change, "data")
-        with _scaled_weight(model, how):
+        which = case.seed if change == "merged after a change" else 0
+        with _scaled_weight(model, how, which):
             yield before
 
 
@@ -758,6 +800,22 @@ def _switch(model: zoo.Model, on: bool) -> None:
 
 
 @contextlib.contextmanager
+def _slower_rotation(model: zoo.Model) -> Iterator[None]:
+    """Rotary positions of half the frequency."""
+    three = (model.bridge.original_model, model.hf, model.plain)
+    buffers = [b for hf in three for name, b in hf.named_buffers() if name.endswith("inv_freq")]
+    buffers = list({id(b): b for b in buffers}.values())
+    assert len(buffers) >= 3
+    for b in buffers:
+        b.mul_(0.5)
+    try:
+        yield
+    finally:
+        for b in buffers:
+            b.mul_(2.0)
+
+
+@contextlib.contextmanager
 def _window(model: zoo.Model, width: int) -> Iterator[None]:
     configs = [m.config for m in (model.bridge.original_model, model.hf, model.plain)]
     before = [c.sliding_window for c in configs]
@@ -771,31 +829,27 @@ def _window(model: zoo.Model, width: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _scaled_weight(model: zoo.Model, how: str) -> Iterator[None]:
-    """A weight that every pattern hangs on, other in the bridge and in the oracle."""
+def _scaled_weight(model: zoo.Model, how: str, which: int = 0) -> Iterator[None]:
+    """Another weight in the bridge and in the oracle."""
     undo = []
     for hf in (model.bridge.original_model, model.hf, model.plain):
-        found = [
-            (name, p)
-            for name, p in hf.named_parameters()
-            if name.replace("_original_component.", "").endswith(model.family.matters)
-        ]
-        assert found, model.family.matters
-        name, p = found[0]
+        name, p = _weight(hf, model.family, which)
         old = p.detach().clone()
         other = old * 1.5 + 0.25 * torch.linspace(-1, 1, old.numel()).to(old).view_as(old)
+        if which:  # most of it stays
+            other = torch.where(torch.arange(len(old)).view(-1, *[1] * (old.ndim - 1)) < 4, old, other)
+        owner: Any = None
+        last = ""
         if how == "data":
             p.data.copy_(other)
-            undo.append((p, old, None, ""))
         elif how == "in place":
             with torch.no_grad():
                 p.copy_(other)
-            undo.append((p, old, None, ""))
         else:
             owner_name, _, last = name.rpartition(".")
             owner = hf.get_submodule(owner_name)
             setattr(owner, last, torch.nn.Parameter(other))
-            undo.append((p, old, owner, last))
+        undo.append((p, old, owner, last))
     try:
         yield
     finally:
@@ -804,6 +858,19 @@ def _scaled_weight(model: zoo.Model, how: str) -> Iterator[None]:
                 p.data.copy_(old)
             else:
                 setattr(owner, last, p)
+
+
+def _weight(hf: Any, family: zoo.Family, which: int) -> tuple[str, torch.nn.Parameter]:
+    """One that every pattern hangs on (0), the embedding (1), or one of the MLP's (2)."""
+    named = [(n.replace("_original_component.", ""), n, p) for n, p in hf.named_parameters()]
+    for clean, name, p in named:
+        if (
+            (which == 0 and clean.endswith(family.matters))
+            or (which == 1 and p.ndim == 2 and len(p) == VOCAB)
+            or (which == 2 and p.ndim > 1 and re.search("mlp|fc|DenseRelu|output.dense", clean))
+        ):
+            return name, p
+    raise AssertionError((family.name, which))
 
 
 def _refuses_to_merge(case: Case, model: zoo.Model, what: Given, before: Any) -> None:

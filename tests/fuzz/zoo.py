@@ -38,6 +38,7 @@ class Family:
         biased: whether a bias is added to it.
         cap: soft cap of the scores.
         sdpa: whether it has fused attention.
+        bos: whether TransformerLens begins a text with BOS where it is not told to.
         matters: a weight that every pattern hangs on, by the end of its name.
     """
 
@@ -50,6 +51,7 @@ class Family:
     sdpa: bool = True
     matters: str = "input_layernorm.weight"
     grouped: bool = False
+    bos: bool = True
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -61,7 +63,7 @@ FAMILIES = {
     "llama": Family("LlamaForCausalLM", grouped=True),
     "gpt2": Family("GPT2LMHeadModel", counts=True, matters="ln_1.weight"),
     "gemma2": Family("Gemma2ForCausalLM", cap=50.0, sdpa=False, grouped=True),
-    "qwen3": Family("Qwen3ForCausalLM", grouped=True, matters="k_norm.weight"),
+    "qwen3": Family("Qwen3ForCausalLM", grouped=True, bos=False, matters="k_norm.weight"),
     # Takes each row's maximum away before its softmax.
     "gptoss": Family(
         "GptOssForCausalLM", scale=D_HEAD**-0.5, sdpa=False, grouped=True, matters="sinks"
@@ -85,7 +87,7 @@ FAMILIES = {
     "bart": Family("BartForConditionalGeneration", ("use_cache",), matters="q_proj.weight"),
     "opt": Family("OPTForCausalLM", matters="self_attn_layer_norm.weight"),
     "bloom": Family(
-        "BloomForCausalLM", ("use_cache",), scale=D_HEAD**-0.5, biased=True
+        "BloomForCausalLM", ("use_cache",), scale=D_HEAD**-0.5, biased=True, bos=False
     ),
     "ours": Family("QKVNormTransformer", ("position_ids",), grouped=True, matters="k_norm.weight"),
 }
