@@ -34,7 +34,7 @@ def kind(said: str) -> str:
 
 def simplest(case: Case, said: str) -> tuple[Case, str]:
     """The same failure with as many fields at their plain value as it needs."""
-    if verdict(case, fresh=True) in ("right", "refused"):
+    if verdict(case, fresh=True).startswith(("right", "refused: ")):
         return case, f"{said} (only after other cases)"
     changed = True
     while changed:
@@ -49,7 +49,8 @@ def simplest(case: Case, said: str) -> tuple[Case, str]:
                 now = verdict(other, fresh=True)
             except Exception:
                 continue
-            if now not in ("right", "refused") and now.split(":")[0] == said.split(":")[0]:
+            fine = now.startswith(("right", "refused: "))
+            if not fine and now.split(":")[0] == said.split(":")[0]:
                 case, said, changed = other, now, True
     return case, said
 
@@ -65,6 +66,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     jaxtyping_config.update("jaxtyping_disable", True)
     counts: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
     failures: dict[str, list[tuple[Case, str]]] = defaultdict(list)
     started = time.perf_counter()
 
@@ -82,13 +84,17 @@ def main() -> None:
             counts["known"] += 1
             return
         said = verdict(case)
-        counts[said if said in ("right", "refused") else "failed"] += 1
-        if said not in ("right", "refused"):
+        fine = said.startswith(("right", "refused: "))
+        counts[said.split(":")[0] if fine else "failed"] += 1
+        refused[kind(said)] += said.startswith("refused")
+        if not fine:
             failures[kind(said)].append((case, said))
 
     collect()
     took = time.perf_counter() - started
     print(dict(counts), f"{took:.0f} s, {len(failures)} kinds of failure")
+    for name, count in refused.most_common():
+        print(f"{count:5} {name}" if count else "")
     for name, found in sorted(failures.items(), key=lambda x: -len(x[1])):
         print(f"\n{len(found)} x {name}")
         for case, said in sorted(found, key=lambda x: len(repr(x[0])))[: options.each]:

@@ -146,8 +146,8 @@ def cases(draw: Any, few: bool = False) -> Case:
     cache = one("", "", "False", "True") if mapping and "use_cache" in named else ""
     beside = ""
     if mapping:
-        options = ["", "labels", "cache"] + ["token types"] * ("token_type_ids" in named)
-        beside = one("", *options)
+        options = ["", "labels", "", "cache"] + ["token types"] * ("token_type_ids" in named)
+        beside = one("", "", *options)
     decoder = ""
     if kind.has_decoder:
         decoder = one("given", "", *(("padded", "padded left", "labels too", "labels alone") if mapping else ()))

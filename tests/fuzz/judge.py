@@ -101,7 +101,7 @@ def judge(case: Case, *, model: zoo.Model | None = None) -> str:
     """Runs a case.
 
     Returns:
-        "right", or "refused" where that is allowed.
+        "right", or "refused: ..." where that is allowed.
 
     Raises:
         Wrong, Refused: what the library did instead.
@@ -119,7 +119,7 @@ def judge(case: Case, *, model: zoo.Model | None = None) -> str:
             if may_refuse(case) or must_refuse(case):
                 if must_refuse(case) not in str(error):
                     raise Refused(f"not by the name of {must_refuse(case)}: {error}") from error
-                return "refused"
+                return f"refused: {may_refuse(case) or must_refuse(case)}: {error}"
             raise Refused(f"though valid: {type(error).__name__}: {error}") from error
         if must_refuse(case):
             raise Wrong(f"{must_refuse(case)} was taken")
@@ -722,7 +722,7 @@ def _hooks(case: Case, model: zoo.Model, what: Given) -> Iterator[None]:
         "scale q": (q, scale),
         "ablate z": ("hook_z", ablate),
         "zero pattern": ("hook_pattern", zero),
-        "patch v": ("hook_v", patch),
+        "patch v": ("hook_v_normed" if case.family == "ours" else "hook_v", patch),
     }
     if not case.hook or case.hook == "torch":
         with _torch_hook(case, model.bridge.original_model):
