@@ -87,6 +87,8 @@ CHANGES = (
     "weight in place",
     "weight replaced",
     "weight undone",
+    "weight back from zero",
+    "asked before",
     "window",
     "buffer",
     "attention",
@@ -95,6 +97,7 @@ CHANGES = (
     "merged",
     "merged after a change",
 )
+DECODERS = ("padded", "padded left", "unmasked", "collated", "labels too", "labels alone")
 ROTARY = ("llama", "gemma2", "qwen3", "gptoss", "mistral")
 # Decoders that take a mask [batch, 1, query, key] of what is added to the scores.
 SQUARE = ("llama", "gpt2", "qwen3", "opt")
@@ -150,9 +153,7 @@ def cases(draw: Any, few: bool = False) -> Case:
         beside = one("", "", *options)
     decoder = ""
     if kind.has_decoder:
-        decoder = one("given", "", *(("padded", "padded left", "labels too", "labels alone") if mapping else ()))
-        if decoder.startswith("padded") and n == 1:
-            decoder = "given"
+        decoder = one("given", "", *(DECODERS if mapping else ()))
     words = tokenizer = ""
     if form in TEXTS:
         tokenizer = "adds" if few else one("plain", "adds", "one")
@@ -199,7 +200,7 @@ def plain(case: Case) -> Case:
     """The same without what its model or its call has no part in."""
     kind = zoo.FAMILIES[case.family]
     if case.form not in (*MAPPINGS, "ragged lists"):
-        decoder = case.decoder if case.decoder in ("", "given") else "given"
+        decoder = "" if case.decoder == "" else "given"
         case = replace(case, positions="", cache="", beside="", decoder=decoder)
     if not kind.has_decoder:
         case = replace(case, decoder="")
@@ -250,8 +251,12 @@ def plain(case: Case) -> Case:
     # In half precision what is read is close to nothing else than attention itself.
     if case.dtype == "bfloat16" and case.call not in ("probe", "spread", "spectrum"):
         case = replace(case, dtype="float32")
-    if case.mode == "autocast" and case.call != "probe":
+    if case.mode == "autocast" and (case.call != "probe" or case.dtype != "float32"):
         case = replace(case, mode="")
+    if case.mode == "autocast" and case.change not in ("", "asked before"):
+        case = replace(case, change="asked before")
+    if case.decoder in DECODERS and len(case.lengths) == 1:
+        case = replace(case, decoder="given")
     if case.hook and case.attn == "sdpa" and case.hook == "zero pattern":
         case = replace(case, attn="eager")
     if case.call == "applied" and case.form in TEXTS:
@@ -389,7 +394,8 @@ def _decoder(
         return spans, {"decoder_input_ids": ids, "decoder_attention_mask": mask}
     n = len(rows)
     lengths = [7] * n
-    if case.decoder.startswith("padded"):
+    padded = case.decoder in ("padded", "padded left", "unmasked", "collated")
+    if padded:
         lengths = [7 - 2 * (i % 2) for i in range(n)]
     made = [
         [zoo.BOS, *torch.randint(6, VOCAB, (m - 1,), generator=generator).tolist()] for m in lengths
@@ -399,6 +405,11 @@ def _decoder(
     out = {"decoder_input_ids": ids}
     if case.decoder.startswith("padded"):
         out["decoder_attention_mask"] = mask
+    if case.decoder == "collated":
+        labels = torch.cat([ids[:, 1:], torch.full((n, 1), zoo.PAD)], 1)
+        for i, m in enumerate(lengths):
+            labels[i, m - 1], labels[i, m:] = zoo.EOS, -100
+        out["labels"] = labels
     if case.decoder == "labels too":
         out["labels"] = torch.cat([ids[:, 1:], torch.full((n, 1), zoo.EOS)], 1)
     if case.decoder == "labels alone":  # the model shifts them itself

@@ -39,8 +39,6 @@ def may_refuse(case: Case) -> str:
     kind = zoo.FAMILIES[case.family]
     if case.hook == "zero pattern":
         return "a pattern that is no softmax"
-    if case.mode == "autocast":
-        return "autocast"
     if case.call == "interference":
         if case.hook:
             return "interference looks for the norm behind hooks"
@@ -125,7 +123,8 @@ def judge(case: Case, *, model: zoo.Model | None = None) -> str:
             raise Wrong(f"{must_refuse(case)} was taken")
         with _torch_as_it_is():
             check(right)
-        if case.change == "merged after a change" and before is not None:
+        other = case.change == "asked before" and case.mode == "autocast"
+        if (case.change == "merged after a change" or other) and before is not None:
             _refuses_to_merge(case, model, what, before)
     return "right"
 
@@ -384,19 +383,21 @@ def _sample(case: Case, model: zoo.Model, what: Given) -> Check:
         for index in range(len(truth.clean.attentions)):
             for draw in range(2):
                 noise = hooks.NormNoise(sigma=case.sigma, on=case.on, draw=draw)
-                least, most = np.zeros(N_HEADS), np.zeros(N_HEADS)
+                bounds = np.zeros((4, N_HEADS))
                 for prompt in range(truth.n_prompts):
-                    low, high = _shifts(truth, index, prompt, noise)
-                    least, most = least + low, most + high
-                got = report.loose_draws[0, draw, index, :N_HEADS].sum(-1)
-                _between(got, least, most, f"attention {index}, draw {draw}: shifts by head")
+                    bounds += _shifts(truth, index, prompt, noise)
+                for name, least, most in (
+                    ("loose", bounds[0], bounds[1]),
+                    ("strict", bounds[2], bounds[3]),
+                ):
+                    got = getattr(report, f"{name}_draws")[0, draw, index, :N_HEADS].sum(-1)
+                    _between(got, least, most, f"attention {index}, draw {draw}: {name} by head")
 
     return check
 
 
-def _shifts(
-    truth: _Truth, index: int, prompt: int, noise: hooks.NormNoise
-) -> tuple[np.ndarray, np.ndarray]:
+def _shifts(truth: _Truth, index: int, prompt: int, noise: hooks.NormNoise) -> np.ndarray:
+    """Rows that move, for certain and perhaps, and those that are sparse again: by head."""
     rows = truth.rows(index, prompt)
     n_heads, n_query, n_key = rows.s.shape
     group = N_HEADS // truth.model.n_kv_heads
@@ -422,7 +423,10 @@ def _shifts(
     lead = (total.max(-1, keepdims=True) - own)[..., 0]
     sure, maybe = rows.sparse()
     slack = 4 * rows.near
-    return (sure & (lead > slack)).sum(-1), (maybe & (lead > -slack)).sum(-1)
+    surely, perhaps = sure & (lead > slack), maybe & (lead > -slack)
+    again, almost = replace(rows, pattern=rows.softmax(s), near=2 * rows.near).sparse()
+    each = (surely, perhaps, surely & again, perhaps & almost)
+    return np.stack([some.sum(-1) for some in each])
 
 
 def _sweep(case: Case, model: zoo.Model, what: Given) -> Check:
@@ -767,8 +771,15 @@ def _changes(case: Case, model: zoo.Model, what: Given) -> Iterator[Any]:
             _first(case, model, what)
         yield None
         return
+    if change == "weight back from zero":
+        with _scaled_weight(model, "zero"):
+            _first(case, model, what)
+        yield None
+        return
     before = _first(case, model, what)
-    if change == "attention":
+    if change == "asked before":
+        yield before
+    elif change == "attention":
         model.bridge.original_model.set_attn_implementation("sdpa")
         try:
             yield None
@@ -836,11 +847,15 @@ def _scaled_weight(model: zoo.Model, how: str, which: int = 0) -> Iterator[None]
         name, p = _weight(hf, model.family, which)
         old = p.detach().clone()
         other = old * 1.5 + 0.25 * torch.linspace(-1, 1, old.numel()).to(old).view_as(old)
-        if which:  # most of it stays
-            other = torch.where(torch.arange(len(old)).view(-1, *[1] * (old.ndim - 1)) < 4, old, other)
+        if how == "zero":
+            other = torch.zeros_like(old)
+        if which == 1:  # a few rows
+            other[:5], other[8:] = old[:5], old[8:]
+        elif which == 2:
+            other[..., 0] = old[..., 0]
         owner: Any = None
         last = ""
-        if how == "data":
+        if how in ("data", "zero"):
             p.data.copy_(other)
         elif how == "in place":
             with torch.no_grad():

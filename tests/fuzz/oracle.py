@@ -167,15 +167,31 @@ class _Tap(TorchFunctionMode):
 class Rows:
     """The rows of one attention for one prompt, without padding: arrays [head, query, key].
 
-    ``s`` is the q.k part of the scores, ``bias`` what is added to it (None: nothing); ``near`` is
-    how far a score of the model's own dtype may lie from these.
+    ``s`` is the q.k part of the scores, ``bias`` what is added to it (None: nothing), ``cap`` their
+    soft cap; ``near`` is how far a score of the model's own dtype may lie from these.
     """
 
     s: np.ndarray
     bias: np.ndarray | None
     pattern: np.ndarray
     visible: np.ndarray
+    cap: float | None
     near: float
+
+    def softmax(self, s: np.ndarray) -> np.ndarray:
+        """Weights with other q.k parts; a sink takes its share as in the clean rows."""
+        clean, other = self._scores(self.s), self._scores(s)
+        with np.errstate(divide="ignore"):
+            seen = self.pattern.sum(-1, keepdims=True)
+            sink = np.log(np.maximum(1 - seen, 0)) - np.log(seen) + _log_sum(clean)
+        sink = np.where(seen > 1 - 1e-12, -np.inf, sink)
+        out: np.ndarray = np.exp(other - np.logaddexp(_log_sum(other), sink))
+        return out
+
+    def _scores(self, s: np.ndarray) -> np.ndarray:
+        total = s if self.bias is None else s + self.bias
+        total = self.cap * np.tanh(total / self.cap) if self.cap else total
+        return np.where(self.visible, total, -np.inf)
 
     @property
     def star(self) -> np.ndarray:
@@ -227,7 +243,13 @@ def unpacked(
     if scale is not None:
         s = part(attention.product) * scale
         bias = w - s if biased else None
-    return Rows(s, bias, pattern, visible, near)
+    return Rows(s, bias, pattern, visible, cap, near)
+
+
+def _log_sum(w: np.ndarray) -> np.ndarray:
+    top = w.max(-1, keepdims=True)
+    out: np.ndarray = np.log(np.exp(w - top).sum(-1, keepdims=True)) + top
+    return out
 
 
 # --- the probability that a row collapses, under uniform noise ----------------------------------
@@ -260,11 +282,14 @@ def collapse(
     if not on_q:
         return _given_q(s_star, s, beta, a)
     if not on_k:
-        fs = 1 + a * np.polynomial.legendre.leggauss(400)[0]
-        weights = np.polynomial.legendre.leggauss(400)[1] / 2
-        moved = (fs[:, None, None] * (s - s_star[:, None]) > beta).any(-1)
-        out: np.ndarray = weights @ moved
-        return out
+        # f (s_t - s_*) > beta_t holds above or below a factor: exactly, too.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            turn = beta / (s - s_star[:, None])
+        above = np.where(s > s_star[:, None], turn, np.inf).min(1)
+        below = np.where(np.isfinite(s) & (s < s_star[:, None]), turn, -np.inf).max(1)
+        stays = np.clip(above, 1 - a, 1 + a) - np.clip(below, 1 - a, 1 + a)
+        left: np.ndarray = 1 - np.maximum(stays, 0) / (2 * a)
+        return left
     x, weights = np.polynomial.legendre.leggauss(40)
     each = [_given_q(s_star, s, beta / (1 + a * q), a) for q in x]
     total: np.ndarray = np.tensordot(weights / 2, np.array(each), 1)
