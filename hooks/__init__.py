@@ -9,7 +9,7 @@ from hooks._sweep_report import SweepReport, SweepSettings
 from hooks._symmetry_report import SymmetryReport, SymmetrySettings
 from hooks.centring import CentredAttention
 from hooks.collapse import DEFAULT_SIGMAS, collapse_probe
-from hooks.errors import UnsupportedModelError
+from hooks.errors import ReportFileError, UnsupportedModelError
 from hooks.interference import interference
 from hooks.laws import LAWS
 from hooks.noise import NON_SPARSE, SPARSE, NormNoise
@@ -43,6 +43,7 @@ __all__ = [
     "rank_profile",
     "RankReport",
     "UnsupportedModelError",
+    "ReportFileError",
     "AttentionSites",
     "LayerSites",
     "VectorSite",

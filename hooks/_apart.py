@@ -39,7 +39,7 @@ _STATE_OF_A_PASS = (
 )
 """Attributes in which TransformerLens 4.3 keeps something from one module of a pass to another."""
 
-_THREAD = "_hooks_thread"
+_THREAD, _FOR_A_WHILE = "_hooks_thread", "_hooks_for_a_while"
 PATIENCE = 30.0  # seconds to wait for other threads in a model in training mode
 _MISSING = object()
 
@@ -142,6 +142,12 @@ def mark_hooks() -> None:
     module.HookPoint.add_hook = add_hook
 
 
+def mark(handle: Any) -> None:
+    """An intervention that stands while a context of this thread is open."""
+    setattr(handle, _THREAD, threading.get_ident())
+    setattr(handle, _FOR_A_WHILE, True)
+
+
 def _of_others(model: Any, points: Sequence[Any]) -> set[int]:
     """Hooks on for a while only, for the pass that another thread is in."""
     me, alive = threading.get_ident(), set(others())
@@ -149,7 +155,7 @@ def _of_others(model: Any, points: Sequence[Any]) -> set[int]:
         (point, handle, thread)
         for point in points
         for handle in tuple(point.fwd_hooks)
-        if getattr(handle, "context_level", None) is not None
+        if (getattr(handle, "context_level", None) is not None or hasattr(handle, _FOR_A_WHILE))
         and (thread := getattr(handle, _THREAD, me)) != me
         and thread in alive
     ]

@@ -1,26 +1,361 @@
-"""Arguments that several calls take, and what they say of a wrong one."""
+"""Arguments that public calls take, and what they say of a wrong one: ``name: wanted X; got Y``.
+
+Numbers of numpy's and torch's (scalars, arrays without an axis) are numbers; what is kept of them
+is Python's own, so that settings compare and go into JSON.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from numbers import Integral
-from typing import Any
+import difflib
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import fields
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hooks.laws import check_sigma, get_law
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hooks.sites import AttentionSites, LayerSites
+
+SEEDS = 2**128 - 1
+"""The largest seed: numpy's own have so many bits."""
+MANY = 1_000_000
+"""Draws, replicates or permutations beyond this are a mistake: their arrays would fill memory."""
+_MOST_ENTRIES = 1_000_000  # of a list: an endless generator ends here
+_SHOWN = 100  # characters of a value in a message
+_LONGEST_NAME = 255  # bytes of a file's name
+_LARGEST = 1 << 62  # of a count or an index: what arrays of integers can hold
 
 
-def check_integers(**given: tuple[Any, int]) -> None:
-    """Refuse what is no integer, or below the least value that stands beside it."""
-    for name, (value, least) in given.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
+class OutOfRangeError(ValueError, IndexError):
+    """An index outside: a ValueError as of every wrong argument, an IndexError as of a list."""
 
 
-def check_booleans(**given: Any) -> None:
-    """Refuse what is neither True nor False: a text such as "no" would pass for yes."""
+# -- what a message says ----------------------------------------------------------------------
+
+
+def brief(value: Any) -> str:
+    """A value for a message: on one line, and not longer than one."""
+    if isinstance(value, (np.ndarray, Tensor)) and value.ndim:
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"{kind} of shape {list(value.shape)}, {value.dtype}"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a repr of somebody's own, or an integer of ten thousand digits
+        return type(value).__name__
+    if len(text) <= _SHOWN:
+        return text
+    length = f" of length {len(value)}" if isinstance(value, (str, bytes, Collection)) else ""
+    return f"{text[: _SHOWN - 30]}... ({type(value).__name__}{length})"
+
+
+def near(value: Any, known: Iterable[Any]) -> str:
+    """``, did you mean 'uniform'?``, where a known name is near to what was given."""
+    names = [name for name in known if isinstance(name, str)]
+    if not isinstance(value, str):
+        return ""
+    lower = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(value.lower(), lower, n=1, cutoff=0.6)
+    return f" (did you mean {lower[found[0]]!r}?)" if found else ""
+
+
+def plain(value: Any) -> Any:
+    """A number or text of numpy's or torch's, without an axis, as Python's own."""
+    if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0:
+        try:
+            return value.item()
+        except RuntimeError:  # a tensor without data
+            return value
+    return value
+
+
+# -- one value ----------------------------------------------------------------------------------
+
+
+def check_integers(**given: tuple[Any, int] | tuple[Any, int, int | float]) -> tuple[int, ...]:
+    """Integers as Python's own; each is given with its least value, and perhaps its greatest.
+
+    Without one it must fit into an array of integers.
+
+    Raises:
+        ValueError: no integer, or one outside.
+    """
+    out = []
+    for name, (value, least, *most) in given.items():
+        number, end = plain(value), most[0] if most else _LARGEST
+        whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if not whole or not least <= number <= end:
+            bounded = end < MANY or (whole and number > end)  # a far end is told to who met it
+            wanted = f"from {least} to {end}" if bounded else f">= {least}"
+            raise ValueError(f"{name}: wanted an integer {wanted}; got {brief(value)}")
+        out.append(int(number))
+    return tuple(out)
+
+
+def check_index(name: str, value: Any, n: int, what: str) -> int:
+    """An index into ``n`` things.
+
+    Raises:
+        TypeError: no integer.
+        OutOfRangeError: there is no such thing.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise TypeError(f"{name}: wanted an index of {what}; got {brief(value)}")
+    if not 0 <= number < n:
+        wanted = f"one of {n} {what}, from 0 to {n - 1}" if n else f"one of {what} (there are none)"
+        raise OutOfRangeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    return int(number)
+
+
+def check_booleans(**given: Any) -> tuple[bool, ...]:
+    """True or False as Python's own: a text such as "no" would pass for yes.
+
+    Raises:
+        TypeError: anything else.
+    """
+    out = []
     for name, value in given.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: wanted True or False; got {value!r}")
+        answer = plain(value)
+        if not isinstance(answer, bool):
+            raise TypeError(f"{name}: wanted True or False; got {brief(value)}")
+        out.append(answer)
+    return tuple(out)
+
+
+def check_optional(**given: Any) -> tuple[bool | None, ...]:
+    """True, False or None; as :func:`check_booleans`.
+
+    Raises:
+        TypeError: anything else.
+    """
+    for name, value in given.items():
+        if value is not None and not isinstance(plain(value), bool):
+            raise TypeError(f"{name}: wanted True, False or None; got {brief(value)}")
+    return tuple(plain(value) for value in given.values())
+
+
+def check_number(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> float:
+    """A number for which ``fits`` says yes, as Python's own.
+
+    Raises:
+        TypeError: no number.
+        ValueError: another number; NaN fits nothing.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf if number > 0 else -math.inf
+    if not fits(number):  # comparisons with NaN are false
+        raise ValueError(f"{name}: wanted {wanted}; got {brief(plain(value))}")
+    return number
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
+    """One of some names.
+
+    Raises:
+        ValueError: anything else; a name that is near is suggested.
+    """
+    names, text = list(known), plain(value)
+    if not isinstance(text, str) or text not in names:
+        raise ValueError(f"{name}: wanted one of {names}; got {brief(value)}{near(text, names)}")
+    return str(text)
+
+
+def check_text(name: str, value: Any, wanted: str = "a text") -> str:
+    """A text.
+
+    Raises:
+        TypeError: anything else.
+    """
+    text = plain(value)
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    return str(text)
+
+
+def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Refuse another kind of thing.
+
+    Raises:
+        TypeError: names what was wanted.
+    """
+    if not isinstance(value, kinds):
+        got = brief(value) if isinstance(value, (str, Real, NoneType)) else type(value).__name__
+        raise TypeError(f"{name}: wanted {wanted}; got {got}")
+
+
+def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], wanted: str) -> None:
+    """Refuse what is no tensor of floating-point numbers of this shape; None is any length.
+
+    Raises:
+        TypeError: no such tensor.
+        ValueError: another shape.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else brief(value)
+        raise TypeError(f"{name}: wanted a tensor of floats {wanted}; got {got}")
+    same = value.ndim == len(shape) and all(
+        n in (None, m) for n, m in zip(shape, value.shape, strict=True)
+    )
+    if not same:
+        raise ValueError(f"{name}: wanted a tensor {wanted}; got shape {list(value.shape)}")
+
+
+def check_path(name: str, value: Any) -> Path:
+    """A path.
+
+    Raises:
+        TypeError: neither a text nor a path.
+        ValueError: an empty one, or one that no file can have.
+    """
+    if not isinstance(value, (str, os.PathLike)) or isinstance(given := os.fspath(value), bytes):
+        raise TypeError(f"{name}: wanted a path; got {brief(value)}")
+    long = any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(given).parts)
+    if not given or "\0" in given or long:
+        raise ValueError(f"{name}: wanted a path that a file can have; got {brief(given)}")
+    return Path(given)
+
+
+def check_device(name: str, value: Any) -> Any:
+    """A device that torch has here, or None.
+
+    Raises:
+        TypeError, ValueError: anything else; the message has torch's reason.
+    """
+    if value is None:
+        return None
+    wanted = "a device of torch, such as 'cpu' or 'cuda:0'"
+    given = plain(value)
+    if isinstance(given, bool) or not isinstance(given, (str, int, torch.device)):
+        raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    try:
+        torch.empty(1, device=given)
+    except Exception as error:  # each backend has its own kinds
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"{name}: wanted {wanted}; got {brief(given)}: {reason:.200}") from error
+    return given
+
+
+def check_dtype(name: str, value: Any) -> Any:
+    """A floating dtype of torch, or None.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        wanted = "a floating dtype such as torch.float32"
+        raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    return value
+
+
+@contextmanager
+def naming(name: str, wanted: str, path: Path) -> Iterator[None]:
+    """What the system says of a file is said with the argument's name.
+
+    Raises:
+        OSError: of the same kind.
+    """
+    try:
+        yield
+    except OSError as error:
+        said = type(error)(f"{name}: wanted {wanted}; got {path}: {error.strerror or error}")
+        said.errno = error.errno
+        raise said from error
+
+
+# -- several ------------------------------------------------------------------------------------
+
+
+def read_list(name: str, value: Any, wanted: str) -> list[Any]:
+    """The entries of a list, a tuple, an array or anything else that has some, read once.
+
+    Raises:
+        TypeError: a text, a mapping, or nothing that has entries.
+        ValueError: no end of entries.
+    """
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        try:
+            entries = list(islice(value, _MOST_ENTRIES + 1))
+        except TypeError:  # an array without an axis
+            entries = None
+        if entries is not None and len(entries) > _MOST_ENTRIES:
+            raise ValueError(f"{name}: wanted {wanted}; got more than {_MOST_ENTRIES} entries")
+        if entries is not None:
+            return entries
+    raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+
+
+def read_array(name: str, value: Any, kinds: str, wanted: str) -> np.ndarray:
+    """Numbers as an array of numpy's, whose kind is one of ``kinds``.
+
+    Raises:
+        TypeError: anything else, lists of unequal lengths among them.
+    """
+    if not isinstance(value, (np.ndarray, Tensor, Real)):
+        value = read_list(name, value, wanted)
+    try:
+        if isinstance(value, Tensor):
+            there = value.detach().cpu()
+            array = np.asarray(there.float() if there.dtype == torch.bfloat16 else there)
+        else:
+            array = np.asarray(float(value) if isinstance(value, Fraction) else value)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        array = np.asarray(None)
+    if not array.size and not isinstance(value, (np.ndarray, Tensor)):
+        array = array.astype(np.int64 if "i" in kinds else float)  # an empty list
+    if array.dtype.kind not in kinds:
+        raise TypeError(f"{name}: wanted {wanted}; got {brief(value)}")
+    return array
+
+
+def check_layers(layers: Any) -> tuple[int, ...]:
+    """Layer indices as a tuple of ints.
+
+    Raises:
+        ValueError: none, one twice, or something that is no integer.
+    """
+    wanted = "one or more indices in a list, each once"
+    try:
+        given = [plain(x) for x in read_list("layers", layers, wanted)]
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    integers = all(isinstance(x, Integral) and not isinstance(x, bool) for x in given)
+    if not given or not integers or len(set(given)) != len(given):
+        raise ValueError(f"layers: wanted {wanted}; got {brief(layers)}")
+    return tuple(int(x) for x in given)
+
+
+def choose_layers(sites: AttentionSites, layers: Any) -> tuple[LayerSites, ...]:
+    """The attention layers of these indices, in their order; all of them where None is given.
+
+    Raises:
+        ValueError: none, one twice, something that is no integer, or no such layer.
+    """
+    if layers is None:
+        return sites.layers
+    known = {layer.layer: layer for layer in sites}
+    chosen = sorted(check_layers(layers))
+    for index in chosen:
+        if index not in known:
+            raise ValueError(
+                f"layers: wanted one of the attention layers {brief(list(known))}; got {index}"
+            )
+    return tuple(known[index] for index in chosen)
 
 
 def read_sigmas(sigmas: Any, law: str, default: tuple[float, ...]) -> list[float]:
@@ -30,13 +365,55 @@ def read_sigmas(sigmas: Any, law: str, default: tuple[float, ...]) -> list[float
         TypeError: no list of numbers.
         ValueError: a sigma that the law can't have.
     """
+    from hooks.laws import check_sigma, get_law
+
     known = get_law(law)
     if sigmas is None:
         top = known.limit
         return [s for s in default if s < top or (s == top and known.limit_included)]
-    if isinstance(sigmas, (str, bytes)) or not isinstance(sigmas, Iterable):
-        raise TypeError(f"sigmas: wanted a list of numbers; got {sigmas!r}")
-    values = [float(s) for s in sigmas]
-    for sigma in values:
-        check_sigma(sigma, known)
-    return values
+    given = read_list("sigmas", sigmas, "a list of numbers")
+    values = [check_sigma(sigma, known, "sigmas") for sigma in given]
+    return sorted(values) if isinstance(sigmas, Set) else values
+
+
+# -- settings -----------------------------------------------------------------------------------
+
+
+def check_fields(settings: Any) -> None:
+    """The fields of a frozen dataclass, as plain values of the types that it declares.
+
+    Integers are at least 0, numbers finite and at least 0: no setting has others.
+
+    Raises:
+        TypeError, ValueError: a field of another kind.
+    """
+    for name, kind in _hints(type(settings)).items():
+        object.__setattr__(settings, name, _field(name, getattr(settings, name), kind))
+
+
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def _field(name: str, value: Any, kind: Any) -> Any:
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in of:
+            return None
+        return _field(name, value, next(k for k in of if k is not NoneType))
+    if origin is Literal:
+        return check_choice(name, value, of)
+    if origin is tuple:
+        return tuple(_field(name, x, of[0]) for x in read_list(name, value, "a list"))
+    if kind is bool:
+        return check_booleans(**{name: value})[0]
+    if kind is int:
+        return check_integers(**{name: (value, 0, SEEDS)})[0]
+    if kind is float:
+        return check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+    if kind is str:
+        return check_text(name, value)
+    check_kind(name, value, kind, f"a {kind.__name__}")
+    return value

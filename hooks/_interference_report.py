@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from hooks._arguments import check_choice, check_fields, check_integers
+from hooks._files import Unsound
 from hooks._interference_count import ALL_ROWS, CONTENT_ROWS, DIRECTION, LENGTH, TOTAL
-from hooks._reports import check_follows, joined_facts, read_report, told, write_report
+from hooks._reports import Form, check_follows, joined_facts, told
+from hooks._values import check_counts, check_numbers, check_sums, per_layer
 from hooks.results import CONTENT, SINK, By, _se_prompts
 
-_FORMAT = "qkvnorm-lens interference report 1"
 _DROP: dict[str, tuple[int, ...]] = {"head": (), "layer": (1,), "model": (0, 1)}
 
 
@@ -31,6 +33,9 @@ class InterferenceSettings:
     draws: int
     layers: tuple[int, ...]
     seed: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +137,7 @@ class InterferenceReport:
         Raises:
             ValueError: another ``by``.
         """
-        if by not in _DROP:
-            raise ValueError(f"by: wanted one of {list(_DROP)}; got {by!r}")
+        check_choice("by", by, _DROP)
         frames = [
             self._one(by, i, j)
             for i in range(len(self.settings.on))
@@ -308,24 +312,21 @@ class InterferenceReport:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path."""
-        head = {"settings": asdict(self.settings)} | {name: getattr(self, name) for name in _HEAD}
-        head["model"] = dict(self.model)
-        return write_report(path, _FORMAT, head, {n: getattr(self, n) for n in PROMPT_AXIS})
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORM.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> InterferenceReport:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no interference report.
+            ReportFileError: the file is no report of interference, or not whole.
         """
-        head, arrays = read_report(path, _FORMAT, "report of interference")
-        settings = head.pop("settings")
-        settings |= {name: tuple(settings[name]) for name in ("on", "constants", "layers")}
-        head |= {name: tuple(tuple(p) for p in head[name]) for name in ("tokens", "decoder_tokens")}
-        fields_of: dict[str, Any] = {**head, **arrays}
-        return cls(settings=InterferenceSettings(**settings), **fields_of)
+        return _FORM.load(path)
 
 
 _HEAD = ("model", "first_prompt", "tokens", "decoder_tokens")
@@ -352,6 +353,69 @@ PROMPT_AXIS: dict[str, int] = {
     "clean_loss": 0,
 }
 assert {f.name for f in fields(InterferenceReport)} == {"settings", *_HEAD, *PROMPT_AXIS}
+
+
+def _check_settings(s: InterferenceSettings) -> None:
+    if not s.on or len({*s.on}) < len(s.on) or {*s.on} - {"k", "qk"}:
+        raise Unsound("settings.on", wanted="some of ['k', 'qk'], each once", got=f"{s.on}")
+    if not s.constants or len({*s.constants}) < len(s.constants) or min(s.constants) <= 0:
+        got = f"{s.constants}"
+        raise Unsound("settings.constants", wanted="positive numbers, each once", got=got)
+    if not 0 < s.sparse <= 1:
+        raise Unsound("settings.sparse", wanted="a maximum in (0, 1]", got=f"{s.sparse}")
+    check_integers(draws=(s.draws, 0), seed=(s.seed, 0))
+
+
+def _sizes(s: InterferenceSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    per_layer(s, model, "labels", "heads")
+    return {
+        "on": len(s.on),
+        "constant": len(s.constants),
+        "draw": s.draws,
+        "layer": len(s.layers),
+        "head": max(model["heads"]),
+        "prompt": prompts,
+        "kind": 2,
+    }
+
+
+def _check_numbers(report: InterferenceReport) -> None:
+    check_counts(report, "examined", "positions")
+    check_counts(report, "ties", most=report.examined)
+    check_numbers("rows", report.rows.sum(-1), 0, report.examined)
+    check_counts(
+        report,
+        "rows",
+        "loose",
+        "factored",
+        "permuted",
+        "lognormal",
+        most=report.examined.max(initial=0),
+    )
+    check_counts(report, "loose", "factored", "permuted", "lognormal", most=report.rows)
+    check_counts(report, "strict", "to_first", most=report.loose)
+    check_sums(report, "predicted", most=report.rows)
+    for name in ("constant", "scale_spread", "sigma_squared", "variance"):
+        check_numbers(name, getattr(report, name), 0)
+    check_counts(report, "targets", most=report.positions)
+    outputs = {len(getattr(report, name)) for name in ("kl", "agree", "loss")}
+    if outputs not in ({0}, {len(report.settings.constants)}):
+        wanted = f"none of them, or one for each of {len(report.settings.constants)} constants"
+        raise Unsound("kl, agree, loss", wanted=wanted, got=f"{sorted(outputs)}")
+    check_numbers("agree", report.agree, 0, report.positions)
+    for name in ("kl", "loss", "clean_loss"):
+        check_numbers(name, getattr(report, name), -1.0 - report.positions, 1e60)
+
+
+_FORM = Form(
+    InterferenceReport,
+    "interference report",
+    2,
+    _check_settings,
+    _sizes,
+    _check_numbers,
+    {"labels": tuple[str, ...], "heads": tuple[int, ...], "sites": str},
+)
 
 
 def _share(values: np.ndarray, rows: np.ndarray) -> np.ndarray:

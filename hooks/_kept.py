@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from hooks._arguments import check_index
+
 _ROW = ("layer", "head", "prompt", "query", "key", "rival")
 
 
@@ -51,10 +53,10 @@ class KeptRows:
         """Attention of one row before and after noise.
 
         Raises:
-            IndexError: no such row.
+            IndexError (a ValueError, too): no such row.
+            TypeError: no index.
         """
-        if not 0 <= row < len(self):
-            raise IndexError(f"row: wanted one of {len(self)} kept rows; got {row}")
+        row = check_index("row", row, len(self), "kept rows")
         where = slice(int(self.start[row]), int(self.start[row + 1]))
         return self.clean[where], self.noisy[where]
 

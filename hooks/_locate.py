@@ -187,8 +187,21 @@ def _record(
 
     fwd_hooks = [(name, recorder(name)) for name in by_point.values()]
     with torch.no_grad(), tap, hooked(model, fwd_hooks):
-        given.run(model)
+        _first_pass(model, given)
     return firings, taken
+
+
+def _first_pass(model: HookedModel, given: ModelInput) -> None:
+    """A pass of the model as it is, with nothing of ours but hooks that look on."""
+    try:
+        given.run(model)
+    except (RuntimeError, IndexError) as error:
+        said = str(error).strip().splitlines() or [""]
+        raise UnsupportedModelError(
+            "a forward pass of the model",
+            wanted="one that runs on a few tokens",
+            got=f"{type(error).__name__}: {said[0]}",
+        ) from error
 
 
 class _Finder:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from hooks._arguments import check_booleans, check_choice, check_fields
+from hooks._files import Unsound
 from hooks._rank_measures import MEASURES
-from hooks._reports import read_report, write_report
+from hooks._reports import Form
+from hooks._values import check_ascending, check_numbers
 
 RankBy = Literal["prompt", "site"]
-_FORMAT = "qkvnorm-lens rank report 1"
-_ARRAYS = ("numbers", "first_share")
-_HEAD = ("model", "tokens", "decoder_tokens")
 WITH: Final = ("all", "without first")  # the axis of tokens
 
 LETTERS: Final = {"encoder_blocks": "E", "decoder_blocks": "D"}
@@ -34,6 +34,7 @@ MEANING: Final = {
     "final_norm": "behind the norm of the last block's output",
 }
 """Sites, in the order of the forward pass."""
+_STREAM: Final = ("in", "mid", "mid2", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ class RankSite:
     site: str
     hook: str
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def label(self) -> str:
         """``L3 mid``; ``E3``, ``D3`` in an encoder and a decoder."""
@@ -64,6 +68,9 @@ class RankSettings:
 
     layers: tuple[int, ...] | None
     sites: tuple[RankSite, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +120,8 @@ class RankReport:
         Raises:
             ValueError: another ``by``.
         """
-        if by not in ("prompt", "site"):
-            raise ValueError(f"by: wanted 'prompt' or 'site'; got {by!r}")
-        if not isinstance(without_first, bool):
-            raise ValueError(f"without_first: wanted True or False; got {without_first!r}")
+        check_choice("by", by, get_args(RankBy))
+        (without_first,) = check_booleans(without_first=without_first)
         names = [
             {"stack": s.stack, "layer": s.layer, "site": s.site, "label": s.label}
             for s in self.settings.sites
@@ -159,32 +164,63 @@ class RankReport:
     # -- disk -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path."""
-        head = {"settings": asdict(self.settings)} | {name: getattr(self, name) for name in _HEAD}
-        return write_report(path, _FORMAT, head, {name: getattr(self, name) for name in _ARRAYS})
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORM.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> RankReport:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no rank report.
+            ReportFileError: the file is no rank report, or not whole.
         """
-        head, arrays = read_report(path, _FORMAT, "rank report")
-        given = head.pop("settings")
-        layers = given["layers"]
-        settings = RankSettings(
-            layers=None if layers is None else tuple(layers),
-            sites=tuple(RankSite(**site) for site in given["sites"]),
-        )
-        head |= {name: tuple(tuple(p) for p in head[name]) for name in ("tokens", "decoder_tokens")}
-        return cls(settings=settings, **head, **{name: arrays[name] for name in _ARRAYS})
+        return _FORM.load(path)
+
+
+def _check_settings(s: RankSettings) -> None:
+    if s.layers is not None:
+        check_ascending("settings.layers", s.layers)
+    if not s.sites or len({*s.sites}) < len(s.sites):
+        raise Unsound("settings.sites", wanted="one or more, each once", got=f"{len(s.sites)}")
+    for site in s.sites:
+        if site.stack not in ("blocks", *LETTERS) or site.site not in MEANING or site.layer < 0:
+            raise Unsound("settings.sites", wanted="sites of blocks", got=f"{site!r:.120}")
+    for stack in {site.stack for site in s.sites}:
+        if not {site.site for site in s.sites if site.stack == stack} & {*_STREAM}:
+            raise Unsound("settings.sites", wanted=f"one of the stream of {stack}", got="none")
+
+
+def _sizes(s: RankSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    return {"prompt": prompts, "site": len(s.sites), "measure": len(MEASURES)}
+
+
+def _check_numbers(report: RankReport) -> None:
+    shares = ("relative_mu", "relative_least", "mean_cosine")
+    for i, name in enumerate(MEASURES):
+        most = 1 + 1e-6 if name in shares else 1e200
+        check_numbers(f"numbers: {name} ", report.numbers[..., i], 0, most, nan=True)
+    check_numbers("first_share", report.first_share, 0, 1 + 1e-6, nan=True)
+
+
+_FORM = Form(
+    RankReport,
+    "rank report",
+    2,
+    _check_settings,
+    _sizes,
+    _check_numbers,
+    {"notes": tuple[str, ...]},
+)
 
 
 def _depth(report: RankReport, stack: str, *, without_first: bool) -> str:
     """From the first to the last stream site of a stack."""
     frame = report.to_frame(without_first=without_first)
-    stream = frame[(frame["stack"] == stack) & frame["site"].isin(("in", "mid", "mid2", "out"))]
+    stream = frame[(frame["stack"] == stack) & frame["site"].isin(_STREAM)]
     first, last = stream.iloc[0], stream.iloc[-1]
     what = "Without the first token" if without_first else "All tokens"
     changes = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks._reports import read_report, write_report
+from hooks._arguments import check_choice, check_fields, check_integers
+from hooks._files import Unsound
+from hooks._reports import Form
+from hooks._values import check_ascending, check_numbers, per_layer
 
 SpectrumBy = Literal["prompt", "head", "layer", "length"]
-_FORMAT = "qkvnorm-lens spectrum report 1"
-_HEAD = ("model", "tokens", "decoder_tokens")
-_ARRAYS = ("length", "singular", "uniform", "left", "square", "left_square")
 _NAMES = {
     "prompt": ("layer", "head", "label", "prompt", "length"),
     "head": ("layer", "head", "label"),
@@ -32,6 +32,9 @@ class SpectrumSettings:
     k: int
     lengths: tuple[int, ...] | None
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +91,7 @@ class SpectrumReport:
         Raises:
             ValueError: another ``by``.
         """
-        if by not in get_args(SpectrumBy):
-            raise ValueError(f"by: wanted one of {list(get_args(SpectrumBy))}; got {by!r}")
+        check_choice("by", by, get_args(SpectrumBy))
         rows = pd.concat([self._rows(i) for i in range(len(self.singular))], ignore_index=True)
         if by == "prompt":
             return rows
@@ -176,25 +178,64 @@ class SpectrumReport:
     # -- disk -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path."""
-        head = {"settings": asdict(self.settings)} | {name: getattr(self, name) for name in _HEAD}
-        arrays = {
-            f"{name}.{i}": array for name in _ARRAYS for i, array in enumerate(getattr(self, name))
-        }
-        return write_report(path, _FORMAT, head, arrays | {"prompt": self.prompt})
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORM.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> SpectrumReport:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no spectrum report.
+            ReportFileError: the file is no spectrum report, or not whole.
         """
-        head, arrays = read_report(path, _FORMAT, "spectrum report")
-        settings = head.pop("settings")
-        for name in ("layers", "lengths"):
-            settings[name] = None if settings[name] is None else tuple(settings[name])
-        head |= {name: tuple(tuple(p) for p in head[name]) for name in ("tokens", "decoder_tokens")}
-        n_layers = len(settings["layers"])
-        head |= {name: tuple(arrays[f"{name}.{i}"] for i in range(n_layers)) for name in _ARRAYS}
-        return cls(settings=SpectrumSettings(**settings), prompt=arrays["prompt"], **head)
+        return _FORM.load(path)
+
+
+def _check_settings(s: SpectrumSettings) -> None:
+    check_integers(k=(s.k, 2))
+    if s.lengths is not None:
+        check_ascending("settings.lengths", s.lengths)
+        check_integers(lengths=(s.lengths[0], 2))
+
+
+def _sizes(s: SpectrumSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    per_layer(s, model, "labels", "heads")
+    heads: list[int] = model["heads"]
+    return {
+        "_": prompts,
+        "length": [(prompts,) for _ in heads],
+        **{name: [(prompts, n, s.k) for n in heads] for name in _SPECTRA},
+        **{name: [(prompts, n) for n in heads] for name in ("square", "left_square")},
+    }
+
+
+def _check_numbers(report: SpectrumReport) -> None:
+    k, n = report.settings.k, len(report.tokens)
+    check_numbers("prompt", report.prompt, 0, n - 1)
+    for i, length in enumerate(report.length):
+        check_numbers(f"length.{i}", length, 1)
+        beyond = (np.arange(k) >= length[:, None])[:, None]  # [prompt, 1, k]
+        for name in _SPECTRA:
+            values = getattr(report, name)[i]
+            check_numbers(f"{name}.{i}", values, 0, nan=beyond)
+            if (np.diff(values, axis=-1) > 1e-9).any():
+                raise Unsound(f"{name}.{i}", wanted="numbers in descending order", got="others")
+        for name in ("square", "left_square"):
+            check_numbers(f"{name}.{i}", getattr(report, name)[i], 0)
+
+
+_SPECTRA = ("singular", "uniform", "left")
+_FORM = Form(
+    SpectrumReport,
+    "spectrum report",
+    2,
+    _check_settings,
+    _sizes,
+    _check_numbers,
+    {"labels": tuple[str, ...], "heads": tuple[int, ...]},
+    {"prompt": "I32", "length": "I32"},
+)

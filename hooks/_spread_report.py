@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks._reports import first_tokens, read_report, write_report
+from hooks._arguments import check_choice, check_fields, check_number
+from hooks._files import Unsound
+from hooks._reports import Form, first_tokens
+from hooks._values import check_numbers, per_layer
 
 Of = Literal["stream", "q", "k", "v"]
 SpreadBy = Literal["token", "head", "layer", "model"]
-_FORMAT = "qkvnorm-lens spread report 1"
-_ARRAYS = ("norms", "weights", "prompt", "position")
-_HEAD = ("model", "tokens", "decoder_tokens", "starts")
 _WHAT = {
     "stream": "the embeddings at the input of",
     "q": "the queries of",
@@ -34,6 +34,9 @@ class SpreadSettings:
     of: Of
     without_first: bool
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +96,8 @@ class SpreadReport:
         Raises:
             ValueError: another ``by``, or a share outside (0, 1].
         """
-        if by not in ("token", "head", "layer", "model"):
-            raise ValueError(f"by: wanted 'token', 'head', 'layer' or 'model'; got {by!r}")
-        if not 0 < share <= 1:
-            raise ValueError(f"share: wanted a share in (0, 1]; got {share!r}")
+        check_choice("by", by, get_args(SpreadBy))
+        share = check_number("share", share, "a share in (0, 1]", lambda x: 0 < x <= 1)
         heads = [self._head(i, h) for i, w in enumerate(self.weights) for h in range(len(w))]
         if by == "token":
             return pd.concat([head.frame(self) for head in heads], ignore_index=True)
@@ -165,27 +166,65 @@ class SpreadReport:
     # -- disk -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path."""
-        head = {"settings": asdict(self.settings)} | {name: getattr(self, name) for name in _HEAD}
-        arrays = {
-            f"{name}.{i}": array for name in _ARRAYS for i, array in enumerate(getattr(self, name))
-        }
-        return write_report(path, _FORMAT, head, arrays)
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORM.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> SpreadReport:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no spread report.
+            ReportFileError: the file is no spread report, or not whole.
         """
-        head, arrays = read_report(path, _FORMAT, "spread report")
-        settings = head.pop("settings")
-        settings["layers"] = tuple(settings["layers"])
-        head |= {name: tuple(tuple(p) for p in head.get(name, ())) for name in _HEAD[1:]}
-        n_layers = len(settings["layers"])
-        head |= {name: tuple(arrays[f"{name}.{i}"] for i in range(n_layers)) for name in _ARRAYS}
-        return cls(settings=SpreadSettings(**settings), **head)
+        return _FORM.load(path)
+
+
+def _check_settings(s: SpreadSettings) -> None:
+    """The types say it all."""
+
+
+def _sizes(s: SpreadSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    per_layer(s, model, "labels", "heads", "kv_heads")
+    heads: list[int] = model["heads"]
+    own = {"stream": [1] * len(heads), "q": heads}.get(s.of, model["kv_heads"])
+    return {
+        "norms": [(n, "token") for n in own],
+        "weights": [(n, "token") for n in heads],
+        "prompt": [("token",) for _ in heads],
+        "position": [("token",) for _ in heads],
+    }
+
+
+def _check_numbers(report: SpreadReport) -> None:
+    for i, (prompt, position) in enumerate(zip(report.prompt, report.position, strict=True)):
+        last = len(report.tokens) - 1
+        check_numbers(f"prompt.{i}", prompt, 0, last)
+        # Prompt by prompt, each from its first token on.
+        begins = np.concatenate([[True], np.diff(prompt) != 0])[: len(prompt)]
+        counted = np.arange(len(prompt)) - np.maximum.accumulate(
+            np.where(begins, np.arange(len(prompt)), 0)
+        )
+        whole = np.array_equal(prompt[begins], np.arange(last + 1))
+        if not whole or not np.array_equal(position, counted):
+            raise Unsound(f"position.{i}", wanted="0, 1, .. of each prompt in turn", got="others")
+        check_numbers(f"norms.{i}", report.norms[i], 0)
+        check_numbers(f"weights.{i}", report.weights[i], 0)
+
+
+_FORM = Form(
+    SpreadReport,
+    "spread report",
+    2,
+    _check_settings,
+    _sizes,
+    _check_numbers,
+    {"labels": tuple[str, ...], "heads": tuple[int, ...], "kv_heads": tuple[int, ...]},
+    {"norms": "F32", "weights": "F32", "prompt": "I32", "position": "I32"},
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,11 @@ def checking() -> Iterator[None]:
         _checking.reset(token)
 
 
+def is_checking() -> bool:
+    """Whether a self-check runs."""
+    return _checking.get()
+
+
 def resting(hook_fn: Callable[..., Any]) -> Callable[..., Any]:
     """A hook of ours that does nothing during a self-check."""
 

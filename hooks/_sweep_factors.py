@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, UInt32, UInt64
 from torch import Tensor
 
+from hooks._clock import Clock
 from hooks.laws import get_law
-from hooks.noise import _SHARED_KV_STREAM, _STREAM, _WORDS_PER_BLOCK, NormNoise, _Clock
+from hooks.noise import _SHARED_KV_STREAM, _STREAM, _WORDS_PER_BLOCK, NormNoise
 from hooks.sites import LayerSites, Role, Site
 
 _LEAST = 2.0**-54  # what NormNoise.uniforms puts in the place of zero
@@ -47,7 +48,7 @@ class Grid:
         return (condition - 1) % len(self.sigmas)
 
 
-class RowFactors(_Clock):
+class RowFactors(Clock):
     """What the rows of the running pass are scaled by: for each prompt, some conditions."""
 
     def __init__(self, noise: NormNoise, layers: Sequence[LayerSites], grid: Grid) -> None:

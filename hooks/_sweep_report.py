@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks._reports import check_follows, joined_facts, read_report, told, write_report
+from hooks._arguments import check_choice, check_fields, check_integers, check_number
+from hooks._files import Unsound
+from hooks._reports import Form, check_follows, joined_facts, told
+from hooks._values import check_ascending, check_counts, check_numbers, check_word
 
 SweepBy = Literal["sigma", "prompt", "draw"]
-_FORMAT = "qkvnorm-lens sweep report 1"
+_MOST_NATS = 1e60  # far beyond any logit
 _METRICS = ("accuracy", "loss", "kl", "top1_agreement")
 
 
@@ -32,6 +35,9 @@ class SweepSettings:
     rows: str
     layers: tuple[int, ...]
     seed: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +96,7 @@ class SweepReport:
             se_prompts_accuracy_change, se_prompts_loss_change: standard error of the changes over
                 prompts, clean and noisy paired (by sigma; NaN for one prompt).
         """
-        if by not in ("sigma", "prompt", "draw"):
-            raise ValueError(f"by: wanted one of ['sigma', 'prompt', 'draw']; got {by!r}")
+        check_choice("by", by, get_args(SweepBy))
         sums = self._sums()  # [sigma, draw, prompt]
         over = {"sigma": (1, 2), "prompt": (1,), "draw": (2,)}[by]
         n = {name: self._counts(name) for name in _METRICS}
@@ -161,8 +166,7 @@ class SweepReport:
             ValueError: a share outside (0, 1), no accuracy, or a fall that no measured sigma
                 brackets.
         """
-        if not 0 < drop < 1:
-            raise ValueError(f"drop: wanted a share between 0 and 1; got {drop!r}")
+        drop = check_number("drop", drop, "a share between 0 and 1", lambda x: 0 < x < 1)
         frame = self.to_frame()
         sigma, accuracy = (frame[name].to_numpy(dtype=float) for name in ("sigma", "accuracy"))
         if not accuracy[0] > 0:
@@ -252,26 +256,76 @@ class SweepReport:
     # -- disk -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path."""
-        head = {"settings": asdict(self.settings)} | {name: getattr(self, name) for name in _HEAD}
-        return write_report(path, _FORMAT, head, {name: getattr(self, name) for name in _ARRAYS})
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORM.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> SweepReport:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no sweep report.
+            ReportFileError: the file is no sweep report, or not whole.
         """
-        head, arrays = read_report(path, _FORMAT, "sweep report")
-        settings = head.pop("settings")
-        settings |= {name: tuple(settings[name]) for name in ("sigmas", "layers")}
-        head |= {name: tuple(tuple(p) for p in head[name]) for name in ("tokens", "decoder_tokens")}
-        return cls(settings=SweepSettings(**settings), **head, **arrays)
+        return _FORM.load(path)
 
 
-_HEAD = ("model", "first_prompt", "tokens", "decoder_tokens")
-_ARRAYS = tuple(f.name for f in fields(SweepReport) if f.name not in ("settings", *_HEAD))
+def _check_settings(s: SweepSettings) -> None:
+    from hooks.laws import LAWS
+    from hooks.noise import At, NormNoise, Rows, Shared
+
+    check_word("settings.shared", s.shared, get_args(Shared))
+    check_word("settings.at", s.at, get_args(At))
+    check_word("settings.rows", s.rows, get_args(Rows))
+    known = s.law in LAWS  # a law of the user's own may not be there
+    for sigma in s.sigmas:
+        if not sigma > 0:
+            raise Unsound("settings.sigmas", wanted="numbers above 0", got=f"{sigma}")
+        NormNoise(
+            sigma=sigma if known else 0.0,
+            on=s.on,
+            law=s.law if known else "uniform",
+            shared=s.shared,  # type: ignore[arg-type]
+            at=s.at,  # type: ignore[arg-type]
+            rows=s.rows,  # type: ignore[arg-type]
+            layers=s.layers,
+            seed=s.seed,
+        )
+    check_ascending("settings.sigmas", s.sigmas)
+    check_integers(replicates=(s.replicates, 1))
+
+
+def _sizes(s: SweepSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    return {"sigma": len(s.sigmas), "draw": s.replicates, "prompt": prompts}
+
+
+def _check_numbers(report: SweepReport) -> None:
+    check_counts(report, "positions")
+    check_counts(report, "targets", "agree", most=report.positions)
+    check_counts(report, "clean_correct", "correct", most=report.targets)
+    # Under noise a half-precision model may overflow: its loss is infinite then, or NaN.
+    for name in ("clean_loss", "loss", "kl"):
+        least = -1.0 - report.positions  # rounding
+        check_numbers(name, getattr(report, name), least, _MOST_NATS, nan=True, infinite=True)
+
+
+_ARRAYS = tuple(
+    f.name
+    for f in fields(SweepReport)
+    if f.name not in ("settings", "model", "first_prompt", "tokens", "decoder_tokens")
+)
+_FORM = Form(
+    SweepReport,
+    "sweep report",
+    2,
+    _check_settings,
+    _sizes,
+    _check_numbers,
+    {"sites": str, "shields": Mapping[str, tuple[str, ...]]},
+)
 
 
 def _se_draws(rates: Float[np.ndarray, "sigma draw *group"]) -> Float[np.ndarray, "sigma *group"]:

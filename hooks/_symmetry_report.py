@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,19 +11,17 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from hooks._positions import Variant
-from hooks._reports import read_report, write_report
+from hooks._arguments import check_choice, check_fields, check_integers
+from hooks._files import Unsound
+from hooks._positions import Status, Variant
+from hooks._reports import Form
+from hooks._values import check_numbers, per_layer
 
 SymmetryBy = Literal["variant", "layer", "permutation", "distance"]
 FLOORS = 2  # how often each prompt is run again with the last digit of its stream changed
 REACH = 16  # the greatest distance of positions that are compared
 CLEAR = 10.0  # a gap is clear that is so many times what rounding does
 SMALL = 0.01  # of total variation and stream: what is no gap where rounding lets it be seen
-_FORMAT = "qkvnorm-lens symmetry report 1"
-_ARRAYS = (
-    "kl", "tv", "logits", "moved", "stream", "added", "floor_tv", "floor_logits", "floor_stream",
-    "similarity", "pairs", "nearer",
-)  # fmt: skip
 Verdict = Literal["gap", "none", "undecided"]
 _MEASURES = ("kl", "tv", "logits", "moved")
 
@@ -37,6 +35,9 @@ class SymmetrySettings:
     keep_first: bool
     variants: tuple[str, ...]
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +120,8 @@ class SymmetryReport:
         return self.verdict(variant) == "none"
 
     def _index(self, variant: str) -> int:
-        if variant not in self.settings.variants:
-            raise ValueError(
-                f"variant: wanted one of {list(self.settings.variants)}; got {variant!r}"
-            )
-        return self.settings.variants.index(variant)
+        known = self.settings.variants
+        return known.index(check_choice("variant", variant, known))
 
     def to_frame(self, by: SymmetryBy = "variant") -> pd.DataFrame:
         """Tidy numbers: one row per variant, per layer, per permutation, or per distance.
@@ -147,8 +145,7 @@ class SymmetryReport:
         Raises:
             ValueError: another ``by``.
         """
-        if by not in get_args(SymmetryBy):
-            raise ValueError(f"by: wanted one of {list(get_args(SymmetryBy))}; got {by!r}")
+        check_choice("by", by, get_args(SymmetryBy))
         make = {
             "variant": self._of_variant,
             "layer": self._of_layers,
@@ -301,23 +298,79 @@ class SymmetryReport:
     # -- disk -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path."""
-        head = {"settings": asdict(self.settings), "model": self.model, "tokens": self.tokens}
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        arrays |= {f"orders.{i}": order for i, order in enumerate(self.orders)}
-        return write_report(path, _FORMAT, head, arrays)
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORM.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> SymmetryReport:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no symmetry report.
+            ReportFileError: the file is no symmetry report, or not whole.
         """
-        head, arrays = read_report(path, _FORMAT, "symmetry report")
-        settings = head.pop("settings")
-        settings |= {name: tuple(settings[name]) for name in ("variants", "layers")}
-        head["tokens"] = tuple(tuple(p) for p in head["tokens"])
-        orders = tuple(arrays[f"orders.{i}"] for i in range(len(head["tokens"])))
-        kept = {name: arrays[name] for name in _ARRAYS}
-        return cls(settings=SymmetrySettings(**settings), orders=orders, **head, **kept)
+        return _FORM.load(path)
+
+
+def _check_settings(s: SymmetrySettings) -> None:
+    check_integers(permutations=(s.permutations, 1), seed=(s.seed or 0, 0))
+    known = [Variant(positions=p, mask=m).name for p in (True, False) for m in (True, False)]
+    if not s.variants or len({*s.variants}) < len(s.variants) or {*s.variants} - {*known}:
+        raise Unsound("settings.variants", wanted=f"some of {known}", got=f"{s.variants}"[:80])
+
+
+def _sizes(s: SymmetrySettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    per_layer(s, model, "labels")
+    for name in ("positions", "mask"):
+        said = model[name]
+        if set(said) != {"status", "why"} or said["status"] not in get_args(Status):
+            raise Unsound(
+                f"model.{name}", wanted=f"a status of {get_args(Status)}", got=f"{said}"[:80]
+            )
+    return {
+        "variant": len(s.variants),
+        "prompt": prompts,
+        "run": s.permutations,
+        "tried": FLOORS,
+        "layer": len(s.layers),
+        "point": len(s.layers) + 1,
+        "distance": REACH,
+        "orders": [(s.permutations, f"token of {i}") for i in range(prompts)],
+    }
+
+
+def _check_numbers(report: SymmetryReport) -> None:
+    first = int(report.settings.keep_first)
+    for i, order in enumerate(report.orders):
+        n = order.shape[1]
+        fits = n >= 3 + first and np.array_equal(
+            np.sort(order), np.broadcast_to(np.arange(n), order.shape)
+        )
+        if not fits or (order[:, -1] != n - 1).any() or (first and order[:, 0].any()):
+            raise Unsound(f"orders.{i}", wanted="permutations of 0, 1, ..", got="something else")
+    for name in ("tv", "floor_tv"):
+        check_numbers(name, getattr(report, name), 0, 1 + 1e-6)
+    for name in ("kl", "logits", "floor_logits", "stream", "added", "floor_stream"):
+        check_numbers(name, getattr(report, name), 0, infinite=True)
+    check_numbers("nearer", report.nearer, 0, 1, nan=True)
+    check_numbers("pairs", report.pairs, 0)
+    none = (report.pairs == 0)[:, None]
+    check_numbers("similarity", report.similarity, -1 - 1e-6, 1 + 1e-6, nan=none)
+
+
+_FORM = Form(
+    SymmetryReport,
+    "symmetry report",
+    2,
+    _check_settings,
+    _sizes,
+    _check_numbers,
+    {
+        "labels": tuple[str, ...],
+        "positions": Mapping[str, str],
+        "mask": Mapping[str, str],
+    },
+)

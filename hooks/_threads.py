@@ -14,8 +14,11 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+from torch import nn
+
 from hooks import _apart
 from hooks._ambient import without_autocast
+from hooks._tap import AttentionTap, Taken
 
 OURS = "_hooks_noise"
 """Marks hooks of ours, which are none of the user's."""
@@ -36,7 +39,9 @@ def hooked(model: Any, entries: Entries) -> Iterator[None]:
 @contextmanager
 def intervening(model: Any, entries: Entries) -> Iterator[None]:
     """Hooks of an intervention inside: they act in every thread that runs the model."""
-    with _on(model, [(name, _plainly(hook_fn)) for name, hook_fn in entries]):
+    with _on(model, [(name, _plainly(hook_fn)) for name, hook_fn in entries]) as handles:
+        for handle in handles:
+            _apart.mark(handle)
         yield
 
 
@@ -73,7 +78,7 @@ def _plainly(hook_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _on(model: Any, entries: Entries) -> Iterator[None]:
+def _on(model: Any, entries: Entries) -> Iterator[list[Any]]:
     """These hooks on their points; exactly these are taken off again."""
     points = model.hook_dict
     found = [(points[name], hook_fn) for name, hook_fn in entries]
@@ -84,7 +89,7 @@ def _on(model: Any, entries: Entries) -> Iterator[None]:
             handle = point.add_hook(hook_fn, is_permanent=True)
             placed.append((point, point.fwd_hooks[-1] if handle is None else handle))
             _apart.allow(model, *placed[-1])
-        yield
+        yield [handle for _, handle in placed]
     finally:
         for point, handle in reversed(placed):
             handle.hook.remove()
@@ -101,3 +106,49 @@ def _drop(handles: list[Any], handle: Any) -> None:
         if found is handle:
             return
         handles.append(found)  # the list had moved on
+
+
+class TapOfThreads:
+    """An AttentionTap for every thread: torch's function modes are of one thread alone.
+
+    Inside, the opening thread has one until the end, and any other for each pass of the model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        root = getattr(model, "original_model", None)
+        self._root = root if isinstance(root, nn.Module) else None
+        self._taps: dict[int, AttentionTap] = {}
+        self._handles: list[Any] = []
+
+    def take(self, batch: int) -> Taken | None:
+        """The latest attention of this thread; None where nothing was taken."""
+        tap = self._taps.get(threading.get_ident())
+        return None if tap is None else tap.take(batch)
+
+    def __enter__(self) -> TapOfThreads:
+        if self._root is not None:
+            self._handles = [
+                self._root.register_forward_pre_hook(self._begin),
+                self._root.register_forward_hook(self._end, always_call=True),
+            ]
+        tap = self._taps[threading.get_ident()] = AttentionTap()
+        tap.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._taps.pop(threading.get_ident()).__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module: Any, args: Any) -> None:
+        if threading.get_ident() not in self._taps:
+            tap = self._taps[threading.get_ident()] = _OfPass()
+            tap.__enter__()
+
+    def _end(self, module: Any, args: Any, output: Any) -> None:
+        if isinstance(self._taps.get(threading.get_ident()), _OfPass):
+            self._taps.pop(threading.get_ident()).__exit__(None, None, None)
+
+
+class _OfPass(AttentionTap):
+    """One that ends with a pass."""

@@ -7,6 +7,7 @@ one large singular value of a random Markov matrix. Source: Naderi et al. 2024 (
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._ambient import measurement
+from hooks._arguments import check_layers, choose_layers
+from hooks._clock import refuse_cache
 from hooks._inputs import short_input
 from hooks._tap import AttentionTap
-from hooks._threads import hooked, intervening
+from hooks._threads import TapOfThreads, hooked, intervening
 from hooks.errors import UnsupportedModelError
-from hooks.noise import check_layers
 from hooks.scores import visible
 from hooks.selfcheck import attention_sites
 from hooks.sites import HookedModel, LayerSites
@@ -33,6 +35,7 @@ _ROUNDING, _ROUNDING_HALF = 64.0, 4.0  # eps of the sizes added up
 _HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
 _MARGIN = 4.0  # the edit must show so many times above rounding
 _COPIES = 4
+_ADVICE = "Pass use_past_kv_cache=False to generate"
 _CENTRED = "_hooks_centred"  # on the hooks at z, by which a second one is seen
 
 
@@ -95,7 +98,7 @@ class CentredAttention:
                     "model takes its softmax",
                     layer=sites.layer,
                 )
-        return _entries(chosen, None)
+        return _entries(model, chosen, None)
 
     @contextmanager
     def applied(self, model: HookedModel) -> Iterator[CentredAttention]:
@@ -104,15 +107,15 @@ class CentredAttention:
         Errors as :meth:`hooks`, but for layers without a hook for the scores, which work here.
         """
         chosen = self._checked(model)
-        tap = AttentionTap() if any(sites.tapped for sites in chosen) else None
-        with intervening(model, _entries(chosen, tap)), tap or contextlib.nullcontext():
+        tap = TapOfThreads(model) if any(sites.tapped for sites in chosen) else None
+        with tap or contextlib.nullcontext(), intervening(model, _entries(model, chosen, tap)):
             yield self
 
     @measurement
     def _checked(self, model: HookedModel) -> list[LayerSites]:
         """The layers, on which the edit was seen to land."""
         sites = attention_sites(model)
-        chosen = list(sites) if self.layers is None else [sites.layer(n) for n in self.layers]
+        chosen = list(choose_layers(sites, self.layers))
         for layer in chosen:
             _refuse(layer)
             assert layer.z is not None
@@ -174,14 +177,26 @@ def visible_mean(
     return mean
 
 
+class _Kept(threading.local):
+    """Of the pass that runs in this thread."""
+
+    v: Tensor | None = None
+    mask: Tensor | None = None
+
+
 class _Layer:
     """What one layer's hooks keep of a pass until z comes."""
 
-    def __init__(self, sites: LayerSites, tap: AttentionTap | None) -> None:
+    def __init__(
+        self,
+        sites: LayerSites,
+        tap: AttentionTap | TapOfThreads | None,
+        module: Any = None,
+    ) -> None:
         self.sites = sites
         self.tap = tap
-        self._v: Tensor | None = None
-        self._mask: Tensor | None = None
+        self.module = module  # whose call would show a cache
+        self._kept = _Kept()
 
     def hooks(self, at_z: Callable[..., Tensor]) -> HookList:
         assert self.sites.z is not None
@@ -191,15 +206,15 @@ class _Layer:
         return [*entries, (self.sites.z.hook, at_z)]
 
     def _keep_values(self, tensor: Tensor, hook: Any) -> None:
-        self._v = self.sites.v.dot.by_position(tensor)
+        self._kept.v = self.sites.v.dot.by_position(tensor)
 
     def _keep_mask(self, tensor: Tensor, hook: Any) -> None:
-        self._mask = visible(tensor)
+        self._kept.mask = visible(tensor)
 
     def mean(self, z: Tensor) -> Float[Tensor, "batch query head d_head"]:
         """What is taken from z ``[batch, query, head, d_head]``; in float32 or wider."""
-        v, mask = self._v, self._mask
-        self._v, self._mask = None, None
+        v, mask = self._kept.v, self._kept.mask
+        self._kept.v, self._kept.mask = None, None
         if self.sites.tapped:
             taken = None if self.tap is None else self.tap.take(z.shape[0])
             mask = None if taken is None else visible(taken.scores)
@@ -208,8 +223,7 @@ class _Layer:
         if mask.shape[-1] != v.shape[1]:
             raise ValueError(
                 f"CentredAttention on a cached step: wanted the values of {mask.shape[-1]} visible "
-                f"positions at {self.sites.v.dot.hook}; got {v.shape[1]}. Pass "
-                "use_past_kv_cache=False to generate"
+                f"positions at {self.sites.v.dot.hook}; got {v.shape[1]}. {_ADVICE}"
             )
         wide = torch.promote_types(z.dtype, torch.float32)
         return visible_mean(v[:, :, list(self.sites.kv_head_of)].to(wide), mask)
@@ -217,6 +231,7 @@ class _Layer:
     def centred(self, tensor: Tensor, hook: Any) -> Tensor:
         """The edit of z, in the hook's own layout."""
         assert self.sites.z is not None
+        refuse_cache(self.module, "CentredAttention on a cached step", _ADVICE)
         _refuse_second(hook, self.sites, at_most=1)  # hooks that were made before both were active
         z = self.sites.z.by_position(tensor)
         mean = self.mean(z)
@@ -231,10 +246,12 @@ def _as_given(z: Tensor, sites: LayerSites) -> Tensor:
     return z if sites.z.head_axis == 2 else z.flatten(2)
 
 
-def _entries(layers: Sequence[LayerSites], tap: AttentionTap | None) -> HookList:
+def _entries(
+    model: HookedModel, layers: Sequence[LayerSites], tap: TapOfThreads | None
+) -> HookList:
     entries: HookList = []
     for sites in layers:
-        layer = _Layer(sites, tap)
+        layer = _Layer(sites, tap, getattr(model, "original_model", None))
         mine = [(name, _state.resting(hook_fn)) for name, hook_fn in layer.hooks(layer.centred)]
         setattr(mine[-1][1], _CENTRED, True)  # the one at z
         entries += mine

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,16 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._ambient import measurement
-from hooks._arguments import check_integers, read_sigmas
+from hooks._arguments import (
+    MANY,
+    brief,
+    check_choice,
+    check_integers,
+    check_number,
+    check_optional,
+    choose_layers,
+    read_sigmas,
+)
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
 from hooks._prompts import encode
@@ -26,11 +35,11 @@ from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused
 from hooks._threads import hooked
 from hooks.laws import LAWS
-from hooks.noise import SPARSE, NormNoise, Shared, check_layers
+from hooks.noise import SPARSE, NormNoise, Shared
 from hooks.results import CollapseReport, ProbeSettings
 from hooks.scores import qk_part, recheck
 from hooks.selfcheck import sites_for
-from hooks.sites import AttentionSites, HookedModel, LayerSites
+from hooks.sites import HookedModel, LayerSites
 
 if TYPE_CHECKING:
     from hooks._rows import LayerReducer, Workers
@@ -127,24 +136,25 @@ def collapse_probe(
     from hooks._integrals import LAW_CODES
     from hooks._rows import Workers
 
-    if law not in LAW_CODES and law in LAWS:
+    if isinstance(law, str) and law not in LAW_CODES and law in LAWS:
         raise ValueError(
             f"law: wanted one of {sorted(LAW_CODES)}, whose probabilities are compiled; got "
             f"{law!r} (NormNoise, sweep and collapse_probability take laws of your own)"
         )
     values = _sigmas(sigmas, law)
-    if method not in ("exact", "sample"):
-        raise ValueError(f"method: wanted 'exact' or 'sample'; got {method!r}")
+    method = cast(Method, check_choice("method", method, get_args(Method)))
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
-    _check_sparse(sparse)
-    check_integers(
-        draws=(draws, 2 if method == "sample" else 0),
+    sparse = _check_sparse(sparse)
+    draws, batch_size, keep, keep_rows, block, first_prompt = check_integers(
+        draws=(draws, 2 if method == "sample" else 0, MANY),
         batch_size=(batch_size, 1),
         keep=(keep, 1),
         keep_rows=(keep_rows, 0),
         query_block=(1 if query_block is None else query_block, 1),
         first_prompt=(first_prompt, 0),
     )
+    query_block = None if query_block is None else block
+    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
     prompts = encode(
         model,
         tokens,
@@ -153,17 +163,17 @@ def collapse_probe(
         prepend_bos=prepend_bos,
     )
     sites = sites_for(model, prompts)
-    chosen = _layers(sites, layers)
+    chosen = choose_layers(sites, layers)
     settings = ProbeSettings(
         sigmas=values,
         on="".join(noise.roles),
-        law=law,
+        law=noise.law,
         method=method,
-        shared=shared,
-        sparse=float(sparse),
+        shared=noise.shared,
+        sparse=sparse,
         layers=tuple(s.layer for s in chosen),
         draws=draws,
-        seed=seed,
+        seed=noise.seed,
         keep=keep,
         keep_rows=keep_rows,
     )
@@ -197,19 +207,12 @@ def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
     if not values:
         raise ValueError("sigmas: wanted one or more; got none")
     if values != sorted(set(values)):
-        raise ValueError(f"sigmas: wanted ascending and distinct; got {values}")
+        raise ValueError(f"sigmas: wanted ascending and distinct; got {brief(values)}")
     return tuple(values)
 
 
-def _check_sparse(sparse: float) -> None:
-    if not 0 < sparse <= 1:
-        raise ValueError(f"sparse: wanted a maximum in (0, 1]; got {sparse!r}")
-
-
-def _layers(sites: AttentionSites, layers: Sequence[int] | None) -> tuple[LayerSites, ...]:
-    if layers is None:
-        return sites.layers
-    return tuple(sites.layer(layer) for layer in sorted(check_layers(layers)))
+def _check_sparse(sparse: float) -> float:
+    return check_number("sparse", sparse, "a maximum in (0, 1]", lambda x: 0 < x <= 1)
 
 
 class _Watch:

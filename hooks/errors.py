@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class UnsupportedModelError(ValueError):
     """A model for which no number can be trusted.
@@ -28,6 +30,34 @@ class UnsupportedModelError(ValueError):
     def __reduce__(self) -> tuple[object, ...]:
         # The default would call __init__ with the message alone.
         return _rebuild, (self.check, self.wanted, self.got, self.layer)
+
+
+class ReportFileError(ValueError):
+    """A file that is no whole report of the kind that was asked for.
+
+    Raised by every report's ``load``: the file is none, was cut or changed, is of another kind or
+    version, or its arrays do not fit its settings. Nothing is loaded then.
+
+    Args:
+        path: the file.
+        field: what of it: ``header``, ``settings.sigmas``, ``table.start``, ``digest``, ...
+        wanted: what a whole report has there.
+        got: what this file has.
+    """
+
+    def __init__(self, path: str | Path, field: str, *, wanted: str, got: str) -> None:
+        self.path = str(path)
+        self.field = field
+        self.wanted = wanted
+        self.got = got
+        super().__init__(f"{path}: {field}: wanted {wanted}; got {got}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_file, (self.path, self.field, self.wanted, self.got)
+
+
+def _rebuild_file(path: str, field: str, wanted: str, got: str) -> ReportFileError:
+    return ReportFileError(path, field, wanted=wanted, got=got)
 
 
 def _rebuild(check: str, wanted: str, got: str, layer: int | None) -> UnsupportedModelError:

@@ -13,7 +13,7 @@ missing (Sec. "limitations"; theorems 2 and 7).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,18 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._ambient import measurement
-from hooks._arguments import check_booleans, check_integers
+from hooks._arguments import (
+    MANY,
+    SEEDS,
+    brief,
+    check_booleans,
+    check_choice,
+    check_integers,
+    check_number,
+    check_optional,
+    choose_layers,
+    read_list,
+)
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
 from hooks._inner_norm import CHECK, InnerNorm, inner_norms
@@ -46,7 +57,7 @@ from hooks._interference_output import Output
 from hooks._interference_report import InterferenceReport, InterferenceSettings
 from hooks._observe import Hook, LayerView, observe
 from hooks._prompts import Prompts, encode, example_of
-from hooks.collapse import _check_sparse, _layers
+from hooks.collapse import _check_sparse
 from hooks.errors import UnsupportedModelError
 from hooks.noise import SPARSE
 from hooks.selfcheck import sites_for
@@ -123,11 +134,15 @@ def interference(
         ValueError: targets without ``output``; constants that are no positive numbers, another
             ``on``, scores that are no finite numbers; and as :func:`hooks.collapse_probe`.
     """
+    spare_first, output = check_booleans(spare_first=spare_first, output=output)
     settings = _settings(constants, on, sparse, spare_first)
-    check_integers(
-        draws=(draws, 0), seed=(seed, 0), batch_size=(batch_size, 1), first_prompt=(first_prompt, 0)
+    draws, seed, batch_size, first_prompt = check_integers(
+        draws=(draws, 0, MANY),
+        seed=(seed, 0, SEEDS),
+        batch_size=(batch_size, 1),
+        first_prompt=(first_prompt, 0),
     )
-    check_booleans(spare_first=spare_first, output=output)
+    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
     if targets is not None and not output:
         raise ValueError("targets: wanted output=True with them, which compares the output")
     prompts = encode(
@@ -138,7 +153,7 @@ def interference(
         prepend_bos=prepend_bos,
     )
     sites = sites_for(model, prompts)
-    chosen = _layers(sites, layers)
+    chosen = choose_layers(sites, layers)
     settings = replace(settings, draws=draws, seed=seed, layers=tuple(s.layer for s in chosen))
     with _state.evaluating(model):
         example = example_of(model, prompts)
@@ -164,20 +179,20 @@ def interference(
 def _settings(
     constants: Sequence[float] | None, on: Sequence[str], sparse: float, spare_first: bool
 ) -> InterferenceSettings:
-    values: Any = (1.0,) if constants is None else constants
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"constants: wanted a list of numbers; got {constants!r}")
-    values = tuple(float(c) for c in values)
-    if not values or len(set(values)) < len(values) or not all(0 < c < np.inf for c in values):
-        raise ValueError(f"constants: wanted positive numbers, each once; got {list(values)}")
-    roles = (on,) if isinstance(on, str) else tuple(on)
-    if not roles or len(set(roles)) < len(roles) or set(roles) - set(_ON):
-        raise ValueError(f"on: wanted some of {list(_ON)}, each once; got {on!r}")
-    _check_sparse(sparse)
+    wanted = "positive numbers in a list, each once"
+    given: Any = (1.0,) if constants is None else read_list("constants", constants, wanted)
+    values = tuple(check_number("constants", c, wanted, lambda x: 0 < x < np.inf) for c in given)
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"constants: wanted {wanted}; got {brief(list(values))}")
+    some = [on] if isinstance(on, str) else read_list("on", on, f"some of {list(_ON)}")
+    roles = tuple(check_choice("on", role, _ON) for role in some)
+    if not roles or len(set(roles)) < len(roles):
+        raise ValueError(f"on: wanted some of {list(_ON)}, each once; got {brief(on)}")
+    sparse = _check_sparse(sparse)
     return InterferenceSettings(
         on=roles,
         constants=values,
-        sparse=float(sparse),
+        sparse=sparse,
         spare_first=spare_first,
         draws=0,
         layers=(),

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks._arguments import check_choice, check_number
+
 _NORMAL_REACH = 8.5  # the normal law's mass beyond is 2e-17
 
 
@@ -188,22 +190,21 @@ def get_law(name: str) -> Law:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in LAWS:
-        raise ValueError(f"law: wanted one of {sorted(LAWS)}; got {name!r}")
-    return LAWS[name]
+    return LAWS[check_choice("law", name, sorted(LAWS))]
 
 
-def check_sigma(sigma: float, law: Law) -> None:
-    """Refuse a sigma that the law cannot have.
+def check_sigma(sigma: float, law: Law, name: str = "sigma") -> float:
+    """A sigma that the law can have, as Python's own float.
 
     Raises:
+        TypeError: no number.
         ValueError: negative, not finite, or too large for the law.
     """
-    if not math.isfinite(sigma) or sigma < 0:
-        raise ValueError(f"sigma: wanted a finite number >= 0; got {sigma!r}")
-    if sigma > law.limit or (sigma == law.limit and not law.limit_included):
+    value = check_number(name, sigma, "a finite number >= 0", lambda s: 0 <= s < math.inf)
+    if value > law.limit or (value == law.limit and not law.limit_included):
         relation = "<=" if law.limit_included else "<"
         raise ValueError(
-            f"sigma: wanted {relation} {law.limit:.6g} for {law.name} noise ({law.reason}); "
-            f"got {sigma!r} (a share, not percent: 0.05 is 5%)"
+            f"{name}: wanted {relation} {law.limit:.6g} for {law.name} noise ({law.reason}); "
+            f"got {value!r} (a share, not percent: 0.05 is 5%)"
         )
+    return value

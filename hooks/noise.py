@@ -6,9 +6,11 @@ Menary et al. 2024, Sec. "noise on the L2 norms", Fig. 2 and 3.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
@@ -19,13 +21,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks import _state
-from hooks._inputs import has_decoder, real_spans
+from hooks._arguments import (
+    SEEDS,
+    brief,
+    check_choice,
+    check_integers,
+    check_layers,
+    choose_layers,
+    plain,
+    read_array,
+    read_list,
+)
+from hooks._cachecheck import cached_steps
+from hooks._clock import Clock
+from hooks._inputs import has_decoder
 from hooks._threads import intervening
 from hooks.errors import UnsupportedModelError
-from hooks.laws import check_sigma, get_law
+from hooks.laws import LAWS, check_sigma, get_law
 from hooks.scores import expand_factors, split
 from hooks.selfcheck import attention_sites
-from hooks.sites import ROLES, HookedModel, LayerSites, Role, Site, Stream
+from hooks.sites import ROLES, AttentionSites, HookedModel, LayerSites, Role, Site, Stream
 
 Shared = Literal["none", "heads", "kv", "token"]
 At = Literal["dot", "projection"]
@@ -40,6 +55,7 @@ NON_SPARSE = 0.70
 # What a factor's stream is keyed by when it is shared: one stream for several sites.
 _STREAM = {"q": 0, "k": 1, "v": 2}
 _SHARED_KV_STREAM = 3
+_FAR = 1 << 62
 _WORDS_PER_BLOCK = 4  # Philox gives its numbers in blocks of four
 
 
@@ -90,21 +106,23 @@ class NormNoise:
     draw: int = 0
 
     def __post_init__(self) -> None:
-        check_sigma(self.sigma, get_law(self.law))
-        if not self.on or set(self.on) - set(ROLES) or len(set(self.on)) != len(self.on):
-            raise ValueError(f"on: wanted some of 'q', 'k', 'v', each once; got {self.on!r}")
-        for name, value, known in (
-            ("shared", self.shared, ("none", "heads", "kv", "token")),
-            ("at", self.at, ("dot", "projection")),
-            ("rows", self.rows, ("all", "sparse", "non-sparse")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: wanted one of {list(known)}; got {value!r}")
-        for name, number in (("seed", self.seed), ("draw", self.draw)):
-            if number < 0:
-                raise ValueError(f"{name}: wanted an integer >= 0; got {number}")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", check_layers(self.layers))
+        known = (
+            ("shared", ("none", "heads", "kv", "token")),
+            ("at", ("dot", "projection")),
+            ("rows", ("all", "sparse", "non-sparse")),
+        )
+        seed, draw = check_integers(seed=(self.seed, 0, SEEDS), draw=(self.draw, 0, SEEDS))
+        read: dict[str, Any] = {
+            "law": check_choice("law", self.law, sorted(LAWS)),
+            "on": _roles(self.on),
+            **{name: check_choice(name, getattr(self, name), names) for name, names in known},
+            "seed": seed,
+            "draw": draw,
+            "layers": None if self.layers is None else check_layers(self.layers),
+        }
+        read["sigma"] = check_sigma(self.sigma, LAWS[read["law"]])
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
         if self.rows != "all" and ("v" in self.on or self.at != "dot"):
             raise ValueError(
                 "rows: noise on some rows only acts on their scores: wanted on='q', 'k' or 'qk' "
@@ -126,6 +144,14 @@ class NormNoise:
         A counter-based generator (Philox) is keyed by (seed, draw, layer, site, prompt) and set to
         the position: any part of the sequence can be drawn alone.
         """
+        check_choice("role", role, ROLES)
+        layer, prompt, start, n_pos, n_heads = check_integers(
+            layer=(layer, 0),
+            prompt=(prompt, 0),
+            start=(start, 0),
+            n_pos=(n_pos, 0),
+            n_heads=(n_heads, 1),
+        )
         together = self.shared in ("kv", "token") and role in ("k", "v")
         stream = _SHARED_KV_STREAM if together else _STREAM[role]
         width = 1 if self.shared in ("heads", "token") else n_heads
@@ -158,7 +184,13 @@ class NormNoise:
             start: position of the first, counted from each prompt's first real token; padding
                 before it (a negative position) is left alone.
         """
-        starts = [start] * len(prompts) if isinstance(start, int) else list(start)
+        check_choice("role", role, ROLES)
+        layer, n_pos, n_heads = check_integers(
+            layer=(layer, 0), n_pos=(n_pos, 0), n_heads=(n_heads, 1)
+        )
+        given = read_list("prompts", prompts, "a list of indices")
+        prompts = [check_integers(prompts=(p, 0))[0] for p in given]
+        starts = _starts(start, len(prompts))
         out = torch.ones(len(prompts), n_pos, n_heads, dtype=torch.float32)
         if self.sigma == 0:
             return out
@@ -207,7 +239,7 @@ class NormNoise:
         :meth:`applied` (a cached step under these hooks raises).
         """
         masks = _masks(model, attention_mask, decoder_attention_mask)
-        return self._hooks(model, _Clock(first_prompt, masks))
+        return self._hooks(model, attention_sites(model), Clock(first_prompt, masks))
 
     @contextmanager
     def applied(
@@ -222,34 +254,29 @@ class NormNoise:
 
         Arguments and errors as :meth:`hooks`. The hooks that were on the model stay.
         """
-        clock = _Clock(first_prompt, _masks(model, attention_mask, decoder_attention_mask))
-        inner = getattr(model, "original_model", None)
-        handle = None
-        with intervening(model, self._hooks(model, clock)):
-            if inner is not None:
-                handle = inner.register_forward_pre_hook(clock.read_cache, with_kwargs=True)
-                clock.follows = True
-            else:
-                clock.advice = (
-                    "Pass use_past_kv_cache=False to generate: this model hides its cache"
-                )
-            try:
-                yield self
-            finally:
-                if handle is not None:
-                    handle.remove()
-
-    def _hooks(self, model: HookedModel, clock: _Clock) -> HookList:
+        clock = Clock(first_prompt, _masks(model, attention_mask, decoder_attention_mask))
         sites = attention_sites(model)
+        entries = self._hooks(model, sites, clock)
+        inner = getattr(model, "original_model", None)
+        if inner is None:
+            clock.advice = "Pass use_past_kv_cache=False to generate: this model hides its cache"
+            with intervening(model, entries):
+                yield self
+            return
+        clock.steps = cached_steps(model, sites, lambda other: _strong(sites, other))
+        with intervening(model, entries), clock.following(inner):
+            yield self
+
+    def _hooks(self, model: HookedModel, sites: AttentionSites, clock: Clock) -> HookList:
+        clock.module = getattr(model, "original_model", None)
         dropout = _state.active_dropout(model)
         if dropout:
             raise ValueError(
                 f"noise would mix with active dropout: wanted model.eval(); got {dropout} in "
                 "training mode"
             )
-        chosen = self.layers if self.layers is not None else [s.layer for s in sites]
         entries: HookList = []
-        layers = [sites.layer(layer) for layer in chosen]
+        layers = list(choose_layers(sites, self.layers))
         for layer in layers:
             entries += self._layer_hooks(layer, clock)
         shown = [s for s in layers if not s.tapped and s.sequence("k") == "target"]
@@ -274,7 +301,7 @@ class NormNoise:
                     stacklevel=4,
                 )
 
-    def _layer_hooks(self, sites: LayerSites, clock: _Clock) -> HookList:
+    def _layer_hooks(self, sites: LayerSites, clock: Clock) -> HookList:
         if self.rows != "all":
             return self._row_hooks(sites, clock)
         entries: HookList = []
@@ -306,7 +333,7 @@ class NormNoise:
         return entries
 
     def _scaling_hook(
-        self, sites: LayerSites, role: Role, site: Site, clock: _Clock
+        self, sites: LayerSites, role: Role, site: Site, clock: Clock
     ) -> Callable[..., Tensor]:
         def scale_norms(tensor: Tensor, hook: Any) -> Tensor:
             n_pos, first, stream = site.n_pos(tensor), 0, sites.sequence(role)
@@ -319,18 +346,18 @@ class NormNoise:
 
         return scale_norms
 
-    def _row_hooks(self, sites: LayerSites, clock: _Clock) -> HookList:
+    def _row_hooks(self, sites: LayerSites, clock: Clock) -> HookList:
         if not sites.scores_editable:
             got = f"{sites.scores}, whose do not" if sites.scores else "no hook with scores"
             raise ValueError(
                 f"rows={self.rows!r}: layer {sites.layer}: wanted scores whose edits change the "
                 f"pattern; got {got}"
             )
-        kept: dict[str, Tensor] = {}
+        kept = threading.local()
 
         def keep(role: Role) -> Callable[..., None]:
             def hook_fn(tensor: Tensor, hook: Any) -> None:
-                kept[role] = sites.vector(role).dot.by_position(tensor)
+                kept.__dict__[role] = sites.vector(role).dot.by_position(tensor)
 
             return hook_fn
 
@@ -344,10 +371,13 @@ class NormNoise:
                     "wanted whole sequences; got a cached step"
                 )
             n_query, n_key = scores.shape[-2:]
-            parts = split(
-                sites, scores, kept.pop("q", None), kept.pop("k", None), dtype=_wide(scores)
-            )
-            spans = {"q": (n_query, clock.cached), "k": (n_key, 0)}  # (length, first position)
+            q, k = (kept.__dict__.pop(role, None) for role in ("q", "k"))
+            parts = split(sites, scores, q, k, dtype=_wide(scores))
+            # (length, first position)
+            spans = {
+                "q": (n_query, clock.cached),
+                "k": (n_key, clock.first_key(n_query, n_key)),
+            }
             drawn = {
                 role: clock.drawn(
                     self, sites, role, sites.vector(role).dot, (scores.shape[0], *spans[role])
@@ -367,21 +397,37 @@ class NormNoise:
         return entries
 
 
-def check_layers(layers: Any) -> tuple[int, ...]:
-    """Layer indices as a tuple of ints.
+def _starts(start: Any, n: int) -> list[int]:
+    """The first position of each prompt; negative in padding."""
+    if isinstance(plain(start), Integral):
+        return [check_integers(start=(start, -_FAR))[0]] * n
+    given = read_list("start", start, f"an integer, or {n} of them in a list")
+    if len(given) != n:
+        raise ValueError(f"start: wanted an integer, or {n} of them in a list; got {len(given)}")
+    return [check_integers(start=(first, -_FAR))[0] for first in given]
 
-    Raises:
-        ValueError: none, one twice, or something that is no integer.
-    """
-    given = list(layers) if isinstance(layers, Iterable) else [layers]
-    integers = all(isinstance(x, Integral) and not isinstance(x, bool) for x in given)
-    if not given or not integers or len(set(given)) != len(given) or isinstance(layers, Integral):
-        raise ValueError(f"layers: wanted one or more indices in a list, each once; got {layers!r}")
-    return tuple(int(x) for x in given)
+
+def _roles(on: Any) -> str:
+    """Some of q, k and v, as a text."""
+    with suppress(TypeError):
+        on = str(on) if isinstance(on, str) else "".join(read_list("on", on, "some"))
+    if not isinstance(on, str) or not on or set(on) - set(ROLES) or len(set(on)) != len(on):
+        raise ValueError(f"on: wanted some of 'q', 'k', 'v', each once; got {brief(on)}")
+    return on
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _strong(sites: AttentionSites, clock: Clock) -> HookList:
+    """Hooks of strong noise wherever noise can be written."""
+    entries: HookList = []
+    for layer in sites:
+        for role in ROLES:
+            with contextlib.suppress(UnsupportedModelError):
+                entries += NormNoise(sigma=0.5, on=role, seed=1)._layer_hooks(layer, clock)
+    return entries
 
 
 def _masks(
@@ -394,100 +440,19 @@ def _masks(
             f"{type(model).__name__} without a decoder of its own"
         )
     of_mask: Stream = "source" if has_decoder(model) else "target"
-    given: dict[Stream, Any] = {"target": decoder_mask, of_mask: mask}
-    masks = {s: torch.as_tensor(given[s]) for s in given if given[s] is not None}
-    for tensor in masks.values():
-        if tensor.ndim != 2:
-            raise ValueError(f"attention_mask: wanted shape [batch, pos]; got {list(tensor.shape)}")
-    return masks
+    given: tuple[tuple[Stream, str, Any], ...] = (
+        ("target", "decoder_attention_mask", decoder_mask),
+        (of_mask, "attention_mask", mask),
+    )
+    return {s: _read_mask(name, each) for s, name, each in given if each is not None}
 
 
-class _Clock:
-    """Which prompts and positions the running forward pass holds."""
-
-    def __init__(self, first_prompt: int, masks: Mapping[Stream, Tensor]) -> None:
-        if first_prompt < 0:
-            raise ValueError(f"first_prompt: wanted an integer >= 0; got {first_prompt}")
-        self.first_prompt = first_prompt
-        self.cached = 0
-        self.new: int | None = None
-        self.follows = False  # whether it is told what the cache holds
-        self.known = False  # whether it was told so in this pass
-        self.guarded = False  # whether a pattern will show that there is a cache
-        self.advice = "Use NormNoise.applied(model) around generate"
-        self.width = {stream: int(mask.shape[1]) for stream, mask in masks.items()}
-        self.padding = {
-            stream: [first for first, _ in real_spans(mask)] for stream, mask in masks.items()
-        }
-
-    def prompts(self, batch: int) -> range:
-        for padding in self.padding.values():
-            if len(padding) != batch:
-                raise ValueError(
-                    f"attention_mask: wanted one row for each of {batch} prompts; got "
-                    f"{len(padding)}"
-                )
-        return range(self.first_prompt, self.first_prompt + batch)
-
-    def drawn(
-        self, noise: NormNoise, sites: LayerSites, role: Role, site: Site, shape: tuple[int, ...]
-    ) -> Float[Tensor, "batch pos head"]:
-        """Factors of one site; ``shape`` is (batch, positions, index of the first of them)."""
-        batch, n_pos, first = shape
-        padding = self.padding.get(sites.sequence(role), [0] * batch)
-        return noise.factors(
-            layer=sites.layer,
-            role=role,
-            n_heads=site.n_heads,
-            prompts=self.prompts(batch),
-            n_pos=n_pos,
-            start=[first - before for before in padding],
-        )
-
-    def check_width(self, n_pos: int, stream: Stream) -> None:
-        """Refuse a mask of another length than the sequence that it is said to be of."""
-        width = self.width.get(stream, n_pos)
-        if self.cached == 0 and n_pos != width:
-            raise ValueError(
-                f"attention_mask: wanted an entry for each of {n_pos} positions; got {width}"
-            )
-
-    def check_new(self, n_pos: int, name: str) -> None:
-        """Refuse a hook that also carries cached vectors: they would be scaled again."""
-        if self.new is not None and n_pos != self.new:
-            raise ValueError(
-                f"noise on a cached step: wanted the {self.new} new positions at {name}; got "
-                f"{n_pos}"
-            )
-        if not self.follows and not self.guarded and n_pos == 1:
-            raise ValueError(
-                f"noise on one position at {name}, as in a cached step: wanted a whole sequence. "
-                f"{self.advice}"
-            )
-
-    def read_cache(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            cache = kwargs.get("layer_past")
-        length = getattr(cache, "get_seq_length", None)
-        if cache is not None and not callable(length):
-            raise ValueError(
-                "noise on a cached step: wanted a cache that says how many positions it holds "
-                f"(get_seq_length); got {type(cache).__name__}"
-            )
-        self.known = cache is not None
-        self.cached = 0 if cache is None else int(length())  # type: ignore[misc]
-        tokens = kwargs.get("decoder_input_ids")
-        if tokens is None:
-            tokens = kwargs.get("input_ids", args[0] if args else None)
-        self.new = int(tokens.shape[1]) if isinstance(tokens, Tensor) else None
-
-    def guard(self, matrix: Tensor, hook: Any) -> None:
-        """Refuse a cached step whose position is not known: its factors would be wrong."""
-        n_query, n_key = matrix.shape[-2:]
-        # A sliding window keeps fewer than it has seen, a static cache has room for more.
-        if n_key != n_query + self.cached and not self.known:
-            raise ValueError(
-                f"noise on a cached step: wanted {self.cached} cached positions; got "
-                f"{n_key - n_query}. {self.advice}"
-            )
+def _read_mask(name: str, mask: Any) -> Tensor:
+    """A mask ``[batch, pos]`` as a tensor."""
+    wanted = "1 for real tokens and 0 for padding, of shape [batch, pos]"
+    array = read_array(name, mask, "biuf", wanted)
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{name}: wanted {wanted}; got shape {list(array.shape)}")
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name}: wanted {wanted}; got other numbers")
+    return torch.as_tensor(array)

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks.laws import Law
+from hooks._arguments import brief, check_booleans, check_kind, check_tensor
+from hooks.laws import Law, check_sigma
 
 _NODES = 10  # Gauss-Legendre nodes per panel: exact for polynomials of degree 19
 _MANY = 16  # up to so many linear factors a panel's rule is exact, beyond it panels get finer
@@ -61,6 +63,8 @@ def critical_half_width(
         is the minimum over its competitors; for uniform noise the critical sigma is a / sqrt(3).
         It needs no law: it is a certificate from clean scores.
     """
+    _check_rows(s_star, s, beta=beta)
+    noise_on_q, noise_on_k = check_booleans(noise_on_q=noise_on_q, noise_on_k=noise_on_k)
     gap = s - s_star[:, None]
     reach = s.abs() + s_star.abs()[:, None]
     never = torch.full_like(gap, math.inf)
@@ -74,6 +78,23 @@ def critical_half_width(
         a = _critical_qk(gap, reach, beta)
     # 0/0: two scores that are exactly zero stay equal whatever the factors.
     return torch.where((a < 1) & ~torch.isnan(a), a, never)
+
+
+def _check_rows(s_star: Any, s: Any, *, beta: Any) -> None:
+    """Refuse scores of other shapes than rows and their competitors."""
+    check_tensor("s_star", s_star, (None,), "[row]")
+    n = len(s_star)
+    check_tensor("s", s, (n, None), f"[row, competitor] of {n} rows")
+    if beta is not None:
+        check_tensor("beta", beta, tuple(s.shape), f"of the shape of s, {list(s.shape)}")
+
+
+def _check_sigma(sigma: Any, law: Any, n: int) -> None:
+    check_kind("law", law, Law, "a law, such as hooks.LAWS['uniform']")
+    check_tensor("sigma", sigma, (n,), f"[row] of {n} rows")
+    for end in (sigma.min(), sigma.max()) if n else ():
+        rounded = float(end) / (1 + 1e-6)  # 0.2 in float32 is above 0.2
+        check_sigma(rounded, law)
 
 
 def _critical_q_alone(gap: Tensor, beta: Tensor) -> Tensor:
@@ -123,6 +144,13 @@ def collapse_probability(
         law: law of the factors.
         valid: False for padding among the competitors.
     """
+    _check_rows(s_star, s, beta=beta)
+    _check_sigma(sigma, law, len(s_star))
+    if valid is not None and not (isinstance(valid, Tensor) and valid.dtype == torch.bool):
+        raise TypeError(f"valid: wanted a boolean tensor [row, competitor]; got {brief(valid)}")
+    if valid is not None and valid.shape != s.shape:
+        raise ValueError(f"valid: wanted shape {list(s.shape)}; got shape {list(valid.shape)}")
+    noise_on_q, noise_on_k = check_booleans(noise_on_q=noise_on_q, noise_on_k=noise_on_k)
     s_star, s, sigma = (x.to(torch.float64) for x in (s_star, s, sigma))
     valid = torch.ones_like(s, dtype=torch.bool) if valid is None else valid
     beta = None if beta is None else beta.to(torch.float64)

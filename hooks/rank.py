@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._ambient import measurement
-from hooks._arguments import check_integers
+from hooks._arguments import brief, check_integers, check_layers, check_optional
 from hooks._facts import model_facts
 from hooks._given import MaskLike, Tokens
 from hooks._prompts import Prompts, encode
@@ -81,9 +80,11 @@ def rank_profile(
             "model: wanted a TransformerBridge (TransformerBridge.boot_transformers(name)) or a "
             f"HookedTransformer; got {type(model).__name__}"
         )
-    check_integers(batch_size=(batch_size, 1))
+    (batch_size,) = check_integers(batch_size=(batch_size, 1))
+    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
+    asked = None if layers is None else tuple(sorted(check_layers(layers)))
     stacks = blocks_of(model)
-    chosen = _chosen(stacks, layers)
+    chosen = _chosen(stacks, asked)
     prompts = encode(
         model,
         tokens,
@@ -111,7 +112,6 @@ def rank_profile(
                 given.run(model)
             watch.close()
             bar.update(len(indices))
-    asked = None if layers is None else tuple(sorted(int(x) for x in layers))
     return gathered.report(asked, model_facts(model, prompts), prompts)
 
 
@@ -119,13 +119,10 @@ def _chosen(stacks: dict[str, list[Block]], layers: Sequence[int] | None) -> set
     known = sorted({block.layer for blocks in stacks.values() for block in blocks})
     if layers is None:
         return set(known)
-    given = [layers] if isinstance(layers, (Integral, str)) else list(layers)
-    for layer in given:
-        if isinstance(layer, bool) or not isinstance(layer, Integral) or int(layer) not in known:
-            raise ValueError(f"layers: wanted some of {known}; got {layer!r}")
-    if not given or isinstance(layers, (Integral, str)) or len(set(given)) < len(given):
-        raise ValueError(f"layers: wanted distinct block indices in a list; got {layers!r}")
-    return {int(layer) for layer in given}
+    for layer in layers:
+        if layer not in known:
+            raise ValueError(f"layers: wanted some of {brief(known)}; got {layer}")
+    return set(layers)
 
 
 class _Gathered:

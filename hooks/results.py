@@ -7,24 +7,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from hooks._arguments import check_integers
+from hooks._arguments import (
+    brief,
+    check_booleans,
+    check_choice,
+    check_fields,
+    check_index,
+    check_integers,
+    check_number,
+    check_text,
+    read_array,
+)
+from hooks._files import Unsound
 from hooks._kept import KeptRows, no_rows
-from hooks._reports import first_tokens, read_report, write_report
+from hooks._reports import Form, first_tokens
+from hooks._rowchecks import ROW, check_kept, check_table
+from hooks._values import (
+    check_ascending,
+    check_counts,
+    check_numbers,
+    check_sums,
+    check_word,
+    per_layer,
+)
+from hooks.laws import check_sigma, get_law
 
 if TYPE_CHECKING:
     from hooks.noise import NormNoise
 
 By = Literal["head", "layer", "model"]
 CONTENT, SINK = 0, 1
-_FORMAT = "qkvnorm-lens collapse report 3"
 _BOOTSTRAPS = 400
 
 
@@ -43,6 +63,9 @@ class ProbeSettings:
     seed: int
     keep: int
     keep_rows: int = 0  # reports written before rows were kept have none
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,9 +183,7 @@ class CollapseReport:
         Rates are NaN where there are no rows.
         """
         axes = {"head": (), "layer": (2,), "model": (1, 2)}
-        if by not in axes:
-            raise ValueError(f"by: wanted one of {list(axes)}; got {by!r}")
-        drop = axes[by]
+        drop = axes[check_choice("by", by, axes)]
 
         def pool(x: np.ndarray, first: int) -> np.ndarray:
             """Sum over the heads (and layers) that ``by`` leaves out."""
@@ -219,7 +240,13 @@ class CollapseReport:
         """Tokens at the query positions of a layer, by its label: a decoder's own in ``D``, ``X``.
 
         Empty for images and sound.
+
+        Raises:
+            TypeError, ValueError: no such label or prompt.
         """
+        layer = check_text("label", label).rpartition("H")[0] or label  # L5H1: a head's
+        check_choice("label", layer, self.model["labels"])
+        prompt = check_index("prompt", prompt, len(self.tokens), "prompts")
         decoded = bool(self.decoder_tokens) and label[0] in "DX"
         return (self.decoder_tokens if decoded else self.tokens)[prompt]
 
@@ -247,16 +274,15 @@ class CollapseReport:
         """
         from hooks._thresholds import solve_sigma_at
 
-        if not 0 < rate < 1:
-            raise ValueError(f"rate: wanted a share between 0 and 1; got {rate!r}")
+        rate = check_number("rate", rate, "a share between 0 and 1", lambda x: 0 < x < 1)
+        (content,) = check_booleans(content=content)
+        check_choice("by", by, get_args(By))
         n_layers, n_heads = self.rows.shape[:2]
         groups = {
             "head": (self.table.layer * n_heads + self.table.head, n_layers * n_heads),
             "layer": (self.table.layer, n_layers),
             "model": (np.zeros(len(self.table), dtype=int), 1),
         }
-        if by not in groups:
-            raise ValueError(f"by: wanted one of {list(groups)}; got {by!r}")
         of_row, n_groups = groups[by]
         kinds = (CONTENT,) if content else (CONTENT, SINK)
 
@@ -290,7 +316,8 @@ class CollapseReport:
             n: number of rows.
             content: leave attention sinks out.
         """
-        check_integers(n=(n, 0))
+        (n,) = check_integers(n=(n, 0))
+        (content,) = check_booleans(content=content)
         t = self.table
         order = np.argsort(t.half_width, kind="stable")
         if content:
@@ -331,13 +358,14 @@ class CollapseReport:
         first_prompt=report.first_prompt)`` has that row of attention.
 
         Raises:
-            IndexError: no such row.
+            IndexError (a ValueError, too): no such row.
+            TypeError: no index.
             ValueError: no noise is shown there.
         """
         from hooks.noise import NormNoise
 
         kept, settings = self.kept, self.settings
-        kept.weights(row)
+        row = check_index("row", row, len(kept), "kept rows")
         if kept.draw[row] < 0:
             raise ValueError(f"row: wanted one that some noise moves; got {row}, which none does")
         return NormNoise(
@@ -417,40 +445,21 @@ class CollapseReport:
     # -- disk -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path."""
-        head = {"settings": asdict(self.settings)}
-        head |= {"model": dict(self.model)} | {n: getattr(self, n) for n in _HEAD}
-        arrays = {n: getattr(self, n) for n in _ARRAYS}
-        arrays |= {f"table.{f.name}": getattr(self.table, f.name) for f in fields(RowTable)}
-        arrays |= {f"kept.{f.name}": getattr(self.kept, f.name) for f in fields(KeptRows)}
-        return write_report(path, _FORMAT, head, arrays)
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORM.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> CollapseReport:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no collapse report.
+            ReportFileError: the file is no collapse report, or not whole.
         """
-        head, arrays = read_report(path, _FORMAT, "collapse report")
-        settings = head["settings"]
-        for name in ("sigmas", "layers"):
-            settings[name] = tuple(settings[name])
-        table = RowTable(**{f.name: arrays[f"table.{f.name}"] for f in fields(RowTable)})
-        kept = no_rows()
-        if settings.get("keep_rows"):
-            kept = KeptRows(**{f.name: arrays[f"kept.{f.name}"] for f in fields(KeptRows)})
-        return cls(
-            settings=ProbeSettings(**settings),
-            model=head["model"],
-            first_prompt=head["first_prompt"],
-            tokens=tuple(tuple(prompt) for prompt in head["tokens"]),
-            decoder_tokens=tuple(tuple(p) for p in head["decoder_tokens"]),
-            starts=tuple(tuple(p) for p in head.get("starts", ())),
-            table=table,
-            kept=kept,
-            **{name: arrays[name] for name in _ARRAYS},
-        )
+        return _FORM.load(path)
 
     def exact_rate(
         self, sigma: float | Float[np.ndarray, "row"], rows: Int[np.ndarray, "row"]
@@ -459,18 +468,95 @@ class CollapseReport:
 
         ``sigma`` is one number or one for each row. Exact under uniform noise whose half-width
         sqrt(3) sigma is at most the table's ``cutoff``; else a lower bound.
+
+        Raises:
+            TypeError, ValueError: rows that the table does not have, or a sigma that the law can't.
         """
         from hooks._thresholds import rate_of_rows
 
-        each = np.broadcast_to(np.asarray(sigma, dtype=float), rows.shape)
-        return rate_of_rows(self, each, rows)
+        at, each = self._check_rate(sigma, rows)
+        return rate_of_rows(self, each, at)
+
+    def _check_rate(self, sigma: Any, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and the sigma of each, for :meth:`exact_rate`."""
+        n = len(self.table)
+        at = read_array("rows", rows, "iu", "a list of indices of the table's rows")
+        if at.ndim != 1 or (at.size and not 0 <= at.min() <= at.max() < n):
+            raise ValueError(f"rows: wanted a list of indices from 0 to {n - 1}; got {brief(rows)}")
+        wanted = "a number, or one for each row"
+        each = read_array("sigma", sigma, "iuf", wanted).astype(float)
+        if each.shape not in ((), at.shape):
+            raise ValueError(f"sigma: wanted {wanted}; got shape {list(each.shape)}")
+        for end in (each.min(), each.max()) if each.size else ():
+            law = get_law(self.settings.law)
+            # What a rounding error above the limit has, a geometric grid's end may have.
+            check_sigma(end / (1 + 1e-9) if end > 0 else end, law)
+        return at, np.broadcast_to(each, at.shape)
 
 
-_HEAD = ("first_prompt", "tokens", "decoder_tokens", "starts")
-_ARRAYS = tuple(
-    f.name
-    for f in fields(CollapseReport)
-    if f.name not in ("settings", "model", "table", "kept", *_HEAD)
+def _check_settings(s: ProbeSettings) -> None:
+    from hooks._integrals import LAW_CODES
+    from hooks.noise import NormNoise, Shared
+
+    check_word("settings.law", s.law, sorted(LAW_CODES))
+    check_word("settings.shared", s.shared, get_args(Shared))
+    check_word("settings.method", s.method, ("exact", "sample"))
+    for sigma in s.sigmas:
+        NormNoise(sigma=sigma, on=s.on, law=s.law, shared=s.shared, layers=s.layers, seed=s.seed)  # type: ignore[arg-type]
+    check_ascending("settings.sigmas", s.sigmas)
+    if not 0 < s.sparse <= 1:
+        raise Unsound("settings.sparse", wanted="a maximum in (0, 1]", got=f"{s.sparse}")
+    least = 2 if s.method == "sample" else 0
+    check_integers(draws=(s.draws, least), keep=(s.keep, 1), keep_rows=(s.keep_rows, 0))
+
+
+def _sizes(s: ProbeSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    per_layer(s, model, "labels", "heads", "kv_heads")
+    return {
+        "sigma": len(s.sigmas),
+        "draw": s.draws,
+        "loose_draw": s.draws if s.method == "sample" else 0,
+        "layer": len(s.layers),
+        "head": max(model["heads"]),
+        "prompt": prompts,
+        "kind": 2,
+    }
+
+
+def _check_numbers(report: CollapseReport) -> None:
+    check_counts(report, "examined", "single_key", "padding", "able")
+    check_counts(report, "ties", most=report.examined)
+    check_counts(report, "rows", most=report.examined[..., None])
+    check_numbers("rows", report.rows.sum(-1), 0, report.examined)
+    most = 3.5e38 * (1.0 + report.rows)  # what float32 scores add up to
+    check_numbers("level", report.level, -most, most)
+    check_sums(report, "loose", "strict", "centred", most=report.rows)
+    check_sums(report, "loose_draws", "strict_draws", "centred_draws", most=report.rows.sum(-2))
+    check_table(report)
+    check_kept(report)
+
+
+_FORM = Form(
+    CollapseReport,
+    "collapse report",
+    4,
+    _check_settings,
+    _sizes,
+    _check_numbers,
+    {
+        **dict.fromkeys(("sites", "architecture", "dtype", "device"), str),
+        "labels": tuple[str, ...],
+        "heads": tuple[int, ...],
+        "kv_heads": tuple[int, ...],
+        "shields": Mapping[str, tuple[str, ...]],
+        "versions": Mapping[str, str],
+    },
+    {
+        **{f"table.{name}": "I32" for name in ROW},
+        **{f"table.{name}": "F32" for name in ("s_star", "s", "beta", "a", "cutoff")},
+        **{f"kept.{name}": "I32" for name in (*ROW, "draw")},
+        **{f"kept.{name}": "F32" for name in ("half_width", "clean", "noisy")},
+    },
 )
 
 

@@ -11,11 +11,13 @@ of w, over the keys and, where a head has a sink, over the sink's score beside t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks._arguments import brief, check_booleans, check_kind, check_tensor
 from hooks.errors import UnsupportedModelError
 from hooks.sites import LayerSites
 
@@ -46,6 +48,8 @@ class ScoreParts:
         Args:
             factor: (1 + kq)(1 + k_t) per score; None leaves the scores clean.
         """
+        if factor is not None:
+            _check_factor(factor, self.s)
         w = self.s if factor is None else self.s * factor
         if self.bias is not None:
             w = w + self.bias
@@ -59,7 +63,15 @@ class ScoreParts:
 
     def pattern_of(self, w: Scores) -> Scores:
         """The pattern of other scores in this layer."""
+        check_tensor("w", w, tuple(self.s.shape), f"of the scores' shape {list(self.s.shape)}")
         return softmax_with_sink(w, None if self.sink is None else self.sink[:, None])
+
+
+def _check_factor(factor: Any, s: Tensor) -> None:
+    wanted = f"that broadcasts to {list(s.shape)}"
+    check_tensor("factor", factor, (None,) * s.ndim, wanted)
+    if any(n not in (1, m) for n, m in zip(factor.shape, s.shape, strict=True)):
+        raise ValueError(f"factor: wanted a tensor {wanted}; got shape {list(factor.shape)}")
 
 
 # Masks in use: -inf, -1e9 and the least number of a dtype, float16's -65504 the last.
@@ -126,6 +138,14 @@ def split(
     Raises:
         ValueError: the layer adds a bias and q or k is missing.
     """
+    check_kind("sites", sites, LayerSites, "a layer of attention_sites(model)")
+    check_tensor("scores", scores, (None,) * 4, "[batch, head, query, key]")
+    for name, given in (("q", q), ("k", k)):
+        if given is not None:
+            check_tensor(name, given, (None,) * 4, "[batch, pos, head, d_head]")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: wanted a floating dtype of torch; got {brief(dtype)}")
+    (whole,) = check_booleans(whole=whole)
     mask = visible(scores)
     w = scores if dtype is None else scores.to(dtype)
     w = w.masked_fill(~mask, 0.0)

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks._arguments import brief, check_choice, plain
+
 Role = Literal["q", "k", "v"]
 Shield = Literal["none", "removed", "mixed"]
 Averaging = Literal["plain", "gated", "centred", "unverified"]
@@ -160,6 +162,7 @@ class LayerSites:
 
     def sequence(self, role: Role) -> Stream:
         """Whose positions a vector has: the ``source``, an encoder's, or else the ``target``."""
+        check_choice("role", role, ROLES)
         encoded = self.label.startswith("E") or (self.label.startswith("X") and role != "q")
         return "source" if encoded else "target"
 
@@ -181,8 +184,8 @@ class LayerSites:
 
     def vector(self, role: Role) -> VectorSite:
         """The site of ``"q"``, ``"k"`` or ``"v"``."""
-        sites: dict[Role, VectorSite] = {"q": self.q, "k": self.k, "v": self.v}
-        return sites[role]
+        sites = {"q": self.q, "k": self.k, "v": self.v}
+        return sites[check_choice("role", role, sites)]
 
 
 @dataclass(frozen=True)
@@ -221,11 +224,12 @@ class AttentionSites:
         Raises:
             ValueError: there is none: no such block, or one without attention.
         """
+        number = plain(index)
         for sites in self.layers:
-            if sites.layer == index:
+            if type(number) is int and sites.layer == number:
                 return sites
         known = [sites.layer for sites in self.layers]
-        raise ValueError(f"layer: wanted one of the attention layers {known}; got {index!r}")
+        raise ValueError(f"index: wanted one of the attention layers {known}; got {brief(index)}")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per layer and vector: hooks, head counts and what shields the projection."""

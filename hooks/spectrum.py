@@ -17,17 +17,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks._ambient import measurement
-from hooks._arguments import check_integers
+from hooks._arguments import brief, check_integers, check_optional, choose_layers, read_list
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
 from hooks._spectrum_report import SpectrumReport, SpectrumSettings
 from hooks.centring import is_centred
-from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
+
+_MOST_VALUES = 1 << 16  # singular values: no attention matrix has more that are worth keeping
 
 
 @measurement
@@ -76,7 +77,9 @@ def spectral_gap(
         ValueError: a wrong k, layer or length (longer than every prompt), empty text, a sequence
             longer than the context, or lengths of something else than tokens.
     """
-    check_integers(k=(k, 2), batch_size=(batch_size, 1))
+    k, batch_size = check_integers(k=(k, 2, _MOST_VALUES), batch_size=(batch_size, 1))
+    cuts = None if lengths is None else _check_lengths(lengths)
+    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
     prompts = encode(
         model,
         tokens,
@@ -85,7 +88,7 @@ def spectral_gap(
         prepend_bos=prepend_bos,
     )
     sites = sites_for(model, prompts)
-    chosen = _layers(sites, layers)
+    chosen = choose_layers(sites, layers)
     for layer in chosen:
         if layer.sequence("q") != layer.sequence("k"):
             raise UnsupportedModelError(
@@ -95,7 +98,6 @@ def spectral_gap(
                 layer=layer.layer,
             )
     origin = list(range(len(prompts)))
-    cuts = None if lengths is None else _check_lengths(lengths)
     if cuts is not None:
         prompts, origin = _cut(prompts, cuts)
     gathered = _Gathered(chosen, k)
@@ -122,13 +124,13 @@ def uniform_of(mask: Bool[Tensor, "*rows key"]) -> Float[Tensor, "*rows key"]:
 
 def _check_lengths(lengths: Any) -> tuple[int, ...]:
     """Lengths as a sorted tuple."""
-    if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence) or not len(lengths):
-        raise ValueError(f"lengths: wanted one or more integers in a list; got {lengths!r}")
-    for n in lengths:
-        check_integers(lengths=(n, 2))
-    if len(set(lengths)) < len(lengths):
-        raise ValueError(f"lengths: wanted each once; got {list(lengths)}")
-    return tuple(sorted(int(n) for n in lengths))
+    wanted = "one or more integers in a list"
+    given = [check_integers(lengths=(n, 2))[0] for n in read_list("lengths", lengths, wanted)]
+    if not given:
+        raise ValueError(f"lengths: wanted {wanted}; got none")
+    if len(set(given)) < len(given):
+        raise ValueError(f"lengths: wanted each once; got {brief(given)}")
+    return tuple(sorted(given))
 
 
 def _cut(prompts: Prompts, lengths: Sequence[int]) -> tuple[Prompts, list[int]]:

@@ -8,7 +8,7 @@ Source: Menary et al. 2024, Fig. 1 and 9-12.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -16,13 +16,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks._ambient import measurement
-from hooks._arguments import check_booleans, check_integers
+from hooks._arguments import (
+    check_booleans,
+    check_choice,
+    check_integers,
+    check_optional,
+    choose_layers,
+)
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
 from hooks._spread_report import Of, SpreadReport, SpreadSettings
-from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites, Role
@@ -74,10 +79,10 @@ def spread(
         TypeError: a ``without_first`` that is neither True nor False.
         ValueError: an unknown ``of`` or layer, empty text, a sequence longer than the context.
     """
-    if of not in get_args(Of):
-        raise ValueError(f"of: wanted one of {list(get_args(Of))}; got {of!r}")
-    check_integers(batch_size=(batch_size, 1))
-    check_booleans(without_first=without_first)
+    of = cast(Of, check_choice("of", of, get_args(Of)))
+    (batch_size,) = check_integers(batch_size=(batch_size, 1))
+    (without_first,) = check_booleans(without_first=without_first)
+    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
     prompts = encode(
         model,
         tokens,
@@ -86,7 +91,7 @@ def spread(
         prepend_bos=prepend_bos,
     )
     sites = sites_for(model, prompts)
-    chosen = _layers(sites, layers)
+    chosen = choose_layers(sites, layers)
     for layer in chosen:
         if of == "stream" and layer.sequence("q") != layer.sequence("k"):
             raise UnsupportedModelError(

@@ -18,7 +18,15 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._ambient import measurement
-from hooks._arguments import check_integers, read_sigmas
+from hooks._arguments import (
+    MANY,
+    brief,
+    check_integers,
+    check_layers,
+    check_optional,
+    choose_layers,
+    read_sigmas,
+)
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens, shorten
 from hooks._prompts import Prompts, encode, example_of
@@ -27,7 +35,7 @@ from hooks._sweep_report import SweepReport, SweepSettings
 from hooks._sweep_run import Pass, Runner, has_next_token, passes
 from hooks._sweep_score import UNSCORED, score
 from hooks._threads import hooked
-from hooks.noise import At, NormNoise, Rows, Shared, check_layers
+from hooks.noise import At, NormNoise, Rows, Shared
 from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel
 
@@ -90,9 +98,10 @@ def sweep(
             have, an unknown layer, site, law or option; and as :func:`hooks.collapse_probe`.
     """
     values = _sigmas(sigmas, law)
-    check_integers(
-        replicates=(replicates, 1), batch_size=(batch_size, 1), first_prompt=(first_prompt, 0)
+    replicates, batch_size, first_prompt = check_integers(
+        replicates=(replicates, 1, MANY), batch_size=(batch_size, 1), first_prompt=(first_prompt, 0)
     )
+    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
     chosen_layers = None if layers is None else tuple(sorted(check_layers(layers)))
     noise = NormNoise(
         sigma=values[-1],
@@ -112,7 +121,7 @@ def sweep(
         prepend_bos=prepend_bos,
     )
     sites = sites_for(model, prompts)
-    chosen = sites.layers if layers is None else tuple(map(sites.layer, chosen_layers or ()))
+    chosen = choose_layers(sites, chosen_layers)
     grid = Grid(values, replicates)
     with _state.evaluating(model):
         example = example_of(model, prompts)
@@ -160,7 +169,7 @@ def _settings(noise: NormNoise, grid: Grid, layers: tuple[int, ...]) -> SweepSet
 def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
     values = sorted(read_sigmas(sigmas, law, SWEEP_SIGMAS))
     if len(set(values)) < len(values):
-        raise ValueError(f"sigmas: wanted each once; got {values}")
+        raise ValueError(f"sigmas: wanted each once; got {brief(values)}")
     noisy = tuple(s for s in values if s > 0)  # 0 is the clean row, which is always there
     if not noisy:
         raise ValueError(f"sigmas: wanted one or more above 0; got {values}")

@@ -9,7 +9,7 @@ Source: Zuo & Guerzhoy 2024, arXiv 2402.05969; for neighbouring positions arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -23,7 +23,18 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._ambient import measurement, model_pass
-from hooks._arguments import check_integers
+from hooks._arguments import (
+    MANY,
+    SEEDS,
+    brief,
+    check_booleans,
+    check_integers,
+    check_optional,
+    choose_layers,
+    plain,
+    read_array,
+    read_list,
+)
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens, refuse_other_inputs
 from hooks._inputs import has_decoder, input_device, without_cache
@@ -32,7 +43,6 @@ from hooks._positions import find_removals, rounding, taken
 from hooks._prompts import Prompts, encode
 from hooks._symmetry_report import FLOORS, REACH, SymmetryReport, SymmetrySettings
 from hooks._threads import hooked
-from hooks.collapse import _layers
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import sites_for
 from hooks.sites import HookedModel, LayerSites
@@ -104,13 +114,16 @@ def symmetry_gap(
         ValueError: a prompt with fewer than two tokens to permute, or with equal ones alone; a
             given permutation that leaves a prompt's ids as they are; or a wrong argument.
     """
-    check_integers(batch_size=(batch_size, 1), seed=(seed, 0))
+    batch_size, seed = check_integers(batch_size=(batch_size, 1), seed=(seed, 0, SEEDS))
     asked = _asked(permutations)
-    _check_choices(keep_first=(keep_first, False), positions=(positions, True), mask=(mask, True))
+    (keep_first,) = check_booleans(keep_first=keep_first)
+    positions, mask, _, progress = check_optional(
+        positions=positions, mask=mask, prepend_bos=prepend_bos, progress=progress
+    )
     prompts = encode(model, tokens, attention_mask=attention_mask, prepend_bos=prepend_bos)
     sites = sites_for(model, prompts)
     _refuse_two_sequences(model)
-    chosen = _layers(sites, layers)
+    chosen = choose_layers(sites, layers)
     refuse_other_inputs("symmetry_gap", prompts.extra)
     orders = _orders(prompts, asked, seed, keep_first)
     removals = find_removals(model, list(sites), prompts)
@@ -154,14 +167,6 @@ def symmetry_gap(
 # -- what is asked for ------------------------------------------------------------------------
 
 
-def _check_choices(**given: tuple[Any, bool]) -> None:
-    """Refuse what is neither True nor False (nor None, where that stands for both)."""
-    for name, (value, both) in given.items():
-        if not isinstance(value, bool) and not (both and value is None):
-            wanted = "True, False or None (both)" if both else "True or False"
-            raise ValueError(f"{name}: wanted {wanted}; got {value!r}")
-
-
 def _refuse_two_sequences(model: HookedModel) -> None:
     cfg = model.cfg
     signal = getattr(cfg, "is_visual_model", False) or getattr(cfg, "is_audio_model", False)
@@ -179,33 +184,26 @@ def _asked(permutations: Any) -> int | list[np.ndarray]:
     Raises:
         ValueError: neither.
     """
-    several = isinstance(permutations, (Sequence, np.ndarray, Tensor))
-    if isinstance(permutations, (np.ndarray, Tensor)) and permutations.ndim == 0:
-        permutations, several = permutations.item(), False
-    if isinstance(permutations, (str, bytes)) or (
-        not several and not isinstance(permutations, Integral)
-    ):
-        raise ValueError(
-            "permutations: wanted an integer >= 1, or permutations [permutation, position]; got "
-            f"{permutations!r}"
-        )
-    if not several:
-        check_integers(permutations=(permutations, 1))
-        return int(permutations)
-    if not len(permutations):
+    if isinstance(plain(permutations), Integral):
+        return check_integers(permutations=(permutations, 1, MANY))[0]
+    wanted = "an integer >= 1, or permutations [permutation, position]"
+    if isinstance(permutations, Set):  # of no order
+        raise ValueError(f"permutations: wanted {wanted}; got {brief(permutations)}")
+    try:
+        rows = read_list("permutations", permutations, wanted)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    if not rows:
         raise ValueError("permutations: wanted one or more; got none")
-    rows = permutations.detach().cpu() if isinstance(permutations, Tensor) else permutations
     out = []
     for row in rows:
+        each = "each to be a list of integers, [permutation, position]"
         try:
-            order = np.asarray(row)
-        except ValueError:  # lists of unequal lengths
-            order = np.asarray(None)
-        if order.ndim != 1 or order.dtype.kind not in "iu":
-            raise ValueError(
-                "permutations: wanted each to be a list of integers, [permutation, position]; got "
-                f"{row!r}"
-            )
+            order = read_array("permutations", row, "iu", each)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        if order.ndim != 1:
+            raise ValueError(f"permutations: wanted {each}; got {brief(row)}")
         out.append(order.astype(np.int64))
     return out
 

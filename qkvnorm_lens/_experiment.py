@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qkvnorm_lens._options import directory, file, some_path
 from qkvnorm_lens.experiments import NAMES, get_experiment
 
 if TYPE_CHECKING:
@@ -62,10 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--full", action="store_true", help="as much as the report is made of")
     size.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("runs/experiments"), help="[%(default)s]"
+        "--out",
+        type=some_path,
+        metavar="DIR",
+        default=Path("runs/experiments"),
+        help="[%(default)s]",
     )
     parser.add_argument(
-        "--to", type=Path, metavar="FILE", help="report: the page [DIR/reproduction.md]"
+        "--to", type=some_path, metavar="FILE", help="report: the page [DIR/reproduction.md]"
     )
 
 
@@ -76,10 +81,12 @@ def run(args: argparse.Namespace) -> str:
     if args.name == "report":
         from qkvnorm_lens.experiments.report import write_report
 
+        file("--to" if args.to else "--out", args.to or args.out / "reproduction.md")
         page = write_report(args.out, args.to or args.out / "reproduction.md")
         return f"written: {page}"
     if args.to is not None:
         raise ValueError(f"--to: wanted `experiment report`; got `experiment {args.name}`")
+    directory("--out", args.out)
     size: Size = "full" if args.full else "smoke" if args.smoke else "quick"
     from qkvnorm_lens.experiments._subjects import default_subjects, find_subjects
 

@@ -19,36 +19,38 @@ from torch import Tensor
 
 from hooks._arguments import check_integers
 
+WIDEST = 1 << 14
+"""Tokens, widths and layers: float64 matrices of this size have 2 GiB."""
 MaskLike = Any  # numpy, scipy and networkx have no type in common
 
 
 def complete_mask(n: int) -> Bool[Tensor, "n n"]:
     """Each token attends to each: radius 1."""
-    check_integers(n=(n, 1))
+    (n,) = check_integers(n=(n, 1, WIDEST))
     return torch.ones(n, n, dtype=torch.bool)
 
 
 def causal_mask(n: int) -> Bool[Tensor, "n n"]:
     """Token i attends to j <= i: radius 1, from the first token."""
-    check_integers(n=(n, 1))
+    (n,) = check_integers(n=(n, 1, WIDEST))
     return torch.ones(n, n, dtype=torch.bool).tril()
 
 
 def window_mask(n: int, width: int) -> Bool[Tensor, "n n"]:
     """Token i attends to |i - j| <= width: radius ceil((N // 2) / width), from the middle."""
-    check_integers(n=(n, 1), width=(width, 1))
+    n, width = check_integers(n=(n, 1, WIDEST), width=(width, 1))
     return _offsets(n).abs() <= width
 
 
 def one_way_window_mask(n: int, width: int) -> Bool[Tensor, "n n"]:
     """Token i attends to 0 <= i - j <= width: radius ceil((N - 1) / width), from the first."""
-    check_integers(n=(n, 1), width=(width, 1))
+    n, width = check_integers(n=(n, 1, WIDEST), width=(width, 1))
     return (_offsets(n) >= 0) & (_offsets(n) <= width)
 
 
 def star_mask(n: int) -> Bool[Tensor, "n n"]:
     """Each token attends to the first and to itself: radius 1."""
-    check_integers(n=(n, 1))
+    (n,) = check_integers(n=(n, 1, WIDEST))
     mask = torch.eye(n, dtype=torch.bool)
     mask[:, 0] = True
     return mask
@@ -146,9 +148,10 @@ def as_mask(mask: MaskLike) -> Bool[Tensor, "n n"]:
     Raises:
         ValueError: something else, no square matrix, or a token that attends to none.
     """
-    if callable(getattr(mask, "is_directed", None)) and hasattr(mask, "nodes"):
+    graph = not isinstance(mask, type)
+    if graph and callable(getattr(mask, "is_directed", None)) and hasattr(mask, "nodes"):
         found = _from_graph(mask)
-    elif callable(getattr(mask, "toarray", None)):
+    elif graph and callable(getattr(mask, "toarray", None)):
         found = _from_sparse(mask)
     elif isinstance(mask, np.ndarray) and mask.dtype == np.bool_:
         found = torch.tensor(mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkvnorm_lens import _tables, loading, text
-from qkvnorm_lens._options import count, positive
+from qkvnorm_lens._options import (
+    at_least,
+    brief,
+    count,
+    directory,
+    number,
+    positive,
+    some_path,
+)
 from qkvnorm_lens.checkpoints import DEFAULT
 
 if TYPE_CHECKING:
@@ -33,6 +42,7 @@ examples:
 """
 TOKENS_AT_ONCE = 1024
 WINDOWS, SUMS = 8, 128
+_MOST = 100_000  # sigmas, layers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _reading(parser.add_argument_group("what the model reads"))
     _noise(parser.add_argument_group("noise"))
     where = parser.add_argument_group("how it runs")
-    where.add_argument("--batch-size", type=int, metavar="N", help="prompts per forward pass")
+    where.add_argument("--batch-size", type=positive, metavar="N", help="prompts per forward pass")
     where.add_argument(
         "--keep",
         type=positive,
@@ -65,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
     out.add_argument(
         "--out",
-        type=Path,
+        type=some_path,
         metavar="DIR",
         help="also write report.html, report.safetensors, frame.csv, summary.txt and two figures",
     )
@@ -80,7 +90,7 @@ def _reading(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--length",
-        type=int,
+        type=at_least(2),
         metavar="N",
         help="long text is cut into windows of N tokens [128, or the context]",
     )
@@ -100,7 +110,7 @@ def _noise(group: argparse._ArgumentGroup) -> None:
         help="RMS of the relative change, as 0.01,0.05 or 1%%,5%% or start:stop:count [16 from 1%% "
         "to 50%%]",
     )
-    group.add_argument("--on", default="qk", help="any of q, k, v [qk]")
+    group.add_argument("--on", type=roles, default="qk", help="any of q, k, v [qk]")
     group.add_argument(
         "--law", choices=("uniform", "gaussian", "lognormal"), default="uniform", help="[uniform]"
     )
@@ -118,7 +128,7 @@ def _noise(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--draws",
-        type=int,
+        type=count,
         default=16,
         metavar="N",
         help="samples, of the strict rate at least [16]",
@@ -126,7 +136,7 @@ def _noise(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--layers", type=layers, metavar="LIST", help="as 0,3,5-7 [all]")
     group.add_argument(
         "--sparse",
-        type=float,
+        type=number("a maximum in (0, 1]", lambda a: 0 < a <= 1),
         default=0.95,
         metavar="A",
         help="least maximum of a sparse row [0.95]",
@@ -143,18 +153,28 @@ def sigmas(value: str) -> list[float]:
             return [_share(part) for part in value.split(",")]
         start, stop, number = value.split(":")
         low, high, steps = _share(start), _share(stop), int(number)
-        if steps < 2:
+        if not 2 <= steps <= _MOST:
             raise ValueError
         return [low + (high - low) * i / (steps - 1) for i in range(steps)]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"wanted 0.01,0.05 or 1%,5% or start:stop:count; got {value!r}"
+            f"wanted numbers >= 0 as 0.01,0.05 or 1%,5% or start:stop:count; got {brief(value)}"
         ) from None
 
 
 def _share(value: str) -> float:
     value = value.strip()
-    return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+    share = float(value[:-1]) / 100 if value.endswith("%") else float(value)
+    if not 0 <= share < math.inf:
+        raise ValueError
+    return share
+
+
+def roles(value: str) -> str:
+    """Some of q, k and v, each once."""
+    if not value or set(value) - set("qkv") or len(set(value)) < len(value):
+        raise argparse.ArgumentTypeError(f"wanted some of q, k, v, each once; got {brief(value)}")
+    return value
 
 
 def layers(value: str) -> list[int]:
@@ -164,19 +184,23 @@ def layers(value: str) -> list[int]:
         for part in value.split(","):
             first, _, last = part.partition("-")
             span = range(int(first), int(last or first) + 1)
-            if not span:
+            if not span or span[-1] > _MOST:
                 raise ValueError
             picked += span
         return picked
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"wanted block indices as 0,3,5-7; got {value!r}"
+            f"wanted block indices as 0,3,5-7; got {brief(value)}"
         ) from None
 
 
 def run(args: argparse.Namespace) -> str:
     """Load, probe, write; returns what goes to standard output."""
     source = loading.find(args.model)  # what can fail early fails before torch is imported
+    if args.out is not None:
+        directory("--out", args.out)
+    if args.method == "sample" and args.draws < 2:
+        raise ValueError(f"--draws: wanted 2 or more with --method sample; got {args.draws}")
     given = read(args)
     with _folder(args.out):
         return _run(args, source, given)
@@ -199,6 +223,7 @@ def _run(args: argparse.Namespace, source: loading.Source, given: str | None) ->
     if sys.stderr.isatty():
         _say(f"loading {args.model}")
     device, dtype = _where(args)
+    _check(args)
     model = loading.load_model(args.model, device=device, dtype=dtype)
     prompts = choose(args, source, model, given)
     if prompts.left_out:
@@ -221,20 +246,40 @@ def read(args: argparse.Namespace) -> str | None:
         OSError: no such file.
     """
     if args.text is not None:
-        if len(args.text) < 256 and os.path.isfile(args.text):
+        if len(args.text) < 256 and "\0" not in args.text and os.path.isfile(args.text):
             raise ValueError(
                 f"--text: wanted the text itself; got the name of a file, which --file {args.text} "
                 "reads"
             )
-        return str(args.text)
+        return _some(str(args.text), "--text")
     if args.file is None:
         return None
+    wanted = "--file: wanted a file of UTF-8 text"
     try:
-        return sys.stdin.read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8")
+        if args.file == "-":
+            return _some(sys.stdin.read(), "--file")
+        return _some(Path(args.file).read_text(encoding="utf-8"), "--file")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--file {args.file}: wanted UTF-8 text; got {error}") from error
+        raise ValueError(f"{wanted}; got {brief(args.file)}: {error}") from error
     except OSError as error:
-        raise ValueError(f"--file {args.file}: {error.strerror}") from error
+        raise ValueError(f"{wanted}; got {brief(args.file)}: {error.strerror}") from error
+
+
+def _some(given: str, option: str) -> str:
+    if not given.strip():
+        raise ValueError(f"{option}: wanted some text; got an empty one")
+    return given
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What the library would refuse once the model is loaded."""
+    from hooks.collapse import _sigmas
+
+    _sigmas(args.sigmas, args.law)
+    if args.split is not None:
+        from qkvnorm_lens.addition import get_split
+
+        get_split(args.split)
 
 
 def _where(args: argparse.Namespace) -> tuple[str | None, Any]:
@@ -246,7 +291,9 @@ def _where(args: argparse.Namespace) -> tuple[str | None, Any]:
             torch.empty(1, device=args.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).split(". ")[0].splitlines()[0]
-            raise ValueError(f"--device {args.device}: {reason}") from error
+            raise ValueError(
+                f"--device: wanted one that PyTorch can use; got {brief(args.device)}: {reason}"
+            ) from error
     return args.device, None if args.dtype is None else getattr(torch, args.dtype)
 
 
@@ -260,7 +307,7 @@ def choose(
     """
     if not loading.adds_integers(model):
         if args.split is not None:
-            raise ValueError(f"--split: wanted an addition model; got {args.model}")
+            raise ValueError(f"--split: wanted an addition model; got {brief(args.model)}")
         passage = text.passage() if given is None else given
         cut = text.windows(model, passage, length=args.length, limit=args.prompts or WINDOWS)
         if given is not None:
@@ -268,14 +315,16 @@ def choose(
         built_in = f"{cut.source} of the built-in passage (Pride and Prejudice, chapter 1)"
         return text.Prompts(cut.ids, built_in, cut.left_out)
     if args.length is not None:
-        raise ValueError("--length: sums are not cut; wanted --prompts or --split")
+        raise ValueError(
+            f"--length: wanted none, as sums are not cut (--prompts, --split); got {args.length}"
+        )
     if given is not None:
         return text.lines(model, given, limit=args.prompts or SUMS)
     split = args.split or loading.trained_on(source)
     if split is None:
         raise ValueError(
-            f"{args.model}: no card.json says which sums it was trained on: wanted --split, such "
-            "as small-train, or --text"
+            "--split: wanted one, such as small-train, or --text, as no card.json says which sums "
+            f"{args.model} was trained on; got none"
         )
     return text.sums(split, args.prompts or SUMS, seed=args.seed)
 
@@ -312,8 +361,8 @@ def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> Collap
         )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(
-            f"out of memory with {batch_size} prompts of {longest} tokens at once: wanted a "
-            "smaller --batch-size, --length or --dtype"
+            "--batch-size: wanted a smaller one, or a smaller --length or --dtype; got out of "
+            f"memory with {batch_size} prompts of {longest} tokens at once"
         ) from error
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qkvnorm_lens._options import file, some_path
+
 HELP = "make the page to open of a saved probe"
 DESCRIPTION = """\
 Write report.html, one file that opens anywhere and loads nothing, from what `probe --out DIR`
@@ -23,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument(
         "directory",
-        type=Path,
+        type=some_path,
         metavar="DIR",
         help=f"where `probe --out` wrote, or a {SAVED} itself",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="[DIR/report.html]")
+    parser.add_argument("--out", type=some_path, metavar="FILE", help="[DIR/report.html]")
     parser.add_argument(
         "--no-sinks",
         action="store_true",
@@ -50,14 +52,17 @@ def run(args: argparse.Namespace) -> str:
     folder = args.directory
     saved = folder / SAVED if folder.is_dir() else folder
     if not saved.is_file():
-        raise ValueError(f"{folder}: wanted a directory with {SAVED}, as probe --out writes")
+        got = f"{folder}, which {'has none' if folder.is_dir() else 'does not exist'}"
+        raise ValueError(f"DIR: wanted a directory with {SAVED}, as probe --out writes; got {got}")
+    out = args.out or saved.parent / "report.html"
+    file("--out", out)
     from hooks import CollapseReport
     from qkvnorm_lens.html_report import write_html
 
     report = CollapseReport.load(saved)
     path = write_html(
         report,
-        args.out or saved.parent / "report.html",
+        out,
         source=_source(saved.parent / "summary.txt"),
         content=args.no_sinks,
         views=False if args.no_views else None,

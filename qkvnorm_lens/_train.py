@@ -12,7 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from qkvnorm_lens._options import count, positive
+from hooks._files import Unsound, read_json, write_whole
+from qkvnorm_lens._options import (
+    brief,
+    check_name,
+    count,
+    directory,
+    near,
+    number,
+    positive,
+    some_path,
+)
 
 if TYPE_CHECKING:
     from qkvnorm_lens.config import QKVNormConfig
@@ -56,7 +66,7 @@ DEFAULTS: Final = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", required=True, help="the run's directory"
+        "--out", type=some_path, metavar="DIR", required=True, help="the run's directory"
     )
     _model(parser.add_argument_group("model"))
     _training(parser.add_argument_group("training"))
@@ -110,7 +120,10 @@ def _training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--steps", type=positive, metavar="N", help="[the configuration's]")
     group.add_argument(
-        "--lr", type=_rate, metavar="RATE", help="highest learning rate [the recipe's]"
+        "--lr",
+        type=number("a number > 0", lambda x: 0 < x < math.inf),
+        metavar="RATE",
+        help="highest learning rate [the recipe's]",
     )
     group.add_argument(
         "--batch-size", type=positive, metavar="N", help="sums a step [the recipe's]"
@@ -120,18 +133,9 @@ def _training(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _rate(value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"wanted a number > 0; got {value!r}")
-    return number
-
-
 def run(args: argparse.Namespace) -> str:
     """Train, measure, write; returns the table of accuracies."""
+    directory("--out", args.out)
     wanted = plan(args)
     _check_device(args.device)
     import torch
@@ -155,7 +159,14 @@ def run(args: argparse.Namespace) -> str:
         raise Stopped(f"{stop}; the same command goes on from there", stop.signal) from stop
     if not first:
         return ""
-    made = finish(args, wanted, model, shared_by)
+    try:
+        made = finish(args, wanted, model, shared_by)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the model could not be written: {error.strerror or error}; {args.out / 'state.pt'} "
+            "holds the last step, whole: make room, and the same command writes the model",
+        ) from error
     return report(made, args.out / "model")
 
 
@@ -174,8 +185,7 @@ def plan(args: argparse.Namespace) -> Run:
         raise ValueError(
             f"--split: wanted one of {_splits()} with a configuration from a file; got none"
         )
-    if split not in _splits():
-        raise ValueError(f"--split: wanted one of {_splits()}; got {split!r}")
+    check_name("--split", split, _splits())
     return Run(
         config,
         split,
@@ -198,22 +208,23 @@ def _config(args: argparse.Namespace) -> QKVNormConfig:
     if path.suffix != ".json":
         raise ValueError(
             f"--config: wanted one of {sorted(NAMED)} or a file that ends in .json; got "
-            f"{args.config!r}"
+            f"{brief(args.config)}{near(args.config, NAMED)}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from error
+        got = f"{brief(str(path))}: {error.strerror}"
+        raise ValueError(f"--config: wanted a file that can be read; got {got}") from error
     except ValueError as error:
-        raise ValueError(f"--config {path}: wanted JSON; got {error}") from error
+        raise ValueError(f"--config: wanted JSON; got {brief(str(path))}: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: wanted an object; got {type(values).__name__}")
+        raise ValueError(f"--config: wanted an object in {path}; got a {type(values).__name__}")
     if args.placement not in (None, values.get("placement")):
         values |= {"placement": args.placement, "norm": None}  # None: the paper's norm
     try:
         return QKVNormConfig.from_json({**values, **seed})
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
+        raise ValueError(f"--config: {path}: {error}") from error
 
 
 def _splits() -> list[str]:
@@ -226,8 +237,7 @@ def _recipe(args: argparse.Namespace, default: str) -> Recipe:
     from qkvnorm_lens.recipes import RECIPES, get_recipe
 
     name = args.recipe or default
-    if name not in RECIPES:
-        raise ValueError(f"--recipe: wanted one of {sorted(RECIPES)}; got {name!r}")
+    check_name("--recipe", name, sorted(RECIPES))
     asked = {"lr": args.lr, "batch_size": args.batch_size}
     changes = {key: value for key, value in asked.items() if value is not None}
     return dataclasses.replace(get_recipe(name), **changes)
@@ -240,7 +250,8 @@ def _check_device(device: str) -> None:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split(". ")[0].splitlines()[0]
-        raise ValueError(f"--device {device}: {reason}") from error
+        got = f"{brief(device)}: {reason}"
+        raise ValueError(f"--device: wanted one that PyTorch can use; got {got}") from error
 
 
 def _claim(out: Path, wanted: Run, processes: int, *, write: bool) -> None:
@@ -254,17 +265,36 @@ def _claim(out: Path, wanted: Run, processes: int, *, write: bool) -> None:
     run = json.loads(json.dumps(describe(wanted, processes)))
     note = out / "run.json"
     if note.exists():
-        held = json.loads(note.read_text(encoding="utf-8"))
-        differ = _differences(run, held)
+        differ = _differences(run, _noted(note))
         if differ:
             raise ValueError(
-                f"{out} holds another run: wanted {'; '.join(differ)}; choose another --out"
+                f"{out} holds another run: wanted {'; '.join(differ)}; choose another --out (or, "
+                f"if {note.name} was damaged, delete it: the state says too which run it is of)"
             )
     elif write:
         out.mkdir(parents=True, exist_ok=True)
-        draft = note.with_suffix(".part")  # whole or not at all: other processes read it
-        draft.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, note)
+        # Whole or not at all: other processes read it.
+        write_whole(note, f"{json.dumps(run, indent=2)}\n".encode())
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """Which run a directory holds.
+
+    Raises:
+        RunFileError: its note can't be read.
+    """
+    from qkvnorm_lens._run_files import RunFileError
+
+    try:
+        held = read_json(note.read_bytes(), "run")
+    except Unsound as error:
+        got = error.got
+    else:
+        if isinstance(held, dict):
+            return held
+        got = type(held).__name__
+    how = "delete it and start the same run again: the state says too which run it is of"
+    raise RunFileError(note, f"wanted a JSON object; got {got}; {how}")
 
 
 def _differences(wanted: dict[str, Any], got: dict[str, Any], at: str = "") -> list[str]:
@@ -298,6 +328,7 @@ def finish(
     """Measure a trained model, and write it with its card and log; gives back the card."""
     from qkvnorm_lens.adapter import save_pretrained
     from qkvnorm_lens.addition import build_tokenizer, get_split
+    from qkvnorm_lens.loading import write_card
     from qkvnorm_lens.training import TEST_SEED, describe, evaluate, sequences
 
     assert isinstance(run.split, str)
@@ -322,7 +353,7 @@ def finish(
     model.tokenizer = build_tokenizer()
     save_pretrained(model, folder)
     shutil.copyfile(args.out / "log.csv", folder / "log.csv")
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    write_card(card, folder / "card.json")
     return card
 
 

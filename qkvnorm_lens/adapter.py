@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import tempfile
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -38,6 +37,15 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from hooks._arguments import (
+    brief,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_kind,
+    check_path,
+    naming,
+)
 from qkvnorm_lens.config import ARCHITECTURE, QKVNormConfig
 
 if TYPE_CHECKING:
@@ -119,7 +127,7 @@ class QKVNormArchitectureAdapter(ArchitectureAdapter):
                 "qkvnorm_lens.hooked_transformer.to_hooked_transformer"
             )
         if not isinstance(cfg, QKVNormConfig):
-            raise TypeError(f"cfg: wanted a QKVNormConfig, got {type(cfg).__name__}")
+            raise TypeError(f"cfg: wanted a QKVNormConfig; got {type(cfg).__name__}")
         super().__init__(cfg)
         self.supports_generation = cfg.attention_dir == "causal"
         self.supports_causal_loss = cfg.attention_dir == "causal"
@@ -130,7 +138,7 @@ class QKVNormArchitectureAdapter(ArchitectureAdapter):
         from qkvnorm_lens.model import QKVNormTransformer
 
         if not isinstance(model, QKVNormTransformer):
-            raise TypeError(f"model: wanted a QKVNormTransformer, got {type(model).__name__}")
+            raise TypeError(f"model: wanted a QKVNormTransformer; got {type(model).__name__}")
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Answer a request for a hook that a model of ours does not have with the reason."""
@@ -233,6 +241,11 @@ def to_bridge(
     """
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
+    from qkvnorm_lens.model import QKVNormTransformer
+
+    check_kind("model", model, QKVNormTransformer, "a QKVNormTransformer")
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise TypeError(f"tokenizer: wanted a tokenizer of transformers; got {brief(tokenizer)}")
     tokenizer = tokenizer if tokenizer is not None else model.tokenizer
     with tempfile.TemporaryDirectory() as folder:
         if tokenizer is not None:  # TransformerLens reads it again from where it came from
@@ -256,10 +269,10 @@ def to_plain(bridge: TransformerBridge) -> QKVNormTransformer:
     """
     from qkvnorm_lens.model import QKVNormTransformer
 
-    if not isinstance(bridge.cfg, QKVNormConfig):
-        raise TypeError(
-            f"bridge: wanted one made by to_bridge, got architecture {bridge.cfg.architecture!r}"
-        )
+    cfg = getattr(bridge, "cfg", None)
+    if not isinstance(cfg, QKVNormConfig):
+        got = f"architecture {a!r}" if (a := getattr(cfg, "architecture", None)) else brief(bridge)
+        raise TypeError(f"bridge: wanted one made by to_bridge; got {got}")
     plain = QKVNormTransformer(bridge.cfg)
     weights = {name: _behind_bridges(bridge.original_model, name) for name in plain.state_dict()}
     plain.to(next(iter(weights.values())).device)
@@ -285,8 +298,12 @@ def save_pretrained(
     """Write ``model.safetensors``, ``config.json`` and the tokenizer, for `from_pretrained`."""
     from qkvnorm_lens.model import QKVNormTransformer
 
+    where = check_path("folder", folder)
+    if not isinstance(getattr(model, "cfg", None), QKVNormConfig):
+        raise TypeError(f"model: wanted one of ours, or its bridge; got {type(model).__name__}")
     plain = model if isinstance(model, QKVNormTransformer) else to_plain(model)
-    plain.write(Path(folder))
+    with naming("folder", "a directory that can be written", where):
+        plain.write(where)
 
 
 def from_pretrained(
@@ -310,7 +327,18 @@ def from_pretrained(
     """
     from qkvnorm_lens.model import QKVNormTransformer
 
-    plain = QKVNormTransformer.from_pretrained(
-        os.fspath(folder), attn_implementation=attn_implementation
-    )
+    where = check_path("folder", folder)
+    device, dtype = check_device("device", device), check_dtype("dtype", dtype)
+    if attn_implementation is not None:
+        check_choice("attn_implementation", attn_implementation, ("eager", "sdpa"))
+    try:
+        plain = QKVNormTransformer.from_pretrained(
+            str(where), attn_implementation=attn_implementation
+        )
+    except OSError as error:  # of huggingface_hub too, in many sentences
+        said = " ".join(str(error).split())
+        raise FileNotFoundError(
+            "folder: wanted a directory that save_pretrained wrote, or the id of one on the hub; "
+            f"got {brief(str(where))}: {said:.300}"
+        ) from error
     return to_bridge(plain.to(device=device, dtype=dtype).eval())

@@ -11,17 +11,29 @@ characters and ``]`` only. Rows are drawn on the fly, from an explicit seed.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Final
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+
+from hooks._arguments import (
+    SEEDS,
+    check_booleans,
+    check_choice,
+    check_device,
+    check_integers,
+    plain,
+    read_list,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VOCAB: Final = "0123456789+-=N[]*"
 PLUS, MINUS, EQUALS, NEGATIVE, BEGIN, END, PAD = range(10, 17)
+_MOST_ROWS: Final = 100_000_000
 _BLANK: Final = -1  # a grid cell that holds no character
 
 
@@ -43,8 +55,12 @@ class Split:
 
     def __post_init__(self) -> None:
         for name, values, top in (("counts", self.counts, 64), ("digits", self.digits, 15)):
-            if not values or any(not 1 <= v <= top for v in values):
-                raise ValueError(f"Split.{name}: wanted integers from 1 to {top}, got {values!r}")
+            given = read_list(name, values, f"integers from 1 to {top} in a list")
+            whole = tuple(check_integers(**{name: (v, 1, top)})[0] for v in given)
+            if not whole:
+                raise ValueError(f"{name}: wanted integers from 1 to {top}; got none")
+            object.__setattr__(self, name, whole)
+        object.__setattr__(self, "signed", *check_booleans(signed=self.signed))
 
     @property
     def answer_digits(self) -> int:
@@ -99,6 +115,7 @@ class Batch:
 
         A training step over these does the same sums with less padding.
         """
+        (parts,) = check_integers(parts=(parts, 1))
         lengths = (self.tokens != PAD).sum(1)
         split = lengths.argsort(stable=True).chunk(parts)
         width = [int(lengths[rows].max()) for rows in split]
@@ -109,6 +126,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same rows on another device."""
+        check_device("device", device)
         return Batch(self.tokens.to(device), self.targets.to(device))
 
 
@@ -120,9 +138,7 @@ def get_split(split: str | Split) -> Split:
     """
     if isinstance(split, Split):
         return split
-    if split not in SPLITS:
-        raise ValueError(f"split: wanted one of {sorted(SPLITS)}, got {split!r}")
-    return SPLITS[split]
+    return SPLITS[check_choice("split", split, sorted(SPLITS))]
 
 
 def draw(split: str | Split, n: int, *, seed: int | tuple[int, ...]) -> Batch:
@@ -137,9 +153,8 @@ def draw(split: str | Split, n: int, *, seed: int | tuple[int, ...]) -> Batch:
         seed: one integer, or several (such as seed, process and step), for numpy's SeedSequence.
     """
     split = get_split(split)
-    if n < 1:
-        raise ValueError(f"n: wanted at least one row, got {n}")
-    rng = np.random.default_rng(seed)
+    (n,) = check_integers(n=(n, 1, _MOST_ROWS))
+    rng = np.random.default_rng(_seed(seed))
     slots, width = max(split.counts), max(split.digits)
     count = np.asarray(split.counts, dtype=np.int64)[rng.integers(len(split.counts), size=n)]
     used = np.arange(slots) < count[:, None]
@@ -168,6 +183,16 @@ def draw(split: str | Split, n: int, *, seed: int | tuple[int, ...]) -> Batch:
     begin, equals = np.full((n, 1), BEGIN, np.int8), np.full((n, 1), EQUALS, np.int8)
     cells = np.concatenate([begin, grid.reshape(n, -1), equals, answer], axis=1)
     return _decoder_rows(cells, scored_cells=answer.shape[1])
+
+
+def _seed(seed: Any) -> int | tuple[int, ...]:
+    """One integer, or several."""
+    if isinstance(plain(seed), Integral):
+        return check_integers(seed=(seed, 0, SEEDS))[0]
+    given = read_list("seed", seed, "an integer >= 0, or several in a tuple")
+    if not given:
+        raise ValueError("seed: wanted an integer >= 0, or several in a tuple; got none")
+    return tuple(check_integers(seed=(s, 0, SEEDS))[0] for s in given)
 
 
 def _digits(values: np.ndarray, width: int) -> np.ndarray:
@@ -246,7 +271,7 @@ class AccuracyCounter:
         """
         right, scored, right_in, inner, exact, exact_in, rows = self._counts.tolist()
         if not rows:
-            raise ValueError("accuracy: wanted at least one scored row, got none")
+            raise ValueError("accuracy: wanted at least one scored row; got none")
         return Accuracy(right / scored, right_in / inner, exact / rows, exact_in / rows, rows)
 
 

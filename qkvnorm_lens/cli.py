@@ -10,10 +10,13 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NoReturn
 
 from qkvnorm_lens import __version__, _experiment, _models, _probe, _report, _train
+from qkvnorm_lens._options import brief, near
 
 PROG = "qkvnorm-lens"
 _COMMANDS = {
@@ -26,9 +29,56 @@ _COMMANDS = {
 _SIGINT = 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong on one line, ``name: wanted X; got Y``, and what may have been meant.
+
+    No option is known by its beginning alone: a later version's options could change its meaning.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """One line on standard error; the exit code is 2."""
+        self.exit(2, f"{PROG}: error: {' '.join(_as_wanted(message).split())}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but unknown options are told apart from arguments too many."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word, command = unknown[0].partition("=")[0], getattr(found, "command", PROG)
+            if not word.startswith("-"):
+                self.error(f"{brief(word)}: wanted no further argument of {command}; got one")
+            said = near(word, getattr(found, "names", {}).values())
+            self.error(f"{word[:100]}: wanted an option of {command}; got an unknown one{said}")
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            wanted, got = ", ".join(known), f"{brief(value)}{near(str(value), known)}"
+            raise argparse.ArgumentError(action, f"wanted one of {wanted}; got {got}")
+
+
+_ARGPARSE: Final = (  # what argparse says, and what we do
+    (r"argument (.+?): expected .*argument.*", r"\1: wanted a value; got none"),
+    (r"argument (.+?): not allowed with argument (.+)", r"\1: wanted it without \2; got both"),
+    (r"argument (.+?): ignored explicit argument (.+)", r"\1: wanted no value; got \2"),
+    (r"the following arguments are required: (.+)", r"\1: wanted a value; got none"),
+    (r"argument (.+?): (.*)", r"\1: \2"),
+)
+
+
+def _as_wanted(message: str) -> str:
+    for theirs, ours in _ARGPARSE:
+        if re.fullmatch(theirs, message, re.S):
+            return re.sub(theirs, ours, message, count=1, flags=re.S)
+    return message
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROG,
         description="How much of what an attention head does hangs on the length of its vectors?",
     )
@@ -46,7 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--traceback", action="store_true", help="on an error, show where it came from"
         )
-        command.set_defaults(run=module.run)
+        names = {
+            a.dest: a.option_strings[-1] if a.option_strings else str(a.metavar)
+            for a in command._actions
+        }
+        command.set_defaults(run=module.run, command=name, names=names)
     return parser
 
 
@@ -75,10 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if args.traceback:
             raise
-        print(f"{PROG}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{PROG}: error: {_named(error, args.names)}", file=sys.stderr)
         return 1
     return 0
 
@@ -87,6 +141,15 @@ def _answer(text: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a token may be any character
         sys.stdout.reconfigure(errors="backslashreplace")
     print(text, flush=True)
+
+
+def _named(error: BaseException, names: Mapping[str, str]) -> str:
+    """The message with an argument's name as it stands on the command line."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: wanted a file or directory to use; got {error.strerror}"
+    message = _one_line(error)
+    name, colon, rest = message.partition(": ")
+    return f"{names[name]}{colon}{rest}" if name in names else message
 
 
 def _one_line(error: BaseException) -> str:

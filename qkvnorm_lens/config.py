@@ -9,11 +9,26 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import Any, Final, Literal, cast, get_args
+from numbers import Integral
+from types import NoneType
+from typing import Any, Final, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import torch
 from transformer_lens.config import TransformerBridgeConfig
+
+from hooks._arguments import (
+    brief,
+    check_booleans,
+    check_device,
+    check_integers,
+    check_kind,
+    check_number,
+    check_text,
+    near,
+    plain,
+    read_list,
+)
 
 ARCHITECTURE: Final = "QKVNormTransformer"
 
@@ -24,6 +39,7 @@ Gains = Literal["none", "shared", "separate"]
 ScoreScale = Literal["inv_sqrt", "none", "calibrated", "learned"]
 Skip = Literal["both", "attn", "mlp", "none"]
 ACTIVATIONS: Final = ("relu", "gelu", "gelu_new", "silu")
+_Spec = TypeVar("_Spec")
 POSITIONS: Final = ("standard", "sinusoidal", "rotary", "none")
 
 # What TransformerLens's own configuration lets one say and this architecture does (`device`,
@@ -66,9 +82,16 @@ _HONOURED: Final = frozenset(
 )
 
 
+_OURS: Final = (
+    "placement", "norm", "score_scale", "calibrated", "attn_bias", "centred", "skip", "output_mlp",
+    "sinusoids",
+)  # fmt: skip
+
+
 def _one_of(name: str, value: object, valid: Sequence[object]) -> None:
-    if value not in valid:
-        raise ValueError(f"{name}: wanted one of {list(valid)}, got {value!r}")
+    if not isinstance(value, (str, NoneType)) or value not in valid:
+        got = f"{brief(value)}{near(value, valid)}"
+        raise ValueError(f"{name}: wanted one of {list(valid)}; got {got}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +144,14 @@ class Sinusoids:
     max_shift: int = 50
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.max_shift < 0:
-            raise ValueError(
-                f"Sinusoids: wanted n >= 1 and max_shift >= 0, got n={self.n}, "
-                f"max_shift={self.max_shift}"
-            )
-        if not 0 < self.periods[0] <= self.periods[1]:
-            raise ValueError(
-                f"Sinusoids.periods: wanted 0 < shortest <= longest, got {self.periods!r}"
-            )
+        n, max_shift = check_integers(n=(self.n, 1, _MOST), max_shift=(self.max_shift, 0, _MOST))
+        wanted = "two numbers, 0 < shortest <= longest"
+        given = read_list("periods", self.periods, wanted)
+        periods = tuple(check_number("periods", p, wanted, lambda x: 0 < x < np.inf) for p in given)
+        if len(periods) != 2 or periods[0] > periods[1]:
+            raise ValueError(f"periods: wanted {wanted}; got {brief(self.periods)}")
+        for name, value in (("n", n), ("max_shift", max_shift), ("periods", periods)):
+            object.__setattr__(self, name, value)
 
 
 class QKVNormConfig(TransformerBridgeConfig):
@@ -187,18 +209,23 @@ class QKVNormConfig(TransformerBridgeConfig):
         _one_of("placement", placement, get_args(Placement))
         if fields.setdefault("architecture", ARCHITECTURE) != ARCHITECTURE:
             raise ValueError(
-                f"architecture: wanted {ARCHITECTURE!r}, got {fields['architecture']!r}"
+                f"architecture: wanted {ARCHITECTURE!r}; got {fields['architecture']!r}"
             )
         _refuse_unknown(fields)
+        _check_fields(fields)
+        calibrated, attn_bias = check_booleans(calibrated=calibrated, attn_bias=attn_bias)
+        if sinusoids is not None:
+            check_kind("sinusoids", sinusoids, Sinusoids, "a Sinusoids or None")
+        widths = read_list("output_mlp", output_mlp, "a list of widths")
         fields.setdefault("attn_implementation", "eager")
         self.placement = cast(Placement, placement)
         self.norm = norm if norm is not None else _PAPER_NORM[self.placement]
         self.score_scale = cast(ScoreScale, score_scale)
         self.calibrated = calibrated
         self.attn_bias = attn_bias
-        self.centred = centred
+        (self.centred,) = check_booleans(centred=centred)  # 1 == True
         self.skip = cast(Skip, skip)
-        self.output_mlp = tuple(output_mlp)
+        self.output_mlp = tuple(check_integers(output_mlp=(w, 1, _MOST))[0] for w in widths)
         self.sinusoids = sinusoids
         super().__init__(**fields)
         if self.positional_embedding_type == "sinusoidal" and sinusoids is None:
@@ -218,65 +245,56 @@ class QKVNormConfig(TransformerBridgeConfig):
         for name in (*names, *(("window_size",) if self.window_size is not None else ())):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: wanted a positive integer, got {value!r}")
+                raise ValueError(f"{name}: wanted a positive integer; got {value!r}")
         if self.n_kv < 1 or self.n_heads % self.n_kv:
             raise ValueError(
-                f"n_key_value_heads: wanted a divisor of n_heads = {self.n_heads}, got {self.n_kv}"
+                f"n_key_value_heads: wanted a divisor of n_heads = {self.n_heads}; got {self.n_kv}"
             )
-        if any(w < 1 for w in self.output_mlp):
-            raise ValueError(f"output_mlp: wanted positive widths, got {self.output_mlp!r}")
         if self.d_vocab_out not in (-1, self.d_vocab):
             raise ValueError(
-                f"d_vocab_out: wanted d_vocab = {self.d_vocab} (or -1), got {self.d_vocab_out}"
+                f"d_vocab_out: wanted d_vocab = {self.d_vocab} (or -1); got {self.d_vocab_out}"
             )
 
     def _check_choices(self) -> None:
         _one_of("score_scale", self.score_scale, get_args(ScoreScale))
         _one_of("skip", self.skip, get_args(Skip))
-        if not isinstance(self.centred, bool):  # 1 == True
-            raise ValueError(f"centred: wanted True or False, got {self.centred!r}")
-        _one_of("act_fn", self.act_fn, ACTIVATIONS)
-        _one_of("normalization_type", self.normalization_type, ("LN", "RMS", None))
-        _one_of("positional_embedding_type", self.positional_embedding_type, POSITIONS)
-        _one_of("attention_dir", self.attention_dir, ("causal", "bidirectional"))
-        _one_of("attn_implementation", self.attn_implementation, ("eager", "sdpa"))
         if self.sinusoids is not None:
             if self.positional_embedding_type != "sinusoidal":
                 raise ValueError(
-                    'sinusoids: wanted positional_embedding_type="sinusoidal" with them, got '
+                    'sinusoids: wanted positional_embedding_type="sinusoidal" with them; got '
                     f"{self.positional_embedding_type!r}"
                 )
             if 2 * self.sinusoids.n > self.d_model:
                 raise ValueError(
-                    f"sinusoids: wanted 2 n <= d_model = {self.d_model}, got n = {self.sinusoids.n}"
+                    f"sinusoids: wanted 2 n <= d_model = {self.d_model}; got n = {self.sinusoids.n}"
                 )
         turned = self.rotary_dim if self.rotary_dim is not None else self.d_head
         if self.positional_embedding_type == "rotary":
             if turned % 2 or not 0 < turned <= self.d_head:
                 raise ValueError(
-                    f"rotary_dim: wanted an even number up to d_head = {self.d_head}, got {turned}"
+                    f"rotary_dim: wanted an even number up to d_head = {self.d_head}; got {turned}"
                 )
         elif self.rotary_dim is not None:
             raise ValueError(
-                'rotary_dim: wanted positional_embedding_type="rotary" with it, got '
+                'rotary_dim: wanted positional_embedding_type="rotary" with it; got '
                 f"{self.positional_embedding_type!r}"
             )
         if self.score_scale == "calibrated" and self.attn_implementation == "sdpa":
             raise ValueError(
-                'score_scale="calibrated" measures the scores, which do not exist on sdpa: wanted '
-                'attn_implementation="eager"'
+                'attn_implementation: wanted "eager" with score_scale="calibrated", which measures '
+                "the scores; got 'sdpa'"
             )
 
     def _check_norm(self) -> None:
         if self.norm is not None and not isinstance(self.norm, NormSpec):
             raise TypeError(
-                f"norm: wanted a NormSpec or None (from_json reads a dict); got {self.norm!r}"
+                f"norm: wanted a NormSpec or None (from_json reads a dict); got {brief(self.norm)}"
             )
         over = {"none": (), "pre": ("input",), "qkv": ("head", "projection")}[self.placement]
         if (self.norm is None) != (not over) or (self.norm and self.norm.over not in over):
             wanted = " or ".join(f"NormSpec(over={o!r})" for o in over) or "None"
             raise ValueError(
-                f"norm: placement {self.placement!r} wants {wanted}, got {self.norm!r}"
+                f"norm: wanted {wanted} with placement {self.placement!r}; got {self.norm!r}"
             )
         if (
             self.placement == "qkv"
@@ -285,8 +303,8 @@ class QKVNormConfig(TransformerBridgeConfig):
             and self.n_kv != self.n_heads
         ):
             raise ValueError(
-                f"norm: gains shared by q, k and v want as many key/value heads as heads "
-                f"({self.n_heads}), got {self.n_kv}"
+                f"norm: wanted as many key/value heads as heads ({self.n_heads}) with gains shared "
+                f"by q, k and v; got {self.n_kv}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -318,18 +336,36 @@ class QKVNormConfig(TransformerBridgeConfig):
         Raises:
             ValueError: unknown or missing fields, or an invalid combination.
         """
+        check_kind("values", values, dict, "a dict, as to_json gives")
         values = dict(values)
         if "placement" not in values:
-            raise ValueError(f'configuration: wanted "placement", got only {sorted(values)}')
+            raise ValueError(f'values: wanted "placement" among them; got {brief(list(values))}')
         if values.get("norm") is not None:
-            values["norm"] = NormSpec(**values["norm"])
+            values["norm"] = _made("norm", NormSpec, values["norm"])
         if values.get("sinusoids") is not None:
-            spec = values["sinusoids"]  # JSON has no tuples
-            values["sinusoids"] = Sinusoids(**{**spec, "periods": tuple(spec["periods"])})
-        dtype = getattr(torch, str(values.pop("dtype", "float32")), None)
+            values["sinusoids"] = _made("sinusoids", Sinusoids, values["sinusoids"])
+        named = values.pop("dtype", "float32")
+        dtype = getattr(torch, named, None) if isinstance(named, str) else None
         if not isinstance(dtype, torch.dtype):
-            raise ValueError("dtype: wanted the name of a torch dtype such as 'float32'")
+            raise ValueError(
+                f"dtype: wanted the name of a torch dtype such as 'float32'; got {brief(named)}"
+            )
+        for name in values:
+            if not isinstance(name, str):
+                raise TypeError(f"values: wanted names of fields; got {brief(name)}")
         return cls(dtype=dtype, **values)
+
+
+def _made(name: str, kind: type[_Spec], values: Any) -> _Spec:
+    """A part of a configuration from its dict."""
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    check_kind(name, values, dict, f"a dict with {', '.join(known)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}  # as JSON has
+    strange = [key for key in values if key not in known]
+    if strange:
+        got = f"{brief(strange[0])}{near(strange[0], known)}"
+        raise ValueError(f"{name}: wanted some of {known}; got {got}")
+    return kind(**values)
 
 
 _PAPER_NORM: Final[dict[Placement, NormSpec | None]] = {
@@ -359,15 +395,89 @@ def _tl_defaults() -> dict[str, Any]:
     return defaults
 
 
+_MOST: Final = 1 << 31
+_CHOICES: Final[dict[str, tuple[str | None, ...]]] = {
+    "act_fn": ACTIVATIONS,
+    "normalization_type": ("LN", "RMS", None),
+    "positional_embedding_type": POSITIONS,
+    "attention_dir": ("causal", "bidirectional"),
+    "attn_implementation": ("eager", "sdpa"),
+}
+_INTEGERS: Final = {
+    **dict.fromkeys(("d_model", "d_head", "n_layers", "n_ctx", "d_mlp", "n_key_value_heads"), 1),
+    **dict.fromkeys(("n_heads", "d_vocab", "window_size", "rotary_dim"), 1),
+    "d_vocab_out": -1,
+}
+_BOOLEANS: Final = frozenset(
+    [
+        "attn_only",
+        "init_weights",
+        "default_prepend_bos",
+        "rotary_adjacent_pairs",
+        "tokenizer_prepends_bos",
+        "tokenizer_appends_eos",
+    ]
+)
+_TEXTS: Final = frozenset(["model_name", "tokenizer_name", "default_padding_side"])
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """TransformerLens's own fields as Python's numbers, before it works the others out of them.
+
+    Raises:
+        TypeError, ValueError: a field of another kind.
+    """
+    defaults = _tl_defaults()
+    if fields.get("d_model") is None:
+        raise ValueError("d_model: wanted an integer >= 1; got None")
+    for name, known in _CHOICES.items():
+        if name in fields and not (name == "attn_implementation" and fields[name] is None):
+            _one_of(name, fields[name], known)
+    for name, value in fields.items():
+        if value is None and (defaults[name] is None or name == "tokenizer_prepends_bos"):
+            continue
+        if name in _INTEGERS:
+            number = plain(value)
+            if not (type(number) is int and number == defaults[name] == -1):  # not said
+                (fields[name],) = check_integers(**{name: (value, _INTEGERS[name], _MOST)})
+        elif name == "seed":
+            (fields[name],) = check_integers(seed=(value, 0))
+        elif name in _BOOLEANS:
+            (fields[name],) = check_booleans(**{name: value})
+        elif name in _TEXTS:
+            fields[name] = check_text(name, value)
+        elif name in ("eps", "rotary_base"):
+            number = check_number(name, value, "a number > 0", lambda x: 0 < x < np.inf)
+            fields[name] = int(number) if isinstance(plain(value), Integral) else number
+        elif name == "initializer_range":
+            fields[name] = check_number(name, value, "a finite number", np.isfinite)
+        elif name == "device":
+            fields[name] = check_device(name, value)
+        elif name == "dtype":
+            check_kind(name, value, torch.dtype, "a dtype of torch")
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Equal, of whatever kinds; an array is equal to nothing."""
+    try:
+        return bool(value == default)
+    except (ValueError, RuntimeError, TypeError):
+        return False
+
+
 def _refuse_unknown(fields: dict[str, Any]) -> None:
     defaults = _tl_defaults()
     for name, value in fields.items():
         if name not in defaults:
-            raise ValueError(f"{name}: no such field; fields with an effect: {sorted(_HONOURED)}")
-        if name not in _HONOURED and name != "architecture" and value != defaults[name]:
+            known = sorted({*_HONOURED, *_OURS})
             raise ValueError(
-                f"{name}: this architecture has no such feature, wanted the default "
-                f"{defaults[name]!r}, got {value!r}"
+                f"{name}: wanted one of the fields {sorted(_HONOURED)}; got no such field"
+                f"{near(name, known)}"
+            )
+        if name not in _HONOURED and name != "architecture" and not _same(value, defaults[name]):
+            raise ValueError(
+                f"{name}: wanted the default "
+                f"{defaults[name]!r}, as this architecture has no such feature; got {brief(value)}"
             )
 
 

@@ -40,8 +40,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral, Real
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -49,9 +48,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks._arguments import check_booleans, check_integers
+from hooks._arguments import (
+    MANY,
+    brief,
+    check_booleans,
+    check_choice,
+    check_index,
+    check_integers,
+    check_number,
+    read_array,
+)
 from hooks._rank_measures import distance_to_mean, measures
 from qkvnorm_lens._graphs import (
+    WIDEST,
     MaskGraph,
     MaskLike,
     as_mask,
@@ -100,8 +109,10 @@ def gaussian(d: int, seed: int, layers: int | None = None) -> Float[Tensor, "*la
     Raises:
         ValueError: as `orthogonal`.
     """
-    check_integers(d=(d, 1), seed=(seed, 0), layers=(1 if layers is None else layers, 1))
-    shape = (d, d) if layers is None else (layers, d, d)
+    d, seed, many = check_integers(
+        d=(d, 1, WIDEST), seed=(seed, 0), layers=(1 if layers is None else layers, 1, WIDEST)
+    )
+    shape = (d, d) if layers is None else (many, d, d)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(d)
 
@@ -112,7 +123,7 @@ def unit_tokens(n: int, d: int, seed: int) -> Float[Tensor, "n d"]:
     Raises:
         ValueError: a number or a width below 1, a negative seed, or no integers.
     """
-    check_integers(n=(n, 1), d=(d, 1), seed=(seed, 0))
+    n, d, seed = check_integers(n=(n, 1, WIDEST), d=(d, 1, WIDEST), seed=(seed, 0))
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator, dtype=torch.float64)
     return normalise(x, "rms")
@@ -150,21 +161,26 @@ class Dynamics:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", as_mask(self.mask))
-        for name, w in (("w_q", self.w_q), ("w_k", self.w_k), ("w_v", self.w_v)):
+        weights = (("w_v", self.w_v), ("w_q", self.w_q), ("w_k", self.w_k))
+        for name, w in weights:
             _check_float64(name, w)
+            if w.ndim not in (2, 3):
+                raise ValueError(
+                    f"{name}: wanted [d, d] or [layers, d, d]; got shape {list(w.shape)}"
+                )
+        for name, w in weights:
             square = w.ndim in (2, 3) and w.shape[-1] == w.shape[-2]
             if not square or w.shape[-1] != self.w_v.shape[-1]:
                 raise ValueError(
                     f"{name}: wanted [d, d] or [layers, d, d] with d = {self.w_v.shape[-1]}; got "
                     f"{list(w.shape)}"
                 )
-        if isinstance(self.temperature, bool) or not isinstance(self.temperature, Real):
-            raise TypeError(f"temperature: wanted a number > 0; got {self.temperature!r}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature: wanted a number > 0; got {self.temperature!r}")
-        if self.norm not in ("none", "rms", "layer"):
-            raise ValueError(f"norm: wanted 'none', 'rms' or 'layer'; got {self.norm!r}")
-        check_booleans(residual=self.residual)
+        warm = check_number(
+            "temperature", self.temperature, "a number > 0", lambda x: 0 < x < math.inf
+        )
+        object.__setattr__(self, "temperature", warm)
+        object.__setattr__(self, "norm", check_choice("norm", self.norm, get_args(Norm)))
+        object.__setattr__(self, "residual", *check_booleans(residual=self.residual))
         if self.mlp is not None:
             _check_mlp(self.mlp, self.d)
 
@@ -175,9 +191,27 @@ class Dynamics:
 
     def attention(self, x: Float[Tensor, "n d"], layer: int = 0) -> Float[Tensor, "n n"]:
         """Weights of a layer on these tokens; rows sum to 1, 0 where the mask is False."""
+        self._check_tokens("x", x)
+        layer = self._check_layer(layer)
         q, k = x @ _at(self.w_q, layer), x @ _at(self.w_k, layer)
         scores = q @ k.T / (math.sqrt(self.d) * self.temperature)
         return scores.masked_fill(~self.mask, -math.inf).softmax(-1)
+
+    @property
+    def _layers(self) -> int | None:
+        """How many layers have weights; None: all, as they share them."""
+        return min((len(w) for w in (self.w_q, self.w_k, self.w_v) if w.ndim == 3), default=None)
+
+    def _check_tokens(self, name: str, x: object) -> None:
+        _check_float64(name, x)
+        shape, wanted = list(x.shape), [len(self.mask), self.d]  # type: ignore[attr-defined]
+        if shape != wanted:
+            raise ValueError(f"{name}: wanted {wanted}; got {shape}")
+
+    def _check_layer(self, layer: int) -> int:
+        if self._layers is None:
+            return check_integers(layer=(layer, 0))[0]
+        return check_index("layer", layer, self._layers, "layers")
 
     def step(self, x: Float[Tensor, "n d"], layer: int = 0) -> Float[Tensor, "n d"]:
         """One layer."""
@@ -200,11 +234,9 @@ class Dynamics:
                 beyond the weights.
             ArithmeticError: a token became infinite, or no number.
         """
-        _check_float64("x0", x0)
-        if x0.shape != (len(self.mask), self.d):
-            raise ValueError(f"x0: wanted [{len(self.mask)}, {self.d}]; got {list(x0.shape)}")
-        most = min((len(w) for w in (self.w_q, self.w_k, self.w_v) if w.ndim == 3), default=None)
-        check_integers(layers=(layers, 1))
+        self._check_tokens("x0", x0)
+        most = self._layers
+        (layers,) = check_integers(layers=(layers, 1, MANY))
         if most is not None and layers > most:
             raise ValueError(f"layers: wanted at most {most}, as there are weights; got {layers}")
         states, weights = [normalise(x0, self.norm)], []
@@ -234,7 +266,7 @@ def _at(w: Tensor, layer: int) -> Tensor:
 
 def _check_float64(name: str, x: object) -> None:
     if not isinstance(x, Tensor) or x.dtype != torch.float64:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        got = x.dtype if isinstance(x, Tensor) else brief(x)
         raise TypeError(f"{name}: wanted a float64 tensor; got {got}")
 
 
@@ -369,6 +401,7 @@ class Trajectory:
 
     def fit(self, first: int = 0, *, relative: bool = True) -> Fit:
         """`fit_decay` of relative mu (or of mu) from a layer on."""
+        (relative,) = check_booleans(relative=relative)
         return fit_decay(self.relative_mu if relative else self.mu, first)
 
     def to_frame(self) -> pd.DataFrame:
@@ -424,14 +457,11 @@ def fit_decay(mu: Sequence[float] | np.ndarray, first: int = 0, floor: float = F
             numbers.
         TypeError: a floor that is no number.
     """
-    y = np.asarray(mu, dtype=float)
+    y = read_array("mu", mu, "iuf", "a list of numbers, by layer").astype(float)
     if y.ndim != 1 or not len(y):
         raise ValueError(f"mu: wanted one number or more, by layer; got shape {list(y.shape)}")
-    if isinstance(floor, bool) or not isinstance(floor, Real):
-        raise TypeError(f"floor: wanted a number; got {floor!r}")
-    whole = isinstance(first, Integral) and not isinstance(first, bool)
-    if not whole or not 0 <= first < len(y):
-        raise ValueError(f"first: wanted a layer from 0 to {len(y) - 1}; got {first!r}")
+    floor = check_number("floor", floor, "a number", lambda x: not math.isnan(x))
+    (first,) = check_integers(first=(first, 0, len(y) - 1))
     below = np.flatnonzero(~(y[first:] > floor))
     end = first + int(below[0]) if len(below) else len(y)
     if end - first < 3:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
+from hooks._arguments import check_booleans, check_optional, check_path, check_text, naming
 from qkvnorm_lens import __version__, _tables
 from qkvnorm_lens._html import circuits, page, rows, safe, svg
 from qkvnorm_lens.plots._attention import SCALE
+from qkvnorm_lens.plots._chart import check_report
 from qkvnorm_lens.plots._collapse import collapse_chart, margins_chart, name_of
 from qkvnorm_lens.plots._heads import head_cells
 
@@ -60,6 +62,9 @@ def html_report(
     """
     from hooks._showing import DRAWS
 
+    check_report("report", report, "CollapseReport")
+    source = check_text("source", source)
+    (content,), (views,) = check_booleans(content=content), check_optional(views=views)
     shown = rows.shown_rows(report, content=content)
     scripts = [page.source("page.js")]
     data: list[dict[str, Any]] = []
@@ -109,9 +114,11 @@ def html_report(
 
 def write_html(report: CollapseReport, path: str | Path, **options: Any) -> Path:
     """Write :func:`html_report`'s page; returns its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html_report(report, **options), encoding="utf-8")
+    path = check_path("path", path)
+    text = html_report(report, **options)
+    with naming("path", "a file that can be written", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qkvnorm_lens._options import brief, near
 from qkvnorm_lens.checkpoints import DEFAULT, checkpoint_path, checkpoints, experiment_models
 
 if TYPE_CHECKING:
@@ -48,27 +50,45 @@ def find(name: str) -> Source:
     Raises:
         LoadError: a path that is no model directory.
     """
+    if isinstance(name, os.PathLike):
+        name = os.fspath(name)
+    if not isinstance(name, str):
+        raise TypeError(f"name: wanted a model's name or directory; got {brief(name)}")
     if name in checkpoints():
         return Source(name, "ours", checkpoint_path(name))
     if name in (known := experiment_models()):
         return Source(name, "ours", known[name])
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        is_path = path.exists() or name.startswith((".", "~")) or path.is_absolute()
-        if is_path or not name.strip() or len(path.parts) > 2:
+    path = _path(name)
+    if path is None or not path.is_dir():
+        a_path = path is None or path.exists() or name.startswith((".", "~")) or path.is_absolute()
+        if a_path or not name.strip() or len(path.parts) > 2:
+            what = "a file" if path is not None and path.is_file() else "none of these"
             raise LoadError(
                 f"model: wanted one of {checkpoints()}, a directory or a Hugging Face id; got "
-                f"{name!r}, which is {'a file' if path.is_file() else 'none of these'}"
+                f"{brief(name)}, which is {what}{_near(name)}"
             )
         return Source(name, "hub")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoadError(f"{path}: wanted config.json, which save_pretrained writes") from None
-    except ValueError as error:
-        raise LoadError(f"{path / 'config.json'}: wanted JSON; got {error}") from error
-    ours = isinstance(config, dict) and config.get("architecture") == _OURS
+    if not (path / "config.json").is_file():
+        raise LoadError(
+            f"model: wanted a directory with config.json, which save_pretrained writes; got {path}"
+        )
+    ours = read_object(path / "config.json").get("architecture") == _OURS
     return Source(name, "ours" if ours else "directory", path)
+
+
+def _path(name: str) -> Path | None:
+    """The name as a path; None for what no file can be called."""
+    try:
+        path = Path(name).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long; no such user's home; a null character
+        return None
+    return path
+
+
+def _near(name: str) -> str:
+    """The name of ours that may have been meant."""
+    return near(name, [*checkpoints(), *experiment_models()])
 
 
 def load_model(
@@ -89,13 +109,18 @@ def load_model(
     Raises:
         LoadError: no such model, or one that can't be loaded.
     """
+    from hooks._arguments import check_device, check_dtype
+
     source = find(name)
+    device, dtype = check_device("device", device), check_dtype("dtype", dtype)
     from transformer_lens.utilities.devices import get_device
 
     where = device if device is not None else get_device()
     try:
         with _quiet():
             return _load(source, where, dtype)
+    except LoadError:
+        raise
     except Exception as error:  # third parties raise whatever they like
         raise LoadError(_why(source, error)) from error
 
@@ -147,13 +172,16 @@ def _why(source: Source, error: Exception) -> str:
     """One line: what was asked for and why it failed."""
     if source.kind == "hub" and _unreachable(error):
         return (
-            f"{source.name!r} is no shipped model ({', '.join(checkpoints()) or 'none'}) and no "
-            "directory here; the Hugging Face cache does not hold it and the hub can't be reached. "
+            f"model: wanted a shipped model ({', '.join(checkpoints()) or 'none'}), a directory or "
+            f"a Hugging Face id; got {brief(source.name)}{_near(source.name)}, which is none of "
+            "ours and no directory here; the Hugging Face cache does not hold it and the hub can't "
+            "be reached. "
             f"{_HOW[0].upper()}{_HOW[1:]}"
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else type(error).__name__
-    return f"{source.name}: could not be loaded: {said}"
+    said = f"{said}{_near(source.name) if source.kind == 'hub' else ''}"
+    return f"model: wanted one that can be loaded; got {brief(source.name)}: {said}"
 
 
 def _unreachable(error: BaseException | None) -> bool:
@@ -164,6 +192,57 @@ def _unreachable(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+# -- files of a model -----------------------------------------------------------------------------
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        LoadError: it is none, or can't be read.
+    """
+    from hooks._files import Unsound, read_json
+
+    try:
+        value = read_json(path.read_bytes(), str(path))
+    except Unsound as error:
+        raise LoadError(str(error)) from error
+    except OSError as error:
+        raise LoadError(f"{path}: wanted a file that can be read; got {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path}: wanted a JSON object; got {type(value).__name__}")
+    return value
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """How a model was made, as its card says.
+
+    Raises:
+        LoadError: it is no card, or another than was written.
+    """
+    card = read_object(path)
+    if "digest" in card and card["digest"] != card_digest(card):
+        raise LoadError(f"{path}: wanted the card that was written; got another digest")
+    if not isinstance(card.get("run", {}), dict):
+        raise LoadError(f"{path}: wanted an object in run; got {type(card['run']).__name__}")
+    return card
+
+
+def card_digest(card: dict[str, Any]) -> str:
+    """Of all that a card says, but for this."""
+    said = json.dumps({k: v for k, v in card.items() if k != "digest"}, sort_keys=True)
+    return f"sha256:{hashlib.sha256(said.encode()).hexdigest()}"
+
+
+def write_card(card: dict[str, Any], path: Path) -> None:
+    """Write a card with its digest, whole or not at all."""
+    from hooks._files import write_whole
+
+    plain = json.loads(json.dumps(card))
+    text = json.dumps({**plain, "digest": card_digest(plain)}, indent=2)
+    write_whole(path, f"{text}\n".encode())
 
 
 # -- addition models ------------------------------------------------------------------------------
@@ -183,8 +262,14 @@ def trained_on(source: Source) -> Split | None:
 
     if source.path is None or not os.path.isfile(source.path / "card.json"):
         return None
-    card = json.loads((source.path / "card.json").read_text(encoding="utf-8"))
-    split = card.get("run", {}).get("split")
+    path = source.path / "card.json"
+    split = read_card(path).get("run", {}).get("split")
     if split is None:
         return None
-    return Split(tuple(split["counts"]), tuple(split["digits"]), split.get("signed", True))
+    try:
+        counts, digits, signed = split["counts"], split["digits"], split.get("signed", True)
+        if not isinstance(signed, bool) or not all(type(n) is int for n in [*counts, *digits]):
+            raise TypeError("numbers of other types")
+        return Split(tuple(counts), tuple(digits), signed)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LoadError(f"{path}: wanted a kind of sums in run.split; got {error}") from error

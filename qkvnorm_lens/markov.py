@@ -10,13 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from hooks._arguments import (
+    brief,
+    check_booleans,
+    check_choice,
+    check_integers,
+    check_kind,
+    check_number,
+)
+from qkvnorm_lens._graphs import WIDEST
 
 Matrix = Float[Tensor, "token key"]
 Stream = Float[Tensor, "token width"]
@@ -40,6 +49,7 @@ def random_markov(n_tokens: int, *, seed: int, causal: bool = False) -> Matrix:
     Raises:
         ValueError: no token, or a seed that is no integer >= 0.
     """
+    n_tokens, causal = _check_tokens(n_tokens, causal)
     rng = _generator(n_tokens, seed)
     scores = math.sqrt(VARIANCE) * torch.randn(n_tokens, n_tokens, generator=rng, dtype=_WIDE)
     return _softmax(scores - VARIANCE / 2, causal=causal)
@@ -47,6 +57,7 @@ def random_markov(n_tokens: int, *, seed: int, causal: bool = False) -> Matrix:
 
 def uniform(n_tokens: int, *, causal: bool = False) -> Matrix:
     """U: equal weights over the keys that each row sees; (1/T) 1 1^T without a mask."""
+    n_tokens, causal = _check_tokens(n_tokens, causal)
     return _softmax(torch.zeros(n_tokens, n_tokens, dtype=_WIDE), causal=causal)
 
 
@@ -68,11 +79,10 @@ def random_softmax(
         ValueError: tokens that are no matrix in float64, a d_head below 1, or a seed that is no
             integer >= 0.
     """
-    if x.ndim != 2 or x.dtype != _WIDE:
-        raise ValueError(f"x: wanted [token, width] in float64; got {list(x.shape)} in {x.dtype}")
+    _check_matrix("x", x)
+    (causal,) = check_booleans(causal=causal)
     width = x.shape[1]
-    d_head = width if d_head is None else d_head
-    _check_integer("d_head", d_head, 1)
+    (d_head,) = check_integers(d_head=(width if d_head is None else d_head, 1, WIDEST))
     rng = _generator(len(x), seed)
     w_q, w_k = torch.randn(2, width, d_head, generator=rng, dtype=_WIDE) / math.sqrt(width)
     scores = math.sqrt(VARIANCE / d_head) * (x @ w_q) @ (x @ w_k).T
@@ -88,6 +98,9 @@ def stable_rank(x: Stream) -> float:
     Raises:
         ValueError: X is zero or holds no finite number.
     """
+    _check_matrix("x", x)
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("x: wanted finite numbers that are not all zero; got an infinity or NaN")
     s = torch.linalg.svdvals(x)
     top = float(s[0])
     if not (math.isfinite(top) and top > 0):
@@ -123,21 +136,22 @@ class Recursion:
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.attention not in get_args(AttentionKind):
-            raise ValueError(
-                f"attention: wanted one of {list(get_args(AttentionKind))}; got {self.attention!r}"
-            )
-        for name in ("causal", "centred", "norm", "skip"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}: wanted True or False; got {value!r}")
-        gain = self.gain
-        number = isinstance(gain, Real) and not isinstance(gain, bool)
-        if not (number and math.isfinite(gain) and gain > 0):
-            raise ValueError(f"gain: wanted a number > 0; got {gain!r}")
+        read: dict[str, Any] = {
+            "attention": check_choice("attention", self.attention, get_args(AttentionKind)),
+            "gain": check_number("gain", self.gain, "a number > 0", lambda x: 0 < x < math.inf),
+        }
+        names = ("causal", "centred", "norm", "skip")
+        answers = check_booleans(**{name: getattr(self, name) for name in names})
+        for name, value in (read | dict(zip(names, answers, strict=True))).items():
+            object.__setattr__(self, name, value)
 
     def step(self, x: Stream, weight: Float[Tensor, "width width"], *, seed: int) -> Stream:
         """One layer; ``seed`` is that of its attention."""
+        _check_matrix("x", x)
+        _check_matrix("weight", weight)
+        if weight.shape != (x.shape[1], x.shape[1]):
+            wanted = [x.shape[1]] * 2
+            raise ValueError(f"weight: wanted shape {wanted}; got shape {list(weight.shape)}")
         if self.attention == "markov":
             a = random_markov(len(x), seed=seed, causal=self.causal)
         else:
@@ -179,13 +193,9 @@ def propagate(
         ValueError: a width below T (no room for orthogonal tokens), or a number that is no integer
             >= 1.
     """
-    width = n_tokens if width is None else width
-    for name, value, least in (
-        ("depth", depth, 1),
-        ("n_tokens", n_tokens, 2),
-        ("width", width, n_tokens),
-    ):
-        _check_integer(name, value, least)
+    check_kind("recursion", recursion, Recursion, "a Recursion")
+    depth, n_tokens = check_integers(depth=(depth, 1, WIDEST), n_tokens=(n_tokens, 2, WIDEST))
+    (width,) = check_integers(width=(n_tokens if width is None else width, n_tokens, WIDEST))
     rng = _generator(n_tokens, seed)
     directions = torch.linalg.qr(torch.randn(width, n_tokens, generator=rng, dtype=_WIDE))[0]
     drawn = torch.randn(depth, width, width, generator=rng, dtype=_WIDE) / math.sqrt(width)
@@ -211,7 +221,8 @@ def gradient_norms(signal: Signal, *, probes: int = 8, seed: int = 0) -> list[fl
     Raises:
         ValueError: no probe.
     """
-    _check_integer("probes", probes, 1)
+    check_kind("signal", signal, Signal, "a Signal, as propagate gives")
+    (probes,) = check_integers(probes=(probes, 1))
     last = signal.states[-1]
     rng = _generator(len(last), seed)
     squares = torch.zeros(len(signal.weights), dtype=_WIDE)
@@ -233,16 +244,23 @@ def _of_layer(seed: int, layer: int) -> int:
     return seed + _LAYER * (layer + 1)
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name}: wanted an integer >= {least}; got {value!r}")
+def _check_tokens(n_tokens: Any, causal: Any) -> tuple[int, bool]:
+    (causal,) = check_booleans(causal=causal)
+    return check_integers(n_tokens=(n_tokens, 1, WIDEST))[0], causal
+
+
+def _check_matrix(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: wanted a float64 tensor of two axes; got {brief(x)}")
+    if x.ndim != 2 or x.dtype != _WIDE or not x.numel():
+        got = f"{list(x.shape)} in {x.dtype}"
+        raise ValueError(f"{name}: wanted a matrix in float64; got {got}")
 
 
 def _generator(n_tokens: int, seed: int) -> torch.Generator:
     """A generator of its own, so that the global random state is left alone."""
-    _check_integer("n_tokens", n_tokens, 1)
-    _check_integer("seed", seed, 0)
-    return torch.Generator().manual_seed(int(seed))
+    n_tokens, seed = check_integers(n_tokens=(n_tokens, 1, WIDEST), seed=(seed, 0))
+    return torch.Generator().manual_seed(seed)
 
 
 def _softmax(scores: Matrix, *, causal: bool) -> Matrix:

@@ -11,20 +11,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin, snapshot_download
 from jaxtyping import Bool, Float, Int, Shaped
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import nn
 
+from hooks._arguments import check_kind
+from qkvnorm_lens import _model_files
+from qkvnorm_lens._model_files import CONFIG, TOKENIZER, WEIGHTS
 from qkvnorm_lens.attention import Attention, KVCache, Rotation, block_norm, calibrated
 from qkvnorm_lens.config import QKVNormConfig
 from qkvnorm_lens.norms import Calibrated, Gain, Norm
@@ -32,9 +32,6 @@ from qkvnorm_lens.norms import Calibrated, Gain, Norm
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WEIGHTS: Final = "model.safetensors"
-CONFIG: Final = "config.json"
-TOKENIZER: Final = "tokenizer.json"
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
@@ -225,6 +222,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
     """
 
     def __init__(self, cfg: QKVNormConfig) -> None:
+        check_kind("cfg", cfg, QKVNormConfig, "a QKVNormConfig")
         super().__init__()
         self.cfg = cfg
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -297,7 +295,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         """
         _check_mask(attention_mask)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("wanted either input_ids or inputs_embeds, got both or neither")
+            raise ValueError("input_ids: wanted either them or inputs_embeds; got both or neither")
         x = inputs_embeds if input_ids is None else self.tok_embed(input_ids)
         assert x is not None
         cache = (
@@ -306,7 +304,9 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         n_old = 0 if cache is None else len(cache)
         n_new = x.shape[1]
         if n_old + n_new > self.cfg.n_ctx:
-            raise ValueError(f"wanted at most n_ctx = {self.cfg.n_ctx} tokens, got {n_old + n_new}")
+            raise ValueError(
+                f"input_ids: wanted at most n_ctx = {self.cfg.n_ctx} tokens; got {n_old + n_new}"
+            )
         if position_ids is None:
             position_ids = self._positions(x, n_old, attention_mask)
         if self.pos is not None:
@@ -341,13 +341,10 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
 
     def write(self, folder: Path) -> None:
         """Write ``model.safetensors``, ``config.json`` and the tokenizer, if there is one."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        (folder / WEIGHTS).write_bytes(to_bytes(weights, metadata={"format": "pt"}))
-        text = json.dumps(self.cfg.to_json(), indent=2, sort_keys=True)
-        (folder / CONFIG).write_text(text + "\n")
+        values = self.cfg.to_json()
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+            _model_files.write_tokenizer(self.tokenizer, folder)
+        _model_files.write(self.state_dict(), values, folder)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Called by huggingface_hub's `save_pretrained` and `push_to_hub`."""
@@ -381,16 +378,22 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: wanted {name}, which save_pretrained writes")
-        values = json.loads((folder / CONFIG).read_text())
+        values, weights = _model_files.read(folder)
         if attn_implementation is not None:
             values["attn_implementation"] = attn_implementation
-        model = cls(QKVNormConfig.from_json({**values, "init_weights": False}))
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        config = _model_files.made(
+            folder / CONFIG, lambda: QKVNormConfig.from_json({**values, "init_weights": False})
+        )
+        _model_files.check_fits(folder / WEIGHTS, config, weights)
+        model = _model_files.made(folder / CONFIG, lambda: cls(config))
+        _model_files.made(folder / WEIGHTS, lambda: model.load_state_dict(weights))
         model.cfg.init_weights = values.get("init_weights", True)  # it can make the start again
         if (folder / TOKENIZER).is_file():
             from transformers import PreTrainedTokenizerFast
 
-            model.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            model.tokenizer = _model_files.made(
+                folder / TOKENIZER, lambda: PreTrainedTokenizerFast.from_pretrained(folder)
+            )
         return model.eval()
 
     @contextlib.contextmanager

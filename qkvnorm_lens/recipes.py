@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
+
+from hooks._arguments import (
+    brief,
+    check_booleans,
+    check_choice,
+    check_integers,
+    check_number,
+    read_list,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +49,22 @@ class Recipe:
     patience: int = 3
 
     def __post_init__(self) -> None:
-        for name, value, valid in (
-            ("optimizer", self.optimizer, ("adamw", "muon")),
-            ("schedule", self.schedule, ("plateau", "cosine")),
-        ):
-            if value not in valid:
-                raise ValueError(f"{name}: wanted one of {valid}, got {value!r}")
-        for number in ("lr", "batch_size", "warmup", "epoch", "patience"):
-            if getattr(self, number) <= 0:
-                raise ValueError(f"{number}: wanted more than 0, got {getattr(self, number)}")
+        whole = {n: (getattr(self, n), 1) for n in ("batch_size", "warmup", "epoch", "patience")}
+        read: dict[str, Any] = dict(zip(whole, check_integers(**whole), strict=True))
+        read["optimizer"] = check_choice("optimizer", self.optimizer, ("adamw", "muon"))
+        read["schedule"] = check_choice("schedule", self.schedule, ("plateau", "cosine"))
+        read["lr"] = check_number("lr", self.lr, "a number > 0", lambda x: 0 < x < math.inf)
+        for name in ("weight_decay", "clip"):
+            value, wanted = getattr(self, name), "a finite number >= 0"
+            read[name] = check_number(name, value, wanted, lambda x: 0 <= x < math.inf)
+        (read["decay_all"],) = check_booleans(decay_all=self.decay_all)
+        wanted = "two numbers from 0 to below 1"
+        betas = read_list("betas", self.betas, wanted)
+        read["betas"] = tuple(check_number("betas", b, wanted, lambda x: 0 <= x < 1) for b in betas)
+        if len(betas) != 2:
+            raise ValueError(f"betas: wanted {wanted}; got {brief(self.betas)}")
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
 
 
 RECIPES: Final[dict[str, Recipe]] = {
@@ -67,9 +83,7 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe: wanted one of {sorted(RECIPES)}, got {recipe!r}")
-    return RECIPES[recipe]
+    return RECIPES[check_choice("recipe", recipe, sorted(RECIPES))]
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:

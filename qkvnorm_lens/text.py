@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qkvnorm_lens._options import brief
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -43,8 +45,15 @@ def windows(
     Raises:
         ValueError: empty text, a length outside the context, or no tokenizer.
     """
-    if not text.strip():
+    from hooks._arguments import check_integers, check_text
+
+    if not callable(getattr(model, "to_tokens", None)):
+        raise TypeError(f"model: wanted a TransformerBridge; got {type(model).__name__}")
+    if not check_text("text", text).strip():
         raise ValueError("text: wanted some; got an empty one")
+    (limit,) = check_integers(limit=(limit, 1))
+    if length is not None:
+        (length,) = check_integers(length=(length, 2))
     context = int(getattr(model.cfg, "n_ctx", 0) or 0)
     length = min(128, context or 128) if length is None else length
     if length < 2 or (context and length > context):
@@ -52,8 +61,6 @@ def windows(
             f"length: wanted 2 to {context or 'any number of'} tokens, the model's context; got "
             f"{length}"
         )
-    if limit < 1:
-        raise ValueError(f"prompts: wanted an integer >= 1; got {limit}")
     bos, ids = _tokens(model, text)
     step = length - len(bos)
     if step < 1:
@@ -103,8 +110,13 @@ def lines(model: TransformerBridge, text: str, *, limit: int) -> Prompts:
         ValueError: no line, a character that is not in the vocabulary, a sum that does not begin
             with ``[`` or is longer than the context.
     """
+    from hooks._arguments import check_integers, check_text
     from qkvnorm_lens.addition import VOCAB
 
+    if not hasattr(getattr(model, "cfg", None), "n_ctx"):
+        raise TypeError(f"model: wanted a TransformerBridge; got {type(model).__name__}")
+    (limit,) = check_integers(limit=(limit, 1))
+    text = check_text("text", text)
     rows = [line.strip() for line in text.splitlines() if line.strip()]
     if not rows:
         raise ValueError("text: wanted a sum on each line, such as [12+N3=9; got no line")
@@ -112,8 +124,8 @@ def lines(model: TransformerBridge, text: str, *, limit: int) -> Prompts:
         strange = sorted(set(row) - set(VOCAB[:-1]))
         if strange or not row.startswith("[") or len(row) > model.cfg.n_ctx:
             raise ValueError(
-                f"line {number}: wanted a sum such as [12+N3=9 of at most {model.cfg.n_ctx} "
-                f"characters, of {VOCAB[:-1]}; got {row!r}"
+                f"text: line {number}: wanted a sum such as [12+N3=9 of at most "
+                f"{model.cfg.n_ctx} characters, of {VOCAB[:-1]}; got {brief(row)}"
             )
     left_out = f"{len(rows) - limit} of {len(rows)} lines left out" if len(rows) > limit else ""
     ids = [[VOCAB.index(c) for c in row] for row in rows[:limit]]
@@ -126,8 +138,10 @@ def sums(split: str | Split, n: int, *, seed: int) -> Prompts:
     Raises:
         ValueError: an unknown split, or n < 1.
     """
+    from hooks._arguments import check_integers
     from qkvnorm_lens.addition import PAD, draw, get_split
 
+    (n,) = check_integers(n=(n, 1))
     chosen = get_split(split)
     rows = draw(chosen, n, seed=seed).tokens.tolist()
     ids = [[token for token in row if token != PAD] for row in rows]

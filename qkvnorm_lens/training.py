@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import math
 import os
 import signal
@@ -28,6 +29,16 @@ from jaxtyping import Int
 from torch import nn
 from tqdm import tqdm
 
+from hooks._arguments import (
+    SEEDS,
+    check_booleans,
+    check_device,
+    check_integers,
+    check_kind,
+    check_path,
+    check_text,
+)
+from qkvnorm_lens._run_files import RunFileError, cut_log, note_log, read_state, write_state
 from qkvnorm_lens.addition import Accuracy, AccuracyCounter, Batch, Split, draw, get_split
 from qkvnorm_lens.config import QKVNormConfig
 from qkvnorm_lens.model import QKVNormTransformer
@@ -45,6 +56,7 @@ _FIELDS: Final = (
     "per_token_without_end",
     "exact",
 )
+_STATE: Final = ("run", "model", "optimizers", "rate", "step", "seconds", "loss_sum", "losses")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +89,22 @@ class Run:
     eval_rows: int = 4000
 
     def __post_init__(self) -> None:
+        check_kind("config", self.config, QKVNormConfig, "a QKVNormConfig")
         recipe = get_recipe(self.recipe)
         wanted = get_split(self.split).max_length
         if self.config.n_ctx < wanted:
             raise ValueError(
-                f"n_ctx: these sums want at least {wanted} tokens, got {self.config.n_ctx}"
+                f"n_ctx: wanted at least {wanted} tokens for these sums; got {self.config.n_ctx}"
             )
-        for name in ("steps", "length_parts", "log_every", "eval_every", "eval_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        names = ("steps", "length_parts", "log_every", "eval_every", "eval_rows")
+        whole: dict[str, Any] = {name: (getattr(self, name), 1) for name in names}
+        whole["seed"] = (self.seed, 0, SEEDS)
+        for name, value in zip(whole, check_integers(**whole), strict=True):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "bf16", *check_booleans(bf16=self.bf16))
         if recipe.batch_size < self.length_parts:
             raise ValueError(
-                f"length_parts: wanted at most batch_size = {recipe.batch_size}, got "
+                f"length_parts: wanted at most batch_size = {recipe.batch_size}; got "
                 f"{self.length_parts}"
             )
 
@@ -122,6 +138,9 @@ def evaluate(
 
     Works on a bridge too. The model's training mode is put back.
     """
+    check_kind("model", model, nn.Module, "a model of torch")
+    rows, batch_size = check_integers(rows=(rows, 1), batch_size=(batch_size, 1))
+    check_device("device", device)
     was_training = model.training
     model.eval()
     try:
@@ -208,6 +227,8 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.loss_sum, self.losses = 0.0, 0
+        self.saved: Path | None = None  # the latest whole state, and its step
+        self.saved_step = 0
         self.whole = True  # nothing of a step is done, or all of it and its row of the log
         forward: nn.Module = self.model
         if several:
@@ -216,15 +237,23 @@ class Trainer:
             forward = cast(nn.Module, torch.compile(forward, dynamic=True))
         self.forward = forward
         out.mkdir(parents=True, exist_ok=True)
-        if self.state_path.exists():
-            self._load()
-        elif run.config.calibrated or run.config.score_scale == "calibrated":
+        held = next((p for p in (self.state_path, self.earlier_path) if p.exists()), None)
+        if held is not None:
+            self._load(held)
+        elif self.accelerator.is_main_process:  # of a run that was killed before its first state
+            cut_log(self.log_path, {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}, 0, _FIELDS)
+        if held is None and (run.config.calibrated or run.config.score_scale == "calibrated"):
             self._calibrate()
 
     @property
     def state_path(self) -> Path:
         """Where the state that a killed run goes on from is kept."""
         return self.out / "state.pt"
+
+    @property
+    def earlier_path(self) -> Path:
+        """Where the state before that one is kept."""
+        return self.out / "state.earlier.pt"
 
     @property
     def log_path(self) -> Path:
@@ -311,15 +340,22 @@ class Trainer:
         if self.step % run.eval_every == 0 or self.step == run.steps:
             accuracy = evaluate(self.model, self.split, rows=run.eval_rows, device=self.device)
             row |= {k: v for k, v in dataclasses.asdict(accuracy).items() if k in _FIELDS}
-        new = not self.log_path.exists()
-        with self.log_path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, _FIELDS, restval="")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        try:
+            new = not self.log_path.exists()
+            with self.log_path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, _FIELDS, restval="")
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+        except OSError as error:
+            raise self._not_written(error, "the log's row") from error
 
     def save(self) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state, whole or not at all.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept and how to go on.
+        """
         state = {
             "run": repr(describe(self.run, self.processes)),
             "model": self.model.state_dict(),
@@ -330,32 +366,63 @@ class Trainer:
             "loss_sum": self.loss_sum,
             "losses": self.losses,
         }
-        draft = self.state_path.with_suffix(".part")
-        torch.save(state, draft)
-        os.replace(draft, self.state_path)
+        try:
+            state["log"] = note_log(self.log_path)
+            write_state(self.state_path, self.earlier_path, state)
+        except OSError as error:
+            raise self._not_written(error, "the state") from error
+        self.saved, self.saved_step = self.state_path, self.step
 
-    def _load(self) -> None:
-        state = torch.load(self.state_path, map_location=self.device, weights_only=True)
+    def _not_written(self, error: OSError, what: str) -> OSError:
+        """What is kept of the run, and how it goes on."""
+        on = "make room and start the same run again"
+        kept = f"nothing is saved yet: {on}"
+        if self.saved is not None and self.saved.exists():
+            kept = f"{self.saved} holds step {self.saved_step}, whole: {on}, and it goes on there"
+        at = f"step {self.step} of {self.run.steps}"
+        return OSError(error.errno, f"{at}: {what} could not be written: {error.strerror}; {kept}")
+
+    def _load(self, path: Path) -> None:
+        try:
+            state = read_state(path, self.device, _STATE)
+            self._take(state, path)
+        except RunFileError as error:
+            raise RunFileError(path, f"{error.message}; {self._way_on(path)}") from error
+        self.saved, self.saved_step = path, self.step
+        if self.accelerator.is_main_process:  # rows written after that state was saved
+            cut_log(self.log_path, state.get("log"), self.step, _FIELDS)
+
+    def _way_on(self, path: Path) -> str:
+        """What to do about a state that was damaged."""
+        again = "delete it and start the same run again"
+        if path == self.state_path and self.earlier_path.exists():
+            with contextlib.suppress(RunFileError, OSError):
+                step = read_state(self.earlier_path, self.device, _STATE)["step"]
+                earlier = f"{self.earlier_path.name} (step {step})"
+                return f"{again}: it goes on from {earlier}, which is whole"
+        return f"{again}: there is no other state, and it begins at step 0"
+
+    def _take(self, state: dict[str, Any], path: Path) -> None:
         wanted = repr(describe(self.run, self.processes))
         if state["run"] != wanted:
             raise ValueError(
                 f"{self.out} holds another run: wanted {wanted}, got {state['run']}; choose "
                 "another directory"
             )
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.rate.state = state["rate"]
+        try:
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            if {*state["rate"]} != {*self.rate.state}:
+                raise ValueError("another learning rate's numbers")
+            self.rate.state = state["rate"]
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            said = f"{error!s:.120}"
+            raise RunFileError(
+                path, f"wanted weights and moments of this run; got {said}"
+            ) from error
         self.step, self.seconds = state["step"], state["seconds"]
         self.loss_sum, self.losses = state["loss_sum"], state["losses"]
-        if self.accelerator.is_main_process and self.log_path.exists():
-            # rows written after that state was saved are made again
-            with self.log_path.open(newline="") as file:
-                rows = [r for r in csv.DictReader(file) if int(r["step"]) <= self.step]
-            with self.log_path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, _FIELDS)
-                writer.writeheader()
-                writer.writerows(rows)
 
 
 def describe(run: Run, processes: int = 1) -> dict[str, Any]:
@@ -390,7 +457,9 @@ def train(
     """Train, or go on with the run that a directory holds; gives back the model, in eval mode.
 
     The directory gets ``log.csv`` (loss, learning rate, accuracy) and ``state.pt``, from which a
-    stopped run goes on, with the same result as one that was not stopped. Under ``accelerate
+    stopped run goes on, with the same result as one that was not stopped; the state before that one
+    stays as ``state.earlier.pt``. States are checked before they are gone on from, and the log's
+    rows up to then. Under ``accelerate
     launch`` or ``torchrun`` the processes share the work. On Ctrl-C or SIGTERM the step is
     finished and the state saved; a second Ctrl-C does not wait for that (several processes do).
 
@@ -405,9 +474,20 @@ def train(
 
     Raises:
         ValueError: the directory holds another run.
+        RunFileError: it holds a damaged state or log; the message says how to go on.
+        OSError: state or log can't be written (a full disk); the message says what was kept.
         Stopped: interrupted; a ``KeyboardInterrupt``.
     """
-    trainer = Trainer(run, Path(out), device=device, compile_model=compile_model)
+    check_kind("run", run, Run, "a Run")
+    compile_model, progress = check_booleans(compile_model=compile_model, progress=progress)
+    (save_every,) = check_integers(save_every=(save_every, 1))
+    if stop_at is not None:
+        (stop_at,) = check_integers(stop_at=(stop_at, 0))
+    check_device("device", check_text("device", device))
+    out = check_path("out", out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"out: wanted a directory; got the file {out}")
+    trainer = Trainer(run, out, device=device, compile_model=compile_model)
     main = trainer.accelerator.is_main_process
     last = run.steps if stop_at is None else min(stop_at, run.steps)
     bar = tqdm(total=run.steps, initial=trainer.step, unit="step", disable=not (progress and main))

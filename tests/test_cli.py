@@ -197,9 +197,29 @@ def test_layers(given: str, wanted: list[int]) -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["nothing"],
         ["probe", "--sigmas", "much"],
+        ["probe", "--sigmas=-0.1"],
+        ["probe", "--sigmas", "nan"],
+        ["probe", "--sigmas", "inf"],
+        ["probe", "--on", "x"],
+        ["probe", "--on", "qq"],
+        ["probe", "--draws", "-1"],
+        ["probe", "--draws", "1e3"],
+        ["probe", "--batch-size", "0"],
+        ["probe", "--batch-size", str(2**70)],
+        ["probe", "--sparse", "2"],
+        ["probe", "--sparse", "nan"],
+        ["probe", "--length", "1"],
+        ["probe", "--keep", "0"],
+        ["probe", "--out", ""],
+        ["probe", "--prompts"],
+        ["probe", "--json=yes"],
+        ["probe", "addition-pre", "gpt2"],
+        ["train"],
+        ["train", "--out", "x", "--lr", "0"],
+        ["train", "--out", "x", "--placement", "post"],
+        ["experiment", "collapse", "--full", "--smoke"],
         ["probe", "--sigmas", "0.1:0.2"],
         ["probe", "--layers", "7-5"],
         ["probe", "--layers", "first"],
@@ -214,7 +234,76 @@ def test_wrong_usage_is_2(run: Run, argv: list[str]) -> None:
     code, out, err = run(*argv)
     assert code == 2
     assert out == ""
-    assert err.startswith("usage: ")
+    assert re.fullmatch(r"qkvnorm-lens: error: [^:]+: wanted .*; got .*\n", err)
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["prob"], "probe"),
+        (["modles"], "models"),
+        (["Train"], "train"),
+        (["probe", "--sigam", "0.1"], "--sigmas"),
+        (["probe", "--sigma=0.1"], "--sigmas"),
+        (["probe", "--no-sink"], "--no-sinks"),
+        (["probe", "--law", "unifrom"], "uniform"),
+        (["probe", "--shared", "token s"], "token"),
+        (["probe", "--dtype", "bfloat"], "bfloat16"),
+        (["report", ".", "--ouput", "x"], "--out"),
+        (["train", "--out", "x", "--recpie", "paper"], "--recipe"),
+        (["experiment", "colapse"], "collapse"),
+        (["experiment", "list", "--modle", "x"], "--model"),
+    ],
+)
+def test_a_typo_gets_a_suggestion(run: Run, argv: list[str], meant: str) -> None:
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "")
+    assert err.endswith(f"(did you mean {meant!r}?)\n")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("short", ["--sig", "--prompt", "--sp", "--dev", "--trace", "--o"])
+def test_an_option_is_not_known_by_its_beginning(run: Run, short: str) -> None:
+    """What another version adds must not change what a script says today."""
+    code, out, err = run("probe", short, "1")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"qkvnorm-lens: error: {short}: wanted an option of probe; got")
+
+
+WITHOUT_TORCH = """
+import sys
+from qkvnorm_lens.cli import main
+code = main(sys.argv[1:])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["probe", "--sparse", "2"],
+        ["probe", "./nowhere"],
+        ["probe", "--out", __file__],
+        ["probe", "--file", "nowhere.txt"],
+        ["report", "nowhere"],
+        ["report", os.path.dirname(__file__)],
+        ["train", "--out", __file__],
+    ],
+)
+def test_what_can_fail_early_fails_before_torch(argv: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *argv], capture_output=True, text=True
+    )
+    assert done.returncode in (1, 2), done.stderr
+    assert re.fullmatch(r"qkvnorm-lens: error: [^:]+: wanted .*; got .*\n", done.stderr)
+
+
+def test_a_page_over_a_directory_is_refused_by_name(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "report.safetensors").write_bytes(b"")
+    _refused(run("report", str(tmp_path), "--out", str(tmp_path)), "--out: wanted a file's name")
+    inside = str(tmp_path / "report.safetensors" / "page.html")
+    _refused(run("report", str(tmp_path), "--out", inside), "--out: wanted a directory; got the fi")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["probe", "--help"], ["models", "--help"]])
@@ -512,15 +601,11 @@ def _refused(answer: tuple[int, str, str], *words: str) -> None:
         ([__file__], ["a file"]),
         ([os.path.dirname(__file__)], ["config.json"]),
         (["--sigmas", "0.9"], ["sigma", "0.9"]),
-        (["--sigmas=-0.1"], ["sigma"]),
         (["--sigmas", "0.25", "--law", "gaussian"], ["0.2"]),
-        (["--on", "x"], ["'x'"]),
         (["--layers", "9"], ["9"]),
-        (["--draws", "-1"], ["draws"]),
-        (["--batch-size", "0"], ["batch_size"]),
-        (["--sparse", "2"], ["sparse"]),
-        (["--device", "nonsense"], ["--device nonsense"]),
-        (["--device", "cuda:77"], ["--device cuda:77"]),
+        (["--draws", "1", "--method", "sample"], ["--draws: wanted 2 or more"]),
+        (["--device", "nonsense"], ["--device: ", "'nonsense'"]),
+        (["--device", "cuda:77"], ["--device: ", "'cuda:77'"]),
         (["--split", "huge"], ["'huge'", "small-train"]),
         (["--length", "5"], ["--length"]),
         (["--text", ""], ["text"]),
@@ -532,7 +617,12 @@ def _refused(answer: tuple[int, str, str], *words: str) -> None:
         (["--text", __file__], ["--file"]),
         (["--file", "nowhere.txt"], ["nowhere.txt", "No such file"]),
         (["--file", sys.executable], ["UTF-8"]),
-        (["--out", __file__], ["exists"]),
+        (["--out", __file__], ["--out: wanted a directory; got the file"]),
+        (["--out", __file__ + "/below"], ["--out: wanted a directory; got the file"]),
+        (["--file", os.path.dirname(__file__)], ["--file: wanted a file of UTF-8 text"]),
+        (["addition-per"], ["MODEL: wanted ", "(did you mean 'addition-pre'?)"]),
+        (["--split", "smal-train"], ["--split: wanted ", "(did you mean 'small-train'?)"]),
+        (["--sigmas", "0.2,0.1"], ["--sigmas: wanted ascending"]),
     ],
 )
 def test_expected_errors_are_one_line(run: Run, argv: list[str], words: list[str]) -> None:
@@ -544,7 +634,6 @@ def test_expected_errors_are_one_line(run: Run, argv: list[str], words: list[str
     [
         (["--text", "  \n"], ["text", "empty"]),
         (["--length", "65"], ["64"]),
-        (["--length", "1"], ["length"]),
         (["--split", "small-train"], ["addition model"]),
     ],
 )

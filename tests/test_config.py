@@ -52,20 +52,20 @@ def test_the_papers_conventions() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"placement": "post"}, r"placement: wanted one of \['none', 'pre', 'qkv'\], got 'post'"),
-        ({"placement": "none", "norm": NormSpec()}, "wants None"),
+        ({"placement": "post"}, r"placement: wanted one of \['none', 'pre', 'qkv'\]; got 'post'"),
+        ({"placement": "none", "norm": NormSpec()}, "wanted None"),
         ({"placement": "pre", "norm": NormSpec(over="head")}, r"NormSpec\(over='input'\)"),
         ({"placement": "qkv", "norm": NormSpec(over="input")}, r"over='head'.*over='projection'"),
         (
             {"placement": "qkv", "norm": NormSpec(gains="shared"), "n_key_value_heads": 2},
             "as many key/value heads as heads",
         ),
-        ({"n_key_value_heads": 3}, "a divisor of n_heads = 4, got 3"),
+        ({"n_key_value_heads": 3}, "a divisor of n_heads = 4; got 3"),
         ({"score_scale": "sqrt"}, "score_scale: wanted one of"),
         ({"score_scale": "calibrated", "attn_implementation": "sdpa"}, "wanted .*eager"),
         ({"positional_embedding_type": "alibi"}, "positional_embedding_type: wanted one of"),
         ({"positional_embedding_type": "rotary", "rotary_dim": 3}, "an even number up to"),
-        ({"positional_embedding_type": "rotary", "rotary_dim": 16}, "up to d_head = 8, got 16"),
+        ({"positional_embedding_type": "rotary", "rotary_dim": 16}, "up to d_head = 8; got 16"),
         ({"rotary_dim": 8}, 'positional_embedding_type="rotary"'),
         ({"sinusoids": Sinusoids(4)}, 'positional_embedding_type="sinusoidal"'),
         (
@@ -76,14 +76,17 @@ def test_the_papers_conventions() -> None:
         ({"attn_implementation": "flash"}, "attn_implementation: wanted one of"),
         ({"act_fn": "solu"}, "act_fn: wanted one of"),
         ({"normalization_type": "RMSPre"}, "normalization_type: wanted one of"),
-        ({"window_size": 0}, "window_size: wanted a positive integer, got 0"),
-        ({"d_mlp": -1}, "d_mlp: wanted a positive integer"),
-        ({"output_mlp": (0,)}, "output_mlp: wanted positive widths"),
+        ({"window_size": 0}, "window_size: wanted an integer >= 1; got 0"),
+        ({"d_mlp": -1}, "d_mlp: wanted an integer >= 1"),
+        ({"output_mlp": (0,)}, "output_mlp: wanted an integer >= 1"),
         ({"d_vocab_out": 3}, "d_vocab_out: wanted d_vocab = 17"),
-        ({"use_qk_norm": True}, "use_qk_norm: this architecture has no such feature"),
-        ({"gated_mlp": True}, "gated_mlp: this architecture has no such feature"),
-        ({"attn_scores_soft_cap": 30.0}, "attn_scores_soft_cap: this architecture has no"),
-        ({"n_head": 4}, "n_head: no such field"),
+        (
+            {"use_qk_norm": True},
+            "use_qk_norm: wanted the default False, as this architecture has no",
+        ),
+        ({"gated_mlp": True}, "gated_mlp: wanted the default False"),
+        ({"attn_scores_soft_cap": 30.0}, "attn_scores_soft_cap: wanted the default"),
+        ({"n_head": 4}, r"n_head: wanted one of the fields .* \(did you mean 'n_heads'\?\)"),
         ({"architecture": "GPT2LMHeadModel"}, "architecture: wanted 'QKVNormTransformer'"),
     ],
 )
@@ -109,7 +112,7 @@ def test_invalid_norms_are_refused(arguments: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize("arguments", [{"n": 0}, {"periods": (5.0, 3.0)}, {"max_shift": -1}])
 def test_invalid_sinusoids_are_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"Sinusoids.*wanted"):
+    with pytest.raises(ValueError, match=r"^(n|periods|max_shift): wanted .*; got"):
         Sinusoids(**arguments)
 
 

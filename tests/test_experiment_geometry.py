@@ -152,6 +152,10 @@ def test_formats_know_no_sign_of_zero_and_are_close(name: str, d_head: int) -> N
     x = vectors(2, 40, 2, d_head, seed=4)
     x[0, 3, 1] = 0
     largest = float(x.abs().max())
+    if not scheme.fits([d_head]):
+        with pytest.raises(ValueError, match=f"d_head: wanted a multiple of 32, .*; got {d_head}"):
+            scheme.on_v(x, largest)
+        return
     for quantise in (scheme.on_k, scheme.on_v):
         back = quantise(x, largest)
         assert back.shape == x.shape
@@ -159,6 +163,21 @@ def test_formats_know_no_sign_of_zero_and_are_close(name: str, d_head: int) -> N
         error = (back - x).norm() / x.norm()
         assert 0 < error < (0.2 if "4 " in name or name == "int4" else 0.06)
     assert torch.equal(BY_NAME["int8"].on_k(x, 0.0)[0, 3, 1], torch.zeros(d_head))
+
+
+@pytest.mark.parametrize("d_head", [20, 72, 80, 16, 8, 48, 100])
+def test_formats_in_groups_exist_only_for_heads_that_groups_divide(d_head: int) -> None:
+    """gguf has no q4_0 of such a width, and KIVI's groups of 32 channels end within a head."""
+    x = vectors(1, 40, 2, d_head)
+    with pytest.raises(ValueError, match=f"d_head: wanted a multiple of 32, .*q4_0; got {d_head}"):
+        q4_0(x)
+    kivi = BY_NAME["int4 KIVI"]
+    with pytest.raises(ValueError, match=f"d_head: wanted a multiple of 32, .*; got {d_head}"):
+        kivi.on_v(x, 0.0)
+    fit = {s.name for s in SCHEMES if s.fits([d_head])}
+    assert fit == {*BY_NAME} - {"int4 KIVI", "int4 q4_0"}
+    assert {s.name for s in SCHEMES if s.fits([32, 64, 96, 128])} == {*BY_NAME}
+    assert not BY_NAME["int4 q4_0"].fits([64, d_head])
 
 
 @given(st.floats(0.01, 100), st.integers(0, 50))
@@ -295,7 +314,7 @@ def test_rows_move_where_the_model_itself_moves_them(model: Any, name: str) -> N
 def test_only_rows_below_the_largest_error_can_move(model: Any) -> None:
     """The certificate: critical half-widths bound what the norm error of any format moves."""
     layers = hooks.attention_sites(model).layers
-    schemes = (*SCHEMES, *COARSE.values())
+    schemes = (*(s for s in SCHEMES if s.fits([8])), *COARSE.values())
     errors = measured(model, *schemes)
     probe = hooks.collapse_probe(model, ids, on="k", sigmas=[0.1], draws=0, progress=False)
     some = 0
@@ -330,7 +349,8 @@ def test_scores_that_are_not_the_models_are_refused() -> None:
     """A hook behind ours changes the keys: what is recomputed from them is something else."""
     bridge = models.tiny_gpt2()
     layers, read = hooks.attention_sites(bridge).layers, encode(bridge, ids)
-    errors = CacheErrors(layers, SCHEMES, largest_magnitudes(bridge, layers, read, 8))
+    schemes = [s for s in SCHEMES if s.fits([8])]
+    errors = CacheErrors(layers, schemes, largest_magnitudes(bridge, layers, read, 8))
 
     def spoil(scores: Tensor, hook: Any) -> Tensor:
         return scores + torch.randn(scores.shape, generator=torch.Generator().manual_seed(0))

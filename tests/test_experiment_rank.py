@@ -17,6 +17,7 @@ from qkvnorm_lens.adapter import from_pretrained
 from qkvnorm_lens.experiments import _base, _run, masks, rank
 from qkvnorm_lens.experiments import _masks_table as words
 from qkvnorm_lens.experiments._base import Subject
+from qkvnorm_lens.experiments._digest import digest_of
 from qkvnorm_lens.experiments._read import Amount, Reading, reading
 from qkvnorm_lens.experiments._subjects import find_subjects
 from tests import models
@@ -210,7 +211,8 @@ def test_a_model_without_a_directory_has_no_start_and_it_says_so(
 def test_a_language_models_start_has_its_configuration(tmp_path: Path) -> None:
     plain = models.tiny_hf(models.LlamaForCausalLM, models.tiny_llama_config())
     plain.save_pretrained(tmp_path / "tiny")
-    subject = Subject("tiny", "language", tmp_path / "tiny", "", "tiny", None, "0")
+    digest = digest_of(tmp_path / "tiny")
+    subject = Subject("tiny", "language", tmp_path / "tiny", "", "tiny", None, digest)
     before = torch.get_rng_state()
     one, two = rank.at_start(subject), rank.at_start(subject)
     assert torch.equal(torch.get_rng_state(), before)

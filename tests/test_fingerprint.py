@@ -90,7 +90,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], None], dict[str, Any]]] = {
     "sinks": (GPTOSS, partial(zero, part="sinks"), {}),
     "sinks, through .data": (GPTOSS, partial(through_data, part="sinks"), {}),
     "one weight, through .data": ("llama", partial(through_data, part="k_proj"), {}),
-    "a norm's gain": ("llama", partial(zero, part="input_layernorm"), {}),
+    "a norm's gain": ("llama", partial(through_data, part="input_layernorm"), {}),
     "the scale of scores": ("llama", rescale, {}),
     "a buffer": ("llama", turn_rotation, {}),
     "a hook": ("llama", hook, {}),
@@ -189,7 +189,11 @@ class Adapter(nn.Module):
 
 def adapted() -> Any:
     model = tiny_llama()
-    place = next(m for n, m in inner(model).named_modules() if n.endswith("0.self_attn.o_proj"))
+    place = next(
+        m
+        for n, m in inner(model).named_modules()
+        if n.endswith("self_attn._original_component.o_proj")
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         place._modules["_original_component"] = Adapter(place._modules["_original_component"])

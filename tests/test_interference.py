@@ -642,11 +642,11 @@ def test_scores_that_overflow_are_refused() -> None:
         ({"constants": [1.0, 1.0]}, "each once"),
         ({"constants": [0.0]}, "constants: wanted positive"),
         ({"constants": [math.nan]}, "constants: wanted positive"),
-        ({"on": ["v"]}, "on: wanted some of"),
+        ({"on": ["v"]}, "on: wanted one of"),
         ({"on": []}, "on: wanted some of"),
         ({"sparse": 1.5}, "sparse: wanted"),
         ({"draws": -1}, "draws: wanted an integer >= 0; got -1"),
-        ({"layers": [7]}, "layer: wanted one of"),
+        ({"layers": [7]}, "layers: wanted one of"),
         ({"batch_size": 0}, "batch_size: wanted"),
     ],
 )

@@ -454,9 +454,9 @@ def test_models_without_a_stream_are_refused() -> None:
     ("options", "said"),
     [
         ({"layers": [2]}, r"layers: wanted some of \[0, 1\]; got 2"),
-        ({"layers": [0, 0]}, "wanted distinct block indices"),
-        ({"layers": []}, "wanted distinct block indices"),
-        ({"layers": [True]}, "got True"),
+        ({"layers": [0, 0]}, "layers: wanted one or more indices in a list, each once"),
+        ({"layers": []}, "layers: wanted one or more indices in a list"),
+        ({"layers": [True]}, r"got \[True\]"),
         ({"batch_size": 0}, "batch_size: wanted an integer >= 1; got 0"),
     ],
 )
@@ -468,7 +468,7 @@ def test_wrong_arguments_are_named(options: dict[str, Any], said: str) -> None:
 def test_frames_by_something_else_are_refused() -> None:
     report = hooks.rank_profile(models.tiny_gpt2(), ids, progress=False)
     with shape_checks_off():
-        with pytest.raises(ValueError, match="by: wanted 'prompt' or 'site'; got 'head'"):
+        with pytest.raises(ValueError, match=r"by: wanted one of .*; got 'head'"):
             report.to_frame("head")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="without_first: wanted True or False"):
+        with pytest.raises(TypeError, match="without_first: wanted True or False"):
             report.to_frame(without_first=1)  # type: ignore[arg-type]

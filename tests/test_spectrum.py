@@ -323,7 +323,7 @@ def test_the_model_is_left_as_it_was_found() -> None:
     [
         ({"k": 1}, "k: wanted an integer >= 2"),
         ({"k": 2.5}, "k: wanted an integer >= 2"),
-        ({"layers": [7]}, "layer: wanted one of the attention layers"),
+        ({"layers": [7]}, "layers: wanted one of the attention layers"),
         ({"batch_size": 0}, "batch_size: wanted an integer >= 1"),
         ({"lengths": []}, "lengths: wanted one or more integers"),
         ({"lengths": "16"}, "lengths: wanted one or more integers"),

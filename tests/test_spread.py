@@ -347,7 +347,7 @@ def test_the_model_is_left_as_it_was_found(of: str) -> None:
     ("options", "message"),
     [
         ({"of": "z"}, "of: wanted one of"),
-        ({"layers": [7]}, "layer: wanted one of the attention layers"),
+        ({"layers": [7]}, "layers: wanted one of the attention layers"),
         ({"batch_size": 0}, "batch_size: wanted an integer >= 1"),
     ],
 )

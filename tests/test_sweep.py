@@ -545,7 +545,7 @@ def test_clean_layers_run_once_and_only_scored_positions_are_unembedded(gpt2: An
         ({"sigmas": [0.6]}, "wanted <"),
         ({"replicates": 0}, "replicates: wanted an integer >= 1; got 0"),
         ({"batch_size": 0}, "batch_size"),
-        ({"layers": [9]}, "layer: wanted one of"),
+        ({"layers": [9]}, "layers: wanted one of"),
         ({"rows": "sparse"}, "wanted on='q', 'k' or 'qk'"),
         ({"targets": ids[:, 1:]}, "wanted 17 integer ids"),
         ({"targets": ids[:2]}, "one row for each of 3 prompts"),

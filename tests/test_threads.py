@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hooks
 from tests import models
-from tests.watching import Found, shape_checks_off
+from tests.watching import Found, shape_checks_off, tiny_opt
 
 IDS = models.tokens(batch=3, pos=12)
 OTHER = models.tokens(batch=2, pos=9, seed=5)
@@ -83,7 +83,7 @@ def symmetry_gap(model: Any) -> Any:
 
 
 def attention_sites(model: Any) -> Any:
-    return hooks.attention_sites(model).to_frame().drop(columns=["got"], errors="ignore")
+    return hooks.attention_sites(model, IDS).to_frame().drop(columns=["got"], errors="ignore")
 
 
 Job = Callable[[Any], Any]
@@ -189,9 +189,169 @@ def check(model: Any, first: Job, second: Job) -> None:
         assert same(wanted, got), job.__name__
 
 
-FAST = [(u, OURS[i % len(OURS)]) for i, u in enumerate(USERS)]
+FAST = [(u, OURS[i % len(OURS)]) for i, u in enumerate(USERS) if u is not noised]
 
 
 @pytest.mark.parametrize(("user", "ours"), FAST, ids=lambda job: job.__name__)
 def test_two_threads_find_what_each_finds_alone(user: Job, ours: Job) -> None:
     check(models.tiny_gpt2(), user, ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("user", USERS, ids=lambda job: job.__name__)
+@pytest.mark.parametrize("ours", OURS, ids=lambda job: job.__name__)
+def test_all_pairs_find_what_each_finds_alone(user: Job, ours: Job, kind: str) -> None:
+    check(models.TINY[kind](), user, ours)
+
+
+# -- training mode ------------------------------------------------------------------------------
+
+
+def test_a_training_step_beside_a_probe_is_a_training_step() -> None:
+    """Its dropout acts, and the probe's does not."""
+    model = models.tiny_gpt2()
+    wanted = probe(model)
+    model.train()
+    seen: list[bool] = []
+
+    def look(tensor: Tensor, hook: Any) -> None:
+        if threading.current_thread().name == "trains":
+            seen.append(model.original_model.transformer.h[1].training)
+
+    stop = threading.Event()
+
+    def train() -> None:
+        while not stop.is_set():
+            training_step(model)
+
+    thread = threading.Thread(target=train, name="trains")
+    with standing(model, look):
+        thread.start()
+        try:
+            got = [probe(model) for _ in range(3)]
+        finally:
+            stop.set()
+            thread.join()
+    assert all(same(wanted, found) for found in got)
+    assert seen
+    assert all(seen)
+    assert all(m.training for m in model.original_model.modules())
+
+
+def test_a_pass_that_does_not_stop_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_apart, "PATIENCE", 0.2)
+    model = models.tiny_gpt2().train()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(tensor: Tensor, hook: Any) -> None:
+        inside.set()
+        go_on.wait(60)
+
+    thread = threading.Thread(
+        target=lambda: model.run_with_hooks(OTHER, fwd_hooks=[("blocks.0.hook_in", hold)]),
+        name="holds",
+    )
+    thread.start()
+    try:
+        assert inside.wait(60)
+        with pytest.raises(hooks.UnsupportedModelError, match="'holds'"):
+            spread(model)
+    finally:
+        go_on.set()
+        thread.join()
+    assert model.training
+    spread(model)
+
+
+# -- hooks that another thread put on for a while -------------------------------------------------
+
+
+def _with_context(model: Any, job: Job, context: Any) -> Any:
+    """What a job finds while another thread holds a context open, outside of any pass."""
+    opened, close = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with context:
+            opened.set()
+            close.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert opened.wait(60)
+        return job(model)
+    finally:
+        close.set()
+        thread.join()
+
+
+def test_a_context_of_another_thread_is_refused_by_name() -> None:
+    model = models.tiny_gpt2()
+    spread(model)
+    for context in (
+        model.hooks(fwd_hooks=[(_z(model), lambda z, hook: 0 * z)]),
+        hooks.NormNoise(sigma=0.1).applied(model),
+    ):
+        with pytest.raises(hooks.UnsupportedModelError, match="put on for a while"):
+            _with_context(model, spread, context)
+    spread(model)
+
+
+def test_a_hook_that_stands_holds_for_a_measurement_in_any_thread() -> None:
+    model = models.tiny_gpt2()
+    plain = spread(model)
+    with standing(model, lambda x, hook: x.flip(1)):
+        wanted = spread(model)
+        got: list[Any] = []
+        thread = threading.Thread(target=lambda: got.append(spread(model)))
+        thread.start()
+        thread.join()
+    assert same(wanted, got[0])
+    assert not same(plain, wanted)
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def test_weights_written_to_meanwhile_are_refused_by_name() -> None:
+    model = models.tiny_gpt2()
+    spread(model)
+    at_work, written = threading.Event(), threading.Event()
+
+    def hold(tensor: Tensor, hook: Any) -> None:
+        at_work.set()
+        written.wait(60)
+
+    def write() -> None:
+        at_work.wait(60)
+        with torch.no_grad():
+            next(iter(model.original_model.parameters())).mul_(1.5)
+        written.set()
+
+    thread = threading.Thread(target=write)
+    with standing(model, hold):
+        thread.start()
+        with pytest.raises(hooks.UnsupportedModelError, match="weights: wanted"):
+            spread(model)
+        thread.join()
+
+
+# -- interventions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+def test_centred_attention_holds_in_every_thread(tapped: bool) -> None:
+    model = tiny_opt() if tapped else models.tiny_llama()
+    plain = forward(model)
+    with hooks.CentredAttention().applied(model):
+        wanted = forward(model)
+        got: list[Any] = []
+        thread = threading.Thread(target=lambda: got.append(forward(model)))
+        thread.start()
+        thread.join()
+        assert same(wanted, got[0])
+        both = beside(model, forward, lambda model: model(IDS).detach(), meet=True)
+        assert same(wanted, both[0])
+    assert not torch.equal(plain, wanted)
+    assert torch.equal(plain, forward(model))

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.builders import NATIVE, Built, build, build_hf
 from tests.support.families import D_HEAD, D_MODEL, N_CTX, N_HEADS, VOCAB
+from tests.watching import RENAMED, keeps_cache
 
 PAGE = Path(__file__).parents[1] / "docs" / "transformerlens-traps.md"
 POS = 13
@@ -198,6 +199,12 @@ def test_native_models_drop_unknown_keys_of_a_dict() -> None:
     assert bridge.cfg.n_key_value_heads is None
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         TransformerBridgeConfig(**SMALL, **misspelt)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "MptForCausalLM"])
+def test_a_cache_is_lost_on_transformers_5_24(name: str) -> None:
+    """The bridge alone, without noise; a bridge that keeps its cache there ends this trap."""
+    assert keeps_cache(build(name).model) is not RENAMED
 
 
 # --- 2. A hook carries something else than its name says --------------------------------------

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qkvnorm_lens._options import check_name
+
 if TYPE_CHECKING:
     import torch
     from transformer_lens.model_bridge import TransformerBridge
@@ -35,9 +37,7 @@ def checkpoint_path(name: str = DEFAULT) -> Path:
     Raises:
         ValueError: no such model; the message lists those that there are.
     """
-    if name not in checkpoints():
-        raise ValueError(f"checkpoint: wanted one of {checkpoints()}, got {name!r}")
-    return Path(__file__).parent / name
+    return Path(__file__).parent / check_name("name", name, checkpoints())
 
 
 def checkpoint_card(name: str = DEFAULT) -> dict[str, Any]:

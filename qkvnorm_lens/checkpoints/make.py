@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,6 +20,7 @@ import torch
 
 from qkvnorm_lens.addition import Split, build_tokenizer, get_split
 from qkvnorm_lens.config import named_config
+from qkvnorm_lens.loading import write_card
 from qkvnorm_lens.model import QKVNormTransformer
 from qkvnorm_lens.training import (
     TEST_SEED,
@@ -82,7 +82,7 @@ def install(
     model.write(folder)
     shutil.copyfile(log, folder / "log.csv")
     made = card(name, run, model, command)
-    (folder / "card.json").write_text(json.dumps(made, indent=2) + "\n")
+    write_card(made, folder / "card.json")
     return made
 
 

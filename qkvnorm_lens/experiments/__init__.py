@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qkvnorm_lens._options import check_name
+
 if TYPE_CHECKING:
     from qkvnorm_lens.experiments._base import Experiment, Size
     from qkvnorm_lens.experiments._run import Outcome
@@ -50,8 +52,7 @@ def get_experiment(name: str) -> Experiment:
         ValueError: no such name; the message lists them.
         ImportError: a package that experiments need is missing.
     """
-    if name not in NAMES:
-        raise ValueError(f"experiment: wanted one of {list(NAMES)}; got {name!r}")
+    name = check_name("name", name, NAMES)
     try:
         module = importlib.import_module(f"qkvnorm_lens.experiments.{name}")
     except ModuleNotFoundError as error:
@@ -88,15 +89,20 @@ def run(
         ValueError: no such experiment or size, or no model that it can look at.
         LoadError: no such model.
     """
+    from hooks._arguments import brief, check_optional, check_path, read_list
+    from qkvnorm_lens._options import directory
     from qkvnorm_lens.experiments._base import SIZES
     from qkvnorm_lens.experiments._run import run_experiment
     from qkvnorm_lens.experiments._subjects import default_subjects, find_subjects
 
-    if size not in SIZES:
-        raise ValueError(f"size: wanted one of {list(SIZES)}; got {size!r}")
-    if isinstance(models, str):
-        raise TypeError(f"models: wanted a list of names; got {models!r}")
+    check_name("size", size, SIZES)
+    names = None if models is None else read_list("models", models, "a list of names")
+    for each in names or ():
+        if not isinstance(each, (str, os.PathLike)):
+            raise TypeError(f"models: wanted a list of names; got {brief(each)} in it")
+    (progress,) = check_optional(progress=progress)
+    folder = Path("runs/experiments") if out is None else check_path("out", out)
+    directory("out", folder)
     experiment = get_experiment(name)
-    subjects = default_subjects(size) if models is None else find_subjects(models)
-    folder = Path("runs/experiments") if out is None else Path(out)
+    subjects = default_subjects(size) if names is None else find_subjects(names)
     return run_experiment(experiment, subjects, folder, size=size, progress=progress)

@@ -6,6 +6,7 @@ last one. The table is the parts' rows in order, whatever was run when.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +37,8 @@ class Subject:
         placement: ``"none"``, ``"pre"`` or ``"qkv"``; empty for other people's models.
         group: the models that differ from it by their seed alone share this name.
         seed: of its weights and data; None where it isn't known.
-        digest: of its weights and configuration, so that results of other weights aren't mixed up.
+        digest: of its weights, configuration and tokenizer, so that results of others aren't mixed
+            up; empty of a name on the hub that is not in the cache yet.
     """
 
     name: str
@@ -73,21 +75,50 @@ class Subject:
         return split
 
     @property
+    def sums(self) -> Any:
+        """The same as it is written down; None of a model whose card does not say."""
+        from qkvnorm_lens.loading import find, trained_on
+
+        split = None if self.path is None else trained_on(find(self.source))
+        return None if split is None else json.loads(json.dumps(split.to_json()))
+
+    @property
     def source(self) -> str:
         """What `load_model` is given."""
         return self.name if self.path is None else str(self.path)
 
     def load(self) -> TransformerBridge:
-        """The model, on the CPU or an accelerator, in eval mode; the latest one is kept."""
-        if _latest.get("source") != self.source:
+        """The model, on the CPU or an accelerator, in eval mode; the latest one is kept.
+
+        Kept as what it is, not as where it lay: numbers of other weights, configuration or
+        tokenizer would go into the results under this digest.
+
+        Raises:
+            ValueError: the directory holds another model than when this subject was made.
+        """
+        if _latest.get("key") != (self.source, self.digest):
             from qkvnorm_lens.loading import load_model
 
             _latest.clear()  # before the next one needs the room
+            self._check_unchanged()
             loaded = load_model(self.source)
+            self._check_unchanged()  # while it was read
             loaded.cfg.model_name = self.name
-            _latest.update(source=self.source, model=loaded)
+            _latest.update(key=(self.source, self.digest), model=loaded)
         model: TransformerBridge = _latest["model"]
         return model
+
+    def _check_unchanged(self) -> None:
+        from qkvnorm_lens.experiments._digest import digest_of, digest_of_hub
+
+        found = digest_of_hub(self.name) if self.path is None else digest_of(self.path)
+        if self.path is None and "" in (found, self.digest):  # not in the cache, or not until now
+            return
+        if found != self.digest:
+            raise ValueError(
+                f"{self.source}: wanted the model of digest {self.digest}, which was there when "
+                f"the run began; got {found}: another was written in its place, run again"
+            )
 
 
 _latest: dict[str, Any] = {}

@@ -39,15 +39,24 @@ _ROUNDING = 64.0  # times eps, of the largest score that the lengths allow
 
 
 def largest_magnitudes(
-    model: TransformerBridge, layers: Sequence[LayerSites], prompts: Prompts, batch_size: int
+    model: TransformerBridge,
+    layers: Sequence[LayerSites],
+    prompts: Prompts,
+    batch_size: int,
+    widths: set[int] | None = None,
 ) -> Largest:
-    """Largest |x| among a layer's keys and values, by index of the layer: a static scale's data."""
+    """Largest |x| among a layer's keys and values, by index of the layer: a static scale's data.
+
+    ``widths`` is given the channels of a key's and a value's head.
+    """
     found: Largest = {}
 
     def look(view: LayerView) -> None:
         for role in ("k", "v"):
             at: tuple[int, Role] = (view.index, role)
             found[at] = max(found.get(at, 0.0), float(view.vectors[role].abs().max()))
+            if widths is not None:
+                widths.add(view.vectors[role].shape[-1])
 
     observe(model, layers, prompts, look, vectors=("k", "v"), batch_size=batch_size)
     return found

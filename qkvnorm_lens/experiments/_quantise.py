@@ -7,7 +7,7 @@ that format would return, in the same dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -31,12 +31,18 @@ class Scheme:
         on_k, on_v: what comes out of the cache, for keys and for values; the second argument is the
             largest magnitude in the layer's keys (or values) over the calibration data, which a
             static scale needs.
+        channels: of a group; the engines refuse heads that are no multiple of it.
     """
 
     name: str
     what: str
     on_k: Quantise
     on_v: Quantise
+    channels: int = 1
+
+    def fits(self, widths: Iterable[int]) -> bool:
+        """Whether the format exists for heads of so many channels."""
+        return all(width % self.channels == 0 for width in widths)
 
 
 def symmetric(x: Vectors, largest: float = math.nan, *, top: int) -> Vectors:
@@ -64,11 +70,13 @@ def float8(x: Vectors, largest: float, *, dtype: torch.dtype) -> Vectors:
 def q4_0(x: Vectors, largest: float = math.nan) -> Vectors:
     """llama.cpp's ``q4_0``: q = min(15, floor(x / s + 8.5)), s = (the group's extreme) / -8.
 
-    Groups of 32 along d_head (their greatest common divisor, where 32 does not divide it); s keeps
-    the sign of the group's extreme, and is stored as float16; back: s (q - 8). Source:
-    ``quantize_row_q4_0_ref`` in llama.cpp's ``ggml-quants.c``.
+    Groups of 32 along d_head; s keeps the sign of the group's extreme, and is stored as float16;
+    back: s (q - 8). Source: ``quantize_row_q4_0_ref`` in llama.cpp's ``ggml-quants.c``.
+
+    Raises:
+        ValueError: 32 does not divide d_head, which gguf refuses too.
     """
-    groups = x.unflatten(-1, (-1, math.gcd(GROUP, x.shape[-1])))
+    groups = _in_groups(x, "q4_0")
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scale = extreme / -8
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
@@ -90,9 +98,22 @@ def per_channel(x: Vectors, largest: float = math.nan, *, top: int) -> Vectors:
 
 
 def per_token(x: Vectors, largest: float = math.nan, *, top: int) -> Vectors:
-    """:func:`between` for each token over groups of 32 channels."""
-    groups = x.unflatten(-1, (-1, math.gcd(GROUP, x.shape[-1])))
+    """:func:`between` for each token over groups of 32 channels.
+
+    Raises:
+        ValueError: 32 does not divide d_head.
+    """
+    groups = _in_groups(x, "KIVI's values")
     return between(groups, -1, top=top).flatten(-2)
+
+
+def _in_groups(x: Vectors, what: str) -> Float[Tensor, "batch pos head group 32"]:
+    if x.shape[-1] % GROUP:
+        raise ValueError(
+            f"d_head: wanted a multiple of {GROUP}, the channels of a group of {what}; got "
+            f"{x.shape[-1]}"
+        )
+    return x.unflatten(-1, (-1, GROUP))
 
 
 def _times(x: Tensor, scale: Tensor, top: int) -> Tensor:
@@ -101,8 +122,8 @@ def _times(x: Tensor, scale: Tensor, top: int) -> Tensor:
     return (x * inverse).round().clamp(-top, top) * scale
 
 
-def _same(name: str, what: str, quantise: Quantise) -> Scheme:
-    return Scheme(name, what, quantise, quantise)
+def _same(name: str, what: str, quantise: Quantise, channels: int = 1) -> Scheme:
+    return Scheme(name, what, quantise, quantise, channels)
 
 
 SCHEMES: Final = (
@@ -129,8 +150,9 @@ SCHEMES: Final = (
         "in full precision",
         partial(per_channel, top=15),
         partial(per_token, top=15),
+        GROUP,
     ),
-    _same("int4 q4_0", "llama.cpp's q4_0: 4-bit integers in groups of 32 channels", q4_0),
+    _same("int4 q4_0", "llama.cpp's q4_0: 4-bit integers in groups of 32 channels", q4_0, GROUP),
     _same(
         "int4",
         "4-bit integers, symmetric, one scale (max |x| / 7) per token and head",

@@ -9,6 +9,8 @@ DIR/NAME/figure.png, text.md
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import math
 import os
@@ -22,6 +24,7 @@ from typing import Any, Final
 import pandas as pd
 from tqdm.auto import tqdm
 
+from hooks._files import write_whole
 from qkvnorm_lens.experiments._base import SIZES, Experiment, Part, Size, Subject
 
 VERSIONS: Final = ("qkvnorm-lens", "torch", "transformer-lens", "transformers", "numpy")
@@ -98,7 +101,9 @@ def run_experiment(
     _write(folder / "about.json", json.dumps(about, indent=2) + "\n")
     _write(folder / "table.csv", table.to_csv(index=False, lineterminator="\n"))
     _write(folder / "text.md", text.rstrip() + "\n")
-    experiment.figure(table).savefig(folder / "figure.png")
+    picture = io.BytesIO()
+    experiment.figure(table).savefig(picture, format="png")
+    write_whole(folder / "figure.png", picture.getvalue())
     return Outcome(table, about, text, folder)
 
 
@@ -127,6 +132,7 @@ def depends_on(experiment: Experiment, part: Part, size: Size) -> dict[str, Any]
         "size": size,
         "settings": json.loads(json.dumps(dict(part.settings))),
         "model": None if subject is None else [subject.name, subject.digest],
+        "card": None if subject is None else [subject.group, subject.seed, subject.sums],
         "versions": {name: version(name) for name in VERSIONS},
     }
 
@@ -134,7 +140,8 @@ def depends_on(experiment: Experiment, part: Part, size: Size) -> dict[str, Any]
 def _one(experiment: Experiment, part: Part, size: Size, path: Path) -> dict[str, Any]:
     wanted = depends_on(experiment, part, size)
     held = _held(path)
-    if held.get("depends_on") == wanted:
+    known = part.subject is None or part.subject.digest  # else: nobody can say of which weights
+    if known and held.get("depends_on") == wanted and held.get("digest") == _digest(held):
         return held
     cpu, clock = time.process_time(), time.perf_counter()
     rows = part.work()
@@ -145,15 +152,22 @@ def _one(experiment: Experiment, part: Part, size: Size, path: Path) -> dict[str
         "columns": list(rows.columns),
         "rows": [[_plain(x) for x in row] for row in rows.itertuples(index=False)],
     }
+    made["digest"] = _digest(made)
     _write(path, json.dumps(made) + "\n")
     return made
+
+
+def _digest(part: dict[str, Any]) -> str:
+    """Of all that a part's file says, but for this."""
+    said = {name: value for name, value in part.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _held(path: Path) -> dict[str, Any]:
     """What an earlier run left there; nothing if it can't be read, and is made again."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return held if isinstance(held, dict) else {}
 
@@ -165,10 +179,19 @@ def _check_smaller(folder: Path, size: Size) -> None:
         ValueError: the folder holds the results of a larger size, or is no folder.
     """
     if any(path.is_file() for path in (folder, *folder.parents)):
-        raise ValueError(f"--out: wanted a directory; got a file in {folder}")
-    there = _held(folder / "about.json").get("size")
+        raise ValueError(f"out: wanted a directory; got a file in {folder}")
+    about = folder / "about.json"
+    there = _held(about).get("size")
+    if about.exists() and there not in SIZES:
+        raise ValueError(
+            f"{about}: wanted what a run writes; got something else: delete it if these results "
+            "may be replaced"
+        )
     if there in SIZES and SIZES.index(there) > SIZES.index(size):
-        raise ValueError(f"{folder} holds {there} results: wanted another --out for a {size} run")
+        raise ValueError(
+            f"out: wanted another directory for a {size} run; got {folder}, which holds {there} "
+            "results"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -207,8 +230,6 @@ def _about(
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, whoever else writes the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, text.encode("utf-8"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,8 @@ from typing import Any
 from qkvnorm_lens import loading
 from qkvnorm_lens.checkpoints import checkpoint_path, checkpoints
 from qkvnorm_lens.experiments._base import Size, Subject
+from qkvnorm_lens.experiments._digest import digest_of, digest_of_hub
 from qkvnorm_lens.experiments.train import trained
-
-_BLOCK = 1 << 24
-_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer*", "vocab.*", "merges.txt")
 
 
 def default_subjects(size: Size) -> tuple[Subject, ...]:
@@ -51,7 +47,8 @@ def find_subjects(names: Sequence[str]) -> tuple[Subject, ...]:
         else:
             source = loading.find(name)
             if source.path is None:
-                found.append(Subject(name, "language", None, "", name, None, ""))
+                digest = digest_of_hub(name)
+                found.append(Subject(name, "language", None, "", name, None, digest))
             else:
                 found.append(_from_directory(source.path.name, source.path))
     unique = list({(s.name, s.path): s for s in found}.values())
@@ -64,10 +61,10 @@ def find_subjects(names: Sequence[str]) -> tuple[Subject, ...]:
 
 
 def _from_directory(name: str, path: Path) -> Subject:
-    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = loading.read_object(path / "config.json")
     ours = config.get("architecture") == "QKVNormTransformer"
     card = path / "card.json"
-    run = json.loads(card.read_text(encoding="utf-8")).get("run", {}) if card.is_file() else {}
+    run = loading.read_card(card).get("run", {}) if card.is_file() else {}
     seed = run.get("seed")
     group = name.removesuffix(f"-{seed}") if seed is not None else name
     return Subject(
@@ -77,16 +74,5 @@ def _from_directory(name: str, path: Path) -> Subject:
         placement=str(config.get("placement", "")) if ours else "",
         group=group,
         seed=seed,
-        digest=_digest(path),
+        digest=digest_of(path),
     )
-
-
-def _digest(path: Path) -> str:
-    """Of configuration, weights and tokenizer, byte by byte."""
-    digest = hashlib.sha256()
-    for file in sorted({f for pattern in _FILES for f in path.glob(pattern)}):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()[:16]

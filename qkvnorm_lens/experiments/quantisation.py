@@ -16,7 +16,7 @@ import pandas as pd
 from qkvnorm_lens.experiments._base import Claim, Experiment, Part, Size, Subject
 from qkvnorm_lens.experiments._draw import COLOURS, panels
 from qkvnorm_lens.experiments._grouped import by_group, group_mean, markdown
-from qkvnorm_lens.experiments._quantise import SCHEMES
+from qkvnorm_lens.experiments._quantise import GROUP, SCHEMES
 from qkvnorm_lens.experiments._read import Amount, reading
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
     model, read = subject.load(), reading(subject, amount)
     layers, prompts = hooks.attention_sites(model).layers, encode(model, read.ids)
     batch = BATCH[subject.kind]
-    largest = largest_magnitudes(model, layers, prompts, batch)
-    errors = CacheErrors(layers, SCHEMES, largest)
+    widths: set[int] = set()
+    largest = largest_magnitudes(model, layers, prompts, batch, widths)
+    formats = [scheme for scheme in SCHEMES if scheme.fits(widths)]
+    errors = CacheErrors(layers, formats, largest)
     observe(model, layers, prompts, errors.add, vectors=("q", "k", "v"), batch_size=batch)
     probe = hooks.collapse_probe(
         model,
@@ -76,12 +78,12 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
             "kind": kind,
             **of_head(errors, probe, scheme.name, i, head, sites.kv_head_of[head], k),
         }
-        for scheme in SCHEMES
+        for scheme in formats
         for i, sites in enumerate(layers)
         for head in range(sites.n_heads)
         for k, kind in enumerate(KINDS)
     ]
-    output = output_effect(model, layers, prompts, read.targets, SCHEMES, largest, batch)
+    output = output_effect(model, layers, prompts, read.targets, formats, largest, batch)
     frames = [pd.DataFrame(rows), pd.DataFrame(output).assign(what="output")]
     table = pd.concat(frames, ignore_index=True).map(_short).assign(**subject.columns)
     first = [*subject.columns, "what", "scheme"]
@@ -120,7 +122,7 @@ def of_head(
     }
     sigma, most = measured["norm_k"], measured["norm_largest_k"]
     table = probe.table
-    of_kind = report.is_first(table.prompt, table.key) == (kind == 1)
+    of_kind = probe.is_first(table.prompt, table.key) == (kind == 1)
     mine = np.flatnonzero((table.layer == index) & (table.head == head) & of_kind)
     n = int(errors.rows[index][head, kind])
     able: float = int((table.half_width[mine] < most).sum()) if most < 1 else n
@@ -269,6 +271,7 @@ def text(table: pd.DataFrame) -> str:
         f"{LEAST_ROWS} sparse rows or more, sinks counted; then the worst of the others, with "
         "the share that moves.",
         "",
+        *_left_out(table),
         *_findings(table),
     ]
     return "\n".join(lines)
@@ -277,8 +280,9 @@ def text(table: pd.DataFrame) -> str:
 def _legend() -> str:
     formats = "; ".join(f"{s.name}: {s.what}" for s in SCHEMES)
     return (
-        f"Formats: {formats}. A group is never wider than a head or longer than a prompt: in heads "
-        f"of 16 channels it has 16, and sums of some 20 tokens are one. Columns: RMS over tokens "
+        f"Formats: {formats}. A group of tokens is never longer than a prompt: sums of some 20 "
+        "tokens are one; heads that groups of channels do not divide are refused, as the engines "
+        "refuse them. Columns: RMS over tokens "
         f"and heads of the relative error of |k| and |v|; 1 - cos of the angle between k and the "
         "quantised k; share of sparse rows that the norm error could move at all "
         "(critical half-width below the head's largest error), that "
@@ -320,11 +324,26 @@ def _heads_table(table: pd.DataFrame) -> str:
     rows = []
     for name, mine in each.groupby("model", sort=False):
         cells = []
-        for scheme in schemes(mine):
-            own = mine[(mine["scheme"] == scheme) & (mine["rows"] >= LEAST_ROWS)]
-            cells.append(_stand(own))
+        for scheme in schemes(each):
+            own = mine[mine["scheme"] == scheme]
+            fits = len(own) > 0
+            cells.append(_stand(own[own["rows"] >= LEAST_ROWS]) if fits else "no such format")
         rows.append([str(name), *cells])
     return markdown(["model", *schemes(each)], rows)
+
+
+def _left_out(table: pd.DataFrame) -> list[str]:
+    """Formats that do not exist for a model's heads, by model."""
+    without: dict[str, list[str]] = {}
+    for name, mine in table.groupby("model", sort=False):
+        lacking = [s.name for s in SCHEMES if s.channels > 1 and s.name not in schemes(mine)]
+        if lacking:
+            without.setdefault(" and ".join(lacking), []).append(str(name))
+    return [
+        f"Left out: {formats} of {', '.join(names)}, whose heads are no multiple of {GROUP} "
+        "channels: a format in groups of so many does not exist for them.\n"
+        for formats, names in without.items()
+    ]
 
 
 def _stand(own: pd.DataFrame) -> str:

@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from hooks._arguments import check_integers
+from hooks._arguments import (
+    check_booleans,
+    check_index,
+    check_integers,
+    check_path,
+    check_text,
+    naming,
+    plain,
+    read_list,
+)
 from qkvnorm_lens._html import circuits, rows, safe
 from qkvnorm_lens._plot_style import GREY, ORANGE, new_figure, printable, top_figure
-from qkvnorm_lens.plots._chart import check_report
+from qkvnorm_lens.plots._chart import axes_in, check_report
 from qkvnorm_lens.plots._collapse import name_of
 
 if TYPE_CHECKING:
@@ -41,6 +50,10 @@ class View:
     html: str = field(repr=False)
     height: int = 480
 
+    def __post_init__(self) -> None:
+        check_text("html", self.html)
+        object.__setattr__(self, "height", *check_integers(height=(self.height, 1)))
+
     def _repr_html_(self) -> str:
         """A frame that holds the page, without the network."""
         return (
@@ -50,9 +63,10 @@ class View:
 
     def save(self, path: str | Path) -> Path:
         """Write the page to a file that opens offline; returns its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html, encoding="utf-8")
+        path = check_path("path", path)
+        with naming("path", "a file that can be written", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.html, encoding="utf-8")
         return path
 
 
@@ -139,10 +153,8 @@ def attention_rows(
         figure = new_figure((8.4, 0.5 + _ROW_HEIGHT * len(shown)))
         axes = list(np.ravel(figure.subplots(len(shown), 1)))
     else:
-        axes = list(np.ravel(np.asarray(ax, dtype=object)))
+        axes = axes_in(ax, len(shown), "one for each row", more=True)
         figure = top_figure(axes[0])
-    if len(axes) < len(shown):
-        raise ValueError(f"ax: wanted {len(shown)} axes, one for each row; got {len(axes)}")
     for each, row in zip(axes, shown, strict=False):
         image = _strip(each, row)
     bar = figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01)
@@ -179,7 +191,8 @@ def _strip(ax: Axes, row: rows.ShownRow) -> Any:
 
 def _kept(report: CollapseReport, n: int, content: bool) -> list[rows.ShownRow]:
     check_report("report", report, "CollapseReport")
-    check_integers(n=(n, 1))
+    (n,) = check_integers(n=(n, 1))
+    (content,) = check_booleans(content=content)
     shown = rows.shown_rows(report, n, content=content)
     if not shown:
         what = "rows on content" if content and len(report.kept) else "rows"
@@ -192,15 +205,17 @@ def _kept(report: CollapseReport, n: int, content: bool) -> list[rows.ShownRow]:
 def _prompts(report: CollapseReport, prompts: Sequence[int] | int) -> list[int]:
     check_report("report", report, "CollapseReport")
     n = len(report.tokens)
-    many = isinstance(prompts, (Sequence, np.ndarray)) and not isinstance(prompts, (str, bytes))
-    if not many and (isinstance(prompts, bool) or not isinstance(prompts, Integral)):
-        raise ValueError(f"prompts: wanted an integer or a list of them; got {prompts!r}")
-    chosen: list[Any] = list(prompts) if many else list(range(min(int(prompts), n)))  # type: ignore[arg-type]
-    if any(isinstance(p, bool) or not isinstance(p, Integral) for p in chosen):
-        raise ValueError(f"prompts: wanted an integer or a list of them; got {prompts!r}")
-    outside = [p for p in chosen if not 0 <= p < n]
-    if outside or not chosen:
-        raise ValueError(f"prompts: wanted some of 0 to {n - 1}; got {prompts!r}")
+    wanted = "an integer >= 1 or a list of indices"
+    if isinstance(plain(prompts), Integral):
+        chosen = list(range(min(check_integers(prompts=(prompts, 1))[0], n)))
+    else:
+        try:
+            given = read_list("prompts", prompts, wanted)
+            chosen = [check_index("prompts", p, n, "prompts") for p in given]
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+    if not chosen:
+        raise ValueError(f"prompts: wanted some of 0 to {n - 1}; got none")
     if not any((report.decoder_tokens or report.tokens)[p] for p in chosen):
         raise ValueError("prompts: wanted text; got images or sound")
     return chosen

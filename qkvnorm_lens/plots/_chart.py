@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hooks._arguments import brief, check_choice, check_kind, read_list
+
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 Backend = Literal["matplotlib", "plotly"] | str
@@ -101,10 +104,57 @@ def check_backend(backend: str, ax: Axes | Sequence[Axes] | np.ndarray | None) -
     Raises:
         ValueError: either of them.
     """
-    if backend not in ("matplotlib", "plotly"):
-        raise ValueError(f"backend: wanted 'matplotlib' or 'plotly'; got {backend!r}")
+    check_choice("backend", backend, ("matplotlib", "plotly"))
     if backend == "plotly" and ax is not None:
         raise ValueError("ax: wanted None with backend='plotly', which makes its own; got an axis")
+
+
+def axes_in(ax: Any, n: int, what: str, *, more: bool = False) -> list[Any]:
+    """So many axes of matplotlib's (or more), of one or of several in a list or an array.
+
+    Raises:
+        TypeError: something else.
+        ValueError: another number of them.
+    """
+    from matplotlib.axes import Axes
+
+    wanted = f"{n} of matplotlib's axes, {what}"
+    if isinstance(ax, Axes):
+        found = [ax]
+    elif isinstance(ax, np.ndarray):
+        found = list(ax.ravel())
+    else:
+        found = read_list("ax", ax, wanted)
+    for each in found:
+        check_kind("ax", each, Axes, wanted)
+    if len(found) < n or (len(found) > n and not more):
+        raise ValueError(f"ax: wanted {wanted}; got {len(found)}")
+    return found
+
+
+def named_reports(given: Any) -> dict[str, Any]:
+    """Several reports by the name to show; one has no name.
+
+    Raises:
+        ValueError: none.
+    """
+    named = dict(given) if isinstance(given, Mapping) else {"": given}
+    if not named:
+        raise ValueError("reports: wanted at least one; got none")
+    return {str(name): report for name, report in named.items()}
+
+
+def numbers(what: str, frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """These columns as numbers.
+
+    Raises:
+        ValueError: a column of something else.
+    """
+    try:
+        return frame.loc[:, list(columns)].astype(float)
+    except (ValueError, TypeError) as error:
+        wanted = f"numbers in the columns {', '.join(columns)}"
+        raise ValueError(f"{what}: wanted {wanted}; got {brief(str(error))}") from error
 
 
 def check_report(what: str, given: Any, *wanted: str) -> None:
@@ -151,7 +201,7 @@ def draw(
         figure = new_figure(size)
         axes = list(np.ravel(figure.subplots(1, len(charts))))
     else:
-        axes = list(np.ravel(np.asarray(ax, dtype=object)))
+        axes = axes_in(ax, len(charts), "one for each chart")
         figure = top_figure(axes[0])
     for i, (chart, each) in enumerate(zip(charts, axes, strict=True)):
         draw_chart(chart, each, figure, with_legend=i == 0 or not together)

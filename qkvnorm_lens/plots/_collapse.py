@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
+from hooks._arguments import check_booleans, check_choice
 from qkvnorm_lens._plot_style import BLUE, GREEN, GREY, ORANGE
 from qkvnorm_lens.plots._chart import (
     Axis,
@@ -69,8 +70,8 @@ def collapse_curve(
         TypeError: another kind of report.
         ValueError: another ``by`` or ``backend``, or an axis beside plotly.
     """
-    if by not in ("model", "layer"):
-        raise ValueError(f"by: wanted 'model' or 'layer'; got {by!r}")
+    check_choice("by", by, ("model", "layer"))
+    (published,) = check_booleans(published=published)
     check_backend(backend, ax)
     check_report("report", report, "CollapseReport")
     chart = collapse_chart(report, by, published=published)
@@ -141,7 +142,9 @@ def margins_chart(report: CollapseReport) -> Chart:
         (0, BLUE, "rows on content"),
         (1, ORANGE, "rows on the first token"),
     ):
-        mine = table.half_width[report.is_first(table.prompt, table.key) == bool(kind)].astype(float)
+        mine = table.half_width[report.is_first(table.prompt, table.key) == bool(kind)].astype(
+            float
+        )
         if not counts[kind]:
             continue
         x = np.sort(100 * mine[np.isfinite(mine)] / math.sqrt(3))

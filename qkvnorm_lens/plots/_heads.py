@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from hooks._arguments import check_integers
 from qkvnorm_lens._plot_style import GREY, axes_of, log_ticks, ticks_between
-from qkvnorm_lens.plots._chart import Backend, check_backend, check_report
+from qkvnorm_lens.plots._chart import Backend, axes_in, check_backend, check_report
 from qkvnorm_lens.plots._collapse import title_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def head_cells(
 ) -> HeadCells:
     """The numbers behind :func:`head_map`."""
     sigma = report.sigma_at(rate, by="head", content=content)
+    rate = float(rate)
     assert isinstance(sigma, pd.DataFrame)
     values = 100 * sigma.to_numpy()
     counts = (report.rows[..., 0] if content else report.rows.sum(-1)).sum(-1)
@@ -101,6 +103,7 @@ def head_map(
     """
     check_backend(backend, ax)
     check_report("report", report, "CollapseReport")
+    (min_rows,) = check_integers(min_rows=(min_rows, 0))
     cells = head_cells(report, rate, content=content, min_rows=min_rows)
     n_layers, n_heads = cells.sigma.shape
     size = (
@@ -109,7 +112,7 @@ def head_map(
     )
     if backend == "plotly":
         return _with_plotly(cells, size)
-    figure, ax = axes_of(ax, size)
+    figure, ax = axes_of(None if ax is None else axes_in(ax, 1, "for the map")[0], size)
     image = _cells(ax, cells)
     few = _marks(ax, cells, image)
     _key(ax, cells.sigma, f"{few}  {cells.few_means}" if few else "")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
+from hooks._arguments import brief, check_choice, check_path, naming
 from qkvnorm_lens._plot_style import BLUE, GREEN, GREY, ORANGE, RUNS
 from qkvnorm_lens.plots._chart import (
     Axis,
@@ -18,9 +19,12 @@ from qkvnorm_lens.plots._chart import (
     Bars,
     Chart,
     Line,
+    axes_in,
     check_backend,
     check_report,
     draw,
+    named_reports,
+    numbers,
 )
 from qkvnorm_lens.plots._collapse import SIGMA
 
@@ -128,11 +132,8 @@ def accuracy_curve(
             without that number (accuracy and loss want targets).
     """
     check_backend(backend, ax)
-    if metric not in _METRICS:
-        raise ValueError(f"metric: wanted one of {list(_METRICS)}; got {metric!r}")
-    named = dict(reports) if isinstance(reports, Mapping) else {"": reports}
-    if not named:
-        raise ValueError("reports: wanted at least one; got none")
+    metric = check_choice("metric", metric, _METRICS)
+    named = named_reports(reports)
     label, unit = _METRICS[metric]
     lines, levels = [], []
     for i, (name, report) in enumerate(named.items()):
@@ -185,8 +186,9 @@ def sparsity_histogram(
     check_report("table", table, "DataFrame")
     _columns("table", table, ("low", "rows"))
     frame = table[table["what"] == "histogram"] if "what" in table else table
+    frame = frame.assign(**numbers("table", frame, ("low", "rows")))
     kinds = list(dict.fromkeys(frame["kind"])) if "kind" in frame else [None]
-    models = sorted(set(frame["model"])) if "model" in frame else []
+    models = sorted(map(str, set(frame["model"]))) if "model" in frame else []
     if len(models) > 1:
         raise ValueError(f"table: wanted one model; got {models}")
     total = float(frame["rows"].sum())
@@ -237,14 +239,15 @@ def rank_by_depth(
         ValueError: another measure or ``backend``, no report, a frame without these columns.
     """
     check_backend(backend, ax)
-    if measure not in _RANKS:
-        raise ValueError(f"measure: wanted one of {list(_RANKS)}; got {measure!r}")
+    measure = check_choice("measure", measure, _RANKS)
     named = _frames("reports", reports, "RankReport")
     label, scale = _RANKS[measure]
     lines = []
     for i, (name, frame) in enumerate(named.items()):
-        _columns(f"frame {name!r}" if name else "frame", frame, ("label", measure))
-        y = frame[measure].to_numpy(float)
+        _columns(
+            f"reports: frame {name!r}" if name else "reports: frame", frame, ("label", measure)
+        )
+        y = numbers("reports", frame, (measure,))[measure].to_numpy()
         colour = RUNS[i % len(RUNS)]
         lines.append(Line(np.arange(len(y)), y, name, colour, marker=2.5, width=1.4))
     longest = max(named.values(), key=len)
@@ -283,8 +286,7 @@ def spectrum_by_depth(
     """
     check_backend(backend, ax)
     named = _frames("reports", reports, "SpectrumReport")
-    if ax is not None and (got := np.asarray(ax, dtype=object).size) != len(named):
-        raise ValueError(f"ax: wanted {len(named)}, one for each report; got {got}")
+    ax = None if ax is None else axes_in(ax, len(named), "one for each report")
     charts = [_spectrum_chart(name, frame) for name, frame in named.items()]
     return draw(charts, ax, backend, (6.8 if len(charts) == 1 else 4.6 * len(charts), 3.8),
                 together=True)  # fmt: skip
@@ -292,7 +294,8 @@ def spectrum_by_depth(
 
 def _spectrum_chart(name: str, frame: pd.DataFrame) -> Chart:
     names = [column for column, *_ in _SPECTRUM]
-    _columns(f"frame {name!r}" if name else "frame", frame, ("layer", *names))
+    _columns(f"reports: frame {name!r}" if name else "reports: frame", frame, ("layer", *names))
+    frame = frame.assign(**numbers("reports", frame, names))
     by_layer = frame.groupby("layer", sort=False)[names]
     mean, low, high = by_layer.mean(), by_layer.min(), by_layer.max()
     x = np.arange(len(mean))
@@ -342,13 +345,10 @@ def symmetry_by_depth(
             plotly.
     """
     check_backend(backend, ax)
-    named = dict(reports) if isinstance(reports, Mapping) else {"": reports}
+    named = named_reports(reports)
     for report in named.values():
         check_report("reports", report, "SymmetryReport")
-    if not named:
-        raise ValueError("reports: wanted at least one; got none")
-    if ax is not None and (got := np.asarray(ax, dtype=object).size) != len(named):
-        raise ValueError(f"ax: wanted {len(named)}, one for each report; got {got}")
+    ax = None if ax is None else axes_in(ax, len(named), "one for each report")
     charts = [_symmetry_chart(name, report) for name, report in named.items()]
     # One scale for all: a panel of nothing but rounding must not look like the others.
     y = np.concatenate([line.y for chart in charts for line in chart.lines])
@@ -409,13 +409,11 @@ def training_curves(
     check_backend(backend, ax)
     if not isinstance(logs, Mapping):
         raise TypeError(f"logs: wanted a mapping of names to logs; got {type(logs).__name__}")
-    frames = {name: _log(name, log) for name, log in logs.items()}
+    frames = {str(name): _log(name, log) for name, log in logs.items()}
     if not frames:
         raise ValueError("logs: wanted at least one; got none")
     if ax is not None:
-        ax = np.ravel(np.asarray(ax, dtype=object))
-        if len(ax) != 2:
-            raise ValueError(f"ax: wanted two axes, for loss and accuracy; got {len(ax)}")
+        ax = axes_in(ax, 2, "for loss and accuracy")
     loss, accuracy = [], []
     for i, (name, frame) in enumerate(frames.items()):
         drawn: dict[str, Any] = {
@@ -449,9 +447,7 @@ def training_curves(
 
 def _frames(what: str, given: Any, kind: str) -> dict[str, pd.DataFrame]:
     """Reports or their frames, one or several by name, as frames."""
-    named = dict(given) if isinstance(given, Mapping) else {"": given}
-    if not named:
-        raise ValueError(f"{what}: wanted at least one; got none")
+    named = named_reports(given)
     for each in named.values():
         check_report(what, each, kind, "DataFrame")
     return {n: r if isinstance(r, pd.DataFrame) else r.to_frame() for n, r in named.items()}
@@ -459,9 +455,21 @@ def _frames(what: str, given: Any, kind: str) -> dict[str, pd.DataFrame]:
 
 def _log(name: str, log: pd.DataFrame | str | PathLike[str]) -> pd.DataFrame:
     """The columns that are drawn, as numbers."""
-    frame = log if isinstance(log, pd.DataFrame) else pd.read_csv(log)
-    _columns(f"log of {name!r}", frame, _LOG_COLUMNS)
-    return frame.loc[:, list(_LOG_COLUMNS)].astype(float)
+    frame = log if isinstance(log, pd.DataFrame) else _read_log(log)
+    _columns(f"logs: log of {name!r}", frame, _LOG_COLUMNS)
+    return numbers("logs", frame, _LOG_COLUMNS)
+
+
+def _read_log(log: str | PathLike[str]) -> pd.DataFrame:
+    wanted = "frames, or paths of log.csv"
+    if not isinstance(log, (str, PathLike)):
+        raise TypeError(f"logs: wanted {wanted}; got {brief(log)}")
+    path = check_path("logs", log)
+    try:
+        with naming("logs", wanted, path):
+            return pd.read_csv(path)
+    except ValueError as error:  # no table, or no text
+        raise ValueError(f"logs: wanted {wanted}; got {path}: {error}") from error
 
 
 def _columns(what: str, frame: pd.DataFrame, wanted: Sequence[str]) -> None:

@@ -1,0 +1,192 @@
+"""Valid models and passes that a check on a few random tokens can't decide, or that hooks change.
+
+The oracle for a pass with hooks is TransformerLens's own `run_with_hooks`, whose patterns are kept
+by one more hook: nothing of `hooks` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hooks
+from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
+from qkvnorm_lens import load_checkpoint
+from qkvnorm_lens.text import sums
+from tests.models import _bridge, tiny_gpt2, tiny_llama, tokens
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:transformer_lens", "ignore::FutureWarning"
+)
+
+IDS = tokens(3, 16, seed=5)
+
+
+def counted(model: Any, ids: Tensor, mine: list[Any], sparse: float = 0.5) -> list[int]:
+    """Sparse rows of each layer in the user's own pass."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(pattern: Tensor, hook: Any) -> None:
+        kept[hook.name] = pattern.double()
+
+    names = [n for n in model.hook_dict if n.endswith("attn.hook_pattern")]
+    with torch.no_grad():
+        model.run_with_hooks(ids, fwd_hooks=[*mine, *((n, keep) for n in names)])
+    out = []
+    for name in sorted(kept):
+        top = kept[name].max(-1).values
+        out.append(int(((top >= sparse) & ((kept[name] > 0).sum(-1) > 1)).sum()))
+    return out
+
+
+def rows(model: Any, ids: Any = IDS, **options: Any) -> list[int]:
+    report = collapse_probe(model, ids, sparse=0.5, draws=0, sigmas=[0.1], **options)
+    return [int(n) for n in report.rows.sum((1, 2, 3))]
+
+
+# -- short contexts -----------------------------------------------------------------------------
+
+
+def toy(n_ctx: int, n_head: int) -> Any:
+    """As models of modular addition are: a context of three tokens."""
+    config = GPT2Config(
+        vocab_size=114, n_positions=n_ctx, n_embd=32, n_layer=2, n_head=n_head,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return _bridge(GPT2LMHeadModel, config)
+
+
+@pytest.mark.parametrize(("n_ctx", "n_head"), [(3, 4), (2, 4), (4, 4), (4, 8), (5, 1), (3, 2)])
+def test_a_context_of_a_few_tokens_is_measured(n_ctx: int, n_head: int) -> None:
+    model = toy(n_ctx, n_head)
+    ids = tokens(40, n_ctx, seed=1, vocab=114)
+    expected = counted(model, ids, [])
+    assert min(expected) > 3
+    assert rows(model, ids) == expected
+    report = hooks.sweep(model, ids, sigmas=[0.1], replicates=1)
+    assert report.targets.sum() == 40 * (n_ctx - 1)
+    assert hooks.interference(model, ids, sparse=0.5, draws=1).rows.sum() == sum(expected)
+
+
+# -- half precision -----------------------------------------------------------------------------
+
+
+def test_the_callers_prompts_decide_where_random_tokens_do_not() -> None:
+    """A trained model in bfloat16, on random characters that it never saw in such an order."""
+    model = load_checkpoint("addition-qkv").to(torch.bfloat16)
+    ids = sums("small-train", 16, seed=0).ids
+    report = collapse_probe(model, ids, draws=0, sparse=0.5)
+    whole = collapse_probe(load_checkpoint("addition-qkv"), ids, draws=0, sparse=0.5)
+    assert report.n_sparse == pytest.approx(whole.n_sparse, rel=0.1)
+
+
+# -- hooks of the user's --------------------------------------------------------------------------
+
+
+def _from_cache(model: Any, name: str) -> Callable[[Tensor, Any], Tensor]:
+    """Vectors of other prompts, as path patching puts them in."""
+    kept: dict[str, Tensor] = {}
+    with torch.no_grad():
+        model.run_with_hooks(
+            IDS.flip(0), fwd_hooks=[(name, lambda x, hook: kept.update(x=x.clone()))]
+        )
+    return lambda x, hook: kept["x"]
+
+
+def _zero(model: Any, name: str) -> Callable[[Tensor, Any], Tensor]:
+    return lambda x, hook: x * 0
+
+
+def _mean(model: Any, name: str) -> Callable[[Tensor, Any], Tensor]:
+    return lambda x, hook: x.mean((0, 1), keepdim=True).expand_as(x)
+
+
+def _one_head(model: Any, name: str) -> Callable[[Tensor, Any], Tensor]:
+    def ablate(x: Tensor, hook: Any) -> Tensor:
+        out = x.clone()
+        out[:, :, 1] = 0
+        return out
+
+    return ablate
+
+
+HOOKS = {"from a cache": _from_cache, "zero": _zero, "mean": _mean, "one head": _one_head}
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v", "z"])
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_hooks_that_patch_and_ablate_are_measured(
+    build: Callable[[], Any], name: str, where: str
+) -> None:
+    model = build()
+    point = f"blocks.0.attn.hook_{where}"
+    mine = [(point, HOOKS[name](model, point))]
+    expected = counted(model, IDS, mine)
+    with model.hooks(fwd_hooks=mine):
+        report = collapse_probe(model, IDS, sparse=0.5, draws=0, sigmas=[0.1], batch_size=3)
+        assert any(words.startswith("with hooks on") for words in report.model["given"])
+    assert [int(n) for n in report.rows.sum((1, 2, 3))] == expected
+    assert not [p for p in model.hook_dict.values() if p.fwd_hooks]
+
+
+def test_noise_beside_hooks_that_ablate() -> None:
+    """Noise on k where z is ablated: what a hand-written hook gives."""
+    model = tiny_gpt2()
+    mine = [("blocks.0.attn.hook_z", _zero(model, ""))]
+    noise = NormNoise(sigma=0.3, on="k")
+    with model.hooks(fwd_hooks=mine), torch.no_grad():
+        plain = model(IDS)
+        with noise.applied(model):
+            noisy = model(IDS)
+    by_hand = []
+    for layer in range(2):
+        factor = noise.factors(layer=layer, role="k", n_heads=4, prompts=range(3), n_pos=16)
+        by_hand.append((f"blocks.{layer}.attn.hook_k", lambda x, hook, f=factor: x * f[..., None]))
+    with torch.no_grad():
+        expected = model.run_with_hooks(IDS, fwd_hooks=[*mine, *by_hand])
+    torch.testing.assert_close(noisy, expected)
+    assert float((noisy - plain).abs().max()) > 1e-3
+
+
+def test_a_hook_that_takes_another_shape_is_named() -> None:
+    model = tiny_gpt2()
+    point = "blocks.0.attn.hook_q"
+    with (
+        model.hooks(fwd_hooks=[(point, _from_cache(model, point))]),
+        pytest.raises(
+            ValueError, match=r"hooks: wanted hooks that take .*; got .* blocks\.0\.attn"
+        ),
+    ):
+        collapse_probe(model, tokens(2, 11), draws=0)
+
+
+def test_a_pass_that_draws_is_said_to_be_one_among_many() -> None:
+    model = tiny_gpt2()
+
+    def jitter(x: Tensor, hook: Any) -> Tensor:
+        return x + 0.01 * torch.randn_like(x)
+
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", jitter)]):
+        report = collapse_probe(model, IDS, draws=0)
+    assert any("make two passes of one prompt differ" in words for words in report.model["given"])
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: x * 2)]):
+        report = collapse_probe(model, IDS, draws=0)
+    assert not any("differ" in words for words in report.model["given"])
+
+
+def test_hooks_are_back_after_a_check_without_them() -> None:
+    model = tiny_gpt2()
+    point = "blocks.0.attn.hook_pattern"
+    with model.hooks(fwd_hooks=[(point, lambda p, hook: p * 0)]):
+        before = {k: dict(p._forward_hooks) for k, p in model.hook_dict.items()}
+        sites = attention_sites(model)
+        assert "The self-check ran without hooks of yours" in sites.notes[0]
+        assert {k: dict(p._forward_hooks) for k, p in model.hook_dict.items()} == before
+        with pytest.raises(UnsupportedModelError, match="a hook of yours edits the pattern"):
+            collapse_probe(model, IDS, draws=0)
