@@ -72,8 +72,11 @@ def test_a_bridge_of_other_weights_is_noticed(call: str) -> None:
     model = zoo.build("gpt2")
     assert judge.judge(case, model=model) == "right"
     for weight in ("ln_1.weight", "wte.weight"):
-        found = [p for name, p in model.bridge.original_model.named_parameters()
-                 if name.replace("_original_component.", "").endswith(weight)]
+        found = [
+            p
+            for name, p in model.bridge.original_model.named_parameters()
+            if name.replace("_original_component.", "").endswith(weight)
+        ]
         found[0].data.mul_(1.3)
     with pytest.raises(judge.Wrong):
         judge.judge(case, model=model)

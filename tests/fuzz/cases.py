@@ -405,11 +405,13 @@ def _decoder(
     out = {"decoder_input_ids": ids}
     if case.decoder.startswith("padded"):
         out["decoder_attention_mask"] = mask
-    if case.decoder == "collated":
+    if case.decoder == "collated":  # as `DataCollatorForSeq2Seq` makes them of labels
         labels = torch.cat([ids[:, 1:], torch.full((n, 1), zoo.PAD)], 1)
         for i, m in enumerate(lengths):
             labels[i, m - 1], labels[i, m:] = zoo.EOS, -100
-        out["labels"] = labels
+        moved = torch.cat([ids[:, :1], labels[:, :-1]], 1)
+        spans = tuple((0, min(m + 1, ids.shape[1])) for m in lengths)
+        out = {"decoder_input_ids": moved.where(moved >= 0, zoo.PAD), "labels": labels}
     if case.decoder == "labels too":
         out["labels"] = torch.cat([ids[:, 1:], torch.full((n, 1), zoo.EOS)], 1)
     if case.decoder == "labels alone":  # the model shifts them itself

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,14 +14,20 @@ from torch import Tensor
 
 import hooks
 from tests.fuzz import oracle, zoo
+from tests.fuzz.around import (
+    Wrong,
+    cached_v,
+    changes,
+    hooks_of,
+    left_as_found,
+    mode,
+    torch_as_it_is,
+    torch_hook,
+    with_column,
+    with_head,
+)
 from tests.fuzz.cases import Case, Given, given
-from tests.support.families import N_HEADS, VOCAB
-
-HEAD, COLUMN = 1, 4  # which a user's hook acts on, in block 0
-
-
-class Wrong(AssertionError):
-    """Other numbers than the model's own."""
+from tests.support.families import N_HEADS
 
 
 class Refused(AssertionError):
@@ -106,14 +110,20 @@ def judge(case: Case, *, model: zoo.Model | None = None) -> str:
     """
     model = model_of(case) if model is None else model
     what = given(case, model)
-    with _left_as_found(model), _changes(case, model, what) as before, _mode(case, model):
+
+    def report() -> Any:
+        return _report(case, model, what)
+
+    with left_as_found(model), changes(case, model, report) as before, mode(case, model):
         right = _Truth(case, model, what)
         try:
-            with _hooks(case, model, what):
+            with hooks_of(case, model):
                 check = _CALLS[case.call](case, model, what)
         except DOCUMENTED as error:
             if not FORM.search(str(error)):
-                raise Refused(f"{type(error).__name__}, not in the documented form: {error}") from error
+                raise Refused(
+                    f"{type(error).__name__}, not in the documented form: {error}"
+                ) from error
             if may_refuse(case) or must_refuse(case):
                 if must_refuse(case) not in str(error):
                     raise Refused(f"not by the name of {must_refuse(case)}: {error}") from error
@@ -121,7 +131,7 @@ def judge(case: Case, *, model: zoo.Model | None = None) -> str:
             raise Refused(f"though valid: {type(error).__name__}: {error}") from error
         if must_refuse(case):
             raise Wrong(f"{must_refuse(case)} was taken")
-        with _torch_as_it_is():
+        with torch_as_it_is():
             check(right)
         other = case.change == "asked before" and case.mode == "autocast"
         if (case.change == "merged after a change" or other) and before is not None:
@@ -146,7 +156,7 @@ class _Truth:
     def __init__(self, case: Case, model: zoo.Model, what: Given) -> None:
         self.case, self.model, self.what = case, model, what
         self.kind = model.family
-        with _torch_as_it_is():
+        with torch_as_it_is():
             self.clean = self.run()
             self.slack = self._slack()
 
@@ -154,7 +164,7 @@ class _Truth:
         """The user's own pass, with the user's own hooks."""
         hf = self.model.hf if hf is None else hf
         both = _both(edits or {}, self._of_user())
-        with _torch_hook(self.case, hf):
+        with torch_hook(self.case, hf):
             return oracle.run(hf, self.inputs(), n_heads=N_HEADS, edits=both)
 
     def inputs(self) -> dict[str, Any]:
@@ -170,18 +180,18 @@ class _Truth:
         if hook == "scale q":
             named = {"q": lambda q: q * 1.5}
         elif hook == "ablate z":
-            named = {"z": lambda z: _with_head(z, 0.0)}
+            named = {"z": lambda z: with_head(z, 0.0)}
         elif hook == "zero pattern":
-            named = {"pattern": lambda p: _with_head(p, 0.0)}
+            named = {"pattern": lambda p: with_head(p, 0.0)}
         elif hook == "patch v":
             named = {"v": lambda v: self.patch(v)}
         elif hook == "column":
-            named = {"z": _with_column}
+            named = {"z": with_column}
         return {0: named} if named else {}
 
     def patch(self, v: Tensor) -> Tensor:
         """[batch, head, key, d] of a cache."""
-        cache = _cached_v(self.model, v.shape[2])
+        cache = cached_v(self.model, v.shape[2])
         group = N_HEADS // cache.shape[1]
         return cache.permute(1, 0, 2).repeat_interleave(group, 0)[None].expand_as(v)
 
@@ -238,18 +248,6 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite() & (x.abs() < -oracle.HIDDEN), x, 0.0)
 
 
-def _with_head(x: Tensor, value: float) -> Tensor:
-    x = x.clone()
-    x[:, HEAD] = value
-    return x
-
-
-def _with_column(z: Tensor) -> Tensor:
-    z = z.clone()
-    z[:, :, COLUMN] = 0.0
-    return z
-
-
 def _both(a: oracle.Edits, b: oracle.Edits) -> oracle.Edits:
     """First b's, then a's."""
     out: dict[int, dict[str, Callable[[Tensor], Tensor]]] = {}
@@ -265,12 +263,6 @@ def _then(
     first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
     return lambda x: second(first(x))
-
-
-def _cached_v(model: zoo.Model, n: int) -> Tensor:
-    """[key, kv head, d], the same whatever the prompt."""
-    generator = torch.Generator().manual_seed(9)
-    return torch.randn(64, model.n_kv_heads, 8, generator=generator, dtype=torch.float64)[:n]
 
 
 def noise_edits(truth: _Truth, noise: hooks.NormNoise, first_prompt: int = 0) -> oracle.Edits:
@@ -315,7 +307,7 @@ def _probe(case: Case, model: zoo.Model, what: Given) -> Check:
 
 
 def _report(case: Case, model: zoo.Model, what: Given, **options: Any) -> hooks.CollapseReport:
-    chosen = dict(sigmas=[case.sigma], on=case.on, draws=0, batch_size=case.batch_size)
+    chosen = {"sigmas": [case.sigma], "on": case.on, "draws": 0, "batch_size": case.batch_size}
     return hooks.collapse_probe(
         model.bridge, what.tokens, **(chosen | QUIET | what.options | options)
     )
@@ -399,7 +391,7 @@ def _sample(case: Case, model: zoo.Model, what: Given) -> Check:
 def _shifts(truth: _Truth, index: int, prompt: int, noise: hooks.NormNoise) -> np.ndarray:
     """Rows that move, for certain and perhaps, and those that are sparse again: by head."""
     rows = truth.rows(index, prompt)
-    n_heads, n_query, n_key = rows.s.shape
+    _, n_query, n_key = rows.s.shape
     group = N_HEADS // truth.model.n_kv_heads
     s = rows.s
     for role, n, heads in (("q", n_query, N_HEADS), ("k", n_key, truth.model.n_kv_heads)):
@@ -661,233 +653,6 @@ def _short(x: Any) -> str:
     return re.sub(r"\s+", " ", np.array2string(np.asarray(x), precision=5, threshold=40))
 
 
-# --- modes, changes, hooks -------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _torch_as_it_is() -> Iterator[None]:
-    """The oracle in eval mode, without autocast, whatever the user set."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _mode(case: Case, model: zoo.Model) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if case.mode in ("train", "dropout") and case.call != "applied":
-            model.bridge.train()
-            stack.callback(model.bridge.eval)
-        elif case.mode == "inference":
-            stack.enter_context(torch.inference_mode())
-        elif case.mode == "float64 by default":
-            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(torch.float64)
-        elif case.mode == "autocast":
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-        if case.mode != "grad":
-            stack.enter_context(torch.no_grad())
-        yield
-
-
-@contextlib.contextmanager
-def _hooks(case: Case, model: zoo.Model, what: Given) -> Iterator[None]:
-    """The user's, standing on the bridge."""
-    prefix = "encoder_blocks.0.attn." if model.family.has_decoder else "blocks.0.attn."
-
-    def scale(q: Tensor, hook: Any) -> Tensor:
-        return q * 1.5
-
-    def ablate(z: Tensor, hook: Any) -> Tensor:
-        z = z.clone()
-        z[:, :, HEAD] = 0.0
-        return z
-
-    def zero(pattern: Tensor, hook: Any) -> Tensor:
-        return _with_head(pattern, 0.0)
-
-    def patch(v: Tensor, hook: Any) -> Tensor:
-        return _cached_v(model, v.shape[1]).to(v.dtype)[None].expand(len(v), -1, -1, -1).clone()
-
-    q = "hook_q"
-    if case.family == "qwen3" or (case.family == "ours"):
-        q = "hook_rot_q"
-    def column(z: Tensor, hook: Any) -> Tensor:
-        z = z.clone()
-        z[:, COLUMN] = 0.0
-        return z
-
-    kinds: Mapping[str, Any] = {
-        "column": ("hook_z", column),
-        "scale q": (q, scale),
-        "ablate z": ("hook_z", ablate),
-        "zero pattern": ("hook_pattern", zero),
-        "patch v": ("hook_v_normed" if case.family == "ours" else "hook_v", patch),
-    }
-    if not case.hook or case.hook == "torch":
-        with _torch_hook(case, model.bridge.original_model):
-            yield
-        return
-    name, hook_fn = kinds[case.hook]
-    with model.bridge.hooks(fwd_hooks=[(prefix + name, hook_fn)]):
-        yield
-
-
-@contextlib.contextmanager
-def _torch_hook(case: Case, hf: Any) -> Iterator[None]:
-    """The user's own forward hook of torch, on a module of Hugging Face's model."""
-    if case.hook != "torch":
-        yield
-        return
-    end = zoo.FAMILIES[case.family].matters.removesuffix(".weight")
-    module = next(m for name, m in hf.named_modules() if name.endswith(end))
-    handle = module.register_forward_hook(lambda module, args, out: out * 1.3)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def _changes(case: Case, model: zoo.Model, what: Given) -> Iterator[Any]:
-    """A first call, then a change, of the bridge and of the oracle alike; undone at the end."""
-    change = case.change
-    if not change or change == "merged":
-        yield None
-        return
-    if change.startswith("adapter"):
-        on = change == "adapter on"
-        _switch(model, not on)
-        _first(case, model, what)
-        _switch(model, on)
-        yield None
-        return
-    if change == "weight undone":
-        with _scaled_weight(model, "data"):
-            _first(case, model, what)
-        yield None
-        return
-    if change == "weight back from zero":
-        with _scaled_weight(model, "zero"):
-            _first(case, model, what)
-        yield None
-        return
-    before = _first(case, model, what)
-    if change == "asked before":
-        yield before
-    elif change == "attention":
-        model.bridge.original_model.set_attn_implementation("sdpa")
-        try:
-            yield None
-        finally:
-            model.bridge.original_model.set_attn_implementation("eager")
-    elif change == "buffer":
-        with _slower_rotation(model):
-            yield None
-    elif change == "window":
-        with _window(model, 6):
-            yield None
-    else:
-        how = {"weight in place": "in place", "weight replaced": "replaced"}.get(change, "data")
-        which = case.seed if change == "merged after a change" else 0
-        with _scaled_weight(model, how, which):
-            yield before
-
-
-def _first(case: Case, model: zoo.Model, what: Given) -> Any:
-    """What makes the library remember; its own verdict is another case's."""
-    with contextlib.suppress(Exception):
-        return _report(case, model, what)
-    return None
-
-
-def _switch(model: zoo.Model, on: bool) -> None:
-    for hf in (model.bridge.original_model, model.hf, model.plain):
-        zoo.switch_adapter(hf, on)
-
-
-@contextlib.contextmanager
-def _slower_rotation(model: zoo.Model) -> Iterator[None]:
-    """Rotary positions of half the frequency."""
-    three = (model.bridge.original_model, model.hf, model.plain)
-    buffers = [b for hf in three for name, b in hf.named_buffers() if name.endswith("inv_freq")]
-    buffers = list({id(b): b for b in buffers}.values())
-    assert len(buffers) >= 3
-    for b in buffers:
-        b.mul_(0.5)
-    try:
-        yield
-    finally:
-        for b in buffers:
-            b.mul_(2.0)
-
-
-@contextlib.contextmanager
-def _window(model: zoo.Model, width: int) -> Iterator[None]:
-    configs = [m.config for m in (model.bridge.original_model, model.hf, model.plain)]
-    before = [c.sliding_window for c in configs]
-    for config in configs:
-        config.sliding_window = width
-    try:
-        yield
-    finally:
-        for config, was in zip(configs, before, strict=True):
-            config.sliding_window = was
-
-
-@contextlib.contextmanager
-def _scaled_weight(model: zoo.Model, how: str, which: int = 0) -> Iterator[None]:
-    """Another weight in the bridge and in the oracle."""
-    undo = []
-    for hf in (model.bridge.original_model, model.hf, model.plain):
-        name, p = _weight(hf, model.family, which)
-        old = p.detach().clone()
-        other = old * 1.5 + 0.25 * torch.linspace(-1, 1, old.numel()).to(old).view_as(old)
-        if how == "zero":
-            other = torch.zeros_like(old)
-        if which == 1:  # a few rows
-            other[:5], other[8:] = old[:5], old[8:]
-        elif which == 2:
-            other[..., 0] = old[..., 0]
-        owner: Any = None
-        last = ""
-        if how in ("data", "zero"):
-            p.data.copy_(other)
-        elif how == "in place":
-            with torch.no_grad():
-                p.copy_(other)
-        else:
-            owner_name, _, last = name.rpartition(".")
-            owner = hf.get_submodule(owner_name)
-            setattr(owner, last, torch.nn.Parameter(other))
-        undo.append((p, old, owner, last))
-    try:
-        yield
-    finally:
-        for p, old, owner, last in undo:
-            if owner is None:
-                p.data.copy_(old)
-            else:
-                setattr(owner, last, p)
-
-
-def _weight(hf: Any, family: zoo.Family, which: int) -> tuple[str, torch.nn.Parameter]:
-    """One that every pattern hangs on (0), the embedding (1), or one of the MLP's (2)."""
-    named = [(n.replace("_original_component.", ""), n, p) for n, p in hf.named_parameters()]
-    for clean, name, p in named:
-        if (
-            (which == 0 and clean.endswith(family.matters))
-            or (which == 1 and p.ndim == 2 and len(p) == VOCAB)
-            or (which == 2 and p.ndim > 1 and re.search("mlp|fc|DenseRelu|output.dense", clean))
-        ):
-            return name, p
-    raise AssertionError((family.name, which))
-
-
 def _refuses_to_merge(case: Case, model: zoo.Model, what: Given, before: Any) -> None:
     after = _report(case, model, what, first_prompt=len(what.spans))
     try:
@@ -909,28 +674,3 @@ def _merged(case: Case, model: zoo.Model, what: Given) -> Check:
     for part in parts[1:]:
         whole = whole.merge(part)
     return _probed(case, whole)
-
-
-@contextlib.contextmanager
-def _left_as_found(model: zoo.Model) -> Iterator[None]:
-    bridge = model.bridge
-    state = torch.get_rng_state()
-    flags = [m.training for m in bridge.modules()]
-    before = _hooked(bridge)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    if _hooked(bridge) != before:
-        raise Wrong("other hooks were left")
-    if flags != [m.training for m in bridge.modules()]:
-        bridge.eval()
-        raise Wrong("another training mode was left")
-    if not torch.equal(state, torch.get_rng_state()):
-        raise Wrong("the global random state was moved")
-    if not torch.is_grad_enabled() or torch.get_default_dtype() != torch.float32:
-        raise Wrong("torch's own settings were left changed")
-
-
-def _hooked(bridge: Any) -> list[str]:
-    """Bridges of MLPs stand with hooks of their own."""
-    return [name for name, point in bridge.hook_dict.items() if point.has_hooks()]

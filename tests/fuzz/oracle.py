@@ -75,7 +75,8 @@ def blocks(hf: Any) -> list[Any]:
     return [
         block
         for name, module in hf.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and name.split(".")[-1] in names
+        if isinstance(module, torch.nn.ModuleList)
+        and name.split(".")[-1] in names
         # T5 keeps the parts of a block in a list of that name too.
         and "block." not in name
         for block in module

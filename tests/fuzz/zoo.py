@@ -1,8 +1,8 @@
 """Tiny models to fuzz, each with a copy that no bridge has touched, and tokenizers.
 
-    model = zoo.model("llama", attn="sdpa")
-    model.bridge        # what a user has
-    model.hf            # the same weights, in float64, as its authors wrote it
+model = zoo.model("llama", attn="sdpa")
+model.bridge        # what a user has
+model.hf            # the same weights, in float64, as its authors wrote it
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tests.support import builders
 from tests.support.families import D_HEAD, N_HEADS, VOCAB
-
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
@@ -86,12 +85,9 @@ FAMILIES = {
     ),
     "bart": Family("BartForConditionalGeneration", ("use_cache",), matters="q_proj.weight"),
     "opt": Family("OPTForCausalLM", matters="self_attn_layer_norm.weight"),
-    "bloom": Family(
-        "BloomForCausalLM", ("use_cache",), scale=D_HEAD**-0.5, biased=True, bos=False
-    ),
+    "bloom": Family("BloomForCausalLM", ("use_cache",), scale=D_HEAD**-0.5, biased=True, bos=False),
     "ours": Family("QKVNormTransformer", ("position_ids",), grouped=True, matters="k_norm.weight"),
 }
-
 
 
 @dataclass
