@@ -320,8 +320,8 @@ class _Private:
 
     def __delete__(self, instance: Any) -> None:
         mine = _here.mine
-        values = instance.__dict__ if mine is None else mine.private
-        key = self.name if mine is None else (id(instance), self.name)
+        values: dict[Any, Any] = instance.__dict__ if mine is None else mine.private
+        key: Any = self.name if mine is None else (id(instance), self.name)
         if key not in values:
             raise AttributeError(self.name)
         del values[key]

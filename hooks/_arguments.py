@@ -112,7 +112,7 @@ def check_index(name: str, value: Any, n: int, what: str) -> int:
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, Integral):
         raise TypeError(f"{name}: wanted an index of {what}; got {brief(value)}")
-    if not 0 <= number < n:
+    if not 0 <= int(number) < n:
         wanted = f"one of {n} {what}, from 0 to {n - 1}" if n else f"one of {what} (there are none)"
         raise OutOfRangeError(f"{name}: wanted {wanted}; got {brief(value)}")
     return int(number)
@@ -387,12 +387,12 @@ def check_fields(settings: Any) -> None:
     Raises:
         TypeError, ValueError: a field of another kind.
     """
-    for name, kind in _hints(type(settings)).items():
+    for name, kind in _hints(type(settings)).items():  # type: ignore[arg-type]
         object.__setattr__(settings, name, _field(name, getattr(settings, name), kind))
 
 
 @lru_cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
 

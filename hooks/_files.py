@@ -143,7 +143,7 @@ class TensorFile:
         entry = self.entries[name]
         out = np.empty(entry.shape, np.dtype(_NUMPY[entry.dtype]))
         self.stream.seek(entry.begin)
-        room = memoryview(out.reshape(-1).view(np.uint8))
+        room = out.reshape(-1).view(np.uint8).data
         if self.stream.readinto(room) != entry.end - entry.begin:  # type: ignore[attr-defined]
             raise Unsound(name, wanted=f"{entry.end - entry.begin} bytes", got="fewer")
         if saw is not None:

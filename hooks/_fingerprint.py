@@ -196,14 +196,13 @@ def _is_plain(value: Any, depth: int = 2) -> bool:
 def standing_hooks(model: Any, *, ours: bool = True) -> Iterator[str]:
     """A line for each hook on the model: where it is, the function's name, a digest of it."""
     for hook in standing(model):
-        if ours or not hook.ours:
+        if hook.ours and ours:
+            yield f"{hook.where}: {getattr(hook.function, _state.SAYS, 'of qkvnorm-lens')}"
+        elif not hook.ours:
             yield _line(hook.where, hook.function)
 
 
 def _line(where: str, function: Any) -> str:
-    what = getattr(function, "__hooks_what__", None)  # ours say what they are
-    if what is not None:
-        return f"{where}: {what}"
     name = getattr(bare(function), "__qualname__", type(function).__name__)
     return f"{where}: {name} {_of_function(function, 0)}"
 

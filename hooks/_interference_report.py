@@ -415,6 +415,7 @@ _FORM = Form(
     _sizes,
     _check_numbers,
     {"labels": tuple[str, ...], "heads": tuple[int, ...], "sites": str},
+    what="report of interference",
 )
 
 

@@ -54,6 +54,7 @@ class Form(Generic[Report]):
         numbers: refuses arrays whose numbers do not go together.
         facts: of the model, that the report reads, with their types.
         dtypes: of fields that are not int64, float64 or bool.
+        what: as it is called in messages; default: its name.
     """
 
     report: type[Report]
@@ -64,6 +65,7 @@ class Form(Generic[Report]):
     numbers: Callable[[Any], None]
     facts: Mapping[str, Any]
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    what: str = ""
 
     def save(self, report: Report, path: str | Path) -> Path:
         """Write a report, whole or not at all; returns the path.
@@ -102,7 +104,7 @@ class Form(Generic[Report]):
         except Unsound as error:
             wanted = error.wanted
             if error.field in ("header", "__metadata__"):
-                wanted = f"a {self.name}, with {wanted}"
+                wanted = f"a {self.what or self.name}, with {wanted}"
             raise ReportFileError(path, error.field, wanted=wanted, got=error.got) from error
 
     def _format(self, version: int) -> str:
@@ -112,13 +114,14 @@ class Form(Generic[Report]):
         form = file.words.get("format")
         digested = form == self._format(self.version)
         if not digested and form != self._format(self.version - 1):
-            wanted = repr(self._format(self.version))
+            wanted = f"the format {self._format(self.version)!r}"
             raise Unsound("format", wanted=wanted, got=f"{form!r:.80}")
         kinds = _kinds(self.report)
         headed = {n: kind for n, kind in kinds.items() if not _has_arrays(kind)}
         also = {"format", DIGEST} if digested else {"format"}
         if not digested:  # written before there was such a field
-            later = {f.name for f in dataclasses.fields(self.report) if f.default == ()}
+            fields: Any = dataclasses.fields(self.report)  # type: ignore[arg-type]
+            later = {f.name for f in fields if f.default == ()}
             headed = {n: k for n, k in headed.items() if n not in later - {*file.words}}
         same_names("header", {*headed, *also}, file.words)
         head = {n: as_kind(kind, read_json(file.words[n], n), n) for n, kind in headed.items()}

@@ -110,7 +110,7 @@ def _on_module(name: str, module: nn.Module) -> Iterator[Standing]:
         yield from _in_table(name or "the model", module._forward_hooks)
         return
     for handle in module.fwd_hooks:
-        function = getattr(handle, "user_hook", None) or handle  # 3.9 keeps no function
+        function: Any = getattr(handle, "user_hook", None) or handle  # 3.9 keeps no function
         if not of_a_library(function):
             ours, key = hasattr(function, OURS), handle.hook.id
             yield Standing(module.name or name, function, ours, module._forward_hooks, key)

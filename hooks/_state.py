@@ -45,14 +45,19 @@ def is_checking() -> bool:
     return _checking.get()
 
 
-def resting(hook_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook of ours that does nothing during a self-check."""
+SAYS = "_hooks_says"
+"""Attribute in which a hook of ours says what it does."""
+
+
+def resting(hook_fn: Callable[..., Any], says: str) -> Callable[..., Any]:
+    """A hook of ours that does nothing during a self-check; ``says`` what it does otherwise."""
 
     @wraps(hook_fn)
     def wrapper(tensor: Any, hook: Any) -> Any:
         return None if _checking.get() else hook_fn(tensor, hook)
 
     setattr(wrapper, OURS, True)
+    setattr(wrapper, SAYS, says)
     return wrapper
 
 

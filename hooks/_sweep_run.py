@@ -24,7 +24,7 @@ from hooks._sweep_factors import Grid, RowFactors
 from hooks._threads import hooked, standing_hooks
 from hooks.errors import UnsupportedModelError
 from hooks.noise import HookList, NormNoise
-from hooks.sites import HookedModel, LayerSites
+from hooks.sites import AttentionSites, HookedModel, LayerSites
 
 _UNEMBED = "unembed.hook_in"
 _LARGE = 1000.0  # logits at which a soft cap or a scale behind the unembedding shows
@@ -57,7 +57,12 @@ class Runner:
     """One model with the hooks of a sweep on it."""
 
     def __init__(
-        self, model: HookedModel, noise: NormNoise, layers: Sequence[LayerSites], grid: Grid
+        self,
+        model: HookedModel,
+        noise: NormNoise,
+        sites: AttentionSites,
+        layers: Sequence[LayerSites],
+        grid: Grid,
     ) -> None:
         self.model = model
         self.factors = RowFactors(noise, layers, grid)
@@ -65,7 +70,7 @@ class Runner:
         points = model.hook_dict  # made anew at each look
         self.block = _first_block(points, layers)
         self.early = _UNEMBED in points and _bare(points, "unembed")
-        self._entries = noise._hooks(model, self.factors)
+        self._entries = noise._hooks(model, sites, self.factors)
         if noise.rows != "all":
             self._entries = [(name, self._keeping_clean(fn)) for name, fn in self._entries]
         self._caught: Tensor | None = None
@@ -76,9 +81,9 @@ class Runner:
         """Everything that the sweep puts on the model, once."""
         entries = list(self._entries)
         if self.block:
-            entries.insert(0, (self.block, _state.resting(self._spread)))
+            entries.insert(0, (self.block, _state.resting(self._spread, "sweep")))
         if self.early:
-            entries.append((_UNEMBED, _state.resting(self._end)))
+            entries.append((_UNEMBED, _state.resting(self._end, "sweep")))
         return entries
 
     def _keeping_clean(self, hook_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -131,23 +131,27 @@ class TapOfThreads:
                 self._root.register_forward_pre_hook(self._begin),
                 self._root.register_forward_hook(self._end, always_call=True),
             ]
-        tap = self._taps[threading.get_ident()] = AttentionTap()
+        tap: Any = AttentionTap()
+        self._taps[threading.get_ident()] = tap
         tap.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._taps.pop(threading.get_ident()).__exit__(*error)
+        tap: Any = self._taps.pop(threading.get_ident())
+        tap.__exit__(*error)
         for handle in self._handles:
             handle.remove()
 
     def _begin(self, module: Any, args: Any) -> None:
         if threading.get_ident() not in self._taps:
-            tap = self._taps[threading.get_ident()] = _OfPass()
+            tap: Any = _OfPass()
+            self._taps[threading.get_ident()] = tap
             tap.__enter__()
 
     def _end(self, module: Any, args: Any, output: Any) -> None:
         if isinstance(self._taps.get(threading.get_ident()), _OfPass):
-            self._taps.pop(threading.get_ident()).__exit__(None, None, None)
+            tap: Any = self._taps.pop(threading.get_ident())
+            tap.__exit__(None, None, None)
 
 
 class _OfPass(AttentionTap):

@@ -252,7 +252,10 @@ def _entries(
     entries: HookList = []
     for sites in layers:
         layer = _Layer(sites, tap, getattr(model, "original_model", None))
-        mine = [(name, _state.resting(hook_fn)) for name, hook_fn in layer.hooks(layer.centred)]
+        mine = [
+            (name, _state.resting(hook_fn, "CentredAttention"))
+            for name, hook_fn in layer.hooks(layer.centred)
+        ]
         setattr(mine[-1][1], _CENTRED, True)  # the one at z
         entries += mine
     return entries

@@ -136,7 +136,8 @@ def collapse_probe(
     from hooks._integrals import LAW_CODES
     from hooks._rows import Workers
 
-    if isinstance(law, str) and law not in LAW_CODES and law in LAWS:
+    asked: Any = law
+    if isinstance(asked, str) and law not in LAW_CODES and law in LAWS:
         raise ValueError(
             f"law: wanted one of {sorted(LAW_CODES)}, whose probabilities are compiled; got "
             f"{law!r} (NormNoise, sweep and collapse_probability take laws of your own)"

@@ -284,7 +284,8 @@ class NormNoise:
             clock.guarded = True
             entries.append((shown[0].pattern, clock.guard))
         self._tell_shields(layers)
-        return [(name, _state.resting(hook_fn)) for name, hook_fn in entries]
+        says = f"{self!r}, prompts from {clock.first_prompt}, padding {clock.padding or 'none'}"
+        return [(name, _state.resting(hook_fn, says)) for name, hook_fn in entries]
 
     def _tell_shields(self, layers: list[LayerSites]) -> None:
         if self.at != "projection":

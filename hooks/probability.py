@@ -146,7 +146,8 @@ def collapse_probability(
     """
     _check_rows(s_star, s, beta=beta)
     _check_sigma(sigma, law, len(s_star))
-    if valid is not None and not (isinstance(valid, Tensor) and valid.dtype == torch.bool):
+    given: Any = valid
+    if given is not None and not (isinstance(given, Tensor) and given.dtype == torch.bool):
         raise TypeError(f"valid: wanted a boolean tensor [row, competitor]; got {brief(valid)}")
     if valid is not None and valid.shape != s.shape:
         raise ValueError(f"valid: wanted shape {list(s.shape)}; got shape {list(valid.shape)}")

@@ -143,7 +143,8 @@ def split(
     for name, given in (("q", q), ("k", k)):
         if given is not None:
             check_tensor(name, given, (None,) * 4, "[batch, pos, head, d_head]")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    asked: Any = dtype
+    if asked is not None and not (isinstance(asked, torch.dtype) and asked.is_floating_point):
         raise TypeError(f"dtype: wanted a floating dtype of torch; got {brief(dtype)}")
     (whole,) = check_booleans(whole=whole)
     mask = visible(scores)

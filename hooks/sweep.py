@@ -131,7 +131,7 @@ def sweep(
             known = bool(prompts.decoder) or has_next_token(model, example)
             wanted = next_tokens(prompts, known)
         tally = _Tally(prompts, wanted, grid)
-        runner = Runner(model, noise, chosen, grid)
+        runner = Runner(model, noise, sites, chosen, grid)
         with (
             hooked(model, runner.hooks()),
             tqdm(

@@ -135,7 +135,7 @@ def _of_weights(weights: Mapping[str, torch.Tensor]) -> str:
     hashed = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{hashed.hexdigest()}"
 
 

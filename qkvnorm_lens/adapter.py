@@ -273,7 +273,7 @@ def to_plain(bridge: TransformerBridge) -> QKVNormTransformer:
     if not isinstance(cfg, QKVNormConfig):
         got = f"architecture {a!r}" if (a := getattr(cfg, "architecture", None)) else brief(bridge)
         raise TypeError(f"bridge: wanted one made by to_bridge; got {got}")
-    plain = QKVNormTransformer(bridge.cfg)
+    plain = QKVNormTransformer(cfg)
     weights = {name: _behind_bridges(bridge.original_model, name) for name in plain.state_dict()}
     plain.to(next(iter(weights.values())).device)
     plain.load_state_dict(weights)

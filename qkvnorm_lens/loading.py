@@ -61,7 +61,7 @@ def find(name: str) -> Source:
     path = _path(name)
     if path is None or not path.is_dir():
         a_path = path is None or path.exists() or name.startswith((".", "~")) or path.is_absolute()
-        if a_path or not name.strip() or len(path.parts) > 2:
+        if path is None or a_path or not name.strip() or len(path.parts) > 2:
             what = "a file" if path is not None and path.is_file() else "none of these"
             raise LoadError(
                 f"model: wanted one of {checkpoints()}, a directory or a Hugging Face id; got "

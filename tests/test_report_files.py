@@ -358,7 +358,9 @@ def test_numbers_that_no_measurement_gives_are_named(
 def test_a_report_of_another_kind_is_named(tmp_path: Path) -> None:
     for name in FILES:
         other = next(kind for kind in KINDS.values() if kind is not kind_of(name))
-        with pytest.raises(hooks.ReportFileError, match=r"wanted 'qkvnorm-lens .*; got 'qkvnorm"):
+        with pytest.raises(
+            hooks.ReportFileError, match=r"wanted the format 'qkvnorm-lens .*; got 'qkvnorm"
+        ):
             other.load(new_file(name, tmp_path))
 
 

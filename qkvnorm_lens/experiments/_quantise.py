@@ -113,7 +113,8 @@ def _in_groups(x: Vectors, what: str) -> Float[Tensor, "batch pos head group 32"
             f"d_head: wanted a multiple of {GROUP}, the channels of a group of {what}; got "
             f"{x.shape[-1]}"
         )
-    return x.unflatten(-1, (-1, GROUP))
+    apart: Tensor = x.unflatten(-1, (-1, GROUP))
+    return apart
 
 
 def _times(x: Tensor, scale: Tensor, top: int) -> Tensor:
