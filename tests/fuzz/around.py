@@ -46,7 +46,7 @@ def torch_as_it_is() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.autocast("cpu", enabled=False), torch.inferencemode(False), torch.no_grad():
+        with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         torch.set_default_dtype(before)
@@ -59,7 +59,7 @@ def mode(case: Case, model: zoo.Model) -> Iterator[None]:
             model.bridge.train()
             stack.callback(model.bridge.eval)
         elif case.mode == "inference":
-            stack.enter_context(torch.inferencemode())
+            stack.enter_context(torch.inference_mode())
         elif case.mode == "float64 by default":
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float64)
