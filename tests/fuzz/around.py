@@ -58,6 +58,8 @@ def mode(case: Case, model: zoo.Model) -> Iterator[None]:
         if case.mode in ("train", "dropout") and case.call != "applied":
             model.bridge.train()
             stack.callback(model.bridge.eval)
+            if case.mode == "dropout":
+                stack.enter_context(_dropout(model.bridge))
         elif case.mode == "inference":
             stack.enter_context(torch.inference_mode())
         elif case.mode == "float64 by default":
@@ -68,6 +70,25 @@ def mode(case: Case, model: zoo.Model) -> Iterator[None]:
         if case.mode != "grad":
             stack.enter_context(torch.no_grad())
         yield
+
+
+@contextlib.contextmanager
+def _dropout(bridge: Any) -> Iterator[None]:
+    """Rates above 0, which act in training mode alone."""
+    rates = [
+        (module, name)
+        for module in bridge.modules()
+        for name in ("p", "dropout", "attention_dropout")
+        if isinstance(vars(module).get(name), float)
+    ]
+    before = [getattr(module, name) for module, name in rates]
+    for module, name in rates:
+        setattr(module, name, 0.3)
+    try:
+        yield
+    finally:
+        for (module, name), rate in zip(rates, before, strict=True):
+            setattr(module, name, rate)
 
 
 @contextlib.contextmanager

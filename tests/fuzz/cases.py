@@ -78,6 +78,7 @@ class Case:
 TEXTS = ("text", "texts", "chat", "template")
 MAPPINGS = ("dict", "arrays", "lists", "encoding", "encoding of lists")
 RAGGED = ("rows", "tensors", "records", "ragged lists", *TEXTS)
+MASKS = ("int", "bool", "float", "int32")
 CALLS = ("probe", "sample", "sweep", "spread", "spectrum", "interference", "rank", "applied")
 MODES = ("", "train", "dropout", "grad", "inference", "float64 by default", "autocast")
 HOOKS = ("", "scale q", "ablate z", "patch v", "zero pattern", "torch", "column")
@@ -98,6 +99,8 @@ CHANGES = (
     "merged after a change",
 )
 DECODERS = ("padded", "padded left", "unmasked", "collated", "labels too", "labels alone")
+# Those that are tried with tokenizers: two of which begin no text with BOS.
+WITH_WORDS = ("llama", "gpt2", "qwen3", "bloom")
 ROTARY = ("llama", "gemma2", "qwen3", "gptoss", "mistral")
 # Decoders that take a mask [batch, 1, query, key] of what is added to the scores.
 SQUARE = ("llama", "gpt2", "qwen3", "opt")
@@ -118,50 +121,8 @@ def cases(draw: Any, few: bool = False) -> Case:
 
     family = one(*(FEW if few else zoo.FAMILIES))
     kind = zoo.FAMILIES[family]
-    named = set(kind.named)
     call = one(*CALLS)
-    texts = () if kind.has_decoder or family in ("bert", "ours") else TEXTS
-    form = one("tensor", "dict", "row", "rows", "numpy", "arrays", "lists", "ragged lists")
-    if draw(st.integers(0, 5)) == 5:
-        form = one("tensors", "records")
-    if draw(st.booleans()):
-        form = one("dict", "encoding", "encoding of lists", *texts)
-    mapping = form in MAPPINGS or form == "ragged lists"
-    n = 1 if form in ("row", "text") else one(2, 1, 3)
-    even = draw(st.booleans())
-    lengths = (one(9, 7, 12),) * n if even else tuple(one(7, 12, 9, 5) for _ in range(n))
-    can_pad = form not in RAGGED and form != "row"
-    extra = one(0, 0, 2) if can_pad else 0
-    padded = can_pad and (len(set(lengths)) > 1 or extra > 0)
-    masks = ("int", "bool", "float", "int32")
-    if form == "dict" and family in SQUARE:
-        masks = (*masks, "square")
-    mask = ""
-    if form not in RAGGED and form != "row" and (padded or draw(st.booleans())):
-        mask = one(*masks)
-    if form in ("ragged lists", "records") and draw(st.booleans()):
-        mask = "int"
-    if form == "tensor" and len(set(lengths)) > 1 and draw(st.booleans()):
-        mask = "pads"
-    positions = ""
-    if mapping and "position_ids" in named and form != "ragged lists":
-        positions = one(*KINDS_OF_POSITIONS, "", "")
-    cache = one("", "", "False", "True") if mapping and "use_cache" in named else ""
-    beside = ""
-    if mapping:
-        options = ["", "labels", "", "cache"] + ["token types"] * ("token_type_ids" in named)
-        beside = one("", "", *options)
-    decoder = ""
-    if kind.has_decoder:
-        decoder = one("given", "", *(DECODERS if mapping else ()))
-    words = tokenizer = ""
-    if form in TEXTS:
-        tokenizer = "adds" if few else one("plain", "adds", "one")
-        words = one("", "begins", "ends", "pad inside", "no bos") if form != "chat" else ""
-        if form == "template":
-            words = ""
-    elif not few and draw(st.integers(0, 3)) == 3 and family not in ("ours", "bert"):
-        tokenizer = one("plain", "one")
+    inputs = _draw_inputs(draw, one, family, few)
     mode = one("", *MODES) if draw(st.booleans()) else ""
     hook, change = "", ""
     if draw(st.integers(0, 3)) == 3:
@@ -172,17 +133,7 @@ def cases(draw: Any, few: bool = False) -> Case:
         Case(
             family=family,
             call=call,
-            form=form,
-            lengths=lengths,
-            side=one("right", "left") if padded else "right",
-            extra=extra,
-            mask=mask,
-            positions=positions,
-            cache=cache,
-            beside=beside,
-            decoder=decoder,
-            words=words,
-            tokenizer=tokenizer,
+            **inputs,
             mode=mode,
             change=change,
             hook=hook,
@@ -196,9 +147,58 @@ def cases(draw: Any, few: bool = False) -> Case:
     )
 
 
+def _draw_inputs(draw: Any, one: Any, family: str, few: bool) -> dict[str, Any]:
+    """The form of the inputs, and everything that is in them."""
+    kind = zoo.FAMILIES[family]
+    bare = family not in WITH_WORDS
+    texts = () if bare else TEXTS
+    form = one("tensor", "dict", "row", "rows", "numpy", "arrays", "lists", "ragged lists")
+    if draw(st.integers(0, 5)) == 5:
+        form = one("tensors", "records")
+    if draw(st.booleans()):
+        form = one("dict", "encoding", "encoding of lists", *texts)
+    mapping = form in MAPPINGS or form == "ragged lists"
+    n = 1 if form in ("row", "text") else one(2, 1, 3)
+    lengths = (one(9, 7, 12),) * n
+    if not draw(st.booleans()):
+        lengths = tuple(one(7, 12, 9, 5) for _ in range(n))
+    can_pad = form not in RAGGED and form != "row"
+    extra = one(0, 0, 2) if can_pad else 0
+    padded = can_pad and (len(set(lengths)) > 1 or extra > 0)
+    mask = ""
+    if can_pad and (padded or draw(st.booleans())):
+        mask = one(*MASKS, *(("square",) if form == "dict" and family in SQUARE else ()))
+    if form in ("ragged lists", "records") and draw(st.booleans()):
+        mask = "int"
+    if form == "tensor" and len(set(lengths)) > 1 and draw(st.booleans()):
+        mask = "pads"
+    found = {"form": form, "lengths": lengths, "extra": extra, "mask": mask}
+    found["side"] = one("right", "left") if padded else "right"
+    if mapping:
+        if "position_ids" in kind.named and form != "ragged lists":
+            found["positions"] = one(*KINDS_OF_POSITIONS, "", "")
+        if "use_cache" in kind.named:
+            found["cache"] = one("", "", "False", "True")
+        types = ["token types"] * ("token_type_ids" in kind.named)
+        found["beside"] = one("", "", "", "labels", "", "cache", *types)
+    if kind.has_decoder:
+        found["decoder"] = one("given", "", *(DECODERS if mapping else ()))
+    if form in TEXTS:
+        found["tokenizer"] = "adds" if few else one("plain", "adds", "one")
+        if form in ("text", "texts"):
+            found["words"] = one("", "begins", "ends", "pad inside", "no bos")
+    elif not few and not bare and draw(st.integers(0, 3)) == 3:
+        found["tokenizer"] = one("plain", "one")
+    return found
+
+
 def plain(case: Case) -> Case:
     """The same without what its model or its call has no part in."""
-    kind = zoo.FAMILIES[case.family]
+    return _plain_model(_plain_inputs(case))
+
+
+def _plain_inputs(case: Case) -> Case:
+    kind, words = zoo.FAMILIES[case.family], case.family in WITH_WORDS
     if case.form not in (*MAPPINGS, "ragged lists"):
         decoder = "" if case.decoder == "" else "given"
         case = replace(case, positions="", cache="", beside="", decoder=decoder)
@@ -210,57 +210,57 @@ def plain(case: Case) -> Case:
         case = replace(case, extra=0, side="right", positions="", mask=case.mask and "int")
     if case.form in ("row", "rows", "tensors", *TEXTS):
         case = replace(case, mask="")
+    if case.form in TEXTS:
+        call = "probe" if case.call == "applied" else case.call
+        case = replace(case, call=call, tokenizer=case.tokenizer or "plain")
     if case.mask == "pads":
-        told = case.form == "tensor" and len(set(case.lengths)) > 1 and not kind.has_decoder
-        if told and case.family not in ("ours", "bert"):
-            case = replace(case, tokenizer="plain", extra=0)
-        else:
-            case = replace(case, mask="int")
-    if case.call == "applied":
-        case = replace(case, beside="")
-    if case.hook == "torch" and not kind.matters.endswith(("norm.weight", "ln_1.weight")):
-        case = replace(case, hook="")
-    if case.change == "buffer" and case.family not in ROTARY:
-        case = replace(case, change="")
-    if case.form in TEXTS and not case.tokenizer:
-        case = replace(case, tokenizer="plain")
+        told = case.form == "tensor" and len(set(case.lengths)) > 1
+        case = replace(case, mask="pads" if told and words else "int")
+    if case.mask == "pads":
+        case = replace(case, tokenizer="plain", extra=0)
     if case.mask == "square" and (
         case.padded or case.form != "dict" or case.family not in SQUARE or case.call == "applied"
     ):
         case = replace(case, mask="int")
     if case.positions == "shared" and case.padded:
         case = replace(case, positions="offset")
-    if case.hook == "zero pattern" and case.family not in LANDS:
+    bare = case.family in ("ours", "bert") and case.beside in ("labels", "cache")
+    if case.call == "applied" or bare:
+        case = replace(case, beside="")
+    if case.decoder in DECODERS and len(case.lengths) == 1:
+        case = replace(case, decoder="given")
+    return case
+
+
+def _plain_model(case: Case) -> Case:
+    kind, change = zoo.FAMILIES[case.family], case.change
+    nothing = {
+        "window": case.family not in ("mistral", "gemma2"),
+        "buffer": case.family not in ROTARY,
+        "attention": not kind.sdpa or case.family == "ours",
+        "adapter": case.family not in ("llama", "mistral", "qwen3"),
+        "merged": case.call != "probe"
+        or (change == "merged" and (len(case.lengths) < 2 or case.form not in ("tensor", "rows"))),
+    }
+    if nothing.get(change.split(" ")[0], False):
+        case = replace(case, change="")
+    # The rest on eager attention alone: each combination of these is a model to build.
+    special = case.tokenizer or case.dtype != "float32" or case.change.startswith("adapter")
+    if special or case.change == "attention" or case.hook == "zero pattern":
+        case = replace(case, attn="eager")
+    if (case.hook == "torch" and not kind.matters.endswith(("norm.weight", "ln_1.weight"))) or (
+        case.hook == "zero pattern" and case.family not in LANDS
+    ):
         case = replace(case, hook="")
     if case.call in ("spread", "spectrum", "interference", "rank"):
         case = replace(case, on="qk", sigma=0.3)
-    if case.change == "window" and case.family not in ("mistral", "gemma2"):
-        case = replace(case, change="")
-    if case.change == "attention" and (not kind.sdpa or case.family == "ours"):
-        case = replace(case, change="")
-    if case.change.startswith("adapter") and case.family not in ("llama", "mistral", "qwen3"):
-        case = replace(case, change="")
-    if case.change.startswith("merged") and case.call != "probe":
-        case = replace(case, change="")
-    if case.change == "merged" and (len(case.lengths) < 2 or case.form not in ("tensor", "rows")):
-        case = replace(case, change="")
-    if case.change == "attention":
-        case = replace(case, attn="eager")
-    if case.family in ("ours", "bert") and case.beside in ("labels", "cache"):
-        case = replace(case, beside="")
     # In half precision what is read is close to nothing else than attention itself.
     if case.dtype == "bfloat16" and case.call not in ("probe", "spread", "spectrum"):
         case = replace(case, dtype="float32")
     if case.mode == "autocast" and (case.call != "probe" or case.dtype != "float32"):
         case = replace(case, mode="")
-    if case.mode == "autocast" and case.change not in ("", "asked before"):
+    if case.mode == "autocast" and case.change:
         case = replace(case, change="asked before")
-    if case.decoder in DECODERS and len(case.lengths) == 1:
-        case = replace(case, decoder="given")
-    if case.hook and case.attn == "sdpa" and case.hook == "zero pattern":
-        case = replace(case, attn="eager")
-    if case.call == "applied" and case.form in TEXTS:
-        case = replace(case, call="probe")
     return case
 
 
@@ -277,7 +277,7 @@ class Given:
         spans: each prompt's real columns.
         decoder_spans: the same of the decoder's tokens.
         firsts: of each prompt, real positions (counted from its first one) of first tokens.
-        alone: prompts that share no batch: the model is run on one at a time.
+        padding: columns of each prompt that are none of its tokens.
     """
 
     tokens: Any

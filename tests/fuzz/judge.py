@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,19 +14,9 @@ from torch import Tensor
 
 import hooks
 from tests.fuzz import oracle, zoo
-from tests.fuzz.around import (
-    Wrong,
-    cached_v,
-    changes,
-    hooks_of,
-    left_as_found,
-    mode,
-    torch_as_it_is,
-    torch_hook,
-    with_column,
-    with_head,
-)
+from tests.fuzz.around import Wrong, changes, hooks_of, left_as_found, mode, torch_as_it_is
 from tests.fuzz.cases import Case, Given, given
+from tests.fuzz.truth import Truth, noise_edits
 from tests.support.families import N_HEADS
 
 
@@ -88,15 +78,14 @@ def model_of(case: Case, *, fresh: bool = False) -> zoo.Model:
         dtype=getattr(torch, case.dtype),
         tokenizer=case.tokenizer,
         adapter=case.change.startswith("adapter"),
-        dropout=case.mode == "dropout",
     )
     return model
 
 
-def truth(case: Case) -> _Truth:
+def truth(case: Case) -> Truth:
     """The oracle's numbers alone."""
     model = model_of(case)
-    return _Truth(case, model, given(case, model))
+    return Truth(case, model, given(case, model))
 
 
 def judge(case: Case, *, model: zoo.Model | None = None) -> str:
@@ -115,7 +104,7 @@ def judge(case: Case, *, model: zoo.Model | None = None) -> str:
         return _report(case, model, what)
 
     with left_as_found(model), changes(case, model, report) as before, mode(case, model):
-        right = _Truth(case, model, what)
+        right = Truth(case, model, what)
         try:
             with hooks_of(case, model):
                 check = _CALLS[case.call](case, model, what)
@@ -139,164 +128,9 @@ def judge(case: Case, *, model: zoo.Model | None = None) -> str:
     return "right"
 
 
-# --- the truth -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Slack:
-    """How far numbers in the model's dtype may lie from the float64 ones."""
-
-    scores: tuple[float, ...]
-    logits: float
-
-
-class _Truth:
-    """The oracle's passes for a case."""
-
-    def __init__(self, case: Case, model: zoo.Model, what: Given) -> None:
-        self.case, self.model, self.what = case, model, what
-        self.kind = model.family
-        with torch_as_it_is():
-            self.clean = self.run()
-            self.slack = self._slack()
-
-    def run(self, edits: oracle.Edits | None = None, hf: Any = None) -> oracle.Pass:
-        """The user's own pass, with the user's own hooks."""
-        hf = self.model.hf if hf is None else hf
-        both = _both(edits or {}, self._of_user())
-        with torch_hook(self.case, hf):
-            return oracle.run(hf, self.inputs(), n_heads=N_HEADS, edits=both)
-
-    def inputs(self) -> dict[str, Any]:
-        """As Hugging Face's model takes them; positions as TransformerLens counts them."""
-        inputs = dict(self.what.inputs)
-        mask = inputs.get("attention_mask")
-        if self.kind.counts and mask is not None and "position_ids" not in inputs:
-            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-        return inputs
-
-    def _of_user(self) -> oracle.Edits:
-        hook, named = self.case.hook, {}
-        if hook == "scale q":
-            named = {"q": lambda q: q * 1.5}
-        elif hook == "ablate z":
-            named = {"z": lambda z: with_head(z, 0.0)}
-        elif hook == "zero pattern":
-            named = {"pattern": lambda p: with_head(p, 0.0)}
-        elif hook == "patch v":
-            named = {"v": lambda v: self.patch(v)}
-        elif hook == "column":
-            named = {"z": with_column}
-        return {0: named} if named else {}
-
-    def patch(self, v: Tensor) -> Tensor:
-        """[batch, head, key, d] of a cache."""
-        cache = cached_v(self.model, v.shape[2])
-        group = N_HEADS // cache.shape[1]
-        return cache.permute(1, 0, 2).repeat_interleave(group, 0)[None].expand_as(v)
-
-    def _slack(self) -> _Slack:
-        if self.case.dtype == "float32" and self.case.mode != "autocast":
-            scores = (2e-6 * float(_finite(a.w).abs().max()) + 2e-5 for a in self.clean.attentions)
-            return _Slack(tuple(scores), 2e-5 * float(self.clean.logits.abs().max()) + 1e-4)
-        low = torch.autocast("cpu", torch.bfloat16, enabled=self.case.mode == "autocast")
-        with low:
-            own = self.run(hf=self.model.plain)
-        scores = tuple(
-            2 * float(_finite(a.w - b.w).abs().max()) + 1e-3
-            for a, b in zip(own.attentions, self.clean.attentions, strict=True)
-        )
-        return _Slack(scores, 2 * float((own.logits - self.clean.logits).abs().max()))
-
-    def rows(self, index: int, prompt: int, clean: oracle.Pass | None = None) -> oracle.Rows:
-        """Of one attention, without padding."""
-        queries, keys = self.spans(index)
-        return oracle.unpacked(
-            (clean or self.clean).attentions[index],
-            prompt,
-            range(*queries[prompt]),
-            range(*keys[prompt]),
-            scale=self.kind.scale,
-            biased=self.kind.biased,
-            cap=self.kind.cap,
-            near=self.slack.scores[index],
-        )
-
-    def spans(self, index: int) -> tuple[Any, Any]:
-        """Real columns of an attention's queries and keys."""
-        source, target = self.what.spans, self.what.decoder_spans
-        if not target:
-            return source, source
-        encoder = len(self.clean.attentions) // 3
-        if index < encoder:
-            return source, source
-        return target, source if (index - encoder) % 2 else target
-
-    def crossed(self, index: int) -> bool:
-        return self.spans(index)[0] is not self.spans(index)[1]
-
-    def firsts(self, index: int, prompt: int) -> tuple[int, ...]:
-        """Keys that are a document's first token."""
-        return (0,) if self.spans(index)[1] is not self.what.spans else self.what.firsts[prompt]
-
-    @property
-    def n_prompts(self) -> int:
-        return len(self.what.spans)
-
-
-def _finite(x: Tensor) -> Tensor:
-    return torch.where(x.isfinite() & (x.abs() < -oracle.HIDDEN), x, 0.0)
-
-
-def _both(a: oracle.Edits, b: oracle.Edits) -> oracle.Edits:
-    """First b's, then a's."""
-    out: dict[int, dict[str, Callable[[Tensor], Tensor]]] = {}
-    for edits in (b, a):
-        for index, named in edits.items():
-            for name, edit in named.items():
-                first = out.setdefault(index, {}).get(name)
-                out[index][name] = edit if first is None else _then(first, edit)
-    return out
-
-
-def _then(
-    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    return lambda x: second(first(x))
-
-
-def noise_edits(truth: _Truth, noise: hooks.NormNoise, first_prompt: int = 0) -> oracle.Edits:
-    """The factors of `NormNoise`, on the operands of every attention."""
-    edits: dict[int, dict[str, Callable[[Tensor], Tensor]]] = {}
-    group = N_HEADS // truth.model.n_kv_heads
-
-    def scaling(role: Any, index: int, spans: Any) -> Callable[[Tensor], Tensor]:
-        def scale(x: Tensor) -> Tensor:
-            factor = noise.factors(
-                layer=index,
-                role=role,
-                n_heads=N_HEADS if role == "q" else truth.model.n_kv_heads,
-                prompts=range(first_prompt, first_prompt + len(x)),
-                n_pos=x.shape[2],
-                start=[-first for first, _ in spans],
-            ).double()
-            if role != "q":
-                factor = factor.repeat_interleave(group, 2)
-            return x * factor.transpose(1, 2)[..., None]
-
-        return scale
-
-    for index in range(len(truth.clean.attentions)):
-        queries, keys = truth.spans(index)
-        edits[index] = {
-            role: scaling(role, index, queries if role == "q" else keys) for role in noise.roles
-        }
-    return edits
-
-
 # --- calls -----------------------------------------------------------------------------------
 
-Check = Callable[[_Truth], None]
+Check = Callable[[Truth], None]
 QUIET: dict[str, Any] = {"progress": False}
 
 
@@ -314,7 +148,7 @@ def _report(case: Case, model: zoo.Model, what: Given, **options: Any) -> hooks.
 
 
 def _probed(case: Case, report: hooks.CollapseReport) -> Check:
-    def check(truth: _Truth) -> None:
+    def check(truth: Truth) -> None:
         _same_padding(report, truth)
         for index in range(len(truth.clean.attentions)):
             for prompt in range(truth.n_prompts):
@@ -334,7 +168,7 @@ def _probed(case: Case, report: hooks.CollapseReport) -> Check:
     return check
 
 
-def _same_padding(report: hooks.CollapseReport, truth: _Truth) -> None:
+def _same_padding(report: hooks.CollapseReport, truth: Truth) -> None:
     _equal(report.padding, np.array(truth.what.padding), "padding")
 
 
@@ -370,7 +204,7 @@ def _probabilities(
 def _sample(case: Case, model: zoo.Model, what: Given) -> Check:
     report = _report(case, model, what, method="sample", draws=2)
 
-    def check(truth: _Truth) -> None:
+    def check(truth: Truth) -> None:
         _same_padding(report, truth)
         for index in range(len(truth.clean.attentions)):
             for draw in range(2):
@@ -388,7 +222,7 @@ def _sample(case: Case, model: zoo.Model, what: Given) -> Check:
     return check
 
 
-def _shifts(truth: _Truth, index: int, prompt: int, noise: hooks.NormNoise) -> np.ndarray:
+def _shifts(truth: Truth, index: int, prompt: int, noise: hooks.NormNoise) -> np.ndarray:
     """Rows that move, for certain and perhaps, and those that are sparse again: by head."""
     rows = truth.rows(index, prompt)
     _, n_query, n_key = rows.s.shape
@@ -433,7 +267,7 @@ def _sweep(case: Case, model: zoo.Model, what: Given) -> Check:
         **(QUIET | what.options),
     )
 
-    def check(truth: _Truth) -> None:
+    def check(truth: Truth) -> None:
         noise = hooks.NormNoise(sigma=case.sigma, on=on, draw=1)
         noisy = truth.run(noise_edits(truth, noise)).logits
         spans = what.decoder_spans or what.spans
@@ -491,7 +325,7 @@ def _spread(case: Case, model: zoo.Model, what: Given) -> Check:
         **(QUIET | what.options),
     )
 
-    def check(truth: _Truth) -> None:
+    def check(truth: Truth) -> None:
         chosen = range(len(truth.clean.attentions)) if layers is None else layers
         for at, index in enumerate(chosen):
             queries, keys = truth.spans(index)
@@ -524,7 +358,7 @@ def _spectrum(case: Case, model: zoo.Model, what: Given) -> Check:
         **(QUIET | what.options),
     )
 
-    def check(truth: _Truth) -> None:
+    def check(truth: Truth) -> None:
         chosen = range(len(truth.clean.attentions)) if layers is None else layers
         for at, index in enumerate(chosen):
             for prompt in range(truth.n_prompts):
@@ -550,7 +384,7 @@ def _interference(case: Case, model: zoo.Model, what: Given) -> Check:
         **(QUIET | what.options),
     )
 
-    def check(truth: _Truth) -> None:
+    def check(truth: Truth) -> None:
         for index in range(len(truth.clean.attentions)):
             for prompt in range(truth.n_prompts):
                 rows = truth.rows(index, prompt)
@@ -566,7 +400,7 @@ def _rank(case: Case, model: zoo.Model, what: Given) -> Check:
         model.bridge, what.tokens, batch_size=case.batch_size, **(QUIET | what.options)
     )
 
-    def check(truth: _Truth) -> None:
+    def check(truth: Truth) -> None:
         streams, at = truth.clean.streams, 0
         room = 1e-4
         for number, site in enumerate(report.settings.sites):
@@ -606,7 +440,7 @@ def _applied(case: Case, model: zoo.Model, what: Given) -> Check:
     with noise.applied(model.bridge, **masks):
         out = model.bridge(ids, **inputs)
 
-    def check(truth: _Truth) -> None:
+    def check(truth: Truth) -> None:
         wanted = truth.run(noise_edits(truth, noise)).logits
         for prompt, (first, end) in enumerate(what.decoder_spans or what.spans):
             z = wanted[prompt, first:end]

@@ -112,20 +112,12 @@ def build(
     dtype: torch.dtype = torch.float32,
     tokenizer: str = "",
     adapter: bool = False,
-    dropout: bool = False,
 ) -> Model:
     """A new model."""
     kind = FAMILIES[family]
     hf = builders.build_hf(kind.name, attn=attn, dtype=dtype, **dict(kind.options))
     if adapter:
         add_adapter(hf)
-    if dropout:
-        for module in hf.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.3
-            for name in ("attention_dropout", "dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.3)
     own = family == "ours"
     plain = copy.deepcopy(hf)
     if own:
