@@ -54,7 +54,14 @@ def _row(model: Any, item: Any, index: int, prepend_bos: bool | None) -> tuple[T
             raise ValueError(
                 f"prompt {index}: wanted token ids, as the model has no tokenizer; got text"
             )
-        return text_ids(model, item, prepend_bos)
+        ids, note = text_ids(model, item, prepend_bos)
+        pad = own_pad_token(model)
+        if pad is not None and int((ids == pad).sum()) > item.count(model.tokenizer.pad_token):
+            raise ValueError(
+                f"prompt {index}: wanted text of the tokenizer's vocabulary; got {shorten(item)}, "
+                "of which a part becomes the pad token"
+            )
+        return ids, note
     refuse_bos(prepend_bos)
     if is_chat(item):
         return chat_ids(model, item), "conversations are written by the tokenizer's chat template"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -86,7 +87,18 @@ def _reading(group: argparse._ArgumentGroup) -> None:
     which.add_argument("--text", help="the text itself (an addition model: a sum on each line)")
     which.add_argument("--file", metavar="PATH", help="a UTF-8 file; - for standard input")
     which.add_argument(
+        "--messages",
+        metavar="PATH",
+        help="a JSON file of chat messages (role and content), written by the chat template",
+    )
+    which.add_argument(
         "--split", help="addition models: draw sums of this kind [the one it was trained on]"
+    )
+    group.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="a BOS token before each window [as the model has it, unless the text begins with "
+        "one or with its chat template]",
     )
     group.add_argument(
         "--length",
@@ -252,17 +264,18 @@ def read(args: argparse.Namespace) -> str | None:
                 "reads"
             )
         return _some(str(args.text), "--text")
-    if args.file is None:
+    option, name = ("--messages", args.messages) if args.messages else ("--file", args.file)
+    if name is None:
         return None
-    wanted = "--file: wanted a file of UTF-8 text"
+    wanted = f"{option}: wanted a file of UTF-8 text"
     try:
-        if args.file == "-":
-            return _some(sys.stdin.read(), "--file")
-        return _some(Path(args.file).read_text(encoding="utf-8"), "--file")
+        if name == "-":
+            return _some(sys.stdin.read(), option)
+        return _some(Path(name).read_text(encoding="utf-8"), option)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{wanted}; got {brief(args.file)}: {error}") from error
+        raise ValueError(f"{wanted}; got {brief(name)}: {error}") from error
     except OSError as error:
-        raise ValueError(f"{wanted}; got {brief(args.file)}: {error.strerror}") from error
+        raise ValueError(f"{wanted}; got {brief(name)}: {error.strerror}") from error
 
 
 def _some(given: str, option: str) -> str:
@@ -308,12 +321,23 @@ def choose(
     if not loading.adds_integers(model):
         if args.split is not None:
             raise ValueError(f"--split: wanted an addition model; got {brief(args.model)}")
+        if args.messages is not None:
+            return _messages(args, model, str(given))
         passage = text.passage() if given is None else given
-        cut = text.windows(model, passage, length=args.length, limit=args.prompts or WINDOWS)
+        cut = text.windows(
+            model,
+            passage,
+            length=args.length,
+            limit=args.prompts or WINDOWS,
+            prepend_bos=args.prepend_bos,
+        )
         if given is not None:
             return cut
         built_in = f"{cut.source} of the built-in passage (Pride and Prejudice, chapter 1)"
         return text.Prompts(cut.ids, built_in, cut.left_out)
+    for option, value in (("--messages", args.messages), ("--prepend-bos", args.prepend_bos)):
+        if value is not None:
+            raise ValueError(f"{option}: wanted a model of language; got {brief(args.model)}")
     if args.length is not None:
         raise ValueError(
             f"--length: wanted none, as sums are not cut (--prompts, --split); got {args.length}"
@@ -327,6 +351,17 @@ def choose(
             f"{args.model} was trained on; got none"
         )
     return text.sums(split, args.prompts or SUMS, seed=args.seed)
+
+
+def _messages(args: argparse.Namespace, model: Any, given: str) -> text.Prompts:
+    for option, value in (("--length", args.length), ("--prepend-bos", args.prepend_bos)):
+        if value is not None:
+            raise ValueError(f"{option}: wanted none beside --messages; got {value}")
+    try:
+        messages = json.loads(given)
+    except ValueError as error:
+        raise ValueError(f"--messages: wanted a file of JSON; got {error}") from error
+    return text.conversations(model, messages, limit=args.prompts or WINDOWS)
 
 
 def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> CollapseReport:

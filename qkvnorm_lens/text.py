@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qkvnorm_lens._options import brief
 
@@ -31,9 +31,17 @@ def passage() -> str:
 
 
 def windows(
-    model: TransformerBridge, text: str, *, length: int | None = None, limit: int = 8
+    model: TransformerBridge,
+    text: str,
+    *,
+    length: int | None = None,
+    limit: int = 8,
+    prepend_bos: bool | None = None,
 ) -> Prompts:
     """Cut a text into windows of tokens; each begins as the model's prompts do (bos).
+
+    A bos that the text itself begins with is that of the first window, and not a second one; text
+    that begins as the tokenizer's chat template does gets none.
 
     Args:
         model: its tokenizer reads the text.
@@ -41,6 +49,7 @@ def windows(
         length: tokens of a window, bos included; default: 128, or the context where that is
             shorter. The last window may be shorter.
         limit: at most so many windows.
+        prepend_bos: True or False: in any case, or in none.
 
     Raises:
         ValueError: empty text, a length outside the context, or no tokenizer.
@@ -61,7 +70,7 @@ def windows(
             f"length: wanted 2 to {context or 'any number of'} tokens, the model's context; got "
             f"{length}"
         )
-    bos, ids = _tokens(model, text)
+    bos, ids, note = _tokens(model, text, prepend_bos)
     step = length - len(bos)
     if step < 1:
         raise ValueError(f"length: wanted more than the {len(bos)} tokens of bos; got {length}")
@@ -76,11 +85,41 @@ def windows(
         left_out = f"{len(ids) - used} of {len(ids)} tokens of the text left out"
         if len(cut) > limit:
             left_out += f" ({len(cut)} windows in all)"
-    return Prompts(kept, f"{_many(len(kept), 'window')} of at most {length} tokens", left_out)
+    source = f"{_many(len(kept), 'window')} of at most {length} tokens"
+    return Prompts(kept, f"{source}; {note}" if note else source, left_out)
 
 
-def _tokens(model: TransformerBridge, text: str) -> tuple[list[int], list[int]]:
-    """(bos or nothing, the text's own ids), however long the text is."""
+def conversations(model: TransformerBridge, messages: Any, *, limit: int) -> Prompts:
+    """Chat messages (``role`` and ``content``), as the tokenizer's template writes them.
+
+    Args:
+        model: its tokenizer has the template.
+        messages: one conversation, or a list of them.
+        limit: at most so many.
+
+    Raises:
+        ValueError: no messages, or no template.
+    """
+    from hooks._given import chat_ids, is_chat
+
+    several = [messages] if is_chat(messages) else messages
+    if not isinstance(several, list) or not several or not all(map(is_chat, several)):
+        raise ValueError(
+            "messages: wanted a list of messages with role and content, or a list of such lists; "
+            f"got {brief(messages)}"
+        )
+    ids = [chat_ids(model, one).tolist() for one in several[:limit]]
+    left = len(several) - len(ids)
+    left_out = f"{left} of {len(several)} conversations left out" if left else ""
+    return Prompts(ids, _many(len(ids), "conversation"), left_out)
+
+
+def _tokens(
+    model: TransformerBridge, text: str, prepend_bos: bool | None
+) -> tuple[list[int], list[int], str]:
+    """(bos or nothing, the text's own ids, what is to be said), however long the text is."""
+    from hooks._given import text_ids
+
     tokenizer = model.tokenizer
     # A directory without tokenizer files gives a tokenizer that knows special tokens only.
     if tokenizer is None or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
@@ -94,13 +133,16 @@ def _tokens(model: TransformerBridge, text: str) -> tuple[list[int], list[int]]:
     log.setLevel(logging.ERROR)  # it would warn of a text longer than the context
     try:
         bare = model.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()
-        whole = model.to_tokens(text, truncate=False)[0].tolist()
+        whole = model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist()
+        note = text_ids(model, text, prepend_bos)[1]
     finally:
         log.setLevel(level)
     n_bos = len(whole) - len(bare)
     if n_bos < 0 or whole[n_bos:] != bare:
         n_bos = 0
-    return whole[:n_bos], bare
+    if note and prepend_bos is None and n_bos:
+        return whole[:0], bare, note  # the text brings its own beginning
+    return whole[:n_bos], bare, note
 
 
 def lines(model: TransformerBridge, text: str, *, limit: int) -> Prompts:

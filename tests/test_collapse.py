@@ -384,9 +384,14 @@ def test_pad_tokens_of_the_tokenizer_are_padding(words: Any) -> None:
     row = ids[:1].clamp(3)
     plain = probe(model, row, sigmas=SIGMAS)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), row, torch.zeros(1, 2).long()], 1)
-    got = probe(model, padded, sigmas=SIGMAS)
+    mask = (padded != 0).long()
+    got = probe(model, padded, sigmas=SIGMAS, attention_mask=mask)
     assert_same_numbers(plain, got)
     assert got.padding.tolist() == [5]
+    longer = torch.cat([row, row[:, 1:6]], 1)  # without a mask: where other rows have more
+    both = probe(model, torch.cat([padded, longer]), sigmas=SIGMAS)
+    assert both.padding.tolist() == [5, 0]
+    assert both.tokens[0] == plain.tokens[0]
     text = " ".join(f"w{int(i)}" for i in row[0])
     said = probe(model, text, sigmas=SIGMAS, prepend_bos=False)
     assert_same_numbers(plain, said)
