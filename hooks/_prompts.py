@@ -46,6 +46,8 @@ class Prompts:
         spans, width: from where to where the prompts lay in the rows that were given, and how wide
             these were; 0 where each had a length of its own.
         decoder_spans, decoder_width: the same of the decoder's tokens.
+        padded: one prompt that lay behind padding, as it was given; None where none did.
+        padded_at: which it is.
         starts: positions of each prompt's first tokens: 0, and where a packed document begins.
         notes: what a reader must know of how they came to be.
     """
@@ -64,6 +66,8 @@ class Prompts:
     width: int = 0
     decoder_spans: Spans = ()
     decoder_width: int = 0
+    padded: ModelInput | None = None
+    padded_at: int = 0
     starts: tuple[tuple[int, ...], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -184,6 +188,7 @@ def encode(
         **others,
     )
     prompts = replace(prompts, starts=_starts(prompts))
+    prompts = _behind_padding(model, prompts, tokens, values)
     if has_decoder(model):
         return _with_decoder(model, prompts, decoder_tokens, decoder_mask, labels)
     if decoder_tokens is not None or decoder_mask is not None:
@@ -194,6 +199,23 @@ def encode(
     if labels is not None:
         prompts = replace(prompts, notes=(*prompts.notes, "labels are no part of the pass"))
     return prompts
+
+
+def _behind_padding(
+    model: Any, prompts: Prompts, tokens: Any, values: Mapping[str, Any]
+) -> Prompts:
+    """The same with the first prompt that lay behind padding, as it was given."""
+    at = next((i for i, (first, _) in enumerate(prompts.spans) if first), None)
+    if at is None or "attention_mask" not in taken(model):
+        return prompts
+    (first, end), ids = prompts.spans[at], torch.as_tensor(tokens).reshape(-1, prompts.width)
+    mask = torch.zeros(1, prompts.width, dtype=torch.long)
+    mask[0, first:end] = 1
+    named: dict[str, Any] = {"attention_mask": mask}
+    for name, value in values.items():
+        several = isinstance(value, Tensor) and value.shape[:1] == (len(ids),)
+        named[name] = value[at : at + 1] if several else value
+    return replace(prompts, padded=ModelInput(ids[at : at + 1].cpu(), named), padded_at=at)
 
 
 def _one_of_two(values: dict[str, Any], name: str, argument: str, given: Any) -> Any:
@@ -324,6 +346,7 @@ def _with_decoder(model: Any, prompts: Prompts, given: Any, mask: Any, labels: A
             moved = torch.nn.functional.pad(labels[:, :-1] != IGNORED, (1, 0), value=True)
             mask = _until_last(moved)
     rows, spans = _decoder_rows(model, list(prompts.first), given, mask)
+    prompts = _decoder_behind_padding(prompts, given, rows, spans)
     for index, row in enumerate(rows):
         _check_ids(model, row, f"decoder's prompt {index}", least=1)
     return replace(
@@ -335,6 +358,28 @@ def _with_decoder(model: Any, prompts: Prompts, given: Any, mask: Any, labels: A
         decoder_width=int(given.shape[-1]) if isinstance(given, Tensor) else 0,
         notes=(*prompts.notes, *notes),
     )
+
+
+def _decoder_behind_padding(
+    prompts: Prompts, given: Any, rows: Sequence[Tensor], spans: Spans
+) -> Prompts:
+    """The same with the decoder's tokens in the prompt that is kept as it was given."""
+    at = next((i for i, (first, _) in enumerate(spans) if first), None)
+    if at is None and prompts.padded is None:
+        return prompts
+    at = prompts.padded_at if prompts.padded is not None else at
+    assert at is not None
+    source = prompts.padded or ModelInput(prompts.first[at][None])
+    named = dict(source.named)
+    first, end = spans[at]
+    if isinstance(given, Tensor):
+        ids = given.reshape(len(spans), -1)[at : at + 1].cpu()
+        mask = torch.zeros_like(ids)
+        mask[0, first:end] = 1
+        named |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    else:
+        named["decoder_input_ids"] = rows[at][None]
+    return replace(prompts, padded=ModelInput(source.first, named), padded_at=at)
 
 
 IGNORED = -100

@@ -97,7 +97,54 @@ def attention_sites(model: HookedModel, inputs: Any = None) -> AttentionSites:
 def sites_for(model: HookedModel, prompts: Prompts) -> AttentionSites:
     """The same for a measurement of these prompts, which decide where random tokens can't."""
     check_model(model)
-    return _sites(model, prompts, asked=False)
+    sites = _sites(model, prompts, asked=False)
+    check_padding(model, prompts)
+    return sites
+
+
+_unpadded: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def check_padding(model: HookedModel, prompts: Prompts) -> None:
+    """Refuse left padding that the model, or a hook of the user's, takes for positions.
+
+    One prompt as it was given and the same without its padding: the same logits.
+
+    Raises:
+        UnsupportedModelError: they differ.
+    """
+    given, at = prompts.padded, prompts.padded_at
+    if given is None:
+        return
+    key, known = key_of(model), _unpadded.setdefault(model, set())
+    if key in known:
+        return
+    with _state.evaluating(model), _state.checking():
+        whole, cut = given.run(model), prompts.batch([at]).run(model)
+    if isinstance(whole, Tensor) and isinstance(cut, Tensor) and cut.ndim == 3:
+        decoded = bool(prompts.decoder)
+        spans = prompts.decoder_spans if decoded else prompts.spans
+        first, end = (
+            spans[at]
+            if not decoded or "decoder_attention_mask" in given.named
+            else (
+                0,
+                cut.shape[1],
+            )
+        )
+        mine = whole[:, first:end].double()
+        error = float((mine - cut.double()).abs().max())
+        room = torch.finfo(_state.pass_dtype(model)).eps ** 0.5 * float(cut.abs().max())
+        if not error <= room:
+            raise UnsupportedModelError(
+                "left padding",
+                wanted="a pass that is the same without its padding",
+                got=f"logits off by {error:.2g}: this model counts positions from the first "
+                "column, or a hook of yours goes by columns; pad on the right, or give lists",
+            )
+    if len(known) >= _KEPT:
+        known.clear()
+    known.add(key)
 
 
 def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> AttentionSites:

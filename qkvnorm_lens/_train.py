@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hooks._files import Unsound, read_json, write_whole
 from qkvnorm_lens._options import (
     brief,
     check_name,
@@ -260,6 +259,7 @@ def _claim(out: Path, wanted: Run, processes: int, *, write: bool) -> None:
     Raises:
         ValueError: it holds another one; the message says in what they differ.
     """
+    from hooks._files import write_whole
     from qkvnorm_lens.training import describe
 
     run = json.loads(json.dumps(describe(wanted, processes)))
@@ -283,6 +283,7 @@ def _noted(note: Path) -> dict[str, Any]:
     Raises:
         RunFileError: its note can't be read.
     """
+    from hooks._files import Unsound, read_json
     from qkvnorm_lens._run_files import RunFileError
 
     try:

@@ -136,14 +136,15 @@ def test_soft_cap_is_part_of_the_arithmetic() -> None:
 @pytest.mark.parametrize(
     ("options", "got"),
     [
-        ({"n_positions": 4}, r"a context of 4; numbers of heads \[2, 4\]"),
-        # Five tokens would fit, but then nothing tells them from five heads.
-        ({"n_positions": 6, "n_head": 5, "n_embd": 40}, r"a context of 6; .* \[2, 5\]"),
+        ({"n_positions": 2}, r"a context of 2; numbers of heads \[2, 4\]"),
+        # Three tokens would fit, but then nothing tells them from three heads.
+        ({"n_positions": 3, "n_head": 3, "n_embd": 24}, r"a context of 3; .* \[2, 3\]"),
     ],
 )
 def test_a_context_too_short_to_check_in(options: dict[str, int], got: str) -> None:
     model = builders.build("GPT2LMHeadModel", **options).model
-    with pytest.raises(hooks.UnsupportedModelError, match=rf"wanted room for 5, .* got {got}"):
+    wanted = rf"wanted room for 2 tokens or more, .* got {got}"
+    with pytest.raises(hooks.UnsupportedModelError, match=wanted):
         hooks.attention_sites(model)
 
 

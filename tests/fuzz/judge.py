@@ -30,7 +30,6 @@ FORM = re.compile(r": wanted .*; got ", re.DOTALL)
 
 def may_refuse(case: Case) -> str:
     """Why this combination may be refused by name; empty: it must be measured."""
-    kind = zoo.FAMILIES[case.family]
     if case.hook == "zero pattern":
         return "a pattern that is no softmax"
     if case.call == "interference":
@@ -42,20 +41,15 @@ def may_refuse(case: Case) -> str:
             return "an adapter beside the projections"
     if case.call in ("applied", "sweep") and case.hook == "patch v":
         return "v is no longer what the noise was put on"
-    if case.call in ("applied", "sweep") and (kind.has_decoder or case.hook):
-        return ""
+    behind = case.side == "left" and case.padded
+    if case.family == "bart" and (behind or case.decoder == "padded left"):
+        return "positions count from the first column, padding or not"
+    if behind and case.hook in ("patch v", "column"):
+        return "a hook that counts columns"
     return ""
 
 
-KNOWN: dict[str, Callable[[Case], bool]] = {
-    "BART counts its positions from the first column, padding or not": lambda case: (
-        case.family == "bart"
-        and ((case.side == "left" and case.padded) or case.decoder == "padded left")
-    ),
-    "a hook that counts columns, under padding before the text": lambda case: (
-        case.hook in ("patch v", "column") and case.side == "left" and case.padded
-    ),
-}
+KNOWN: dict[str, Callable[[Case], bool]] = {}
 """Kinds of combinations that are known to be wrong, by what is wrong; empty when all is mended."""
 
 
