@@ -43,7 +43,7 @@ from hooks._layercheck import LayerCheck, Undecided, Unpredicted
 from hooks._layercopies import KINDS, LayerCopies
 from hooks._locate import locate
 from hooks._prompts import Prompts, encode
-from hooks._standing import names, resting, users
+from hooks._standing import Standing, names, resting, users
 from hooks._tap import AttentionTap
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
@@ -193,6 +193,9 @@ def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> 
             raise
         with resting(standing):
             sites = _verify(model, examples)
+        edits = _on_scores(model, sites, standing)
+        if edits:
+            raise _naming(error, edits) from error
         note = (
             f"The self-check ran without hooks of yours on {names(standing)}: with them it fails "
             f"({shorten(str(error), 160)})."
@@ -206,6 +209,29 @@ def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> 
         )
         sites = replace(sites, notes=(*sites.notes, note))
     return sites
+
+
+def _on_scores(
+    model: HookedModel, sites: AttentionSites, standing: Sequence[Standing]
+) -> list[Standing]:
+    """Hooks at scores or pattern: there noise no longer does what the noise model says."""
+    points = model.hook_dict
+    names_of = {name for layer in sites for name in (layer.scores, layer.pattern) if name}
+    tables = [points[name]._forward_hooks for name in names_of]
+    return [hook for hook in standing if any(hook.table is table for table in tables)]
+
+
+def _naming(error: Exception, edits: list[Standing]) -> UnsupportedModelError:
+    """The same refusal, with the user's own hooks, which are its cause."""
+    if not isinstance(error, UnsupportedModelError):
+        error = UnsupportedModelError("the self-check", wanted="a pass that runs", got=str(error))
+    return UnsupportedModelError(
+        error.check,
+        wanted=error.wanted,
+        got=f"{error.got}; hooks of yours are on {names(edits)}: where they change what a pattern "
+        "is, probe without them, and open the noise's context before theirs",
+        layer=error.layer,
+    )
 
 
 def _draws(model: HookedModel, example: _Example) -> bool:

@@ -54,13 +54,15 @@ def windows(
     Raises:
         ValueError: empty text, a length outside the context, or no tokenizer.
     """
-    from hooks._arguments import check_integers, check_text
+    from hooks._arguments import check_booleans, check_integers, check_text
 
     if not callable(getattr(model, "to_tokens", None)):
         raise TypeError(f"model: wanted a TransformerBridge; got {type(model).__name__}")
     if not check_text("text", text).strip():
         raise ValueError("text: wanted some; got an empty one")
     (limit,) = check_integers(limit=(limit, 1))
+    if prepend_bos is not None:
+        (prepend_bos,) = check_booleans(prepend_bos=prepend_bos)
     if length is not None:
         (length,) = check_integers(length=(length, 2))
     context = int(getattr(model.cfg, "n_ctx", 0) or 0)

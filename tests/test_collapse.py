@@ -500,7 +500,9 @@ def test_the_model_is_left_as_found(
     if error is None:
         probe(model, method=method)
     else:
-        with pytest.raises(type(error)):
+        # What a hook of the user's raises is named with the hook; an interrupt goes through.
+        kind = ValueError if isinstance(error, Exception) else type(error)
+        with pytest.raises(kind, match=r"hooks: wanted|^$|mine"):
             probe(model, method=method)
     Found(model).assert_same(before)
     when.clear()
@@ -800,12 +802,9 @@ def test_the_check_is_remembered_and_redone() -> None:
     redone(lambda: model.to(torch.bfloat16))
     redone(lambda: model.to(torch.float64))
     redone(lambda: model.enable_compatibility_mode())
-    # Hooks of a user's on the attention may do anything: the check looks again each time.
-    model.hook_dict[attn(0, "q")].add_hook(lambda q, hook: q)
-    for _ in range(2):
-        before = forwards.count
-        attention_sites(model)
-        assert forwards.count > before
+    # Hooks of a user's on the attention may do anything: the check looks again for each.
+    redone(lambda: model.hook_dict[attn(0, "q")].add_hook(lambda q, hook: q))
+    redone(lambda: model.hook_dict[attn(0, "q")].add_hook(lambda q, hook: q * 1.5))
     model.reset_hooks()
     # Noise of ours rests during a check and is no reason for another.
     attention_sites(model)
