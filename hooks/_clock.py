@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks import _state
+from hooks._arguments import check_integers
 from hooks._inputs import real_spans
 
 if TYPE_CHECKING:
@@ -145,9 +146,7 @@ class Clock:
     """Which prompts and positions the running forward pass holds."""
 
     def __init__(self, first_prompt: int, masks: Mapping[Stream, Tensor]) -> None:
-        if first_prompt < 0:
-            raise ValueError(f"first_prompt: wanted an integer >= 0; got {first_prompt}")
-        self.first_prompt = first_prompt
+        (self.first_prompt,) = check_integers(first_prompt=(first_prompt, 0))
         self.now = _Pass()
         self.follows = False  # whether it is told what the cache holds
         self.guarded = False  # whether a pattern will show that there is a cache

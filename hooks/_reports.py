@@ -124,8 +124,8 @@ class Form(Generic[Report]):
             later = {f.name for f in fields if f.default == ()}
             headed = {n: k for n, k in headed.items() if n not in later - {*file.words}}
         same_names("header", {*headed, *also}, file.words)
-        head = {n: as_kind(kind, read_json(file.words[n], n), n) for n, kind in headed.items()}
         try:
+            head = {n: as_kind(k, read_json(file.words[n], n), n) for n, k in headed.items()}
             self.settings(head["settings"])
         except Unsound:
             raise

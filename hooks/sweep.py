@@ -216,7 +216,7 @@ def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Te
     cut = []
     for index, (row, ids, (first, end)) in enumerate(zip(given, rows, spans, strict=True)):
         of_tokens = len(ids) if ids.ndim == 1 else len(row)
-        fits = row.ndim == 1 and len(row) in {width, of_tokens}
+        fits = row.ndim == 1 and len(row) == (width or of_tokens)
         if row.is_floating_point() or row.dtype == torch.bool or not fits:
             raise ValueError(
                 f"targets: prompt {index}: wanted {width or of_tokens} integer ids, one for each "

@@ -768,6 +768,8 @@ def test_doubled_scores_are_another_model_not_a_broken_one() -> None:
 
 
 class _Forwards:
+    __slots__ = ("count",)  # what a hook keeps in attributes is part of the fingerprint
+
     def __init__(self, model: Any) -> None:
         self.count = 0
         model.original_model.register_forward_pre_hook(self._add)

@@ -279,7 +279,7 @@ COARSE = {
 }
 
 
-@pytest.mark.parametrize("name", ["fp8 e4m3", "int4 KIVI", "int4", *COARSE])
+@pytest.mark.parametrize("name", ["fp8 e4m3", "int4", *COARSE])
 def test_rows_move_where_the_model_itself_moves_them(model: Any, name: str) -> None:
     """One layer's keys put through the cache in the model: its own pattern shows the rows."""
     scheme = (BY_NAME | COARSE)[name]
