@@ -495,7 +495,7 @@ def test_a_failing_pass_leaves_nothing_behind(gpt2: Any) -> None:
 
     before = Found(gpt2)
     with (
-        pytest.raises(ValueError, match="hooks: wanted .* got RuntimeError from yours .*mine"),
+        pytest.raises(ValueError, match=r"hooks: wanted .* got RuntimeError from yours .*mine"),
         gpt2.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", fail)]),
     ):
         hooks.sweep(gpt2, ids, sigmas=[0.2], replicates=3, progress=False)
@@ -574,7 +574,5 @@ def test_one_prompts_own_targets_may_be_one_row(gpt2: Any) -> None:
     ):
         again = hooks.sweep(gpt2, tokens, targets=wanted, **how, **options).to_frame()
         pd.testing.assert_frame_equal(again, whole)
-    with pytest.raises(
-        ValueError, match=r"targets: prompt 0: wanted \d+ integer ids.*padding incl"
-    ):
+    with pytest.raises(ValueError, match=r"targets: prompt 0: wanted .*padding incl"):
         hooks.sweep(gpt2, wide[0], targets=targets, attention_mask=mask, **options)
