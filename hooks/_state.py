@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
 from typing import Any
 
 import torch
@@ -49,16 +48,21 @@ SAYS = "_hooks_says"
 """Attribute in which a hook of ours says what it does."""
 
 
-def resting(hook_fn: Callable[..., Any], says: str) -> Callable[..., Any]:
+class Resting:
     """A hook of ours that does nothing during a self-check; ``says`` what it does otherwise."""
 
-    @wraps(hook_fn)
-    def wrapper(tensor: Any, hook: Any) -> Any:
-        return None if _checking.get() else hook_fn(tensor, hook)
+    def __init__(self, hook_fn: Callable[..., Any], says: str) -> None:
+        self.hook_fn = hook_fn
+        setattr(self, OURS, True)
+        setattr(self, SAYS, says)
 
-    setattr(wrapper, OURS, True)
-    setattr(wrapper, SAYS, says)
-    return wrapper
+    def __call__(self, tensor: Any, hook: Any) -> Any:
+        return None if _checking.get() else self.hook_fn(tensor, hook)
+
+
+def resting(hook_fn: Callable[..., Any], says: str) -> Callable[..., Any]:
+    """The hook as a :class:`Resting` one."""
+    return Resting(hook_fn, says)
 
 
 def foreign_hooks(point: Any) -> list[Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -39,7 +38,7 @@ def hooked(model: Any, entries: Entries) -> Iterator[None]:
 @contextmanager
 def intervening(model: Any, entries: Entries) -> Iterator[None]:
     """Hooks of an intervention inside: they act in every thread that runs the model."""
-    with _on(model, [(name, _plainly(hook_fn)) for name, hook_fn in entries]) as handles:
+    with _on(model, [(name, _Hook(hook_fn)) for name, hook_fn in entries]) as handles:
         for handle in handles:
             _apart.mark(handle)
         yield
@@ -51,30 +50,27 @@ def standing_hooks(point: Any) -> list[Any]:
     return [h for h in handles if not hasattr(getattr(h, "user_hook", None), MEASURING)]
 
 
-def _of_thread(hook_fn: Callable[..., Any], owner: int) -> Callable[..., Any]:
-    """The hook, without autocast, in its own thread; nothing in others."""
+class _Hook:
+    """A hook without autocast; with an owner, in that thread only."""
 
-    @wraps(hook_fn)
-    def wrapper(tensor: Any, hook: Any) -> Any:
-        if threading.get_ident() != owner:
+    def __init__(self, hook_fn: Callable[..., Any], owner: int | None = None) -> None:
+        self.__dict__.update(getattr(hook_fn, "__dict__", {}))  # what it is marked with
+        self.hook_fn = hook_fn
+        self.owner = owner
+
+    def __call__(self, tensor: Any, hook: Any) -> Any:
+        if self.owner is not None and threading.get_ident() != self.owner:
             return None
         with without_autocast():
-            return hook_fn(tensor, hook)
+            return self.hook_fn(tensor, hook)
 
+
+def _of_thread(hook_fn: Callable[..., Any], owner: int) -> _Hook:
+    """The hook, without autocast, in its own thread; nothing in others."""
+    made = _Hook(hook_fn, owner)
     for mark in (OURS, MEASURING):
-        setattr(wrapper, mark, True)
-    return wrapper
-
-
-def _plainly(hook_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The hook, without autocast."""
-
-    @wraps(hook_fn)
-    def wrapper(tensor: Any, hook: Any) -> Any:
-        with without_autocast():
-            return hook_fn(tensor, hook)
-
-    return wrapper
+        setattr(made, mark, True)
+    return made
 
 
 @contextmanager
