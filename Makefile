@@ -15,7 +15,7 @@ NEWEST := .venv-newest
 # A process per core, with one thread each: small models gain nothing from more.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
-.PHONY: help setup probe test test-legacy test-newest slow matrix browser smoke lint format real-model \
+.PHONY: help setup probe test test-legacy test-newest slow long matrix browser smoke lint format real-model \
 	benchmarks docs notebooks tutorials clean
 
 help:
@@ -23,7 +23,7 @@ help:
 	@echo "make test        fast tests and a real-model smoke test"
 	@echo "make test-legacy a HookedTransformer of TransformerLens 3.9, in its own .venv-legacy"
 	@echo "make test-newest the same library on transformers 5.24, in its own .venv-newest"
-	@echo "make slow        the slow tests"
+	@echo "make slow        the slow tests;  make long: thousands of fuzzed cases"
 	@echo "make matrix      every architecture that TransformerLens knows"
 	@echo "make browser     the report's page in the system's Chromium"
 	@echo "make smoke       every experiment of the paper, in its smallest form"
@@ -48,7 +48,7 @@ probe: $(SETUP)
 
 test: real-model
 	$(PARALLEL) --dist loadfile --durations=5 \
-		-m "not slow and not matrix and not browser and not notebooks" $(ARGS)
+		-m "not slow and not long and not matrix and not browser and not notebooks" $(ARGS)
 
 matrix: $(SETUP)
 	HF_HUB_OFFLINE=1 $(PARALLEL) -m matrix --durations=5 $(ARGS)
@@ -70,7 +70,7 @@ $(LEGACY)/installed: pyproject.toml constraints-legacy.txt
 # A later transformers than pyproject.toml allows: what is refused there is refused by name.
 test-newest: $(NEWEST)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest tests/test_caches.py tests/test_noise.py \
-		tests/test_tap.py tests/test_sites.py -m "not slow" $(ARGS)
+		tests/test_tap.py tests/test_sites.py -m "not slow and not long" $(ARGS)
 
 $(NEWEST)/installed: pyproject.toml constraints.txt
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
@@ -81,6 +81,10 @@ $(NEWEST)/installed: pyproject.toml constraints.txt
 
 slow: real-model
 	$(PARALLEL) -m slow --durations=10 $(ARGS)
+
+# Thousands of fuzzed inputs, arguments, damaged files and pairs of threads; in no CI.
+long: real-model
+	$(PARALLEL) -m long --durations=10 $(ARGS)
 
 smoke: real-model
 	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens experiment all --smoke --out runs/smoke

@@ -149,7 +149,7 @@ def _mask(attention_mask: Any, ids: Tensor) -> Tensor:
         raise ValueError(
             f"attention_mask: wanted 1 for real tokens and 0 for padding; got {other:g}"
         )
-    return mask
+    return mask.long()
 
 
 def own_pad_token(model: Any) -> int | None:

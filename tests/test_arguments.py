@@ -79,7 +79,7 @@ def test_wrong_arguments_are_refused_by_name(calls: dict[str, Call], name: str) 
     assert not found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", argument_calls.NAMES)
 def test_every_value_of_every_argument(calls: dict[str, Call], name: str) -> None:
     call = calls[name]

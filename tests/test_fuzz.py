@@ -50,7 +50,7 @@ def test_a_few_combinations() -> None:
     fuzz("--few", "--n", "60")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_many_combinations(chunk: int) -> None:
     fuzz("--n", str(EACH), "--seed", str(chunk))

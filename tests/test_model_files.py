@@ -96,7 +96,7 @@ def test_a_damaged_model_is_refused_or_equal(
     assert refused_or_equal(name, range(18), written, whole, tmp_path) > 9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", FILES)
 def test_six_hundred_damaged_models(
     name: str, written: Path, whole: dict[str, Any], tmp_path: Path

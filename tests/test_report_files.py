@@ -153,7 +153,7 @@ def test_a_damaged_report_is_refused_or_equal(name: str, tmp_path: Path) -> None
     assert refused_or_equal(name, range(84), tmp_path) > 70
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", FILES)
 def test_two_thousand_damaged_reports_are_refused_or_equal(name: str, tmp_path: Path) -> None:
     assert refused_or_equal(name, range(1000, 1400), tmp_path) > 350
@@ -229,7 +229,7 @@ def test_a_damaged_report_without_a_digest_is_refused_or_can_be_used(
     assert refused_or_whole(name, range(84), tmp_path) > 40
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", FILES)
 def test_two_thousand_of_them_too(name: str, tmp_path: Path) -> None:
     assert refused_or_whole(name, range(1000, 1300), tmp_path) > 150

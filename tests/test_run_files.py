@@ -90,7 +90,7 @@ def test_a_damaged_run_is_refused_or_ends_with_the_same_bits(
     mutate(name, range(12), half, whole, tmp_path, digested=digested or name == "log.csv")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("digested", [True, False])
 @pytest.mark.parametrize("name", ["state.pt", "log.csv"])
 def test_six_hundred_of_them(

@@ -197,7 +197,7 @@ def test_two_threads_find_what_each_finds_alone(user: Job, ours: Job) -> None:
     check(models.tiny_gpt2(), user, ours)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("user", USERS, ids=lambda job: job.__name__)
 @pytest.mark.parametrize("ours", OURS, ids=lambda job: job.__name__)
