@@ -99,7 +99,7 @@ def recheck(sites: LayerSites, scores: Scores, pattern: Scores) -> None:
     Raises:
         UnsupportedModelError: it is another.
     """
-    if not sites.recheck:
+    if not sites.recheck or bool(scores.isnan().any()):  # what reads NaN says so
         return
     seen = visible(scores)
     w = scores.double().masked_fill(~seen, -torch.inf)

@@ -37,7 +37,7 @@ from hooks._arguments import (
 )
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens, refuse_other_inputs
-from hooks._inputs import has_decoder, input_device, without_cache
+from hooks._inputs import check_model, has_decoder, input_device, without_cache
 from hooks._observe import Hook, refuse_several_streams, stream_hook
 from hooks._positions import find_removals, rounding, taken
 from hooks._prompts import Prompts, encode
@@ -120,9 +120,10 @@ def symmetry_gap(
     positions, mask, _, progress = check_optional(
         positions=positions, mask=mask, prepend_bos=prepend_bos, progress=progress
     )
+    check_model(model)
+    _refuse_two_sequences(model)
     prompts = encode(model, tokens, attention_mask=attention_mask, prepend_bos=prepend_bos)
     sites = sites_for(model, prompts)
-    _refuse_two_sequences(model)
     chosen = choose_layers(sites, layers)
     refuse_other_inputs("symmetry_gap", prompts.extra)
     orders = _orders(prompts, asked, seed, keep_first)

@@ -381,7 +381,7 @@ def test_a_length_that_is_no_number_is_refused(gpt2: Any) -> None:
 def test_cross_attention_reads_another_stream() -> None:
     t5 = builders.build("T5ForConditionalGeneration").model
     with pytest.raises(UnsupportedModelError, match="cross-attention"):
-        hooks.spread(t5, ids, progress=False)
+        hooks.spread(t5, ids, decoder_tokens=ids, progress=False)
     frame = hooks.spread(t5, ids, of="v", decoder_tokens=ids, progress=False).to_frame("layer")
     assert {label[0] for label in frame["label"]} == {"E", "D", "X"}
     assert frame["band"].notna().all()
