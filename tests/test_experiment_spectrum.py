@@ -255,7 +255,7 @@ def test_seeds_decide_all_and_the_global_state_is_left() -> None:
         (lambda: propagate(Recursion(), 5, 0, seed=1), "depth: wanted an integer from 1 to"),
         (
             lambda: propagate(Recursion(), 5, 1, seed=1, width=4),
-            "width: wanted an integer from 5 to",
+            "width: wanted an integer from 5",
         ),
         (lambda: Recursion(attention="sparse"), "attention: wanted one of"),  # type: ignore[arg-type]
         (lambda: Recursion(gain=0.0), "gain: wanted a number > 0; got 0.0"),

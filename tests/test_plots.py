@@ -276,7 +276,7 @@ def test_training_curves_are_drawn_on_given_axes() -> None:
         assert plots.training_curves({"a": _log(), "b": _log()}, pair) is outer
         assert [len(ax.lines) for ax in pair] == [2, 2]
     one = Figure().subplots()
-    with pytest.raises(ValueError, match="ax: wanted two axes, for loss and accuracy; got 1"):
+    with pytest.raises(ValueError, match="ax: wanted 2 of .* axes, for loss and accuracy; got 1"):
         plots.training_curves({"a": _log()}, one)  # type: ignore[arg-type]
     assert not one.lines
 
@@ -293,7 +293,9 @@ def test_a_log_without_the_columns_is_refused(gone: str, tmp_path: Path) -> None
     log = _log().drop(columns=gone)
     log.to_csv(tmp_path / "log.csv", index=False)
     for given in (log, tmp_path / "log.csv"):
-        with pytest.raises(ValueError, match=f"^log of 'mine': wanted .* got none named {gone}$"):
+        with pytest.raises(
+            ValueError, match=f"^logs: log of 'mine': wanted .* got none named {gone}$"
+        ):
             plots.training_curves({"good": _log(), "mine": given})
 
 
@@ -594,7 +596,7 @@ def test_reports_are_drawn_as_their_frames() -> None:
             assert seen.count(np.asarray(line.get_ydata()).tolist()) >= 2
         with pytest.raises(ValueError, match="reports: wanted at least one"):
             draw({})
-    with pytest.raises(ValueError, match="ax: wanted 2, one for each report; got 1"):
+    with pytest.raises(ValueError, match="ax: wanted 2 of .* axes, one for each report; got 1"):
         plots.spectrum_by_depth({"a": frame, "b": frame}, wanted)
 
 
@@ -619,7 +621,7 @@ def test_a_symmetry_report_is_drawn_by_layer() -> None:
     assert len(turned.data) == len(curves)
     with pytest.raises(ValueError, match="reports: wanted at least one"):
         plots.symmetry_by_depth({})
-    with pytest.raises(ValueError, match="ax: wanted 2, one for each report; got 1"):
+    with pytest.raises(ValueError, match="ax: wanted 2 of .* axes, one for each report; got 1"):
         plots.symmetry_by_depth({"a": report, "b": report}, ax)
 
 

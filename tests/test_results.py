@@ -356,7 +356,7 @@ def test_save_and_load(model: Any, method: Any, tmp_path: Path) -> None:
     assert dict(loaded.model) == dict(report.model)
     assert loaded.tokens == report.tokens
     for field in fields(CollapseReport):
-        if field.name in ("first_prompt", "decoder_tokens"):
+        if field.name in ("first_prompt", "decoder_tokens", "starts"):
             assert getattr(report, field.name) == getattr(loaded, field.name)
         elif field.name not in ("settings", "model", "tokens", "table", "kept"):
             mine, theirs = getattr(report, field.name), getattr(loaded, field.name)
