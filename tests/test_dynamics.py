@@ -250,7 +250,7 @@ def test_a_fit_finds_an_exponential_and_stops_at_rounding(rate: float, start: in
 
 def test_too_few_layers_have_no_rate() -> None:
     assert math.isnan(dyn.fit_decay([1.0, 0.1, 1e-12, 1e-13]).rate)
-    with pytest.raises(ValueError, match="first: wanted a layer from 0 to 1"):
+    with pytest.raises(ValueError, match="first: wanted an integer from 0 to 1"):
         dyn.fit_decay([1.0, 0.5], 2)
 
 
@@ -339,7 +339,7 @@ def test_multipliers_are_those_of_a_small_step() -> None:
     ("make", "said"),
     [
         (lambda: dyn.window_mask(4, 0), "width: wanted an integer >= 1; got 0"),
-        (lambda: dyn.complete_mask(True), "n: wanted an integer >= 1; got True"),
+        (lambda: dyn.complete_mask(True), "n: wanted an integer from 1 to 16384; got True"),
         (lambda: dyn.MaskGraph(torch.ones(2, 3, dtype=torch.bool)), r"got shape \[2, 3\]"),
         (lambda: dyn.MaskGraph(torch.ones(2, 2)), "got torch.float32"),
         (lambda: dyn.MaskGraph(torch.eye(2, dtype=torch.bool) & False), r"got none in \[0, 1\]"),
@@ -354,10 +354,10 @@ def test_multipliers_are_those_of_a_small_step() -> None:
         (lambda: dyn.MaskGraph(np.ones((2, 2))), "mask != 0.*got float64"),
         (lambda: dyn.MaskGraph(sparse.eye(2) * 2), "zeros and ones; got 2.0"),
         (lambda: dyn.MaskGraph(nx.path_graph(2, nx.DiGraph)), r"got none in \[1\]"),
-        (lambda: dyn.unit_tokens(-1, 2, 0), "n: wanted an integer >= 1; got -1"),
-        (lambda: dyn.orthogonal(0, 0), "d: wanted an integer >= 1; got 0"),
+        (lambda: dyn.unit_tokens(-1, 2, 0), "n: wanted an integer from 1 to 16384; got -1"),
+        (lambda: dyn.orthogonal(0, 0), "d: wanted an integer from 1 to 16384; got 0"),
         (lambda: dyn.gaussian(2, 0.5), "seed: wanted an integer >= 0; got 0.5"),  # type: ignore[arg-type]
-        (lambda: dyn.fit_decay([1.0, 0.5], 1.0), "first: wanted a layer from 0 to 1; got 1.0"),  # type: ignore[arg-type]
+        (lambda: dyn.fit_decay([1.0, 0.5], 1.0), "first: wanted an integer from 0 to 1; got 1.0"),  # type: ignore[arg-type]
         (lambda: dyn.fit_decay([], 0), "mu: wanted one number or more"),
         (lambda: eq.two_tokens(2.0), "ratio: wanted a number > 2"),
         (lambda: eq.anchored(3, 3, 4), "rank: wanted 1 to 3; got 4"),
