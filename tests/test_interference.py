@@ -422,7 +422,7 @@ def test_shuffled_factors_by_hand() -> None:
     clean = watch(model, ids, names)
     s = (clean[names[2]].double().square().mean(-1) + eps).sqrt()
     for draw in range(3):
-        order = shuffles(5, 1, range(7, 11), 24, draw, spare_first=False)
+        order = shuffles(5, 1, range(7, 11), torch.zeros(4, 24, dtype=torch.bool), draw)
         assert (order.sort(1).values == torch.arange(24)).all()
         scores = clean[names[0]].double()
         shuffled = torch.where(scores > -1e30, scores * s.gather(1, order)[:, None, None], scores)

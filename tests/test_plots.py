@@ -706,9 +706,7 @@ def test_wrong_numbers_of_rows_and_prompts_are_refused(exact: Any) -> None:
                 with pytest.raises(ValueError, match="n: wanted an integer >= 1"):
                     draw(exact, wrong)
         for wrong in ("ab", 1.5, [0.5], None):
-            with pytest.raises(
-                ValueError, match="prompts: wanted an in"
-            ):
+            with pytest.raises(ValueError, match="prompts: wanted an in"):
                 plots.fragile_text(exact, wrong)
 
 
