@@ -134,12 +134,12 @@ def test_a_damaged_part_is_made_again(tmp_path: Path, left: str) -> None:
 def test_a_small_run_does_not_replace_a_large_one(tmp_path: Path) -> None:
     _run.run_experiment(Counting().experiment(), [NOBODY], tmp_path, size="full", progress=False)
     small = Counting()
-    with pytest.raises(ValueError, match="holds full results: wanted another --out for a smoke"):
+    with pytest.raises(ValueError, match=r"out: wanted another directory for a smoke run"):
         _run.run_experiment(small.experiment(), [NOBODY], tmp_path, size="smoke", progress=False)
     assert not small.worked
     file = tmp_path / "file"
     file.write_text("x")
-    with pytest.raises(ValueError, match="--out: wanted a directory; got a file"):
+    with pytest.raises(ValueError, match="out: wanted a directory; got a file"):
         _run.run_experiment(small.experiment(), [NOBODY], file, progress=False)
     assert not small.worked
 

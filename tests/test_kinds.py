@@ -471,7 +471,7 @@ def test_saturated_attention_is_verified_by_its_scores() -> None:
         (
             lambda m: NormNoise(sigma=0.1).hooks(m, attention_mask=torch.ones(12)),
             ValueError,
-            r"wanted shape \[batch, pos\]; got \[12\]",
+            r"of shape \[batch, pos\]; got shape \[12\]",
         ),
     ],
 )

@@ -110,7 +110,7 @@ def test_bad_input_says_what_is_wanted() -> None:
     model = make(placement="pre")
     with pytest.raises(ValueError, match="at most n_ctx = 32 tokens; got 33"):
         model(tokens(1, 33))
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="wanted either them or inputs_embeds"):
         model()
     native = TransformerBridge.boot_native(
         TransformerBridgeConfig(d_model=8, d_head=4, n_layers=1, n_ctx=8, d_vocab=5, seed=0)

@@ -43,8 +43,8 @@ def forget_hooks(model: Any, patch: pytest.MonkeyPatch) -> None:
     """Every layer of the model is written at its products, though hooks show them."""
     found = attention_sites(model)
     bare = replace(found, layers=tuple(layer.without_hooks() for layer in found))
-    for module in ("noise", "collapse"):
-        patch.setattr(f"hooks.{module}.attention_sites", lambda *_: bare)
+    for name in ("noise.attention_sites", "collapse.sites_for"):
+        patch.setattr(f"hooks.{name}", lambda *_: bare)
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
