@@ -315,11 +315,11 @@ def test_recipes_are_the_papers_and_decay_what_they_say() -> None:
     ("make_it", "message"),
     [
         (lambda: tiny_run("best"), r"recipe: wanted one of .*'paper'"),
-        (lambda: tiny_run(split="paper-train"), "n_ctx: these sums want at least 36 tokens"),
+        (lambda: tiny_run(split="paper-train"), "n_ctx: wanted at least 36 tokens for these sums"),
         (lambda: tiny_run(steps=0), "steps: wanted an integer >= 1; got 0"),
         (lambda: Recipe("sgd", lr=1.0, schedule="cosine"), "optimizer: wanted one of"),
         (lambda: Recipe("adamw", lr=1.0, schedule="step"), "schedule: wanted one of"),
-        (lambda: Recipe("adamw", lr=0.0, schedule="cosine"), "lr: wanted more than 0"),
+        (lambda: Recipe("adamw", lr=0.0, schedule="cosine"), "lr: wanted a number > 0"),
     ],
 )
 def test_bad_runs_say_what_is_wanted(make_it: Any, message: str) -> None:
