@@ -225,7 +225,10 @@ def test_another_run_in_the_directory_is_refused(command: Command, tmp_path: Pat
     ("argv", "said"),
     [
         (["--config", "huge"], "--config: wanted one of ['alternate'"),
-        (["--config", "absent.json"], "--config absent.json: No such file"),
+        (
+            ["--config", "absent.json"],
+            "--config: wanted a file that can be read; got 'absent.json'",
+        ),
         (["--split", "hard"], "--split: wanted one of ['easy-train'"),
         (["--recipe", "old"], "--recipe: wanted one of ['modern'"),
         (["--split", "paper-train"], "n_ctx: these sums want at least"),

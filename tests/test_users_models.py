@@ -40,7 +40,8 @@ def counted(model: Any, ids: Tensor, mine: list[Any], sparse: float = 0.5) -> li
     out = []
     for name in sorted(kept):
         top = kept[name].max(-1).values
-        out.append(int(((top >= sparse) & ((kept[name] > 0).sum(-1) > 1)).sum()))
+        alone = ((top[..., None] - kept[name]) < 1e-5).sum(-1) == 1  # ties have no arg max
+        out.append(int(((top >= sparse) & alone & ((kept[name] > 0).sum(-1) > 1)).sum()))
     return out
 
 
