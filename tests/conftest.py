@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 
 # Read by huggingface_hub and transformers once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
+from tests import shape_checks
 
-OURS = ("hooks", "qkvnorm_lens")
-_early = [name for name in OURS if name in sys.modules]
-assert not _early, f"imported before the shape checks were installed: {_early}"
-install_import_hook(OURS, "beartype.beartype")
+shape_checks.install()
 
 from collections.abc import Iterator
 from pathlib import Path
