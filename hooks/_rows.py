@@ -293,7 +293,7 @@ class LayerReducer:
         for draw in range(n_draws):
             noise = replace(self.noise, draw=draw)
             for i, prompt in enumerate(self.prompts):
-                u = noise.uniforms(
+                u = noise._uniforms(
                     layer=self.sites.layer,
                     role=role,
                     prompt=self.tally.first_prompt + int(prompt),

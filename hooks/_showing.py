@@ -225,11 +225,11 @@ class _Noising:
             given: dict[str, Any] = {"layer": self.sites.layer, "prompt": self.prompt}
             if "q" in noise.on:
                 heads = self.sites.n_heads
-                u = noise.uniforms(role="q", start=self.query, n_pos=1, n_heads=heads, **given)
+                u = noise._uniforms(role="q", start=self.query, n_pos=1, n_heads=heads, **given)
                 q[0, draw] = u[0, self.head]
             if "k" in noise.on:
                 heads, mine = self.sites.n_kv_heads, self.sites.kv_head_of[self.head]
-                u = noise.uniforms(role="k", start=0, n_pos=n, n_heads=heads, **given)
+                u = noise._uniforms(role="k", start=0, n_pos=n, n_heads=heads, **given)
                 k[draw] = u[:, mine]
         own, keys = (self.law.base(torch.from_numpy(u)).numpy() for u in (q[0], k))
         return own, keys

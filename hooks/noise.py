@@ -155,6 +155,14 @@ class NormNoise:
             n_pos=(n_pos, 0),
             n_heads=(n_heads, 1),
         )
+        return self._uniforms(
+            layer=layer, role=role, prompt=prompt, start=start, n_pos=n_pos, n_heads=n_heads
+        )
+
+    def _uniforms(
+        self, *, layer: int, role: Role, prompt: int, start: int, n_pos: int, n_heads: int
+    ) -> Float[np.ndarray, "pos head"]:
+        """The same, of numbers that are known to be in order: a probe draws hundreds of rows."""
         together = self.shared in ("kv", "token") and role in ("k", "v")
         stream = _SHARED_KV_STREAM if together else _STREAM[role]
         width = 1 if self.shared in ("heads", "token") else n_heads
@@ -200,7 +208,7 @@ class NormNoise:
         law = get_law(self.law)
         for i, (prompt, first) in enumerate(zip(prompts, starts, strict=True)):
             padding = min(max(-first, 0), n_pos)
-            u = self.uniforms(
+            u = self._uniforms(
                 layer=layer,
                 role=role,
                 prompt=prompt,
