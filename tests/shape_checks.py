@@ -7,6 +7,7 @@ functions of a module or class, and closures go free: probes of tiny models take
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -49,7 +50,12 @@ def _types_alone(fn: Any, typechecker: Callable[[Any], Any]) -> Any:
     finally:
         fn.__annotations__ = said
     checked.__annotations__ = said
-    return checked
+
+    @functools.wraps(fn)
+    def either(*args: Any, **named: Any) -> Any:
+        return (fn if jaxtyping.config.jaxtyping_disable else checked)(*args, **named)
+
+    return either
 
 
 def _read(hint: Any, names: dict[str, Any]) -> Any:
