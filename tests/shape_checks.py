@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import jaxtyping
 
 OURS = ("hooks", "qkvnorm_lens")
-_SHAPED = re.compile(r"\b(Float|Int|UInt32|UInt64|Bool|Shaped)\[")
 
 
 def install() -> None:
@@ -33,18 +31,19 @@ def install() -> None:
             return whole(fn, typechecker=typechecker)
         if "<locals>" in fn.__qualname__:
             return fn
-        if any(_SHAPED.search(str(said)) for said in fn.__annotations__.values()):
+        hints = {name: _read(hint, fn.__globals__) for name, hint in fn.__annotations__.items()}
+        if "jaxtyping." in repr(hints):
             return whole(fn, typechecker=typechecker)
-        return _types_alone(fn, typechecker)
+        return _types_alone(fn, hints, typechecker)
 
     jaxtyping.jaxtyped = checked  # the hook writes this name before each function
     jaxtyping.install_import_hook(OURS, "beartype.beartype")
 
 
-def _types_alone(fn: Any, typechecker: Callable[[Any], Any]) -> Any:
-    """As jaxtyping does, names that exist for mypy only stand for anything."""
-    said = fn.__annotations__
-    fn.__annotations__ = {name: _read(hint, fn.__globals__) for name, hint in said.items()}
+def _types_alone(
+    fn: Any, hints: dict[str, Any], typechecker: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    said, fn.__annotations__ = fn.__annotations__, hints
     try:
         checked = typechecker(fn)
     finally:
@@ -59,6 +58,7 @@ def _types_alone(fn: Any, typechecker: Callable[[Any], Any]) -> Any:
 
 
 def _read(hint: Any, names: dict[str, Any]) -> Any:
+    """As in jaxtyping, a name that exists for mypy alone stands for anything."""
     try:
         return eval(hint, names) if isinstance(hint, str) else hint
     except (NameError, AttributeError, TypeError):

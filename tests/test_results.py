@@ -395,7 +395,7 @@ def test_reports_leave_out_where_a_model_lay(given: str, wanted: str) -> None:
 
 def test_a_directory_is_no_name_of_a_report(tmp_path: Path) -> None:
     report = collapse_probe(models.tiny_gpt2(), models.tokens())
-    with pytest.raises(IsADirectoryError, match="wanted a file's name; got a directory"):
+    with pytest.raises(IsADirectoryError, match="wanted a file's name; got the directory"):
         report.save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
