@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._ambient import model_pass
-from hooks._standing import raised_by
+from hooks._standing import names, raised_by, resting, users
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel
 
@@ -72,14 +72,31 @@ class ModelInput:
         except _state.Finished:
             raise
         except Exception as error:
-            where = raised_by(model, error)
-            if where is None:
+            where = raised_by(model, error) or self._broken_by(model, {**options, **named})
+            if not where:
                 raise
             raise ValueError(
                 f"hooks: wanted hooks that take a pass of {self.batch} prompts of "
                 f"{self.first.shape[1]} positions; got {type(error).__name__} from yours on "
                 f"{where}: {error}"
             ) from error
+
+    def _broken_by(self, model: HookedModel, options: Mapping[str, Any]) -> str:
+        """Where the user's hooks are, if the pass comes to its end without them.
+
+        What a hook returns may break the model long after it.
+        """
+        standing = users(model)
+        if not standing:
+            return ""
+        try:
+            with resting(standing), model_pass():
+                model(self.first.to(input_device(model)), **options)
+        except _state.Finished:
+            pass
+        except Exception:
+            return ""
+        return names(standing)
 
     def rows(self, index: Sequence[int]) -> ModelInput:
         """Some of the prompts, in this order; a prompt may be asked for several times."""

@@ -314,7 +314,7 @@ def _apart(
     first: Mapping[str, Any], later: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """The facts in which two reports differ, those within a fact by their own names."""
-    causes = ("name", "fingerprint", "state", "dtype")  # named before what follows from them
+    causes = ("name", "dtype", "fingerprint", "state")  # named before what follows from them
     for fact in [*causes, *sorted({*first, *later} - {*_UNLIKE, *causes})]:
         mine, other = first.get(fact), later.get(fact)
         if isinstance(mine, Mapping) and isinstance(other, Mapping):

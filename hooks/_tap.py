@@ -157,8 +157,10 @@ class AttentionTap(TorchFunctionMode):
         try:
             with self:
                 yield
+                if module is not None:  # a pass that was broken off is the user's business
+                    self.reset()
         finally:
-            self.reset()  # a pass that was broken off is the user's business
+            self.reset()
             for handle in handles:
                 handle.remove()
 

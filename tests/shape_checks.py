@@ -14,6 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxtyping
+from beartype import BeartypeConf, beartype
+
+_beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 OURS = ("hooks", "qkvnorm_lens")
 
@@ -34,18 +37,16 @@ def install() -> None:
         hints = {name: _read(hint, fn.__globals__) for name, hint in fn.__annotations__.items()}
         if "jaxtyping." in repr(hints):
             return whole(fn, typechecker=typechecker)
-        return _types_alone(fn, hints, typechecker)
+        return _types_alone(fn, hints)
 
     jaxtyping.jaxtyped = checked  # the hook writes this name before each function
     jaxtyping.install_import_hook(OURS, "beartype.beartype")
 
 
-def _types_alone(
-    fn: Any, hints: dict[str, Any], typechecker: Callable[[Any], Any]
-) -> Callable[..., Any]:
+def _types_alone(fn: Any, hints: dict[str, Any]) -> Callable[..., Any]:
     said, fn.__annotations__ = fn.__annotations__, hints
     try:
-        checked = typechecker(fn)
+        checked = _beartype(fn)
     finally:
         fn.__annotations__ = said
     checked.__annotations__ = said
