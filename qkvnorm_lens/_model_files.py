@@ -110,6 +110,11 @@ def check_fits(path: Path, config: QKVNormConfig, weights: Mapping[str, torch.Te
     """
     from qkvnorm_lens.model import QKVNormTransformer
 
+    layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+    if len(layers) != config.n_layers:  # modules cost memory without a weight too
+        raise LoadError(
+            f"{path}: wanted {config.n_layers} layers, as configured; got {len(layers)}"
+        )
     with torch.device("meta"):
         wanted = made(path.parent / CONFIG, lambda: QKVNormTransformer(config).state_dict())
     for name in sorted({*wanted, *weights}):

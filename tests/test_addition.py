@@ -198,7 +198,7 @@ def test_tokenizer_is_a_real_one() -> None:
         (lambda: Split((), (1,)), "counts: wanted"),
         (lambda: Split((2,), (0,)), "digits: wanted"),
         (lambda: draw("no-such", 1, seed=0), "small-train"),
-        (lambda: draw("small-train", 0, seed=0), "at least one row"),
+        (lambda: draw("small-train", 0, seed=0), "n: wanted an integer >= 1; got 0"),
     ],
 )
 def test_bad_input_says_what_is_wanted(make: object, message: str) -> None:

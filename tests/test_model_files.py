@@ -169,7 +169,15 @@ def test_the_damaged_file_is_named(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("d_model", 10**9), ("n_layers", 10**6), ("d_mlp", 17), ("n_ctx", 10**12), ("n_heads", 3)],
+    [
+        ("d_model", 10**9),
+        ("n_layers", 10**6),
+        ("d_mlp", 17),
+        ("n_ctx", 10**12),
+        ("n_heads", 3),
+        ("n_layers", 5),
+        ("n_heads", 10**9),
+    ],
 )
 def test_a_configuration_of_another_size_costs_no_memory(
     field: str, value: int, undigested: Path, tmp_path: Path

@@ -231,8 +231,8 @@ def test_another_run_in_the_directory_is_refused(command: Command, tmp_path: Pat
         ),
         (["--split", "hard"], "--split: wanted one of ['easy-train'"),
         (["--recipe", "old"], "--recipe: wanted one of ['modern'"),
-        (["--split", "paper-train"], "n_ctx: these sums want at least"),
-        (["--device", "gpu"], "--device gpu:"),
+        (["--split", "paper-train"], "n_ctx: wanted at least 36 tokens for these sums; got 32"),
+        (["--device", "gpu"], "--device: wanted one that PyTorch can use; got 'gpu'"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_one_line(
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "wanted JSON"), ("[]", "wanted an object; got list"), ("{}", 'wanted "placement"')],
+    [("{", "wanted JSON"), ("[]", "got a list"), ("{}", 'wanted "placement"')],
 )
 def test_a_bad_configuration_file_is_named(
     command: Command, file: Path, text: str, said: str
