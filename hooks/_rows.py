@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from hooks import _scanner
 from hooks._integrals import LAW_CODES
 from hooks._scan import ABLE, BROKEN, EXAMINED, N_COUNTS, SINGLE, TIES
+from hooks._streams import draw_uniforms
 from hooks._table import COMPLETE
 from hooks._tally import Tally
 from hooks.laws import get_law
@@ -288,20 +288,17 @@ class LayerReducer:
         return self._draws
 
     def _numbers(self, role: Any, n_draws: int, n_pos: int, n_heads: int) -> np.ndarray:
-        out = np.empty((n_draws, len(self.prompts), n_heads, n_pos))
+        u = draw_uniforms(
+            self.noise,
+            places=[(self.sites.layer, role)],
+            prompts=[self.tally.first_prompt + int(prompt) for prompt in self.prompts],
+            draws=range(n_draws),
+            n_pos=n_pos,
+            n_heads=n_heads,
+        )[0]
+        shape = (*u.shape[:3], n_heads)  # a factor that heads share is drawn once
+        out = np.array(np.broadcast_to(u, shape).transpose(1, 0, 3, 2), order="C")
         law = get_law(self.settings.law)
-        for draw in range(n_draws):
-            noise = replace(self.noise, draw=draw)
-            for i, prompt in enumerate(self.prompts):
-                u = noise._uniforms(
-                    layer=self.sites.layer,
-                    role=role,
-                    prompt=self.tally.first_prompt + int(prompt),
-                    start=0,
-                    n_pos=n_pos,
-                    n_heads=n_heads,
-                )
-                out[draw, i] = u.T
         return law.base(torch.from_numpy(out)).numpy()
 
 

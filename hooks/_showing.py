@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Bool, Float
 
 from hooks._kept import KeptRows, from_parts
+from hooks._streams import numbers, stream_keys
 from hooks.laws import Law, get_law
 from hooks.noise import NormNoise
 from hooks.results import ProbeSettings
 from hooks.scores import ScoreParts
-from hooks.sites import LayerSites
+from hooks.sites import ROLES, LayerSites, Role
 
 if TYPE_CHECKING:
     from hooks._scanner import Layer, Table
@@ -31,6 +32,7 @@ MARGINS = (1.1, 1.01, 1.001)
 _LADDER, _BISECTIONS = 64, 40
 _UNBOUNDED = 1.0  # up to which sigma a law without a limit is searched
 _MASKED = -3e4
+_AT_ONCE = 1 << 20
 
 _Key = tuple[float, int, int, int, int]
 
@@ -117,11 +119,19 @@ class Showing:
     ) -> KeptRows:
         """The finished rows: those nearer than the table's ``cutoff``, noised."""
         parts: list[dict[str, Any]] = []
-        for held in self._held:
+        near = [held for held in self._held if held.order[0] < cutoff]
+        noise, roles = _noise(settings, 0.0, 0), [r for r in ROLES if r != "v"]
+        keys = stream_keys(
+            noise,
+            roles=roles,
+            layers=np.asarray([layers[held.order[1]].layer for held in near])[None, :, None],
+            prompts=np.asarray([first_prompt + held.order[3] for held in near])[None, :, None],
+            draws=np.arange(DRAWS)[None, None, :],
+        )
+        for at, held in enumerate(near):
             a, layer, head, prompt, query = held.order
-            if a >= cutoff:
-                continue
-            noising = _Noising(held, layers[layer], settings, first_prompt)
+            streams: dict[str, np.ndarray] = {role: keys[i, at] for i, role in enumerate(roles)}
+            noising = _Noising(held, layers[layer], settings, first_prompt, streams)
             sigma, draw, noisy = noising.just_strong_enough()
             parts.append(
                 {
@@ -145,12 +155,18 @@ class _Noising:
     """One row under the draws of NormNoise."""
 
     def __init__(
-        self, held: _Held, sites: LayerSites, settings: ProbeSettings, first_prompt: int
+        self,
+        held: _Held,
+        sites: LayerSites,
+        settings: ProbeSettings,
+        first_prompt: int,
+        streams: Mapping[str, np.ndarray],
     ) -> None:
         _, _, self.head, prompt, self.query = held.order
         self.held, self.sites, self.settings = held, sites, settings
         self.prompt = first_prompt + prompt
         self.law = get_law(settings.law)
+        self.streams = streams
         self.mask = held.scores > _MASKED
         w = np.where(self.mask, held.scores, 0.0)
         if sites.soft_cap > 0:  # as in `hooks.scores.split`
@@ -168,7 +184,7 @@ class _Noising:
                 sigma = float(margin * least[draw])
                 if not self._allowed(sigma):
                     continue
-                weights = self.weights(self._noise(sigma, int(draw)))
+                weights = self.weights(_noise(self.settings, sigma, int(draw)))
                 if int(np.argmax(weights)) != self.held.key:
                     return sigma, int(draw), weights
         return math.nan, -1, np.full(len(self.s), np.nan)
@@ -191,17 +207,6 @@ class _Noising:
     def _allowed(self, sigma: float) -> bool:
         return sigma < self.law.limit or (self.law.limit_included and sigma == self.law.limit)
 
-    def _noise(self, sigma: float, draw: int) -> NormNoise:
-        settings = self.settings
-        return NormNoise(
-            sigma=sigma,
-            on=settings.on,
-            law=settings.law,
-            shared=settings.shared,  # type: ignore[arg-type]
-            seed=settings.seed,
-            draw=draw,
-        )
-
     def _factor(self, noise: NormNoise) -> Float[np.ndarray, "key"]:
         """(1 + kq)(1 + k_t), the float32 factors that NormNoise writes."""
         given: dict[str, Any] = {"layer": self.sites.layer, "prompts": [self.prompt]}
@@ -218,21 +223,27 @@ class _Noising:
 
     def _base(self) -> tuple[np.ndarray, np.ndarray]:
         """The numbers behind the draws' factors: of the query ``[draw]``, of the keys."""
-        n = len(self.s)
+        n, sites, on = len(self.s), self.sites, self.settings.on
         q, k = np.full((2, DRAWS), 0.5), np.full((DRAWS, n), 0.5)
-        for draw in range(DRAWS):
-            noise = self._noise(0.0, draw)
-            given: dict[str, Any] = {"layer": self.sites.layer, "prompt": self.prompt}
-            if "q" in noise.on:
-                heads = self.sites.n_heads
-                u = noise._uniforms(role="q", start=self.query, n_pos=1, n_heads=heads, **given)
-                q[0, draw] = u[0, self.head]
-            if "k" in noise.on:
-                heads, mine = self.sites.n_kv_heads, self.sites.kv_head_of[self.head]
-                u = noise._uniforms(role="k", start=0, n_pos=n, n_heads=heads, **given)
-                k[draw] = u[:, mine]
+        if "q" in on:
+            q[0] = self._drawn("q", sites.n_heads, self.head, self.query, 1)[:, 0]
+        if "k" in on:
+            k = self._drawn("k", sites.n_kv_heads, sites.kv_head_of[self.head], 0, n)
         own, keys = (self.law.base(torch.from_numpy(u)).numpy() for u in (q[0], k))
         return own, keys
+
+    def _drawn(
+        self, role: Role, n_heads: int, head: int, start: int, n: int
+    ) -> Float[np.ndarray, "draw pos"]:
+        """Uniform numbers of a head in all draws; as many draws at once as a few MB hold."""
+        noise, keys = _noise(self.settings, 0.0, 0), self.streams[role]
+        step = max(1, _AT_ONCE // (n * n_heads))
+        parts = []
+        for first in range(0, DRAWS, step):
+            some = keys[first : first + step]
+            u = numbers(noise, some, n_pos=n, n_heads=n_heads, start=start)
+            parts.append(u[:, :, head % u.shape[-1]])
+        return np.concatenate(parts)
 
     def _solved(self, q: np.ndarray, k: np.ndarray) -> Float[np.ndarray, "draw"]:
         """Least sigma that moves the row, by draw, where factors are linear in sigma; else inf.
@@ -278,6 +289,17 @@ class _Noising:
         w = np.where(self.mask, factor * self.s + self.bias, -math.inf)
         moved: np.ndarray = w.argmax(1) != self.held.key
         return moved
+
+
+def _noise(settings: ProbeSettings, sigma: float, draw: int) -> NormNoise:
+    return NormNoise(
+        sigma=sigma,
+        on=settings.on,
+        law=settings.law,
+        shared=settings.shared,  # type: ignore[arg-type]
+        seed=settings.seed,
+        draw=draw,
+    )
 
 
 def _factor_of(law: Law, base: np.ndarray, sigma: np.ndarray) -> np.ndarray:

@@ -9,24 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Float, UInt32, UInt64
+from jaxtyping import Float
 from torch import Tensor
 
 from hooks._clock import Clock
+from hooks._streams import draw_uniforms
 from hooks.laws import get_law
-from hooks.noise import _SHARED_KV_STREAM, _STREAM, _WORDS_PER_BLOCK, NormNoise
+from hooks.noise import NormNoise
 from hooks.sites import LayerSites, Role, Site
-
-_LEAST = 2.0**-54  # what NormNoise.uniforms puts in the place of zero
-
-# The constants of numpy's SeedSequence, whose stream is guaranteed to stay as it is.
-_INIT_A, _MULT_A = 0x43B0D7E5, 0x931E8875
-_INIT_B, _MULT_B = 0x8B51F9DD, 0x58F38DED
-_MIX_LEFT, _MIX_RIGHT = np.uint32(0xCA01F9DD), np.uint32(0x4973F715)
-_HALF = np.uint32(16)
-_POOL = 4
 
 
 @dataclass(frozen=True)
@@ -124,98 +115,3 @@ class RowFactors(Clock):
         out = out.to(self._device)
         for place, factor in zip(places, out, strict=True):
             self._made[place] = factor.flatten(0, 1)
-
-
-def draw_uniforms(
-    noise: NormNoise,
-    *,
-    places: Sequence[tuple[int, Role]],
-    prompts: Sequence[int],
-    draws: Sequence[int],
-    n_pos: int,
-    n_heads: int,
-) -> Float[np.ndarray, "place prompt draw pos width"]:
-    """:meth:`NormNoise.uniforms` of many places, prompts and draws, from position 0.
-
-    ``width`` is 1 where all heads share a factor.
-    """
-    width = 1 if noise.shared in ("heads", "token") else n_heads
-    together = noise.shared in ("kv", "token")
-    streams = [
-        _SHARED_KV_STREAM if together and role in ("k", "v") else _STREAM[role]
-        for _, role in places
-    ]
-    keys = philox_keys(
-        noise.seed,
-        np.asarray(draws)[None, None, :],
-        np.asarray([layer for layer, _ in places])[:, None, None],
-        np.asarray(streams)[:, None, None],
-        np.asarray(prompts)[None, :, None],
-    )
-    flat = keys.reshape(-1, 2)
-    padded = -(-width // _WORDS_PER_BLOCK) * _WORDS_PER_BLOCK
-    drawn = np.empty((len(flat), n_pos, padded))
-    bits = np.random.Philox(key=0)
-    generator, fresh = np.random.Generator(bits), bits.state
-    for key, out in zip(flat, drawn, strict=True):
-        fresh["state"]["key"] = key  # setting a state costs a tenth of a new generator
-        bits.state = fresh
-        generator.random(out=out)
-    return np.maximum(drawn[..., :width], _LEAST).reshape(*keys.shape[:3], n_pos, width)
-
-
-def philox_keys(seed: int, *words: np.ndarray) -> UInt64[np.ndarray, "*grid 2"]:
-    """``SeedSequence((seed, *words)).generate_state(2, uint64)`` for arrays of words.
-
-    Raises:
-        ValueError: a word that does not fit in 32 bits.
-    """
-    for word in words:
-        if word.size and not 0 <= word.min() <= word.max() < 2**32:
-            raise ValueError(f"wanted draws, layers and prompts below 2**32; got {word.max()}")
-    first = [seed & 0xFFFFFFFF]
-    while seed := seed >> 32:
-        first.append(seed & 0xFFFFFFFF)
-    shape = np.broadcast_shapes(*(word.shape for word in words))
-    entropy = [np.full(shape, x, np.uint32) for x in first]
-    entropy += [np.broadcast_to(word, shape).astype(np.uint32) for word in words]
-    pool = _mixed(entropy)
-    out, constant = [], _INIT_B
-    for word in pool:
-        mixed, constant = _hashed(word, constant, _MULT_B)
-        out.append(mixed.astype(np.uint64))
-    high = np.uint64(32)
-    return np.stack([out[0] | out[1] << high, out[2] | out[3] << high], axis=-1)
-
-
-def _mixed(entropy: list[np.ndarray]) -> list[np.ndarray]:
-    """The pool of a SeedSequence: each word stirred into all four of it."""
-    pool, constant = [], _INIT_A
-    for at in range(_POOL):
-        word = entropy[at] if at < len(entropy) else np.zeros_like(entropy[0])
-        mixed, constant = _hashed(word, constant, _MULT_A)
-        pool.append(mixed)
-    for source in range(_POOL):
-        for target in range(_POOL):
-            if source != target:
-                mixed, constant = _hashed(pool[source], constant, _MULT_A)
-                pool[target] = _mix(pool[target], mixed)
-    for word in entropy[_POOL:]:
-        for target in range(_POOL):
-            mixed, constant = _hashed(word, constant, _MULT_A)
-            pool[target] = _mix(pool[target], mixed)
-    return pool
-
-
-def _hashed(
-    word: UInt32[np.ndarray, "*grid"], constant: int, factor: int
-) -> tuple[UInt32[np.ndarray, "*grid"], int]:
-    after = constant * factor & 0xFFFFFFFF
-    mixed = (word ^ np.uint32(constant)) * np.uint32(after)
-    return mixed ^ (mixed >> _HALF), after
-
-
-def _mix(x: UInt32[np.ndarray, "*grid"], y: UInt32[np.ndarray, "*grid"]) -> np.ndarray:
-    mixed: np.ndarray = _MIX_LEFT * x - _MIX_RIGHT * y
-    stirred: np.ndarray = mixed ^ (mixed >> _HALF)
-    return stirred

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 import hooks
 from hooks import NormNoise, SweepReport
-from hooks._sweep_factors import draw_uniforms, philox_keys
+from hooks._streams import draw_uniforms, philox_keys
 from hooks._sweep_score import UNSCORED, argmax, score
 from tests import models
 from tests.watching import Found, one_thread, shape_checks_off, tiny_gemma2
