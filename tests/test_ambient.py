@@ -142,7 +142,10 @@ MODES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    ["float64", "bfloat16", *slowly(*(m for m in MODES if m not in ("float64", "bfloat16")))],
+)
 @pytest.mark.parametrize("name", ["probe", "sweep", "symmetry", "interference"])
 def test_modes_of_torch_change_nothing(name: str, mode: str) -> None:
     """GPT-2 makes nothing in the default dtype: neither may we."""

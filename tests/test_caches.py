@@ -17,6 +17,7 @@ from torch import Tensor
 from hooks import CentredAttention, NormNoise, UnsupportedModelError, _cachecheck, attention_sites
 from hooks._clock import Clock, find_cache
 from tests import models
+from tests.marks import slowly
 from tests.support import builders
 from tests.watching import RENAMED, keeps_cache, watch
 
@@ -86,7 +87,7 @@ def noises(bridge: Any) -> list[NormNoise]:
     return found
 
 
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn", [*slowly("eager"), "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_steps_are_the_whole_pass_or_refused(family: str, attn: str) -> None:
     """Prefill in two chunks, then one token, then several; by the whole pass under plain hooks."""

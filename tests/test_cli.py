@@ -569,6 +569,7 @@ def test_the_built_in_passage_is_long_enough_and_named(run: Run, gpt2_dir: str) 
     assert "left out" in err
 
 
+@pytest.mark.slow
 def test_third_parties_are_quiet(gpt2_dir: str) -> None:
     """Nothing but what we say, on either stream of a real process."""
     argv = ["probe", gpt2_dir, *QUICK, "--text", PROSE, "--length", "30", "--json"]

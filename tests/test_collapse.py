@@ -905,7 +905,7 @@ def test_an_error_behind_the_models_back_is_raised(
         probe(llama)
 
 
-@pytest.mark.parametrize("block", [1, 5, 24, None])
+@pytest.mark.parametrize("block", [*slowly(1), 5, *slowly(24), None])
 @pytest.mark.parametrize(
     ("name", "heads"),
     [("OPTForCausalLM", None), ("T5ForConditionalGeneration", None), (OURS, "gqa")],

@@ -51,6 +51,7 @@ def three_seeds(moved: list[float], predicted: list[float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_report(table: pd.DataFrame) -> None:
     read = reading(PRE, AMOUNT)
     report = hooks.interference(

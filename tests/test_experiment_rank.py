@@ -174,6 +174,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rank.AMOUNT, "smoke", Amount(sums=8, windows=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("little")
 def test_a_run_on_our_models_is_read_back_and_says_the_same(tmp_path: Path) -> None:
     names = ["addition-pre", "study-pre-1", "study-pre-2", "study-qkv-1", "study-qkv-2"]

@@ -44,6 +44,7 @@ def test_sums_are_read_up_to_their_question(subject: Subject) -> None:
         assert question.index("=") == len(question) - 1
 
 
+@pytest.mark.slow
 @shape_checks_off()
 def test_a_whole_run_and_its_table(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -264,6 +264,7 @@ def test_crossing_is_linear_between_points_and_never_is_inf() -> None:
     assert collapse.crossing(sigma, rate, 0.0) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_a_wrong_curve_would_be_seen() -> None:
     """The check that exact and sampled agree finds a curve that is off by a tenth."""
     (subject,) = find_subjects(["addition-pre"])
@@ -371,6 +372,7 @@ def test_half_a_result_is_not_reported(tmp_path: Path, damage: str) -> None:
         write_report(tmp_path, tmp_path / "page.md")
 
 
+@pytest.mark.slow
 def test_a_number_of_the_results_is_made_again() -> None:
     """One model's accuracies and collapse curve, computed anew, are those of the table."""
     (subject,) = find_subjects(["study-pre-1"])

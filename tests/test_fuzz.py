@@ -47,7 +47,7 @@ def fuzz(*options: str) -> None:
 
 
 def test_a_few_combinations() -> None:
-    fuzz("--few", "--n", "60")
+    fuzz("--few", "--n", "24")
 
 
 @pytest.mark.long

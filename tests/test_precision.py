@@ -36,6 +36,7 @@ from hooks.laws import get_law
 from hooks.probability import collapse_probability, critical_half_width
 from hooks.results import CollapseReport
 from tests import models
+from tests.marks import slowly
 from tests.support import builders
 from tests.watching import shape_checks_off
 
@@ -261,7 +262,7 @@ def _assert_table(report: CollapseReport, layer: int, of: Bounds) -> None:
     assert set(wanted.nonzero()[:, 0].tolist()) <= set(at)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", *slowly("float32", "float16")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_are_those_of_float64_up_to_the_scores_own_rounding(kind: str, dtype: str) -> None:
     low, true = in_dtype(kind, dtype), in_float64(kind, dtype)
@@ -277,7 +278,7 @@ def test_results_are_those_of_float64_up_to_the_scores_own_rounding(kind: str, d
 # -- attention implementations ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [*slowly("float32"), "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sdpa_is_within_rounding_too(kind: str, dtype: str) -> None:
     """OPT runs the fused attention, of which no hook shows scores; other bridges their own."""

@@ -81,7 +81,14 @@ def rates(name: str, out: Path) -> pd.DataFrame:
     return outcome.table
 
 
-@pytest.mark.parametrize("change", [other_weights, other_configuration, other_directory])
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_weights,
+        pytest.param(other_configuration, marks=pytest.mark.slow),
+        pytest.param(other_directory, marks=pytest.mark.slow),
+    ],
+)
 def test_a_directory_written_anew_gives_its_own_numbers(
     change: Callable[[Path], None], folder: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +172,7 @@ def test_a_model_rewritten_while_a_run_has_begun_is_refused(
     assert "model" not in _base._latest
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_stands_for_what_the_cache_holds(gpt2_hub: Path, tmp_path: Path) -> None:
     (subject,) = find_subjects(["gpt2"])
     assert subject.digest == digest_of_hub("gpt2") != ""

@@ -49,7 +49,7 @@ def forget_hooks(model: Any, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", HOOKED)
-@pytest.mark.parametrize("on", ["q", "k", "v", "qkv"])
+@pytest.mark.parametrize("on", [*slowly("q", "k", "v"), "qkv"])
 def test_what_is_written_at_the_products_is_what_a_hook_scales(
     name: str, attn: str, on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import hooks
 from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
 from qkvnorm_lens import load_checkpoint
 from qkvnorm_lens.text import sums
+from tests.marks import slowly
 from tests.models import _bridge, tiny_gpt2, tiny_llama, tokens
 
 pytestmark = pytest.mark.filterwarnings(
@@ -121,7 +122,7 @@ HOOKS = {"from a cache": _from_cache, "zero": _zero, "mean": _mean, "one head": 
 
 @pytest.mark.parametrize("where", ["q", "k", "v", "z"])
 @pytest.mark.parametrize("name", HOOKS)
-@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("build", [*slowly(tiny_gpt2), tiny_llama])
 def test_hooks_that_patch_and_ablate_are_measured(
     build: Callable[[], Any], name: str, where: str
 ) -> None:
