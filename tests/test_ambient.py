@@ -17,6 +17,7 @@ import hooks
 from hooks import _state
 from hooks._inputs import without_cache
 from tests import models
+from tests.marks import slowly
 from tests.watching import shape_checks_off
 
 IDS = models.tokens(batch=3, pos=12)

@@ -22,6 +22,7 @@ from hooks.sites import LayerSites
 from qkvnorm_lens.config import ARCHITECTURE as OURS
 from tests import models, reference
 from tests.agreement import compare
+from tests.marks import slowly
 from tests.support import builders
 from tests.watching import (
     Found,

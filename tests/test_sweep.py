@@ -21,6 +21,7 @@ from hooks import NormNoise, SweepReport
 from hooks._streams import draw_uniforms, philox_keys
 from hooks._sweep_score import UNSCORED, argmax, score
 from tests import models
+from tests.marks import slowly
 from tests.watching import Found, one_thread, shape_checks_off, tiny_gemma2
 
 SIGMAS = (0.05, 0.2)
@@ -128,7 +129,7 @@ def assert_close(a: SweepReport, b: SweepReport) -> None:
 # -- a row of a sweep is a plain pass with that NormNoise -----------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
+@pytest.mark.parametrize("batch_size", [1, *slowly(4, 64), 7])
 @pytest.mark.parametrize(
     "options",
     [

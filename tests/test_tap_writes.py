@@ -13,6 +13,7 @@ import hooks
 from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
 from hooks._observe import LayerView, observe
 from hooks._prompts import encode
+from tests.marks import slowly
 from tests.support import builders
 
 SEEN = torch.randint(3, 97, (2, 13), generator=torch.Generator().manual_seed(0))
