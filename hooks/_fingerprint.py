@@ -7,6 +7,7 @@ through ``.data``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -14,7 +15,7 @@ import hashlib
 import types
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from hooks import _state
 from hooks._ambient import autocast_of_passes
-from hooks._standing import bare, of_a_library, standing
+from hooks._standing import bare, of_a_library, standing, users
 
 _Plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _DEEP = 6  # containers within containers that are followed
@@ -50,6 +51,7 @@ _FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention
 _OPAQUE = ("builtins", "torch", "numpy", "pandas", "transformers", "transformer_lens", "datasets")
 
 _tokens: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_changing: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
@@ -207,9 +209,40 @@ def standing_hooks(model: Any, *, ours: bool = True) -> Iterator[str]:
             yield _line(hook.where, hook.function)
 
 
+def states_of_hooks(model: Any) -> list[tuple[str, Any, str]]:
+    """Of each hook of the user's: where it is, the function, and a digest with all it holds."""
+    return [(h.where, bare(h.function), _of_function(h.function, 0)) for h in users(model)]
+
+
+def changing_hooks(model: Any, before: Sequence[tuple[str, Any, str]]) -> list[str]:
+    """Where hooks are whose own passes changed what they hold: a log, a counter.
+
+    From now on they are told apart by their code alone, or each pass would make another model.
+    """
+    was = {id(function): digest for _, function, digest in before}
+    found = []
+    for where, function, digest in states_of_hooks(model):
+        if was.get(id(function), digest) != digest:
+            with contextlib.suppress(TypeError):  # what can't be weakly referenced
+                _changing.add(function)
+                found.append(where)
+    return sorted(set(found))
+
+
 def _line(where: str, function: Any) -> str:
-    name = getattr(bare(function), "__qualname__", type(function).__name__)
+    plain = bare(function)
+    name = getattr(plain, "__qualname__", type(function).__name__)
+    if _is_changing(plain):
+        code = getattr(plain, "__code__", None)
+        return f"{where}: {name} {'' if code is None else _digest(_of_code(code))}, with a state"
     return f"{where}: {name} {_of_function(function, 0)}"
+
+
+def _is_changing(function: Any) -> bool:
+    try:
+        return function in _changing
+    except TypeError:
+        return False
 
 
 def _of_function(function: Any, depth: int) -> str:

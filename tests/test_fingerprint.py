@@ -269,6 +269,41 @@ def _add(value: Tensor, z: Tensor, hook: Any) -> None:
     return None
 
 
+class _Counter:
+    """A hook with a number of its own, and one that it writes down in."""
+
+    def __init__(self) -> None:
+        self.calls, self.seen = 0, []  # type: ignore[var-annotated]
+
+    def log(self, z: Tensor, hook: Any) -> None:
+        self.calls += 1
+
+    def store(self, z: Tensor, hook: Any) -> None:
+        self.seen.append(z.detach().clone())
+
+
+@pytest.mark.parametrize("kind", ["log", "store", "closure"])
+def test_a_hook_that_keeps_a_log_makes_no_new_model_of_each_pass(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As notebooks do to look at activations: checked once, and parts merge."""
+    checks: list[Any] = []
+    real = selfcheck._verify
+    monkeypatch.setattr(selfcheck, "_verify", lambda *a: checks.append(a) or real(*a))
+    model, kept = tiny_llama(), []
+    mine: Any = getattr(_Counter(), kind, lambda z, hook: kept.append(z.sum().item()))
+    model.add_hook("blocks.0.attn.hook_z", mine)
+    settings: dict[str, Any] = {"sigmas": [0.1], "draws": 0}
+    first = collapse_probe(model, IDS, **settings)
+    later = collapse_probe(model, IDS, first_prompt=len(IDS), **settings)
+    assert len(checks) == 1
+    assert any("change what they hold" in words for words in first.model["given"])
+    assert len(first.merge(later).tokens) == 2 * len(IDS)
+    model.reset_hooks()
+    with pytest.raises(ValueError, match="got hooks"):
+        first.merge(collapse_probe(model, IDS, first_prompt=len(IDS), **settings))
+
+
 def test_parts_of_a_sweep_under_other_hooks_do_not_merge() -> None:
     model = tiny_gpt2()
     settings: dict[str, Any] = {"sigmas": [0.1], "replicates": 1}
