@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._ambient import model_pass
-from hooks._standing import names, raised_by, resting, users
+from hooks._standing import names, raised_by, raised_in, resting, users
 from hooks.errors import UnsupportedModelError
 from hooks.sites import HookedModel
 
@@ -72,7 +72,7 @@ class ModelInput:
         except _state.Finished:
             raise
         except Exception as error:
-            where = raised_by(model, error) or self._broken_by(model, {**options, **named})
+            where = raised_by(model, error) or self._broken_by(model, error, {**options, **named})
             if not where:
                 raise
             raise ValueError(
@@ -81,13 +81,13 @@ class ModelInput:
                 f"{where}: {error}"
             ) from error
 
-    def _broken_by(self, model: HookedModel, options: Mapping[str, Any]) -> str:
+    def _broken_by(self, model: HookedModel, error: Exception, options: Mapping[str, Any]) -> str:
         """Where the user's hooks are, if the pass comes to its end without them.
 
-        What a hook returns may break the model long after it.
+        What a hook returns may break the model long after it; what our hooks refuse, they say.
         """
         standing = users(model)
-        if not standing:
+        if not standing or raised_in(error, "hooks"):
             return ""
         try:
             with resting(standing), model_pass():

@@ -97,6 +97,15 @@ def raised_by(model: Any, error: BaseException) -> str | None:
     return None
 
 
+def raised_in(error: BaseException, package: str) -> bool:
+    """Whether a module of this package raised it."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    name = "" if at is None else str(at.tb_frame.f_globals.get("__name__", ""))
+    return name.split(".")[0] == package
+
+
 def bare(function: Any) -> Any:
     """The function behind partials and bound methods."""
     while isinstance(function, partial):
