@@ -133,7 +133,7 @@ def inner_norms(
 
 def _vector(d: int, size: float, like: Tensor) -> Tensor:
     """Of alternating signs, no entry near zero and hardly any mean."""
-    at = torch.arange(d)
+    at = torch.arange(d, dtype=torch.float32)  # integers divide in the default dtype
     ramp = 1 + (at % 5) / 8
     return (size * ramp * (1 - 2 * (at % 2))).to(like)
 

@@ -81,7 +81,7 @@ def _double(x: Tensor, hook: Any) -> Tensor:
 
 def torch_hook(model: Any) -> None:
     model.blocks[0].register_forward_hook(lambda module, args, out: out)
-    named(model, "layers.1.self_attn.q_proj").data.mul_(0.5)
+    named(model, "q_proj").data.mul_(0.5)
 
 
 GPTOSS, T5 = "GptOssForCausalLM", "T5ForConditionalGeneration"
