@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -252,28 +254,36 @@ def _line(same: list[Row], names: tuple[str, ...]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _judged(kind: tuple[str, str]) -> Row:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return judge(*kind)
+        except Disagreement as error:
+            return Row(*kind, "WRONG", str(error))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.support.matrix")
     parser.add_argument("--write", action="store_true", help="write docs/support.{json,md}")
     parser.add_argument("names", nargs="*", help="only these (parts of names)")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     rows, started = [], time.perf_counter()
     chosen = [
         kind
         for kind in kinds()
         if not options.names or any(part.lower() in kind[0].lower() for part in options.names)
     ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, heads in tqdm(chosen, leave=False):
-            try:
-                row = judge(name, heads)
-            except Disagreement as error:
-                row = Row(name, heads, "WRONG", str(error))
+    apart = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        mp_context=apart, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        for row in tqdm(pool.map(_judged, chosen), total=len(chosen), leave=False):
             rows.append(row)
             if row.verdict in ("WRONG", "refused") or options.names:
-                tqdm.write(f"{name} {heads}: {row.verdict} {row.why} {row.rows} {row.moved}")
+                tqdm.write(
+                    f"{row.name} {row.heads}: {row.verdict} {row.why} {row.rows} {row.moved}"
+                )
     print(Counter(row.verdict for row in rows), f"{time.perf_counter() - started:.0f} s")
     if options.write:
         assert all(row.verdict != "WRONG" for row in rows)
