@@ -107,8 +107,8 @@ def _padding_counts(
 ) -> bool:
     """Whether the model's own call gives other logits for a prompt behind padding."""
     with torch.no_grad():
-        padded = built.model(given.pop("input_ids"), **given)[0, PAD:]
-        return not torch.allclose(padded, built.model(alone, **rest)[0], atol=1e-2, rtol=1e-2)
+        padded = built.model(given.pop("input_ids"), **given)[0, -1]
+        return not torch.allclose(padded, built.model(alone, **rest)[0, -1], atol=1e-2, rtol=1e-2)
 
 
 def _check_half(name: str, built: builders.Built, sparse: float) -> str:
