@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -23,10 +23,14 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class _Here(threading.local):
-    """Of this thread: how deep in calls of ours, and the autocast around the outermost."""
+    """Of this thread: how deep in calls of ours.
+
+    Of the outermost, the autocast around it, and whether it was given a compiled model.
+    """
 
     depth: int = 0
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
+    compiled: bool = False
 
 
 _here = _Here()
@@ -39,8 +43,12 @@ def measurement(call: Callable[_P, _T]) -> Callable[_P, _T]:
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         _forks.check()
         outermost = not _here.depth
+        given = (*args, *kwargs.values())
+        args = tuple(_plain(x) for x in args)  # type: ignore[assignment]
+        kwargs = {name: _plain(x) for name, x in kwargs.items()}  # type: ignore[assignment]
         if outermost:
             _here.autocast = autocast_now()
+            _here.compiled = any(_is_compiled(x) for x in given)
             _forks.measuring.append(threading.get_ident())
         _here.depth += 1
         try:
@@ -49,10 +57,30 @@ def measurement(call: Callable[_P, _T]) -> Callable[_P, _T]:
         finally:
             _here.depth -= 1
             if outermost:
-                _here.autocast = ()
+                _here.autocast, _here.compiled = (), False
                 _forks.measuring.remove(threading.get_ident())
 
     return wrapper
+
+
+# -- compiled models ------------------------------------------------------------------------------
+
+
+def _is_compiled(given: object) -> bool:
+    return type(given).__name__ == "OptimizedModule" and hasattr(given, "_orig_mod")
+
+
+def _plain(given: Any) -> Any:
+    """The module behind one of torch.compile's, whose weights and hook points are the same.
+
+    Each of our hooks would have it compiled again, for a minute, until torch gives up compiling.
+    """
+    return given._orig_mod if _is_compiled(given) else given
+
+
+def was_compiled() -> bool:
+    """Whether the call of ours that runs was given a compiled model."""
+    return _here.compiled
 
 
 # -- autocast -------------------------------------------------------------------------------------

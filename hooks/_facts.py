@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hooks import _state
+from hooks._ambient import was_compiled
 from hooks._fingerprint import fingerprint, versions
 from hooks._inputs import input_device
 
@@ -70,6 +71,8 @@ def given_facts(prompts: Prompts, state: dict[str, Any]) -> list[str]:
             "prompts hold packed documents (their positions start again), and the first token of "
             "each counts as a first token"
         )
+    if was_compiled():
+        said.append("without torch.compile: our hooks would have it compile each pass anew")
     if state["autocast"]:
         said.append(f"under autocast ({state['autocast']})")
     if state["hooks"]:

@@ -964,6 +964,8 @@ def test_a_compiled_model_is_probed_as_it_is(unchecked: None) -> None:
         with torch.no_grad():
             compiled(ids)
         again = probe(compiled)
+    assert any("without torch.compile" in words for words in again.model["given"])
+    assert not any("torch.compile" in words for words in plain.model["given"])
     assert np.array_equal(plain.rows, again.rows)
     np.testing.assert_allclose(again.loose, plain.loose, atol=1e-5)
 
