@@ -25,7 +25,7 @@ from hooks._rank_report import WITH, RankReport, RankSettings, RankSite
 from hooks._rank_sites import Block, Found, blocks_of, final_norm, resolve
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
-from hooks.selfcheck import check_padding
+from hooks.selfcheck import check_masks
 from hooks.sites import HookedModel
 
 
@@ -93,7 +93,7 @@ def rank_profile(
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
     )
-    check_padding(model, prompts)
+    check_masks(model, prompts)
     gathered = _Gathered(torch.finfo(_state.pass_dtype(model)).eps / 2)
     with (
         _state.evaluating(model),

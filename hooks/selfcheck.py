@@ -98,14 +98,27 @@ def sites_for(model: HookedModel, prompts: Prompts) -> AttentionSites:
     """The same for a measurement of these prompts, which decide where random tokens can't."""
     check_model(model)
     sites = _sites(model, prompts, asked=False)
-    check_padding(model, prompts)
+    check_masks(model, prompts)
     return sites
 
 
+def check_masks(model: HookedModel, prompts: Prompts) -> None:
+    """Refuse padding, or a mask of ones, that makes the model compute something else.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
+    if prompts.padded is not None or prompts.masked:
+        key = key_of(model)
+        _check_padding(model, prompts, key)
+        _check_mask(model, prompts, key)
+
+
+_Key = tuple[str, str]
 _unpadded: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
-def check_padding(model: HookedModel, prompts: Prompts) -> None:
+def _check_padding(model: HookedModel, prompts: Prompts, key: _Key) -> None:
     """Refuse left padding that the model, or a hook of the user's, takes for positions.
 
     One prompt as it was given and the same without its padding: the same logits.
@@ -116,7 +129,7 @@ def check_padding(model: HookedModel, prompts: Prompts) -> None:
     given, at = prompts.padded, prompts.padded_at
     if given is None:
         return
-    key, known = key_of(model), _unpadded.setdefault(model, set())
+    known = _unpadded.setdefault(model, set())
     if key in known:
         return
     with _state.evaluating(model), _state.checking():
@@ -141,6 +154,51 @@ def check_padding(model: HookedModel, prompts: Prompts) -> None:
                 wanted="a pass that is the same without its padding",
                 got=f"logits off by {error:.2g}: this model counts positions from the first "
                 "column, or a hook of yours goes by columns; pad on the right, or give lists",
+            )
+    if len(known) >= _KEPT:
+        known.clear()
+    known.add(key)
+
+
+_masked: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def _check_mask(model: HookedModel, prompts: Prompts, key: _Key) -> None:
+    """Refuse a mask of ones that shows a causal model its later tokens.
+
+    A bridge may take a mask that it is given in the place of its own. Another last token must leave
+    the logits before it as they were, if it does so without the mask.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    lengths = [len(x) if x.ndim == 1 and not x.is_floating_point() else 0 for x in prompts.first]
+    at = min(range(len(prompts)), key=lambda i: (lengths[i] < 2, lengths[i]))
+    if not prompts.masked or lengths[at] < 2 or prompts.decoder:
+        return
+    known = _masked.setdefault(model, set())
+    if key in known:
+        return
+
+    def reads_on(given: ModelInput) -> bool:
+        """Whether logits depend on a later token."""
+        other = given.first.clone()
+        other[:, -1] = (other[:, -1] + 1) % int(model.cfg.d_vocab)
+        passes = [replace(given, first=x).run(model) for x in (given.first, other)]
+        if not all(isinstance(x, Tensor) and x.ndim == 3 for x in passes):
+            return False
+        a, b = (x[:, :-1].double() for x in passes)
+        room = torch.finfo(_state.pass_dtype(model)).eps ** 0.5 * float(a.abs().max())
+        return not float((a - b).abs().max()) <= room
+
+    few = _short(prompts.some([at]), set())
+    with _state.evaluating(model), _state.checking():
+        if reads_on(few.batch([0])) and not reads_on(replace(few, masked=False).batch([0])):
+            raise UnsupportedModelError(
+                "a mask of ones",
+                wanted="a pass that hides later tokens with it as without it",
+                got="one that shows them: this bridge takes the mask in the place of its own, so "
+                "what it computes is another model's; give tokens without a mask",
             )
     if len(known) >= _KEPT:
         known.clear()
