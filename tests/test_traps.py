@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.tools.training import TrainConfig, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import hooks
 from tests.support.builders import NATIVE, Built, build, build_hf
 from tests.support.families import D_HEAD, D_MODEL, N_CTX, N_HEADS, VOCAB
 from tests.watching import RENAMED, keeps_cache
@@ -132,6 +133,20 @@ def test_falcon_adds_its_alibi_twice() -> None:
     torch.testing.assert_close(bias, 2 * once)
     hf = build_hf("FalconForCausalLM", "mha", alibi=True)
     assert apart(built.model(TEXT), hf(TEXT).logits) > 0.5
+
+
+def test_openai_gpt_with_a_mask_sees_later_tokens() -> None:
+    """Its model hands a mask of padding alone to attention, which takes four axes for the whole."""
+    built, ones = build("OpenAIGPTLMHeadModel"), torch.ones_like(TEXT)
+    other = TEXT.clone()
+    other[:, -1] += 1
+    assert apart(built.model(TEXT)[:, :-1], built.model(other)[:, :-1]) == 0
+    seen = [built.model(x, attention_mask=ones)[:, :-1] for x in (TEXT, other)]
+    assert apart(*seen) > 0.1
+    hf = build_hf("OpenAIGPTLMHeadModel")
+    assert apart(hf(TEXT).logits, hf(TEXT, attention_mask=ones).logits) == 0
+    with pytest.raises(hooks.UnsupportedModelError, match="a mask of ones: wanted"):
+        hooks.collapse_probe(built.model, {"input_ids": TEXT, "attention_mask": ones}, draws=0)
 
 
 @pytest.mark.parametrize(
