@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.support import builders, matrix
+from tests.support import builders, matrix, recompute
 
 STORED = matrix.stored()
 
@@ -53,5 +53,5 @@ def test_the_row_is_what_it_was(name: str, heads: str) -> None:
     facts = ("verdict", "layers", "scores", "noise", "why", "inputs")
     assert {f: getattr(row, f) for f in facts} == {f: getattr(before, f) for f in facts}
     if row.verdict in ("verified", "limited"):
-        assert row.moved >= matrix.LEAST_MOVES
+        assert row.moved >= recompute.LEAST_MOVES
         assert row.rows > row.moved / matrix.DRAWS
