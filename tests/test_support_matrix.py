@@ -54,4 +54,4 @@ def test_the_row_is_what_it_was(name: str, heads: str) -> None:
     assert {f: getattr(row, f) for f in facts} == {f: getattr(before, f) for f in facts}
     if row.verdict in ("verified", "limited"):
         assert row.moved >= recompute.LEAST_MOVES
-        assert row.rows > row.moved / matrix.DRAWS
+        assert row.rows > row.moved / recompute.DRAWS
