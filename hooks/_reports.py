@@ -131,7 +131,7 @@ class Form(Generic[Report]):
             raise
         except (ValueError, TypeError, OverflowError) as error:  # what a call would have said
             raise Unsound("settings", wanted="those of a call", got=str(error)) from error
-        check_facts(head["model"], {"name": str, **self.facts})
+        check_facts(head["model"], {"name": str, "fingerprint": str, **self.facts})
         check_texts(head)
         sizes = self.sizes(head["settings"], head["model"], len(head["tokens"]))
         absent = set() if digested else _absent(self.report, file.entries)

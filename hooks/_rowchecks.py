@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ROW: Final = ("layer", "head", "prompt", "query", "key", "rival")
 _SCORE: Final = 3.5e38  # no float32 is larger
+_LEAST: Final = 1e-45  # half-widths are above 0: ties have no row in the table
 _DRAWS: Final = 1 << 20
 
 
@@ -35,8 +36,8 @@ def check_table(report: CollapseReport) -> None:
     for name in ("s_star", "s", "beta"):
         check_numbers(f"table.{name}", getattr(table, name), -_SCORE, _SCORE)
     cutoff = float(np.nan_to_num(table.cutoff, nan=-1.0))
-    check_numbers("table.cutoff", table.cutoff, 0, COMPLETE)
-    check_numbers("table.a", table.a, 0, min(cutoff, BEYOND))
+    check_numbers("table.cutoff", table.cutoff, _LEAST, COMPLETE)
+    check_numbers("table.a", table.a, _LEAST, min(cutoff, BEYOND))
     if len(table.a) > report.settings.keep:
         wanted = f"at most keep = {report.settings.keep} competitors"
         raise Unsound("table.a", wanted=wanted, got=str(len(table.a)))

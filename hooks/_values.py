@@ -17,6 +17,8 @@ MOST: Final = 1 << 53
 """What no count reaches."""
 _INDEX: Final = 1 << 31
 _HUGE: Final = 1e100  # a number whose square still is one
+_SOMETIMES: Final = {"given": tuple[str, ...], "centred": tuple[str, ...]}
+"""Facts that few models have."""
 
 
 # -- the header -------------------------------------------------------------------------------
@@ -77,6 +79,8 @@ def check_facts(model: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         if name not in model:
             raise Unsound(f"model.{name}", wanted="a value", got="none")
         as_kind(kind, model[name], f"model.{name}")
+    for name in _SOMETIMES.keys() & model.keys():
+        as_kind(_SOMETIMES[name], model[name], f"model.{name}")
 
 
 def check_texts(head: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 import hooks
+from qkvnorm_lens.html_report import html_report
 from tests.support import mutations
 from tests.watching import one_thread
 
@@ -175,6 +176,7 @@ def used(report: Any) -> None:
         report.fragile(5)
         report.fragile(5, content=True)
         report.kept_rows()
+        html_report(report, views=False)
         for row in np.flatnonzero(report.kept.draw >= 0):
             report.kept_noise(int(row))
         _or_named(lambda: report.merge(report))

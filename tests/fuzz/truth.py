@@ -45,7 +45,12 @@ class Truth:
         """As Hugging Face's model takes them; positions as TransformerLens counts them."""
         inputs = dict(self.what.inputs)
         mask = inputs.get("attention_mask")
-        if self.kind.counts and mask is not None and "position_ids" not in inputs:
+        if (
+            self.kind.counts
+            and mask is not None
+            and mask.ndim == 2
+            and "position_ids" not in inputs
+        ):
             inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         return inputs
 
