@@ -135,25 +135,23 @@ def _check_padding(model: HookedModel, prompts: Prompts, key: _Key) -> None:
     with _state.evaluating(model), _state.checking():
         whole, cut = given.run(model), prompts.batch([at]).run(model)
     if isinstance(whole, Tensor) and isinstance(cut, Tensor) and cut.ndim == 3:
-        decoded = bool(prompts.decoder)
-        spans = prompts.decoder_spans if decoded else prompts.spans
-        first, end = (
-            spans[at]
-            if not decoded or "decoder_attention_mask" in given.named
-            else (
-                0,
-                cut.shape[1],
-            )
-        )
+        first, end = (prompts.decoder_spans if prompts.decoder else prompts.spans)[at]
+        if prompts.decoder and "decoder_attention_mask" not in given.named:
+            first, end = 0, cut.shape[1]
         mine = whole[:, first:end].double()
         error = float((mine - cut.double()).abs().max())
         room = torch.finfo(_state.pass_dtype(model)).eps ** 0.5 * float(cut.abs().max())
         if not error <= room:
+            why = "rows of padding are not finite in this model's attention, and spread"
+            if mine.isfinite().all():  # it isn't TransformerLens's mask under autocast
+                why = (
+                    "this model counts positions from the first column, or a hook of yours goes "
+                    "by columns"
+                )
             raise UnsupportedModelError(
                 "left padding",
                 wanted="a pass that is the same without its padding",
-                got=f"logits off by {error:.2g}: this model counts positions from the first "
-                "column, or a hook of yours goes by columns; pad on the right, or give lists",
+                got=f"logits off by {error:.2g}: {why}; pad on the right, or give lists",
             )
     if len(known) >= _KEPT:
         known.clear()

@@ -149,6 +149,22 @@ def test_openai_gpt_with_a_mask_sees_later_tokens() -> None:
         hooks.collapse_probe(built.model, {"input_ids": TEXT, "attention_mask": ones}, draws=0)
 
 
+def test_left_padding_is_nan_under_autocast() -> None:
+    """The mask's least float32 is -inf in bfloat16: a row of padding has no softmax."""
+    built, mask = build("LlamaForCausalLM"), torch.ones_like(TEXT)
+    mask[0, :2] = 0
+    hf = build_hf("LlamaForCausalLM")
+    inputs = {"input_ids": TEXT, "attention_mask": mask}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert hf(**inputs).logits.isfinite().all()
+        assert built.model(TEXT, attention_mask=mask)[0].isnan().all()
+        with pytest.raises(hooks.UnsupportedModelError, match=r"left padding: .* not finite"):
+            hooks.collapse_probe(built.model, inputs, draws=0)
+        for fine in (mask.flip(1), torch.ones_like(mask)):
+            hooks.collapse_probe(built.model, inputs | {"attention_mask": fine}, draws=0)
+    assert built.model(TEXT, attention_mask=mask).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("name", "heads", "options"),
     [

@@ -227,8 +227,8 @@ def _plain_inputs(case: Case) -> Case:
     bare = case.family in ("ours", "bert") and case.beside in ("labels", "cache")
     if case.call == "applied" or bare:
         case = replace(case, beside="")
-    if case.decoder in ("collated", "labels too", "labels alone") and case.beside == "labels":
-        case = replace(case, beside="")  # there are labels
+    if case.decoder in DECODERS and case.beside == "labels":
+        case = replace(case, beside="")  # these have labels of their own, or pads that labels deny
     if case.decoder in DECODERS and len(case.lengths) == 1:
         case = replace(case, decoder="given")
     return case

@@ -44,6 +44,8 @@ def may_refuse(case: Case) -> str:
     behind = case.side == "left" and case.padded
     if case.family == "bart" and (behind or case.decoder == "padded left"):
         return "positions count from the first column, padding or not"
+    if behind and case.mode == "autocast":
+        return "TransformerLens's mask is -inf under autocast: rows of padding are NaN"
     if behind and case.hook in ("patch v", "column"):
         return "a hook that counts columns"
     return ""
