@@ -244,10 +244,10 @@ def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, s
     if prepend_bos is not None:
         twice = len(row) > 1 and row[0] == row[1] == tokenizer.bos_token_id
         return ids, "two BOS tokens, as prepend_bos=True asks" if twice and prepend_bos else ""
-    added = _added(row, bare, getattr(tokenizer, "eos_token_id", None))
-    if added is None:
+    around = added(row, bare, getattr(tokenizer, "eos_token_id", None))
+    if around is None:
         return ids, ""
-    before, after = added
+    before, after = around
     notes = []
     if before and bare and (before[-1] == bare[0] or bare[0] in _template_starts(tokenizer)):
         notes.append(f"text that begins with {tokenizer.decode(bare[:1])!r} got no BOS before it")
@@ -259,7 +259,7 @@ def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, s
     return torch.tensor(whole, dtype=ids.dtype), "; ".join(notes)
 
 
-def _added(row: list[int], bare: list[int], eos: Any) -> tuple[list[int], list[int]] | None:
+def added(row: list[int], bare: list[int], eos: Any) -> tuple[list[int], list[int]] | None:
     """What stands before and behind a text's own ids; None where they are not found.
 
     TransformerLens takes the last EOS away where a tokenizer appends one: the text's own too.

@@ -254,7 +254,7 @@ class LayerCheck:
         effect = (observed - clean).abs()
         at = int((error - allowed).argmax())
         worst, limit = float(error.flatten()[at]), float(allowed.flatten()[at])
-        self.record(check, float(error.max()), float(effect.max()), limit)
+        self.record(check, worst, float(effect.max()), limit)
         if not worst <= limit:  # NaN fails too
             head, row = divmod(at // observed.shape[-1], observed.shape[-2])
             raise Unpredicted(

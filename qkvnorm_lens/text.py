@@ -120,7 +120,7 @@ def _tokens(
     model: TransformerBridge, text: str, prepend_bos: bool | None
 ) -> tuple[list[int], list[int], str]:
     """(bos or nothing, the text's own ids, what is to be said), however long the text is."""
-    from hooks._given import text_ids
+    from hooks._given import added, text_ids
 
     tokenizer = model.tokenizer
     # A directory without tokenizer files gives a tokenizer that knows special tokens only.
@@ -134,17 +134,14 @@ def _tokens(
     level = log.level
     log.setLevel(logging.ERROR)  # it would warn of a text longer than the context
     try:
-        bare = model.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()
-        whole = model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist()
-        note = text_ids(model, text, prepend_bos)[1]
+        found, note = text_ids(model, text, prepend_bos)
+        bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     finally:
         log.setLevel(level)
-    n_bos = len(whole) - len(bare)
-    if n_bos < 0 or whole[n_bos:] != bare:
-        n_bos = 0
-    if note and prepend_bos is None and n_bos:
-        return whole[:0], bare, note  # the text brings its own beginning
-    return whole[:n_bos], bare, note
+    ids = found.tolist()
+    around = added(ids, bare, tokenizer.eos_token_id)
+    n_bos = len(around[0]) if around else 0  # a BOS of the text's own is part of it
+    return ids[:n_bos], ids[n_bos:], note
 
 
 def lines(model: TransformerBridge, text: str, *, limit: int) -> Prompts:

@@ -205,6 +205,20 @@ def test_a_forked_process_probes_with_one_thread_and_says_so() -> None:
     assert any("a forked process" in text for text in said)
 
 
+def _probed(pos: int) -> str:
+    """In a process of its own, as a data loader's worker is."""
+    ids = models.tokens(batch=3, pos=pos)
+    report = hooks.collapse_probe(models.tiny_gpt2(), ids, sigmas=[0.05, 0.3], draws=2)
+    return str(report.to_frame().to_numpy().tolist())
+
+
+@pytest.mark.slow
+def test_spawned_processes_probe_as_their_parent_does() -> None:
+    wanted = [_probed(pos) for pos in (9, 12)]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert pool.map_async(_probed, [9, 12]).get(timeout=240) == wanted
+
+
 def test_a_fork_beside_a_measurement_is_refused_by_name() -> None:
     model = models.tiny_gpt2()
     inside, go_on = threading.Event(), threading.Event()

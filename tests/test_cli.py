@@ -542,6 +542,53 @@ def test_windows_hold_the_whole_text_behind_bos(gpt2_dir: str) -> None:
     assert text.windows(model, given).ids[0] == model.to_tokens(given)[0].tolist()[: models.N_CTX]
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "n_bos"),
+    [
+        ("a cat", [], 1),
+        ("a cat", ["--prepend-bos"], 1),
+        ("a cat", ["--no-prepend-bos"], 0),
+        ("<bos>a cat", [], 1),
+        ("<bos>a cat", ["--prepend-bos"], 2),
+        ("<bos>a cat", ["--no-prepend-bos"], 1),
+    ],
+)
+def test_a_text_begins_as_asked(
+    run: Run, gpt2_dir: str, seen: dict[str, Any], given: str, options: list[str], n_bos: int
+) -> None:
+    _refused(run("probe", gpt2_dir, "--text", given, *options), "enough")
+    bos, (ids,) = 0, seen["tokens"]
+    assert ids[:n_bos] == [bos] * n_bos
+    assert bos not in ids[n_bos:]
+    assert len(ids) == n_bos + len("a cat")
+
+
+def test_messages_are_written_by_the_template(
+    run: Run, gpt2_dir: str, tmp_path: Path, seen: dict[str, Any]
+) -> None:
+    tokenizer = characters()
+    tokenizer.chat_template = "<bos>{% for m in messages %}{{ m['content'] }}.{% endfor %}"
+    models.tiny_hf(GPT2LMHeadModel, models.tiny_gpt2_config()).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    chats = [[{"role": "user", "content": said}] for said in ("a cat", "sat")]
+    wanted = [tokenizer(f"<bos>{said}.")["input_ids"] for said in ("a cat", "sat")]
+    for given, ids in ((chats, wanted), (chats[0], wanted[:1])):
+        file = tmp_path / "chat.json"
+        file.write_text(json.dumps(given), encoding="utf-8")
+        argv = ["probe", str(tmp_path), "--messages", str(file)]
+        _refused(run(*argv), "enough")
+        assert seen["tokens"] == ids
+    _refused(run(*argv, "--length", "9"), "--length: wanted none beside --messages; got 9")
+    _refused(run(*argv, "--prepend-bos"), "--prepend-bos: wanted none beside --messages; got True")
+    file.write_text('[{"content": "a cat"}]', encoding="utf-8")
+    _refused(run(*argv), "messages: wanted a list of messages with role and content")
+    file.write_text("a cat", encoding="utf-8")
+    _refused(run(*argv), "--messages: wanted a file of JSON")
+    file.write_text(json.dumps(chats), encoding="utf-8")
+    _refused(run("probe", gpt2_dir, "--messages", str(file)), "template")
+    _refused(run("probe", "--messages", str(file)), "--messages: wanted a model of language")
+
+
 def test_a_file_and_standard_input_and_text_are_the_same(
     run: Run,
     gpt2_dir: str,

@@ -20,6 +20,7 @@ from transformers import BatchEncoding, LlamaForCausalLM
 import hooks
 from hooks import collapse_probe, spread, sweep
 from hooks._prompts import encode
+from qkvnorm_lens.text import windows
 from tests.models import tiny_hf, tiny_llama, tiny_llama_config, tokens
 from tests.support import builders
 
@@ -379,6 +380,34 @@ def test_special_tokens_in_a_text_are_what_they_say(
 ) -> None:
     ids = speaker.tokenizer(expected, add_special_tokens=False)["input_ids"]
     assert encode(speaker, text, prepend_bos=prepend_bos).first[0].tolist() == ids
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model whose tokenizer puts a token before and one behind, as BERT's does."""
+    from transformers import AutoTokenizer, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat"]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return tiny_llama(tokenizer=AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("begins", ["", "[CLS] "])
+@pytest.mark.parametrize("ends", ["", " [SEP]"])
+def test_a_text_with_its_own_last_token_gets_no_second(reader: Any, begins: str, ends: str) -> None:
+    """What was written out is what the tokenizer would have put there, once."""
+    given, ids = f"{begins}the cat sat{ends}", reader.tokenizer("the cat sat")["input_ids"]
+    found = encode(reader, given)
+    assert found.first[0].tolist() == ids == [2, 5, 6, 7, 3]
+    notes = " ".join(found.notes)
+    assert ("got no BOS" in notes, "got none behind it" in notes) == (bool(begins), bool(ends))
+    whole = windows(reader, given, length=8)
+    assert whole.ids == [ids]
+    first, *later = windows(reader, given, length=4).ids
+    assert first == ids[:4]
+    # Each window begins as a prompt does, unless the text brought its own beginning.
+    assert later == ([] if begins else [[2, 3]])
 
 
 def test_pad_tokens_are_padding_only_where_rows_differ_in_them(speaker: Any) -> None:

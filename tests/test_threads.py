@@ -206,6 +206,26 @@ def test_all_pairs_find_what_each_finds_alone(user: Job, ours: Job, kind: str) -
     check(models.TINY[kind](), user, ours)
 
 
+def test_two_models_in_two_threads_are_each_as_alone() -> None:
+    """None is refused: nothing of theirs is shared."""
+    two = [models.tiny_gpt2(), models.tiny_llama()]
+    with shape_checks_off():
+        wanted = [probe(model) for model in two]
+        meeting, got = Meeting(), [None, None]
+
+        def run(index: int) -> None:
+            got[index] = probe(two[index])
+
+        with standing(two[0], meeting), standing(two[1], meeting):
+            threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert meeting.met
+    assert all(map(same, wanted, got))
+
+
 # -- training mode ------------------------------------------------------------------------------
 
 

@@ -12,14 +12,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 import hooks
 from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
 from qkvnorm_lens import load_checkpoint
 from qkvnorm_lens.text import sums
 from tests.marks import slowly
-from tests.models import _bridge, tiny_gpt2, tiny_llama, tokens
+from tests.models import (
+    _bridge,
+    _llama_like,
+    tiny_gpt2,
+    tiny_gpt2_config,
+    tiny_hf,
+    tiny_llama,
+    tokens,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:transformer_lens", "ignore::FutureWarning"
@@ -78,13 +87,94 @@ def test_a_context_of_a_few_tokens_is_measured(n_ctx: int, n_head: int) -> None:
 # -- half precision -----------------------------------------------------------------------------
 
 
+FEW = 12  # tokens whose queries and keys are short
+
+
+def orthogonal(dtype: torch.dtype) -> Any:
+    """All but a few tokens have long queries and keys that are orthogonal but for a little.
+
+    Each product is then small against the lengths by which bfloat16 rounds it: on random tokens
+    noise shows nothing that rounding could not.
+    """
+    config = tiny_gpt2_config(n_layers=1)
+    hf = tiny_hf(GPT2LMHeadModel, config)
+    with torch.no_grad():
+        hf.transformer.wte.weight[FEW:, 0] += 100
+        hf.transformer.wte.weight[:FEW, 1] += 100
+        qkv = hf.transformer.h[0].attn.c_attn.weight
+        qkv[1] = 0
+        for head in range(4):
+            qkv[0, 8 * head] += 3
+            qkv[0, 32 + 8 * head + 1] += 3
+    return build_bridge_from_module(
+        hf.to(dtype), "GPT2LMHeadModel", hf_config=config, device="cpu", dtype=dtype
+    )
+
+
 def test_the_callers_prompts_decide_where_random_tokens_do_not() -> None:
-    """A trained model in bfloat16, on random characters that it never saw in such an order."""
+    model, ids = orthogonal(torch.bfloat16), IDS % FEW
+    with pytest.raises(UnsupportedModelError, match="not verifiable"):
+        attention_sites(model)
+    with pytest.raises(UnsupportedModelError, match="not verifiable"):
+        collapse_probe(model, IDS % 50 + FEW, draws=0)
+    options: dict[str, Any] = {"draws": 0, "sparse": 0.5, "sigmas": [0.1, 0.3]}
+    report = collapse_probe(model, ids, **options)
+    assert [int(n) for n in report.rows.sum((1, 2, 3))] == counted(model, ids, [])
+    whole = collapse_probe(orthogonal(torch.float32), ids, **options)
+    assert report.n_sparse == whole.n_sparse >= 10
+    for mine, other in zip(report.loose, whole.loose, strict=True):
+        assert mine.sum() == pytest.approx(other.sum(), rel=0.05)
+        assert other.sum() > 1
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda m, ids: hooks.sweep(m, ids, sigmas=[0.3], replicates=1),
+        lambda m, ids: hooks.interference(m, ids, draws=1),
+        hooks.spread,
+        hooks.spectral_gap,
+        attention_sites,
+    ],
+    ids=["sweep", "interference", "spread", "spectrum", "attention_sites"],
+)
+def test_whatever_reads_the_callers_prompts_is_decided_by_them(measure: Any) -> None:
+    measure(orthogonal(torch.bfloat16), IDS % FEW)
+
+
+def test_a_trained_model_in_half_precision() -> None:
     model = load_checkpoint("addition-qkv").to(torch.bfloat16)
     ids = sums("small-train", 16, seed=0).ids
     report = collapse_probe(model, ids, draws=0, sparse=0.5)
     whole = collapse_probe(load_checkpoint("addition-qkv"), ids, draws=0, sparse=0.5)
     assert report.n_sparse == pytest.approx(whole.n_sparse, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["addition-none", "addition-pre", "addition-qkv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_check_that_passed_has_an_error_beyond_its_tolerance(
+    name: str, dtype: torch.dtype
+) -> None:
+    ids = sums("small-train", 4, seed=0).ids
+    check = attention_sites(load_checkpoint(name).to(dtype), ids).check
+    assert len(check) >= 16
+    assert (check["error"] <= check["tolerance"]).all()
+
+
+def test_a_window_of_nothing_is_refused_by_name() -> None:
+    """Rows that see no key: Hugging Face averages over all of them, later ones too."""
+    config = MistralConfig(**_llama_like({}), sliding_window=0)
+    hf = tiny_hf(MistralForCausalLM, config)
+    model = build_bridge_from_module(hf, "MistralForCausalLM", hf_config=config, device="cpu")
+    with pytest.raises(UnsupportedModelError, match=r"layer 0: .*: wanted .*; got"):
+        collapse_probe(model, IDS, draws=0)
+
+
+def test_dtypes_that_do_not_meet_are_refused_by_name() -> None:
+    model = tiny_llama()
+    model.original_model.model.layers[1].mlp.to(torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match="a forward pass of the model"):
+        collapse_probe(model, IDS, draws=0)
 
 
 # -- hooks of the user's --------------------------------------------------------------------------
