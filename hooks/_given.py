@@ -85,12 +85,15 @@ def is_named(tokens: Any) -> bool:
     return rows and all(isinstance(r, Mapping) and "input_ids" in r for r in tokens)
 
 
-def needs_example(model: Any, tokens: Any) -> bool:
-    """Whether a few random tokens can't stand for these inputs in a self-check."""
-    if not is_named(tokens):
-        return False
-    names = set(tokens) if isinstance(tokens, Mapping) else {n for row in tokens for n in row}
-    return bool(names - _NO_INPUT - TOKENS_ALONE - {first_name(model)})
+def rows_of(tokens: Any) -> Any:
+    """A data frame as named columns, a map-style data set as the list of its rows; others as is."""
+    if isinstance(tokens, (Sequence, Mapping, Tensor)):
+        return tokens
+    if hasattr(tokens, "columns") and hasattr(tokens, "__array__"):
+        return {name: list(tokens[name]) for name in tokens.columns}
+    if hasattr(tokens, "__array__") or not hasattr(tokens, "__getitem__"):
+        return tokens
+    return [tokens[i] for i in range(len(tokens))] if hasattr(tokens, "__len__") else tokens
 
 
 def is_chat(tokens: Any) -> bool:

@@ -18,6 +18,7 @@ from hooks._given import (
     first_name,
     is_named,
     named,
+    rows_of,
     shorten,
     taken,
 )
@@ -154,6 +155,7 @@ def encode(
     lengths: tuple[int, ...] = ()
     notes: list[str] = []
     decoder_mask = labels = None
+    tokens = rows_of(tokens)
     if is_named(tokens):
         given = named(model, tokens)
         values, lengths = given.values, given.lengths

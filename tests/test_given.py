@@ -12,8 +12,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import BatchEncoding, LlamaForCausalLM
 
@@ -198,6 +200,9 @@ def forms() -> dict[str, Any]:
             {"input_ids": IDS, "special_tokens_mask": ONES * 0, "length": [N] * B}
         ),
         "rows of a data set": [{"input_ids": row, "attention_mask": [1] * N} for row in lists],
+        "a data set": Dataset.from_dict({"input_ids": lists, "attention_mask": ONES.tolist()}),
+        "of tensors": Dataset.from_dict({"input_ids": lists}).with_format("torch"),
+        "a data frame": pd.DataFrame({"input_ids": lists, "attention_mask": ONES.tolist()}),
         "with labels": {"input_ids": IDS, "labels": IDS},
         "arrays in a list": [np.asarray(row) for row in lists],
         "int32": IDS.int(),
