@@ -46,13 +46,14 @@ def measurement(call: Callable[_P, _T]) -> Callable[_P, _T]:
         given = (*args, *kwargs.values())
         args = tuple(_plain(x) for x in args)  # type: ignore[assignment]
         kwargs = {name: _plain(x) for name, x in kwargs.items()}  # type: ignore[assignment]
+        compiled = _compiled_in_place(args + tuple(kwargs.values()))
         if outermost:
             _here.autocast = autocast_now()
-            _here.compiled = any(_is_compiled(x) for x in given)
+            _here.compiled = bool(compiled) or any(_is_compiled(x) for x in given)
             _forks.measuring.append(threading.get_ident())
         _here.depth += 1
         try:
-            with without_autocast():
+            with without_autocast(), _uncompiled(compiled):
                 return call(*args, **kwargs)
         finally:
             _here.depth -= 1
@@ -76,6 +77,26 @@ def _plain(given: Any) -> Any:
     Each of our hooks would have it compiled again, for a minute, until torch gives up compiling.
     """
     return given._orig_mod if _is_compiled(given) else given
+
+
+def _compiled_in_place(given: tuple[Any, ...]) -> list[Any]:
+    """Modules on which ``compile()`` was called."""
+    roots = [y for x in given for y in (x, getattr(x, "original_model", None))]
+    every = (m for root in roots if isinstance(root, torch.nn.Module) for m in root.modules())
+    return [m for m in every if m._compiled_call_impl is not None]
+
+
+@contextmanager
+def _uncompiled(modules: list[Any]) -> Iterator[None]:
+    """They are called as they were before; their compiled code is kept."""
+    kept = [module._compiled_call_impl for module in modules]
+    for module in modules:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in zip(modules, kept, strict=True):
+            module._compiled_call_impl = call
 
 
 def was_compiled() -> bool:

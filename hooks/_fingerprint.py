@@ -7,6 +7,7 @@ through ``.data``.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import enum
@@ -49,6 +50,8 @@ _FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention
 
 # Libraries whose objects say too much, or nothing, in their attributes.
 _OPAQUE = ("builtins", "torch", "numpy", "pandas", "transformers", "transformer_lens", "datasets")
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 _tokens: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 _changing: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -174,16 +177,23 @@ def _of_modules(modules: Iterable[nn.Module]) -> str:
             continue
         private = not kind.__module__.startswith(("transformer_lens.", "transformers."))
         own: list[Any] = []
+        if not private and not of_a_library(kind.forward):  # replaced for every module of it
+            own.append(("forward", _of_function(kind.forward, 0)))
         for name, value in vars(module).items():
             if name in _INTERNAL or name in _PLACES or (name.startswith("_") and not private):
                 continue
-            if _is_plain(value):
+            if _is_plain(value) or (private and _is_array(value)):
                 own.append((name, value))
-            elif name == "forward" and not of_a_library(value):
+            elif (private and isinstance(value, _FUNCTIONS)) or (
+                name == "forward" and not of_a_library(value)
+            ):
                 own.append((name, _of_function(value, 0)))
-        if own:
-            rows.append((index, kind.__qualname__, own))
+        rows.append((index, kind.__qualname__, own))
     return _digest(rows)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "dtype"))
 
 
 def _is_plain(value: Any, depth: int = 2) -> bool:
@@ -276,6 +286,8 @@ def _names(code: types.CodeType) -> set[str]:
 
 def _read(value: Any, module: str) -> Any:
     """A global that a hook reads, such as a notebook's number; code of other modules by name."""
+    if isinstance(value, type):
+        return value
     if getattr(value, "__module__", None) != module and callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     return value
@@ -308,8 +320,9 @@ def _words(value: Any, depth: int) -> str:
         return f"tensor {_of_tensors([('', value)])}"
     if isinstance(value, nn.Module):
         mine = [*value.named_parameters(), *value.named_buffers()]
-        return f"{type(value).__qualname__} {_of_tensors(mine)}"
-    if hasattr(value, "__array__") and hasattr(value, "dtype"):
+        attributes = _of_modules(value.modules())
+        return f"{type(value).__qualname__} {_of_tensors(mine)} {attributes}"
+    if _is_array(value):
         return f"array {value.dtype} {value.shape} {_short(bytes(value.tobytes()))}"
     if depth < _DEEP:
         inside = _inside(value, depth)
@@ -326,7 +339,7 @@ def _inside(value: Any, depth: int) -> str | None:
         )
     if isinstance(value, (set, frozenset)):
         return ", ".join(sorted(_words(x, depth + 1) for x in value))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, collections.deque)):
         return ", ".join(_words(x, depth + 1) for x in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _words(
@@ -334,11 +347,27 @@ def _inside(value: Any, depth: int) -> str | None:
         )
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
         return _of_function(value, depth)
+    if isinstance(value, type) and depth < _DEEP:
+        return f"{value.__qualname__} {_words(_settings_of(value), depth + 1)}"
     if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
         return getattr(value, "__qualname__", value.__name__)
-    if hasattr(value, "__dict__") and not type(value).__module__.startswith(_OPAQUE):
-        return _words(vars(value), depth + 1)  # an object of the user's, such as a hook with state
-    return None
+    if type(value).__module__.startswith(_OPAQUE):
+        return None
+    # An object of the user's, such as a hook with state.
+    slots = [n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ())]
+    held = {n: getattr(value, n) for n in slots if hasattr(value, n)}
+    held |= _settings_of(type(value)) | getattr(value, "__dict__", {})
+    return _words(held, depth + 1) if held or hasattr(value, "__dict__") else None
+
+
+def _settings_of(kind: type) -> dict[str, Any]:
+    """Plain attributes of a class of the user's."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if not base.__module__.startswith(_OPAQUE):
+            plain = {n: v for n, v in vars(base).items() if _is_plain(v)}
+            found |= {n: v for n, v in plain.items() if not n.startswith("__")}
+    return found
 
 
 def _token(value: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -34,6 +34,9 @@ _NO_INPUT = frozenset(
         "overflow_to_sample_mapping",
         "overflowing_tokens",
         "special_tokens_mask",
+        # All logits are read, whatever a call would return.
+        "logits_to_keep",
+        "num_logits_to_keep",
     }
 )
 _CACHES = frozenset(
@@ -86,9 +89,14 @@ def is_named(tokens: Any) -> bool:
 
 
 def rows_of(tokens: Any) -> Any:
-    """A data frame as named columns, a map-style data set as the list of its rows; others as is."""
+    """A data frame as named columns, a data set or an iterator as the list of its rows.
+
+    Anything else is returned as it is.
+    """
     if isinstance(tokens, (Sequence, Mapping, Tensor)):
         return tokens
+    if isinstance(tokens, Iterator):
+        return list(tokens)
     if hasattr(tokens, "columns") and hasattr(tokens, "__array__"):
         return {name: list(tokens[name]) for name in tokens.columns}
     if hasattr(tokens, "__array__") or not hasattr(tokens, "__getitem__"):
@@ -166,12 +174,31 @@ def _refuse_unknown(model: Any, tokens: Mapping[str, Any]) -> None:
 def _tensor(name: str, value: Any, lengths: dict[str, tuple[int, ...]]) -> Any:
     """A value as a tensor with an axis of prompts; options and the like as they are."""
     if isinstance(value, (bool, str)) or not isinstance(value, (Iterable, np.ndarray, Tensor)):
+        if name in _PER_TOKEN:
+            raise TypeError(f"inputs: wanted numbers in {name!r}; got {shorten(value)}")
         return value
-    if isinstance(value, Tensor) or hasattr(value, "__array__"):
-        whole = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    else:
+    array = None if isinstance(value, Tensor) or not hasattr(value, "__array__") else value
+    if isinstance(value, Tensor):
+        whole = value
+    elif array is not None and np.asarray(array).dtype.kind in "biufc":
+        whole = tensor_of(array)
+    else:  # arrays of objects are rows of unequal lengths
         whole = _from_rows(name, list(value), lengths)
+    if whole.dtype in _UNSIGNED:
+        whole = whole.long()
     return whole[None] if whole.ndim == 1 and name in _PER_TOKEN else whole
+
+
+_UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+def tensor_of(value: Any) -> Tensor:
+    """Numbers as a tensor, an array of another byte order or with negative strides too."""
+    if isinstance(value, Tensor):
+        return value
+    array = np.asarray(value)
+    native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    return torch.as_tensor(native.reshape(array.shape))  # which has one axis at least
 
 
 def _from_rows(name: str, rows: list[Any], lengths: dict[str, tuple[int, ...]]) -> Tensor:
@@ -180,7 +207,7 @@ def _from_rows(name: str, rows: list[Any], lengths: dict[str, tuple[int, ...]]) 
     parts = []
     for index, row in enumerate(rows):
         try:
-            parts.append(torch.as_tensor(np.asarray(row) if not isinstance(row, Tensor) else row))
+            parts.append(tensor_of(row))
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"inputs: wanted numbers in {name!r}; got {shorten(row)} in row {index}"

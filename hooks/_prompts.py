@@ -21,6 +21,7 @@ from hooks._given import (
     rows_of,
     shorten,
     taken,
+    tensor_of,
 )
 from hooks._inputs import ModelInput, check_model, has_decoder, input_device, short_input
 from hooks._token_rows import integers, refuse_bos, token_rows
@@ -164,7 +165,7 @@ def encode(
         decoder_mask = values.pop("decoder_attention_mask", None)
         labels = values.pop(LABELS, None)
         if given.left_out:
-            notes.append(f"no input of the model, and left out: {', '.join(given.left_out)}")
+            notes.append(f"no part of what is measured, and left out: {', '.join(given.left_out)}")
         tokens = values.pop(first_name(model))
         if isinstance(tokens, Tensor):
             refuse_bos(prepend_bos)
@@ -176,7 +177,7 @@ def encode(
     width = int(tokens.shape[-1]) if isinstance(tokens, (Tensor, np.ndarray)) else 0
     whole = lengths or tuple(width or end - at for at, end in spans)
     others = _beside(values, spans, width)
-    mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+    mask = None if attention_mask is None else tensor_of(rows_of(attention_mask))
     if mask is not None and mask.ndim == 4:
         others["each"]["attention_mask"] = tuple(mask.cpu())
     prompts = Prompts(
@@ -206,12 +207,15 @@ def encode(
 def _behind_padding(
     model: Any, prompts: Prompts, tokens: Any, values: Mapping[str, Any]
 ) -> Prompts:
-    """The same with the first prompt that lay behind padding, as it was given."""
-    at = next((i for i, (first, _) in enumerate(prompts.spans) if first), None)
-    if at is None or "attention_mask" not in taken(model):
+    """The same with the first prompt that lay behind padding, else before it, as it was given."""
+    spans, width = prompts.spans, prompts.width
+    at = next((i for i, (first, _) in enumerate(spans) if first), None)
+    if at is None:
+        at = next((i for i, (_, end) in enumerate(spans) if end < width), None)
+    if at is None or not width or "attention_mask" not in taken(model):
         return prompts
-    (first, end), ids = prompts.spans[at], torch.as_tensor(tokens).reshape(-1, prompts.width)
-    mask = torch.zeros(1, prompts.width, dtype=torch.long)
+    (first, end), ids = spans[at], tensor_of(tokens).long().reshape(-1, width)
+    mask = torch.zeros(1, width, dtype=torch.long)
     mask[0, first:end] = 1
     named: dict[str, Any] = {"attention_mask": mask}
     for name, value in values.items():
@@ -258,7 +262,8 @@ def _beside(
         if name in _PER_POSITION:
             value = _per_position(name, value, len(spans), width)
         if value.shape[:1] == (len(spans),):
-            cut = width and value.shape[1:2] == (width,) and not value.is_floating_point()
+            own = name in _PER_POSITION or not value.is_floating_point()
+            cut = width and value.shape[1:2] == (width,) and own
             each[name] = tuple(
                 row[first:end] if cut else row
                 for row, (first, end) in zip(value.cpu(), spans, strict=True)
@@ -336,7 +341,13 @@ def _with_decoder(model: Any, prompts: Prompts, given: Any, mask: Any, labels: A
     """The same with the decoder's tokens: given, made of the labels, or the prompt's own."""
     notes: tuple[str, ...] = ()
     if isinstance(given, np.ndarray):
-        given = torch.as_tensor(given)
+        given = tensor_of(given)
+    if isinstance(given, Tensor) and not given.is_floating_point():
+        given = given.long()
+    if mask is not None and tensor_of(mask).ndim > 2:
+        raise ValueError(
+            f"decoder_attention_mask: wanted [batch, pos]; got shape {list(tensor_of(mask).shape)}"
+        )
     if labels is not None:
         labels = integers(torch.as_tensor(labels).cpu(), 2)
         if given is None:

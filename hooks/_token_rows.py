@@ -9,8 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks._given import as_list, chat_ids, is_chat, is_ids, shorten, text_ids
+from hooks._given import (
+    as_list,
+    chat_ids,
+    is_chat,
+    is_ids,
+    rows_of,
+    shorten,
+    tensor_of,
+    text_ids,
+)
 from hooks._inputs import real_spans
+from hooks.scores import MASKED
 
 
 def token_rows(
@@ -24,7 +34,7 @@ def token_rows(
     if isinstance(tokens, str) or is_chat(tokens):
         tokens = [tokens]
     if isinstance(tokens, np.ndarray) and tokens.dtype.kind not in "OSU":
-        tokens = torch.as_tensor(tokens)
+        tokens = tensor_of(tokens)
     if isinstance(tokens, Tensor):
         refuse_bos(prepend_bos)
         return _from_tensor(model, tokens, attention_mask, lengths)
@@ -68,7 +78,7 @@ def _row(model: Any, item: Any, index: int, prepend_bos: bool | None) -> tuple[T
     if isinstance(item, Sequence) and not len(item):
         raise ValueError(f"prompt {index}: wanted integer ids; got none")
     try:
-        ids = torch.as_tensor(item).cpu()
+        ids = tensor_of(item).cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(
             f"prompt {index}: wanted text or integer ids; got {shorten(item)}"
@@ -130,13 +140,14 @@ def _mask(attention_mask: Any, ids: Tensor) -> Tensor:
         ValueError: another shape, or other numbers.
     """
     try:
-        mask = torch.as_tensor(attention_mask).cpu()
+        mask = tensor_of(rows_of(attention_mask)).cpu()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"attention_mask: wanted numbers of the shape of the tokens; got "
             f"{shorten(attention_mask)}"
         ) from None
     if mask.ndim == 4 and mask.shape[0] == len(ids) and mask.shape[2:] == (ids.shape[1],) * 2:
+        _check_hides(mask)
         return torch.ones_like(ids)
     mask = mask[None] if mask.ndim == 1 else mask
     if mask.shape != ids.shape:
@@ -150,6 +161,21 @@ def _mask(attention_mask: Any, ids: Tensor) -> Tensor:
             f"attention_mask: wanted 1 for real tokens and 0 for padding; got {other:g}"
         )
     return mask.long()
+
+
+def _check_hides(mask: Tensor) -> None:
+    """What is added to scores hides keys or leaves them: anything else would be a bias.
+
+    Raises:
+        ValueError: it holds other numbers.
+    """
+    other = torch.zeros_like(mask) if mask.dtype == torch.bool else mask
+    strange = other[~((other == 0) | (other <= MASKED))]
+    if len(strange):
+        raise ValueError(
+            f"attention_mask: wanted, of four axes, True and False, or 0 for what is seen and "
+            f"{MASKED:g} or less for what is not; got {float(strange[0]):g}"
+        )
 
 
 def own_pad_token(model: Any) -> int | None:

@@ -115,11 +115,12 @@ def check_masks(model: HookedModel, prompts: Prompts) -> None:
 
 
 _Key = tuple[str, str]
+_Place = tuple[str, str, int, int, bool]
 _unpadded: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def _check_padding(model: HookedModel, prompts: Prompts, key: _Key) -> None:
-    """Refuse left padding that the model, or a hook of the user's, takes for positions.
+    """Refuse padding that the model, or a hook of the user's, takes for positions or a length.
 
     One prompt as it was given and the same without its padding: the same logits.
 
@@ -130,7 +131,9 @@ def _check_padding(model: HookedModel, prompts: Prompts, key: _Key) -> None:
     if given is None:
         return
     known = _unpadded.setdefault(model, set())
-    if key in known:
+    left = prompts.spans[at][0] > 0 or (bool(prompts.decoder) and prompts.decoder_spans[at][0] > 0)
+    place: _Place = (*key, prompts.width, prompts.decoder_width, left)
+    if place in known:
         return
     with _state.evaluating(model), _state.checking():
         whole, cut = given.run(model), prompts.batch([at]).run(model)
@@ -142,20 +145,31 @@ def _check_padding(model: HookedModel, prompts: Prompts, key: _Key) -> None:
         error = float((mine - cut.double()).abs().max())
         room = torch.finfo(_state.pass_dtype(model)).eps ** 0.5 * float(cut.abs().max())
         if not error <= room:
-            why = "rows of padding are not finite in this model's attention, and spread"
-            if mine.isfinite().all():  # it isn't TransformerLens's mask under autocast
-                why = (
-                    "this model counts positions from the first column, or a hook of yours goes "
-                    "by columns"
-                )
             raise UnsupportedModelError(
-                "left padding",
+                "left padding" if left else "padding",
                 wanted="a pass that is the same without its padding",
-                got=f"logits off by {error:.2g}: {why}; pad on the right, or give lists",
+                got=f"logits off by {error:.2g}: {_why_padding_tells(mine, left)}",
             )
     if len(known) >= _KEPT:
         known.clear()
-    known.add(key)
+    known.add(place)
+
+
+def _why_padding_tells(logits: Tensor, left: bool) -> str:
+    if not bool(logits.isfinite().all()):  # TransformerLens's mask under autocast
+        return (
+            "rows of padding are not finite in this model's attention, and spread; pad on the "
+            "right, or give lists"
+        )
+    if left:
+        return (
+            "this model counts positions from the first column, or a hook of yours goes by "
+            "columns; pad on the right, or give lists"
+        )
+    return (
+        "this model goes by the width of the batch (as rotary positions of two lengths do), or a "
+        "hook of yours by columns; give lists, each of which is run at its own length"
+    )
 
 
 _masked: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()

@@ -29,7 +29,7 @@ from hooks._arguments import (
     read_sigmas,
 )
 from hooks._facts import attention_facts
-from hooks._given import MaskLike, Tokens, shorten
+from hooks._given import MaskLike, Tokens, shorten, tensor_of
 from hooks._prompts import Prompts, encode, example_of
 from hooks._sweep_factors import Grid
 from hooks._sweep_report import SweepReport, SweepSettings
@@ -216,13 +216,13 @@ def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Te
     cut = []
     for index, (row, ids, (first, end)) in enumerate(zip(given, rows, spans, strict=True)):
         of_tokens = len(ids) if ids.ndim == 1 else len(row)
-        fits = row.ndim == 1 and len(row) == (width or of_tokens)
+        fits = row.ndim == 1 and len(row) in (width or of_tokens, of_tokens)
         if row.is_floating_point() or row.dtype == torch.bool or not fits:
             raise ValueError(
                 f"targets: prompt {index}: wanted {width or of_tokens} integer ids, one for each "
                 f"token, padding included; got {row.dtype} of shape {list(row.shape)}"
             )
-        mine = row[first:end] if len(row) == width else row
+        mine = (row[first:end] if len(row) == width else row).cpu().long()
         real = mine[mine != UNSCORED]
         vocabulary = int(model.cfg.d_vocab)
         if len(real) and not 0 <= int(real.min()) <= int(real.max()) < vocabulary:
@@ -230,7 +230,7 @@ def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Te
                 f"targets: prompt {index}: wanted ids from 0 to {vocabulary - 1}, or {UNSCORED} "
                 f"where nothing is scored; got {int(real.min())} to {int(real.max())}"
             )
-        cut.append(mine.cpu().long())
+        cut.append(mine)
     return list(cut)
 
 
@@ -241,7 +241,7 @@ def _rows_of(targets: Any) -> list[Tensor]:
         TypeError: no integers.
     """
     try:
-        given = [torch.as_tensor(row) for row in targets]
+        given = [tensor_of(row) for row in targets]
         return [torch.stack(given)] if given and given[0].ndim == 0 else given
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
