@@ -225,8 +225,11 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
             "readable weights", wanted="floating-point weights in memory", got=unreadable
         )
     refuse_known_wrong(model)
-    key, known = key_of(model), _remembered.setdefault(model, OrderedDict())
+    key: tuple[str, ...] = key_of(model)
+    known = _remembered.setdefault(model, OrderedDict())
     kinds = () if prompts is None else _unusual(prompts)
+    if prompts is not None and users(model):
+        key = (*key, str(_longest(prompts)))  # hooks may act on long prompts alone
     if not asked and (*key, kinds) in known:
         return known[(*key, kinds)]
     if asked or kinds:
@@ -242,7 +245,7 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
             f"Hooks of yours on {', '.join(changing[:3])} change what they hold in each pass: they "
             "are told apart by their code alone."
         )
-        sites, key = replace(sites, notes=(*sites.notes, note)), key_of(model)
+        sites, key = replace(sites, notes=(*sites.notes, note)), (*key_of(model), *key[2:])
     known[(*key, kinds)] = sites
     if asked:
         known[(*key, ())] = sites
@@ -280,6 +283,9 @@ def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> 
         )
         layers = tuple(replace(layer, recheck=True) for layer in sites)
         sites = replace(sites, layers=layers, notes=(note,))
+    edits, prompts = _on_scores(model, sites, standing), examples[-1].prompts
+    if edits and prompts is not None:
+        _check_longest(_Example(model, prompts, whole=True), sites.layers, edits)
     if standing and _draws(model, examples[-1]):
         note = (
             f"Hooks of yours on {names(standing)} make two passes of one prompt differ: what is "
@@ -287,6 +293,35 @@ def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> 
         )
         sites = replace(sites, notes=(*sites.notes, note))
     return sites
+
+
+def _longest(prompts: Prompts) -> int:
+    """Positions of the longest prompt."""
+    return max(len(row) for row in prompts.first)
+
+
+def _check_longest(
+    example: _Example, layers: tuple[LayerSites, ...], edits: list[Standing]
+) -> None:
+    """The check on the caller's longest prompt: a hook at the scores may act on no other.
+
+    Raises:
+        UnsupportedModelError: it fails there.
+    """
+    try:
+        again = _check_all(example, layers, 0)
+        for few, many in zip(layers, again, strict=True):
+            if few.has_bias != many.has_bias:
+                raise UnsupportedModelError(
+                    "a bias of the scores",
+                    wanted="one at every length, or none",
+                    got="one on the longest prompt alone" if many.has_bias else "none on it",
+                    layer=few.layer,
+                )
+    except Undecided:
+        return  # short prompts decided it
+    except UnsupportedModelError as error:
+        raise _naming(error, edits) from error
 
 
 def _on_scores(
@@ -326,14 +361,19 @@ def _draws(model: HookedModel, example: _Example) -> bool:
 class _Example:
     """Makes the copies of a check's prompt: random ones, or of the caller's prompts."""
 
-    def __init__(self, model: HookedModel, prompts: Prompts | None) -> None:
+    def __init__(self, model: HookedModel, prompts: Prompts | None, *, whole: bool = False) -> None:
         self.model = model
         self.prompts = prompts
+        self.whole = whole  # the longest prompt, to its end
 
     def copies(self, batch: int, avoid: set[int], attempt: int = 0) -> ModelInput:
         """A batch of one prompt, another one at each attempt where there is a choice."""
         if self.prompts is None:
             return short_input(self.model, batch, avoid, attempt)
+        if self.whole:
+            rows = self.prompts.first
+            longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+            return self.prompts.batch([longest]).rows([0] * batch)
         index = attempt % len(self.prompts)
         given = _short(self.prompts.some([index]), avoid).batch([0])
         return given.rows([0] * batch)

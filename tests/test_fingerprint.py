@@ -5,7 +5,9 @@ The oracle for "noticed" is a model made the same way and measured for the first
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -206,6 +208,45 @@ def switch_off(model: Any) -> None:
             module.disable_adapters = True
 
 
+class Act(nn.Module):
+    """An activation of the user's, with what its attributes hold."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        vars(self).update(attributes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+def activation(kind: Any) -> Callable[[Any], None]:
+    def swap(model: Any) -> None:
+        for module in inner(model).modules():
+            if hasattr(module, "act_fn"):
+                module.act_fn = kind()
+
+    return swap
+
+
+def acting(**attributes: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        model = tiny_llama()
+        activation(partial(Act, **attributes))(model)
+        return model
+
+    return make
+
+
+@contextmanager
+def method_of_a_class(model: Any) -> Iterator[None]:
+    mlp = next(m for m in inner(model).modules() if hasattr(m, "gate_proj"))
+    kind: Any = next(k for k in type(mlp).__mro__ if "forward" in vars(k))
+    before = kind.forward
+    kind.forward = lambda self, x: 2 * before(self, x)
+    yield
+    kind.forward = before
+
+
 EDITS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     "a head ablated in W_O": (tiny_llama, ablate_head, "fingerprint"),
     "an MLP's last column": (tiny_llama, last_column, "fingerprint"),
@@ -233,6 +274,11 @@ EDITS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
         lambda m: [m.add_hook(n, f) for n, f in NormNoise(sigma=0.1, on="k").hooks(m)],
         "hooks",
     ),
+    "another activation": (tiny_llama, activation(nn.Identity), "modules"),
+    "a number": (acting(by=np.float32(1)), activation(partial(Act, by=np.float32(2))), "modules"),
+    "an array": (acting(by=np.ones(3)), activation(partial(Act, by=np.zeros(3))), "modules"),
+    "a tensor": (acting(by=torch.ones(3)), activation(partial(Act, by=torch.zeros(3))), "modules"),
+    "a function": (acting(by=torch.relu), activation(partial(Act, by=torch.tanh)), "modules"),
     "bfloat16": (tiny_llama, lambda m: m.to(torch.bfloat16), "dtype"),
 }
 
@@ -249,6 +295,58 @@ def test_parts_of_different_models_never_merge(name: str) -> None:
     later = collapse_probe(model, IDS, first_prompt=2, **settings)
     with pytest.raises(ValueError, match=f"wanted reports of one model; got {field} "):
         first.merge(later)
+
+
+def test_a_method_replaced_for_a_whole_class_is_another_model() -> None:
+    model = tiny_llama()
+    before = fingerprint(model)["modules"]
+    with method_of_a_class(model):
+        assert fingerprint(model)["modules"] != before
+    assert fingerprint(model)["modules"] == before
+
+
+class Slotted:
+    __slots__ = ("by",)
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+
+class ByClass:
+    by = 1.0
+
+    def __call__(self, x: Tensor, hook: Any) -> Tensor:
+        return self.by * x
+
+    def method(self, x: Tensor, hook: Any) -> Tensor:
+        return self.by * x
+
+
+def reading(held: Any) -> Callable[[Tensor, Any], Tensor]:
+    def scale(x: Tensor, hook: Any) -> Tensor:
+        return x * (held[0] if isinstance(held, deque) else held.by)
+
+    return scale
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda by: reading(Slotted(by)),
+        lambda by: reading(deque([by])),
+        lambda by: reading(Act(by=by)),
+        lambda by: reading(type("Settings", (), {"by": by})),
+        lambda by: type("Other", (ByClass,), {"by": by})(),
+        lambda by: type("Other", (ByClass,), {"by": by})().method,
+    ],
+    ids=["slots", "deque", "module", "class", "callable of a class", "method of a class"],
+)
+def test_whatever_a_hook_reads_its_numbers_from(make: Callable[[float], Any]) -> None:
+    model, found = tiny_llama(), []
+    for by in (1.0, 2.0, 1.0):
+        with model.hooks(fwd_hooks=[("blocks.0.hook_in", make(by))]):
+            found.append(fingerprint(model)["hooks"])
+    assert found[0] == found[2] != found[1]
 
 
 def test_hooks_that_differ_in_what_they_close_over_are_told_apart() -> None:

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import BatchEncoding, LlamaForCausalLM
 
 import hooks
-from hooks import collapse_probe, spread, sweep
+from hooks import UnsupportedModelError, collapse_probe, spread, sweep
 from hooks._prompts import encode
 from qkvnorm_lens.text import windows
-from tests.models import tiny_hf, tiny_llama, tiny_llama_config, tokens
+from tests.models import _bridge, tiny_hf, tiny_llama, tiny_llama_config, tokens
 from tests.support import builders
 
 pytestmark = pytest.mark.filterwarnings(
@@ -206,12 +206,123 @@ def forms() -> dict[str, Any]:
         "with labels": {"input_ids": IDS, "labels": IDS},
         "arrays in a list": [np.asarray(row) for row in lists],
         "int32": IDS.int(),
+        **{str(kind): IDS.to(kind) for kind in (torch.uint8, torch.uint16, torch.uint32)},
+        "a mapping of unsigned ones": {"input_ids": IDS.to(torch.uint8), "attention_mask": ONES},
+        "another byte order": IDS.numpy().astype(">i4"),
+        "negative strides": IDS.flip(1).numpy()[:, ::-1],
+        "objects": {"input_ids": np.array([np.asarray(row) for row in lists] + [None], object)[:B]},
+        "a series in a mapping": {"input_ids": pd.Series(lists)},
+        "a generator": (row for row in lists),
+        "with what a call would return": {"input_ids": IDS, "logits_to_keep": torch.arange(B)},
     }
 
 
 @pytest.mark.parametrize("name", forms())
 def test_every_form_of_the_same_ids_is_the_same_prompt(llama: Any, plain: Any, name: str) -> None:
     assert probed(llama, forms()[name]) == sparse_rows(weights(plain, IDS))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.uint32, torch.int16])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_kind_of_integer_can_be_padded(kind: torch.dtype, side: str) -> None:
+    model = tiny_llama()
+    mask = ONES.clone()
+    mask[1, slice(0, 5) if side == "left" else slice(-5, None)] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    plain = collapse_probe(model, IDS, attention_mask=mask, draws=0)
+    given = {
+        "input_ids": IDS.to(kind),
+        "attention_mask": mask.to(kind),
+        "position_ids": positions.to(kind),
+    }
+    report = collapse_probe(model, given, draws=0)
+    assert report.padding.tolist() == plain.padding.tolist() == [0, 5, 0, 0]
+    assert np.array_equal(report.rows, plain.rows)
+    floats = given | {"position_ids": positions.float()}
+    assert np.array_equal(collapse_probe(model, floats, draws=0).rows, plain.rows)
+
+
+def test_targets_may_be_as_ragged_as_the_tokens() -> None:
+    model, lists = tiny_llama(), [row[: 24 - 3 * i].tolist() for i, row in enumerate(IDS)]
+    targets = [[*row[1:], -100] for row in lists]
+    wanted = sweep(model, lists, sigmas=[0.1], replicates=1)
+    for given in ({"input_ids": lists}, [{"input_ids": row} for row in lists], lists):
+        report = sweep(model, given, sigmas=[0.1], replicates=1, targets=targets)
+        np.testing.assert_allclose(report.clean_loss, wanted.clean_loss, rtol=1e-6)
+
+
+def hiding(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Causal, ``[batch, 1, query, key]``."""
+    seen = torch.ones(N, N).tril().bool()
+    return torch.where(seen, 0.0, value).to(dtype).expand(B, 1, -1, -1)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_masks_of_four_axes_hide_or_are_refused(attn: str) -> None:
+    """A bias among the scores is nothing that noise scales; -10000 leaves a key visible."""
+    model = tiny_llama()
+    model.original_model.set_attn_implementation(attn)
+    wanted = collapse_probe(model, IDS, draws=0).rows
+    least = torch.finfo(torch.float32).min
+    for mask in (hiding(least), hiding(-1e9), hiding(-torch.inf), hiding(least) == 0):
+        report = collapse_probe(model, {"input_ids": IDS, "attention_mask": mask}, draws=0)
+        assert np.array_equal(report.rows, wanted)
+    slope = -torch.arange(N).flip(0).float().expand(B, 1, N, N) + hiding(least)
+    for mask, got in (
+        (hiding(-1e4), "-10000"),
+        (slope, "-"),
+        (hiding(0.5), "0.5"),
+        ((hiding(least) == 0).long(), "1"),
+        (hiding(torch.nan), "nan"),
+    ):
+        words = f"attention_mask: wanted, of four axes, .*; got {got}"
+        with pytest.raises(ValueError, match=words):
+            collapse_probe(model, {"input_ids": IDS, "attention_mask": mask}, draws=0)
+
+
+def test_a_decoders_mask_of_four_axes_is_refused_by_name() -> None:
+    model = builders.build("T5ForConditionalGeneration").model
+    inputs = {"input_ids": READ, "decoder_input_ids": READ}
+    mask = torch.ones(3, 1, 9, 9).tril()
+    with pytest.raises(ValueError, match=r"decoder_attention_mask: wanted \[batch, pos\]; got"):
+        collapse_probe(model, inputs | {"decoder_attention_mask": mask}, draws=0)
+
+
+def test_positions_by_the_batchs_width_are_refused_by_name() -> None:
+    """Rotary positions of two lengths: a short prompt beside a long one is turned as that one."""
+    scaling = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 16,
+        "factor": 4.0,
+    }
+    config = tiny_llama_config()
+    config.rope_parameters = scaling
+    model = _bridge(LlamaForCausalLM, config)
+    mask = ONES.clone()
+    mask[1, 10:] = 0
+    with pytest.raises(UnsupportedModelError, match=r"padding: wanted .* width of the batch"):
+        collapse_probe(model, IDS, attention_mask=mask, draws=0)
+    for same in (IDS, IDS[:, :10], [IDS[0].tolist(), IDS[1, :10].tolist()]):
+        collapse_probe(model, same, draws=0)
+
+
+def test_a_hook_that_goes_by_columns_is_found_at_every_width() -> None:
+    model = tiny_llama()
+
+    def column(z: Tensor, hook: Any) -> Tensor:
+        out = z.clone()
+        out[:, 8:9] = 0
+        return out
+
+    mask = ONES.clone()
+    mask[0, :3] = 0
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", column)]):
+        collapse_probe(model, IDS[:, :7], attention_mask=mask[:, :7], draws=0)
+        with pytest.raises(UnsupportedModelError, match="left padding"):
+            collapse_probe(model, IDS[:, :12], attention_mask=mask[:, :12], draws=0)
 
 
 def test_rows_of_unequal_lengths_are_prompts_of_their_own() -> None:

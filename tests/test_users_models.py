@@ -227,6 +227,73 @@ def test_hooks_that_patch_and_ablate_are_measured(
     assert not [p for p in model.hook_dict.values() if p.fwd_hooks]
 
 
+LONG = tokens(2, 40, seed=6)
+
+
+def biased_from(n_least: int) -> Callable[[Tensor, Any], Tensor]:
+    """A bias of the scores on long prompts: noise does not scale it."""
+    bias = 10 * torch.randn(40, 40, generator=torch.Generator().manual_seed(3))
+
+    def add(scores: Tensor, hook: Any) -> Tensor:
+        n = scores.shape[-1]
+        return scores if n < n_least else scores + bias[:n, :n]
+
+    return add
+
+
+def one_hot_from(n_least: int) -> Callable[[Tensor, Any], Tensor]:
+    """Attention to the first token: no softmax of the scores."""
+
+    def replaced(pattern: Tensor, hook: Any) -> Tensor:
+        if pattern.shape[-1] < n_least:
+            return pattern
+        return torch.zeros_like(pattern).index_fill(-1, torch.tensor([0]), 1.0)
+
+    return replaced
+
+
+@pytest.mark.parametrize(
+    ("where", "hook", "named"),
+    [
+        ("attn_scores", biased_from(20), "a bias of the scores"),
+        ("pattern", one_hot_from(20), "pattern = softmax"),
+    ],
+)
+def test_hooks_at_the_scores_that_act_on_long_prompts_alone_are_found(
+    where: str, hook: Callable[[Tensor, Any], Tensor], named: str
+) -> None:
+    model, point = tiny_llama(), f"blocks.0.attn.hook_{where}"
+    with model.hooks(fwd_hooks=[(point, hook)]):
+        short = collapse_probe(model, LONG[:, :15], draws=0)
+        assert any(words.startswith("with hooks on") for words in short.model["given"])
+        with pytest.raises(UnsupportedModelError, match=rf"{named}.*hooks of yours are on {point}"):
+            collapse_probe(model, LONG, draws=0)
+    collapse_probe(model, LONG, draws=0)
+
+
+def test_a_bias_of_the_scores_by_a_hook_is_no_part_of_what_noise_scales() -> None:
+    """At every length: the exact rate is the one that passes under noise have."""
+    model, draws = tiny_llama(), 60
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_attn_scores", biased_from(0))]):
+        settings: dict[str, Any] = {"layers": [0], "sigmas": [0.4], "sparse": 0.9}
+        exact = collapse_probe(model, LONG, draws=0, **settings)
+        sampled = collapse_probe(model, LONG, method="sample", draws=draws, **settings)
+    wanted, got = exact.loose.sum(), sampled.loose.sum()
+    assert wanted > 2
+    assert got == pytest.approx(wanted, rel=0.1)
+
+
+def test_a_model_compiled_in_place_is_measured_without_it() -> None:
+    model, plain = tiny_gpt2(), tiny_gpt2()
+    model.compile(backend="eager")
+    model.original_model.compile(backend="eager")
+    calls = model._compiled_call_impl, model.original_model._compiled_call_impl
+    assert rows(model) == rows(plain)
+    report = collapse_probe(model, IDS, draws=0)
+    assert any("without torch.compile" in words for words in report.model["given"])
+    assert (model._compiled_call_impl, model.original_model._compiled_call_impl) == calls
+
+
 def test_noise_beside_hooks_that_ablate() -> None:
     """Noise on k where z is ablated: what a hand-written hook gives."""
     model = tiny_gpt2()
