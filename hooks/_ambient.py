@@ -53,7 +53,7 @@ def measurement(call: Callable[_P, _T]) -> Callable[_P, _T]:
             _forks.measuring.append(threading.get_ident())
         _here.depth += 1
         try:
-            with without_autocast(), _uncompiled(compiled):
+            with without_autocast(), on_cpu(), _uncompiled(compiled):
                 return call(*args, **kwargs)
         finally:
             _here.depth -= 1
@@ -158,6 +158,16 @@ def without_autocast() -> Iterator[None]:
     finally:
         for device in active:
             torch.set_autocast_enabled(device, True)
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Tensors of ours that name no device are made where our arithmetic is."""
+    if torch.get_default_device().type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
 
 
 # -- forks ----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks import _state
+from hooks._ambient import on_cpu
 from hooks._arguments import check_integers
 from hooks._inputs import real_spans
 
@@ -178,6 +179,7 @@ class Clock:
                 )
         return range(self.first_prompt, self.first_prompt + batch)
 
+    @on_cpu()
     def drawn(
         self, noise: NormNoise, sites: LayerSites, role: Role, site: Site, shape: tuple[int, ...]
     ) -> Float[Tensor, "batch pos head"]:

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks import _state
+from hooks._ambient import on_cpu
 from hooks._arguments import (
     SEEDS,
     brief,
@@ -174,6 +175,7 @@ class NormNoise:
         open_interval = np.maximum(drawn, 2.0**-54)
         return np.broadcast_to(open_interval, (n_pos, n_heads))
 
+    @on_cpu()
     def factors(
         self,
         *,

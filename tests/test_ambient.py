@@ -205,6 +205,21 @@ def test_a_forked_process_probes_with_one_thread_and_says_so() -> None:
     assert any("a forked process" in text for text in said)
 
 
+@pytest.mark.parametrize("name", JOBS)
+def test_a_default_device_is_for_tensors_of_the_users(name: str) -> None:
+    """ "meta" stands for any other than the model's: nothing of ours may be made there."""
+    model = models.tiny_gpt2()
+    wanted = JOBS[name](model).to_frame()
+    noise = hooks.NormNoise(sigma=0.2, seed=1)
+    with noise.applied(model):
+        logits = model(IDS)
+    with torch.device("meta"):
+        assert JOBS[name](model).to_frame().equals(wanted)
+        with noise.applied(model):
+            assert torch.equal(model(IDS), logits)
+        assert torch.empty(1).device.type == "meta"
+
+
 def _probed(pos: int) -> str:
     """In a process of its own, as a data loader's worker is."""
     ids = models.tokens(batch=3, pos=pos)

@@ -149,6 +149,24 @@ def test_openai_gpt_with_a_mask_sees_later_tokens() -> None:
         hooks.collapse_probe(built.model, {"input_ids": TEXT, "attention_mask": ones}, draws=0)
 
 
+@pytest.mark.parametrize(
+    "name", ["GPT2LMHeadModel", "LlamaForCausalLM", "GPTNeoXForCausalLM", "Gemma2ForCausalLM"]
+)
+def test_attn_scale_is_minus_one(name: str) -> None:
+    assert build(name).model.cfg.attn_scale == -1.0
+
+
+def test_left_padded_gpt2_counts_positions_from_the_mask() -> None:
+    built, hf = build("GPT2LMHeadModel"), build_hf("GPT2LMHeadModel")
+    mask = torch.ones_like(TEXT)
+    mask[0, :3] = 0
+    mine, theirs = built.model(TEXT, attention_mask=mask), hf(TEXT, attention_mask=mask).logits
+    assert apart(mine[0, 3:], theirs[0, 3:]) > 0.5
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    theirs = hf(TEXT, attention_mask=mask, position_ids=positions).logits
+    assert apart(mine[0, 3:], theirs[0, 3:]) < 1e-3
+
+
 def test_left_padding_is_nan_under_autocast() -> None:
     """The mask's least float32 is -inf in bfloat16: a row of padding has no softmax."""
     built, mask = build("LlamaForCausalLM"), torch.ones_like(TEXT)
