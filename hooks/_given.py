@@ -93,7 +93,9 @@ def rows_of(tokens: Any) -> Any:
 
     Anything else is returned as it is.
     """
-    if isinstance(tokens, (Sequence, Mapping, Tensor)):
+    if isinstance(tokens, Tensor):
+        return dense("tokens", tokens)
+    if isinstance(tokens, (Sequence, Mapping)):
         return tokens
     if isinstance(tokens, Iterator):
         return list(tokens)
@@ -102,6 +104,19 @@ def rows_of(tokens: Any) -> Any:
     if hasattr(tokens, "__array__") or not hasattr(tokens, "__getitem__"):
         return tokens
     return [tokens[i] for i in range(len(tokens))] if hasattr(tokens, "__len__") else tokens
+
+
+def dense(name: str, given: Tensor) -> Tensor:
+    """The same.
+
+    Raises:
+        TypeError: a tensor whose numbers do not lie in memory, one behind the other.
+    """
+    kind = "nested" if given.is_nested else str(given.layout).removeprefix("torch.")
+    kind = "meta" if given.device.type == "meta" else kind
+    if kind != "strided":
+        raise TypeError(f"{name}: wanted a dense tensor of numbers; got a {kind} one")
+    return given
 
 
 def is_chat(tokens: Any) -> bool:
@@ -179,7 +194,7 @@ def _tensor(name: str, value: Any, lengths: dict[str, tuple[int, ...]]) -> Any:
         return value
     array = None if isinstance(value, Tensor) or not hasattr(value, "__array__") else value
     if isinstance(value, Tensor):
-        whole = value
+        whole = dense(name, value)
     elif array is not None and np.asarray(array).dtype.kind in "biufc":
         whole = tensor_of(array)
     else:  # arrays of objects are rows of unequal lengths

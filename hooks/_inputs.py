@@ -20,6 +20,10 @@ from hooks.sites import HookedModel
 _LENGTHS = (5, 7, 11, 13, 17, 3, 4, 2)  # few tokens only where the context has no room for more
 
 
+# Inputs that stand beside any tokens.
+_OF_TOKENS = {"attention_mask", "decoder_input_ids", "decoder_attention_mask"}
+
+
 class NoRoom(UnsupportedModelError):
     """The context is too short for a prompt whose length is no number of heads."""
 
@@ -74,11 +78,28 @@ class ModelInput:
         except Exception as error:
             where = raised_by(model, error) or self._broken_by(model, error, {**options, **named})
             if not where:
+                self._refuse(error)
                 raise
             raise ValueError(
                 f"hooks: wanted hooks that take a pass of {self.batch} prompts of "
                 f"{self.first.shape[1]} positions; got {type(error).__name__} from yours on "
                 f"{where}: {error}"
+            ) from error
+
+    def _refuse(self, error: Exception) -> None:
+        """Name the inputs beside the tokens, where the model's own code raised on them.
+
+        Raises:
+            ValueError: it did.
+        """
+        named = sorted({*self.named} - _OF_TOKENS)
+        raised = isinstance(error, (IndexError, TypeError, ValueError, RuntimeError))
+        if isinstance(error, torch.OutOfMemoryError) or not raised or raised_in(error, "hooks"):
+            return
+        if named or getattr(self.named.get("attention_mask"), "ndim", 2) == 4:
+            raise ValueError(
+                f"inputs: wanted {', '.join(named) or 'attention_mask'} that the model's forward "
+                f"pass takes; got {type(error).__name__}: {error}"
             ) from error
 
     def _broken_by(self, model: HookedModel, error: Exception, options: Mapping[str, Any]) -> str:

@@ -97,12 +97,16 @@ def raised_by(model: Any, error: BaseException) -> str | None:
     return None
 
 
+_WATCHES = {"__torch_function__"}
+
+
 def raised_in(error: BaseException, package: str) -> bool:
-    """Whether a module of this package raised it."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
+    """Whether a module of this package raised it; what a watched call raises is its caller's."""
+    at, name = error.__traceback__, ""
+    while at is not None:
+        if at.tb_frame.f_code.co_name not in _WATCHES:
+            name = str(at.tb_frame.f_globals.get("__name__", ""))
         at = at.tb_next
-    name = "" if at is None else str(at.tb_frame.f_globals.get("__name__", ""))
     return name.split(".")[0] == package
 
 

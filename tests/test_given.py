@@ -23,7 +23,14 @@ import hooks
 from hooks import UnsupportedModelError, collapse_probe, spread, sweep
 from hooks._prompts import encode
 from qkvnorm_lens.text import windows
-from tests.models import _bridge, tiny_hf, tiny_llama, tiny_llama_config, tokens
+from tests.models import (
+    _bridge,
+    tiny_gpt2,
+    tiny_hf,
+    tiny_llama,
+    tiny_llama_config,
+    tokens,
+)
 from tests.support import builders
 
 pytestmark = pytest.mark.filterwarnings(
@@ -249,6 +256,38 @@ def test_targets_may_be_as_ragged_as_the_tokens() -> None:
     for given in ({"input_ids": lists}, [{"input_ids": row} for row in lists], lists):
         report = sweep(model, given, sigmas=[0.1], replicates=1, targets=targets)
         np.testing.assert_allclose(report.clean_loss, wanted.clean_loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"position_ids": AT + 100}, "inputs: wanted position_ids .*; got IndexError"),
+        ({"position_ids": AT - 5}, "inputs: wanted position_ids .*; got IndexError"),
+        ({"position_ids": AT * torch.nan}, "inputs: wanted position_ids .*; got RuntimeError"),
+        ({"position_ids": 3}, "inputs: wanted numbers in 'position_ids'; got 3"),
+        ({"position_ids": "abc"}, "inputs: wanted numbers in 'position_ids'; got 'abc'"),
+        ({"token_type_ids": AT * 100}, "inputs: wanted token_type_ids .*; got IndexError"),
+        (
+            {"inputs_embeds": torch.ones(B, N, 32)},
+            "inputs: wanted inputs_embeds .*; got ValueError",
+        ),
+        ({"use_cache": torch.ones(2)}, "inputs: wanted .*use_cache"),
+        ({"input_ids": IDS.to_sparse()}, "wanted a dense tensor of numbers; got a sparse_coo one"),
+        ({"input_ids": IDS.to("meta")}, "wanted a dense tensor of numbers; got a meta one"),
+    ],
+)
+def test_what_the_models_own_code_refuses_is_named(named: dict[str, Any], words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        collapse_probe(tiny_gpt2(), {"input_ids": IDS, **named}, draws=0)
+
+
+@pytest.mark.parametrize("name", ["OPTForCausalLM", "BloomForCausalLM"])
+def test_a_mask_that_a_model_does_not_take_is_named(name: str) -> None:
+    mask = torch.ones(N, N).tril().bool().expand(B, 1, N, N)
+    with pytest.raises(ValueError, match="inputs: wanted attention_mask that the model"):
+        collapse_probe(
+            builders.build(name).model, {"input_ids": IDS % 90, "attention_mask": mask}, draws=0
+        )
 
 
 def hiding(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
