@@ -91,7 +91,10 @@ def attention_sites(model: HookedModel, inputs: Any = None) -> AttentionSites:
     check_model(model)
     if inputs is None:
         return _sites(model, None, asked=False)
-    return _sites(model, encode(model, inputs), asked=True)
+    prompts = encode(model, inputs)
+    sites = _sites(model, prompts, asked=True)
+    _check_longest(model, sites, prompts)
+    return sites
 
 
 def sites_for(model: HookedModel, prompts: Prompts) -> AttentionSites:
@@ -99,6 +102,7 @@ def sites_for(model: HookedModel, prompts: Prompts) -> AttentionSites:
     check_model(model)
     sites = _sites(model, prompts, asked=False)
     check_masks(model, prompts)
+    _check_longest(model, sites, prompts)
     return sites
 
 
@@ -225,11 +229,8 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
             "readable weights", wanted="floating-point weights in memory", got=unreadable
         )
     refuse_known_wrong(model)
-    key: tuple[str, ...] = key_of(model)
-    known = _remembered.setdefault(model, OrderedDict())
+    key, known = key_of(model), _remembered.setdefault(model, OrderedDict())
     kinds = () if prompts is None else _unusual(prompts)
-    if prompts is not None and users(model):
-        key = (*key, str(_longest(prompts)))  # hooks may act on long prompts alone
     if not asked and (*key, kinds) in known:
         return known[(*key, kinds)]
     if asked or kinds:
@@ -245,7 +246,7 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
             f"Hooks of yours on {', '.join(changing[:3])} change what they hold in each pass: they "
             "are told apart by their code alone."
         )
-        sites, key = replace(sites, notes=(*sites.notes, note)), (*key_of(model), *key[2:])
+        sites, key = replace(sites, notes=(*sites.notes, note)), key_of(model)
     known[(*key, kinds)] = sites
     if asked:
         known[(*key, ())] = sites
@@ -283,9 +284,6 @@ def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> 
         )
         layers = tuple(replace(layer, recheck=True) for layer in sites)
         sites = replace(sites, layers=layers, notes=(note,))
-    edits, prompts = _on_scores(model, sites, standing), examples[-1].prompts
-    if edits and prompts is not None:
-        _check_longest(_Example(model, prompts, whole=True), sites.layers, edits)
     if standing and _draws(model, examples[-1]):
         note = (
             f"Hooks of yours on {names(standing)} make two passes of one prompt differ: what is "
@@ -295,22 +293,27 @@ def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> 
     return sites
 
 
-def _longest(prompts: Prompts) -> int:
-    """Positions of the longest prompt."""
-    return max(len(row) for row in prompts.first)
+_whole: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
-def _check_longest(
-    example: _Example, layers: tuple[LayerSites, ...], edits: list[Standing]
-) -> None:
-    """The check on the caller's longest prompt: a hook at the scores may act on no other.
+def _check_longest(model: HookedModel, sites: AttentionSites, prompts: Prompts) -> None:
+    """The check on the longest prompt, where hooks at the scores may act on no other.
 
     Raises:
         UnsupportedModelError: it fails there.
     """
+    standing = users(model)
+    edits = _on_scores(model, sites, standing) if standing else []
+    if not edits:
+        return
+    known = _whole.setdefault(model, set())
+    place = (*key_of(model), max(len(row) for row in prompts.first))
+    if place in known:
+        return
     try:
-        again = _check_all(example, layers, 0)
-        for few, many in zip(layers, again, strict=True):
+        with _state.evaluating(model), _state.checking():
+            again = _check_all(_Example(model, prompts, whole=True), sites.layers, 0)
+        for few, many in zip(sites.layers, again, strict=True):
             if few.has_bias != many.has_bias:
                 raise UnsupportedModelError(
                     "a bias of the scores",
@@ -319,9 +322,12 @@ def _check_longest(
                     layer=few.layer,
                 )
     except Undecided:
-        return  # short prompts decided it
+        pass  # short prompts decided it
     except UnsupportedModelError as error:
         raise _naming(error, edits) from error
+    if len(known) >= _KEPT:
+        known.clear()
+    known.add(place)
 
 
 def _on_scores(

@@ -216,7 +216,8 @@ def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Te
     cut = []
     for index, (row, ids, (first, end)) in enumerate(zip(given, rows, spans, strict=True)):
         of_tokens = len(ids) if ids.ndim == 1 else len(row)
-        fits = row.ndim == 1 and len(row) in (width or of_tokens, of_tokens)
+        ragged = not prompts.decoder and not prompts.padding[index]  # the caller padded nothing
+        fits = row.ndim == 1 and len(row) in (width or of_tokens, of_tokens if ragged else -1)
         if row.is_floating_point() or row.dtype == torch.bool or not fits:
             raise ValueError(
                 f"targets: prompt {index}: wanted {width or of_tokens} integer ids, one for each "
