@@ -163,7 +163,7 @@ def _without_places(value: Any) -> Any:
     return value
 
 
-def _of_modules(modules: Iterable[nn.Module]) -> str:
+def _of_modules(modules: Iterable[nn.Module], *, follow: bool = True) -> str:
     """Plain attributes of the modules, and methods that stand on an instance.
 
     What TransformerLens and transformers keep to themselves changes from pass to pass.
@@ -177,15 +177,19 @@ def _of_modules(modules: Iterable[nn.Module]) -> str:
             continue
         private = not kind.__module__.startswith(("transformer_lens.", "transformers."))
         own: list[Any] = []
-        if not private and not of_a_library(kind.forward):  # replaced for every module of it
+        # A function that is followed may be bound to the very module: then it has been.
+        if (
+            follow and not private and not of_a_library(kind.forward)
+        ):  # replaced for every module of it
             own.append(("forward", _of_function(kind.forward, 0)))
         for name, value in vars(module).items():
             if name in _INTERNAL or name in _PLACES or (name.startswith("_") and not private):
                 continue
             if _is_plain(value) or (private and _is_array(value)):
                 own.append((name, value))
-            elif (private and isinstance(value, _FUNCTIONS)) or (
-                name == "forward" and not of_a_library(value)
+            elif follow and (
+                (private and isinstance(value, _FUNCTIONS))
+                or (name == "forward" and not of_a_library(value))
             ):
                 own.append((name, _of_function(value, 0)))
         rows.append((index, kind.__qualname__, own))
@@ -322,7 +326,7 @@ def _words(value: Any, depth: int) -> str:
         return f"tensor {_of_tensors([('', value)])}"
     if isinstance(value, nn.Module):
         mine = [*value.named_parameters(), *value.named_buffers()]
-        attributes = _of_modules(value.modules())
+        attributes = _of_modules(value.modules(), follow=False)
         return f"{type(value).__qualname__} {_of_tensors(mine)} {attributes}"
     if _is_array(value):
         return f"array {value.dtype} {value.shape} {_short(bytes(value.tobytes()))}"
