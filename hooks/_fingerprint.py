@@ -177,10 +177,8 @@ def _of_modules(modules: Iterable[nn.Module], *, follow: bool = True) -> str:
             continue
         private = not kind.__module__.startswith(("transformer_lens.", "transformers."))
         own: list[Any] = []
-        # A function that is followed may be bound to the very module: then it has been.
-        if (
-            follow and not private and not of_a_library(kind.forward)
-        ):  # replaced for every module of it
+        # Replaced for every module of a class; what is followed may be bound to this very module.
+        if follow and not private and not of_a_library(kind.forward):
             own.append(("forward", _of_function(kind.forward, 0)))
         for name, value in vars(module).items():
             if name in _INTERNAL or name in _PLACES or (name.startswith("_") and not private):
@@ -269,11 +267,11 @@ def _of_function(function: Any, depth: int) -> str:
     code = getattr(function, "__code__", None)
     if code is None:
         return _digest(function, depth + 1)
-    if str(function.__module__).startswith(_OPAQUE):  # its version is in the report
-        return _digest([function.__module__, function.__qualname__, bound], depth + 1)
     cells = [_contents(cell) for cell in function.__closure__ or ()]
     known = function.__globals__
-    read = {n: _read(known[n], function.__module__) for n in sorted(_names(code)) if n in known}
+    # What a library's function reads is the library's, whose version is in the report.
+    names = () if _is_opaque(function) else sorted(_names(code))
+    read = {n: _read(known[n], function.__module__) for n in names if n in known}
     return _digest(
         [_of_code(code), function.__defaults__, function.__kwdefaults__, cells, read, bound],
         depth + 1,
@@ -357,7 +355,7 @@ def _inside(value: Any, depth: int) -> str | None:
         return f"{value.__qualname__} {_words(_settings_of(value), depth + 1)}"
     if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
         return getattr(value, "__qualname__", value.__name__)
-    if type(value).__module__.startswith(_OPAQUE):
+    if _is_opaque(type(value)):
         return None
     # An object of the user's, such as a hook with state.
     slots = [n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ())]
@@ -366,11 +364,16 @@ def _inside(value: Any, depth: int) -> str | None:
     return _words(held, depth + 1) if held or hasattr(value, "__dict__") else None
 
 
+def _is_opaque(made: Any) -> bool:
+    """Whether a class or a function is a library's; `torch_of_mine` is none."""
+    return str(made.__module__).split(".")[0] in _OPAQUE
+
+
 def _settings_of(kind: type) -> dict[str, Any]:
     """Plain attributes of a class of the user's."""
     found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        if not base.__module__.startswith(_OPAQUE):
+        if not _is_opaque(base):
             plain = {n: v for n, v in vars(base).items() if _is_plain(v)}
             found |= {n: v for n, v in plain.items() if not n.startswith("__")}
     return found

@@ -107,10 +107,10 @@ def rows_of(tokens: Any) -> Any:
 
 
 def dense(name: str, given: Tensor) -> Tensor:
-    """The same.
+    """A tensor whose numbers can be read.
 
     Raises:
-        TypeError: a tensor whose numbers do not lie in memory, one behind the other.
+        TypeError: it is sparse, nested or on the meta device.
     """
     kind = "nested" if given.is_nested else str(given.layout).removeprefix("torch.")
     kind = "meta" if given.device.type == "meta" else kind

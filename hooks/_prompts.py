@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -169,6 +169,8 @@ def encode(
         tokens = values.pop(first_name(model))
         if isinstance(tokens, Tensor):
             refuse_bos(prepend_bos)
+    if isinstance(attention_mask, Iterator):
+        attention_mask = list(attention_mask)
     if isinstance(tokens, Tensor) and tokens.is_floating_point():
         return _signals(model, tokens, values)
     rows, spans, said = token_rows(model, tokens, attention_mask, prepend_bos, lengths)
@@ -177,7 +179,7 @@ def encode(
     width = int(tokens.shape[-1]) if isinstance(tokens, (Tensor, np.ndarray)) else 0
     whole = lengths or tuple(width or end - at for at, end in spans)
     others = _beside(values, spans, width)
-    mask = None if attention_mask is None else tensor_of(rows_of(attention_mask))
+    mask = None if attention_mask is None else tensor_of(attention_mask)
     if mask is not None and mask.ndim == 4:
         others["each"]["attention_mask"] = tuple(mask.cpu())
     prompts = Prompts(

@@ -14,7 +14,6 @@ from hooks._given import (
     chat_ids,
     is_chat,
     is_ids,
-    rows_of,
     shorten,
     tensor_of,
     text_ids,
@@ -140,7 +139,7 @@ def _mask(attention_mask: Any, ids: Tensor) -> Tensor:
         ValueError: another shape, or other numbers.
     """
     try:
-        mask = tensor_of(rows_of(attention_mask)).cpu()
+        mask = tensor_of(attention_mask).cpu()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"attention_mask: wanted numbers of the shape of the tokens; got "

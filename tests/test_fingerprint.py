@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hooks import NormNoise, attention_sites, collapse_probe, selfcheck, sweep
-from hooks._fingerprint import fingerprint
+from hooks._fingerprint import _of_function, fingerprint
 from hooks._hashing import _elsewhere, hash_tensor
 from tests.models import tiny_gpt2, tiny_llama, tokens
 from tests.support import builders
@@ -346,6 +346,27 @@ def test_whatever_a_hook_reads_its_numbers_from(make: Callable[[float], Any]) ->
     for by in (1.0, 2.0, 1.0):
         with model.hooks(fwd_hooks=[("blocks.0.hook_in", make(by))]):
             found.append(fingerprint(model)["hooks"])
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize("module", ["torch_of_mine", "transformers_ext.hooks", "numpyro"])
+def test_a_file_whose_name_begins_as_a_librarys_is_the_users_own(module: str) -> None:
+    """Only what a library's own functions read is told by its version."""
+    model, found = tiny_llama(), []
+    for by in (1.0, 2.0, 1.0):
+        names: dict[str, Any] = {"__name__": module, "by": by}
+        exec("def scale(x, hook):\n    return by * x", names)
+        with model.hooks(fwd_hooks=[("blocks.0.hook_in", names["scale"])]):
+            found.append(fingerprint(model)["hooks"])
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_librarys_function_is_told_by_what_it_closes_over() -> None:
+    found = []
+    for by in (1.0, 2.0, 1.0):
+        names: dict[str, Any] = {"__name__": "torch.nn.made", "state": object()}
+        exec("def make(by):\n    return lambda x, hook: (state, by * x)[1]", names)
+        found.append(_of_function(names["make"](by), 0))
     assert found[0] == found[2] != found[1]
 
 

@@ -243,6 +243,8 @@ def test_every_kind_of_integer_can_be_padded(kind: torch.dtype, side: str) -> No
         "position_ids": positions.to(kind),
     }
     report = collapse_probe(model, given, draws=0)
+    rows = (row for row in mask.tolist())  # any iterable is a mask
+    assert collapse_probe(model, IDS, attention_mask=rows, draws=0).padding[1] == 5
     assert report.padding.tolist() == plain.padding.tolist() == [0, 5, 0, 0]
     assert np.array_equal(report.rows, plain.rows)
     floats = given | {"position_ids": positions.float()}
