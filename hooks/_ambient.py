@@ -34,6 +34,8 @@ class _Here(threading.local):
 
 
 _here = _Here()
+OF_THREADS = "_hooks_of_threads"
+"""Marks what stands in a compiled call's place while threads share a model."""
 
 
 def measurement(call: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -83,20 +85,39 @@ def _compiled_in_place(given: tuple[Any, ...]) -> list[Any]:
     """Modules on which ``compile()`` was called."""
     roots = [y for x in given for y in (x, getattr(x, "original_model", None))]
     every = (m for root in roots if isinstance(root, torch.nn.Module) for m in root.modules())
-    return [m for m in every if m._compiled_call_impl is not None]
+    return list(
+        {id(m): m for m in every if _compiled_call(m) is not None or id(m) in _held}.values()
+    )
+
+
+def _compiled_call(module: Any) -> Any:
+    """None also where a measurement of another thread stands in the compiled call's place."""
+    call = module._compiled_call_impl
+    return None if getattr(call, OF_THREADS, False) else call
+
+
+_held: dict[int, tuple[Any, int]] = {}  # by module: its compiled call, and who needs it away
+_holding = threading.Lock()
 
 
 @contextmanager
 def _uncompiled(modules: list[Any]) -> Iterator[None]:
-    """They are called as they were before; their compiled code is kept."""
-    kept = [module._compiled_call_impl for module in modules]
-    for module in modules:
-        module._compiled_call_impl = None
+    """They are called as they were before; their compiled code is kept until nobody measures."""
+    with _holding:
+        for module in modules:
+            call, n = _held.get(id(module), (module._compiled_call_impl, 0))
+            _held[id(module)] = call, n + 1
+            module._compiled_call_impl = None
     try:
         yield
     finally:
-        for module, call in zip(modules, kept, strict=True):
-            module._compiled_call_impl = call
+        with _holding:
+            for module in modules:
+                call, n = _held.pop(id(module))
+                if n > 1:
+                    _held[id(module)] = call, n - 1
+                else:
+                    module._compiled_call_impl = call
 
 
 def was_compiled() -> bool:

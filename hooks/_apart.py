@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import nn
 
+from hooks._ambient import OF_THREADS
 from hooks.errors import UnsupportedModelError
 
 _STATE_OF_A_PASS = (
@@ -251,6 +252,7 @@ def _dispatch(point: Any) -> Callable[..., Any]:
                 out = out if result is None else result
         return out
 
+    setattr(call, OF_THREADS, True)
     return call
 
 

@@ -48,8 +48,8 @@ class Prompts:
         spans, width: from where to where the prompts lay in the rows that were given, and how wide
             these were; 0 where each had a length of its own.
         decoder_spans, decoder_width: the same of the decoder's tokens.
-        padded: one prompt that lay behind padding, as it was given; None where none did.
-        padded_at: which it is.
+        padded: prompts that lay before or behind padding, as they were given: the shortest of each
+            kind, by index, in a batch with the longest prompt.
         starts: positions of each prompt's first tokens: 0, and where a packed document begins.
         notes: what a reader must know of how they came to be.
     """
@@ -68,8 +68,7 @@ class Prompts:
     width: int = 0
     decoder_spans: Spans = ()
     decoder_width: int = 0
-    padded: ModelInput | None = None
-    padded_at: int = 0
+    padded: Mapping[int, ModelInput] = field(default_factory=dict)
     starts: tuple[tuple[int, ...], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -193,9 +192,11 @@ def encode(
         **others,
     )
     prompts = replace(prompts, starts=_starts(prompts))
-    prompts = _behind_padding(model, prompts, tokens, values)
+    ids = tensor_of(tokens).long().cpu().reshape(-1, width) if width else None
     if has_decoder(model):
-        return _with_decoder(model, prompts, decoder_tokens, decoder_mask, labels)
+        prompts, target = _with_decoder(model, prompts, decoder_tokens, decoder_mask, labels)
+        return _behind_padding(model, prompts, ids, target, values)
+    prompts = _behind_padding(model, prompts, ids, None, values)
     if decoder_tokens is not None or decoder_mask is not None:
         raise ValueError(
             f"decoder_tokens: wanted an encoder-decoder model; got {type(model).__name__} "
@@ -207,23 +208,71 @@ def encode(
 
 
 def _behind_padding(
-    model: Any, prompts: Prompts, tokens: Any, values: Mapping[str, Any]
+    model: Any,
+    prompts: Prompts,
+    ids: Tensor | None,
+    target: Tensor | None,
+    values: Mapping[str, Any],
 ) -> Prompts:
-    """The same with the first prompt that lay behind padding, else before it, as it was given."""
-    spans, width = prompts.spans, prompts.width
-    at = next((i for i, (first, _) in enumerate(spans) if first), None)
-    if at is None:
-        at = next((i for i, (_, end) in enumerate(spans) if end < width), None)
-    if at is None or not width or "attention_mask" not in taken(model):
-        return prompts
-    (first, end), ids = spans[at], tensor_of(tokens).long().reshape(-1, width)
-    mask = torch.zeros(1, width, dtype=torch.long)
-    mask[0, first:end] = 1
-    named: dict[str, Any] = {"attention_mask": mask}
-    for name, value in values.items():
-        several = isinstance(value, Tensor) and value.shape[:1] == (len(ids),)
-        named[name] = value[at : at + 1] if several else value
-    return replace(prompts, padded=ModelInput(ids[at : at + 1].cpu(), named), padded_at=at)
+    """The same with the shortest prompt of each kind of padding, as it was given.
+
+    Beside the longest, by which some models turn a whole batch (rotary positions of two lengths).
+    """
+    if "attention_mask" not in taken(model):
+        ids = None
+    sides = [
+        (rows, spans)
+        for rows, spans in ((ids, prompts.spans), (target, prompts.decoder_spans))
+        if rows is not None
+    ]
+    lengths = [sum(s[at][1] - s[at][0] for _, s in sides) for at in range(len(prompts))]
+    kinds: dict[tuple[bool, ...], int] = {}
+    for at in sorted(range(len(prompts)), key=lengths.__getitem__):
+        ends = [(spans[at], rows.shape[1]) for rows, spans in sides]
+        kind = tuple(x for (first, end), width in ends for x in (first > 0, end < width))
+        if any(kind):
+            kinds.setdefault(kind, at)
+    apart = ids is None or (target is None and bool(prompts.decoder)) or bool(prompts.joined)
+    padded = {}
+    for at in kinds.values():
+        longest = max(range(len(prompts)), key=lengths.__getitem__)
+        beside = [at] if apart or longest == at else [at, longest]
+        padded[at] = _as_given(model, prompts, beside, ids, target, values)
+    return replace(prompts, padded=padded)
+
+
+def _as_given(
+    model: Any,
+    prompts: Prompts,
+    rows: list[int],
+    ids: Tensor | None,
+    target: Tensor | None,
+    values: Mapping[str, Any],
+) -> ModelInput:
+    """These prompts with their padding."""
+    if ids is None:
+        source = prompts.batch(rows)
+        first, named = source.first, dict(source.named)
+    else:
+        first, named = ids[rows], {"attention_mask": _real(ids, prompts.spans)[rows]}
+        for name, value in values.items():
+            several = isinstance(value, Tensor) and value.shape[:1] == (len(ids),)
+            named[name] = value[rows] if several else value
+    if target is not None:
+        named["decoder_input_ids"] = target[rows]
+        if "decoder_attention_mask" in taken(model):
+            named["decoder_attention_mask"] = _real(target, prompts.decoder_spans)[rows]
+    elif prompts.decoder:
+        named["decoder_input_ids"] = prompts.decoder[rows[0]][None]
+    return ModelInput(first, named)
+
+
+def _real(ids: Tensor, spans: Spans) -> Tensor:
+    """1 for real tokens, 0 for padding."""
+    mask = torch.zeros_like(ids)
+    for row, (first, end) in enumerate(spans):
+        mask[row, first:end] = 1
+    return mask
 
 
 def _one_of_two(values: dict[str, Any], name: str, argument: str, given: Any) -> Any:
@@ -339,11 +388,18 @@ def _check_ids(model: Any, row: Tensor, name: str, *, least: int) -> None:
 # -- the decoder of an encoder-decoder ----------------------------------------------------------
 
 
-def _with_decoder(model: Any, prompts: Prompts, given: Any, mask: Any, labels: Any) -> Prompts:
-    """The same with the decoder's tokens: given, made of the labels, or the prompt's own."""
+def _with_decoder(
+    model: Any, prompts: Prompts, given: Any, mask: Any, labels: Any
+) -> tuple[Prompts, Tensor | None]:
+    """The same with the decoder's tokens: given, made of the labels, or the prompt's own.
+
+    And the tensor ``[batch, pos]`` in which they were given, if they were.
+    """
     notes: tuple[str, ...] = ()
     if isinstance(given, np.ndarray):
         given = tensor_of(given)
+    if mask is not None and isinstance(given, (list, tuple)) and given and _even(given):
+        given = tensor_of(given)  # padded rows, whatever form the prompts beside them have
     if isinstance(given, Tensor) and not given.is_floating_point():
         given = given.long()
     if mask is not None and tensor_of(mask).ndim > 2:
@@ -361,40 +417,25 @@ def _with_decoder(model: Any, prompts: Prompts, given: Any, mask: Any, labels: A
             moved = torch.nn.functional.pad(labels[:, :-1] != IGNORED, (1, 0), value=True)
             mask = _until_last(moved)
     rows, spans = _decoder_rows(model, list(prompts.first), given, mask)
-    prompts = _decoder_behind_padding(prompts, given, rows, spans)
+    target = given.reshape(len(rows), -1).cpu() if isinstance(given, Tensor) else None
     for index, row in enumerate(rows):
         _check_ids(model, row, f"decoder's prompt {index}", least=1)
-    return replace(
+    prompts = replace(
         prompts,
         decoder=tuple(rows),
         decoder_strings=tuple(_strings(model, row) for row in rows),
         decoder_masked=mask is not None and "decoder_attention_mask" in taken(model),
         decoder_spans=tuple(spans),
-        decoder_width=int(given.shape[-1]) if isinstance(given, Tensor) else 0,
+        decoder_width=0 if target is None else target.shape[1],
         notes=(*prompts.notes, *notes),
     )
+    return prompts, target
 
 
-def _decoder_behind_padding(
-    prompts: Prompts, given: Any, rows: Sequence[Tensor], spans: Spans
-) -> Prompts:
-    """The same with the decoder's tokens in the prompt that is kept as it was given."""
-    at = next((i for i, (first, _) in enumerate(spans) if first), None)
-    if at is None and prompts.padded is None:
-        return prompts
-    at = prompts.padded_at if prompts.padded is not None else at
-    assert at is not None
-    source = prompts.padded or ModelInput(prompts.first[at][None])
-    named = dict(source.named)
-    first, end = spans[at]
-    if isinstance(given, Tensor):
-        ids = given.reshape(len(spans), -1)[at : at + 1].cpu()
-        mask = torch.zeros_like(ids)
-        mask[0, first:end] = 1
-        named |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-    else:
-        named["decoder_input_ids"] = rows[at][None]
-    return replace(prompts, padded=ModelInput(source.first, named), padded_at=at)
+def _even(rows: Sequence[Any]) -> bool:
+    """Whether each is a row of ids, all of one length."""
+    lengths = {len(row) for row in rows if isinstance(row, (list, tuple, Tensor, np.ndarray))}
+    return len(lengths) == 1 and all(hasattr(row, "__len__") for row in rows)
 
 
 IGNORED = -100

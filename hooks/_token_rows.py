@@ -172,8 +172,8 @@ def _check_hides(mask: Tensor) -> None:
     strange = other[~((other == 0) | (other <= MASKED))]
     if len(strange):
         raise ValueError(
-            f"attention_mask: wanted, of four axes, True and False, or 0 for what is seen and "
-            f"{MASKED:g} or less for what is not; got {float(strange[0]):g}"
+            f"attention_mask: wanted True and False, or 0 for what is seen and {MASKED:g} or less "
+            f"for what is not, in a mask of four axes; got {float(strange[0]):g}"
         )
 
 

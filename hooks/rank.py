@@ -19,13 +19,13 @@ from hooks._ambient import measurement
 from hooks._arguments import brief, check_integers, check_layers, check_optional
 from hooks._facts import model_facts
 from hooks._given import MaskLike, Tokens
+from hooks._masks import check_masks
 from hooks._prompts import Prompts, encode
 from hooks._rank_measures import MEASURES, first_share, measures
 from hooks._rank_report import WITH, RankReport, RankSettings, RankSite
 from hooks._rank_sites import Block, Found, blocks_of, final_norm, resolve
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
-from hooks.selfcheck import check_masks
 from hooks.sites import HookedModel
 
 

@@ -42,6 +42,7 @@ from hooks._known import refuse_known_wrong
 from hooks._layercheck import LayerCheck, Undecided, Unpredicted
 from hooks._layercopies import KINDS, LayerCopies
 from hooks._locate import locate
+from hooks._masks import beginning, check_masks
 from hooks._prompts import Prompts, encode
 from hooks._standing import Standing, names, resting, users
 from hooks._tap import AttentionTap
@@ -104,121 +105,6 @@ def sites_for(model: HookedModel, prompts: Prompts) -> AttentionSites:
     check_masks(model, prompts)
     _check_longest(model, sites, prompts)
     return sites
-
-
-def check_masks(model: HookedModel, prompts: Prompts) -> None:
-    """Refuse padding, or a mask of ones, that makes the model compute something else.
-
-    Raises:
-        UnsupportedModelError: it does.
-    """
-    if prompts.padded is not None or prompts.masked:
-        key = key_of(model)
-        _check_padding(model, prompts, key)
-        _check_mask(model, prompts, key)
-
-
-_Key = tuple[str, str]
-_Place = tuple[str, str, int, int, bool]
-_unpadded: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
-
-
-def _check_padding(model: HookedModel, prompts: Prompts, key: _Key) -> None:
-    """Refuse padding that the model, or a hook of the user's, takes for positions or a length.
-
-    One prompt as it was given and the same without its padding: the same logits.
-
-    Raises:
-        UnsupportedModelError: they differ.
-    """
-    given, at = prompts.padded, prompts.padded_at
-    if given is None:
-        return
-    known = _unpadded.setdefault(model, set())
-    left = prompts.spans[at][0] > 0 or (bool(prompts.decoder) and prompts.decoder_spans[at][0] > 0)
-    place: _Place = (*key, prompts.width, prompts.decoder_width, left)
-    if place in known:
-        return
-    with _state.evaluating(model), _state.checking():
-        whole, cut = given.run(model), prompts.batch([at]).run(model)
-    if isinstance(whole, Tensor) and isinstance(cut, Tensor) and cut.ndim == 3:
-        first, end = (prompts.decoder_spans if prompts.decoder else prompts.spans)[at]
-        if prompts.decoder and "decoder_attention_mask" not in given.named:
-            first, end = 0, cut.shape[1]
-        mine = whole[:, first:end].double()
-        error = float((mine - cut.double()).abs().max())
-        room = torch.finfo(_state.pass_dtype(model)).eps ** 0.5 * float(cut.abs().max())
-        if not error <= room:
-            raise UnsupportedModelError(
-                "left padding" if left else "padding",
-                wanted="a pass that is the same without its padding",
-                got=f"logits off by {error:.2g}: {_why_padding_tells(mine, left)}",
-            )
-    if len(known) >= _KEPT:
-        known.clear()
-    known.add(place)
-
-
-def _why_padding_tells(logits: Tensor, left: bool) -> str:
-    if not bool(logits.isfinite().all()):  # TransformerLens's mask under autocast
-        return (
-            "rows of padding are not finite in this model's attention, and spread; pad on the "
-            "right, or give lists"
-        )
-    if left:
-        return (
-            "this model counts positions from the first column, or a hook of yours goes by "
-            "columns; pad on the right, or give lists"
-        )
-    return (
-        "this model goes by the width of the batch (as rotary positions of two lengths do), or a "
-        "hook of yours by columns; give lists, each of which is run at its own length"
-    )
-
-
-_masked: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
-
-
-def _check_mask(model: HookedModel, prompts: Prompts, key: _Key) -> None:
-    """Refuse a mask of ones that shows a causal model its later tokens.
-
-    A bridge may take a mask that it is given in the place of its own. Another last token must leave
-    the logits before it as they were, if it does so without the mask.
-
-    Raises:
-        UnsupportedModelError: it does not.
-    """
-    lengths = [len(x) if x.ndim == 1 and not x.is_floating_point() else 0 for x in prompts.first]
-    at = min(range(len(prompts)), key=lambda i: (lengths[i] < 2, lengths[i]))
-    if not prompts.masked or lengths[at] < 2 or prompts.decoder:
-        return
-    known = _masked.setdefault(model, set())
-    if key in known:
-        return
-
-    def reads_on(given: ModelInput) -> bool:
-        """Whether logits depend on a later token."""
-        other = given.first.clone()
-        other[:, -1] = (other[:, -1] + 1) % int(model.cfg.d_vocab)
-        passes = [replace(given, first=x).run(model) for x in (given.first, other)]
-        if not all(isinstance(x, Tensor) and x.ndim == 3 for x in passes):
-            return False
-        a, b = (x[:, :-1].double() for x in passes)
-        room = torch.finfo(_state.pass_dtype(model)).eps ** 0.5 * float(a.abs().max())
-        return not float((a - b).abs().max()) <= room
-
-    few = _short(prompts.some([at]), set())
-    with _state.evaluating(model), _state.checking():
-        if reads_on(few.batch([0])) and not reads_on(replace(few, masked=False).batch([0])):
-            raise UnsupportedModelError(
-                "a mask of ones",
-                wanted="a pass that hides later tokens with it as without it",
-                got="one that shows them: this bridge takes the mask in the place of its own, so "
-                "what it computes is another model's; give tokens without a mask",
-            )
-    if len(known) >= _KEPT:
-        known.clear()
-    known.add(key)
 
 
 def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> AttentionSites:
@@ -381,23 +267,8 @@ class _Example:
             longest = max(range(len(rows)), key=lambda i: len(rows[i]))
             return self.prompts.batch([longest]).rows([0] * batch)
         index = attempt % len(self.prompts)
-        given = _short(self.prompts.some([index]), avoid).batch([0])
+        given = beginning(self.prompts.some([index]), avoid).batch([0])
         return given.rows([0] * batch)
-
-
-def _short(prompts: Prompts, avoid: set[int]) -> Prompts:
-    """One prompt's beginning, of a length that is no number of heads where that can be had."""
-    row = prompts.first[0]
-    if row.ndim != 1 or row.is_floating_point() or prompts.joined or prompts.decoder:
-        return prompts
-    length = min(len(row), _LONGEST)
-    length = next((n for n in range(length, 1, -1) if n not in avoid), length)
-    if length == len(row):
-        return prompts
-    if any(rows[0].ndim != 1 or len(rows[0]) != len(row) for rows in prompts.each.values()):
-        return prompts
-    each = {name: (rows[0][:length],) for name, rows in prompts.each.items()}
-    return replace(prompts, first=(row[:length],), each=each)
 
 
 def _verify(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import BatchEncoding, LlamaForCausalLM
 
 import hooks
-from hooks import UnsupportedModelError, collapse_probe, spread, sweep
+from hooks import UnsupportedModelError, collapse_probe, rank_profile, spectral_gap, spread, sweep
 from hooks._prompts import encode
 from qkvnorm_lens.text import windows
 from tests.models import (
@@ -316,9 +316,47 @@ def test_masks_of_four_axes_hide_or_are_refused(attn: str) -> None:
         ((hiding(least) == 0).long(), "1"),
         (hiding(torch.nan), "nan"),
     ):
-        words = f"attention_mask: wanted, of four axes, .*; got {got}"
+        words = f"attention_mask: wanted True and False, or 0 .*; got {got}"
         with pytest.raises(ValueError, match=words):
             collapse_probe(model, {"input_ids": IDS, "attention_mask": mask}, draws=0)
+
+
+@pytest.mark.parametrize("call", ["probe", "sweep", "spread", "spectrum", "rank"])
+@pytest.mark.parametrize(
+    ("name", "attn", "added"),
+    [
+        ("LlamaForCausalLM", "eager", False),
+        ("GPT2LMHeadModel", "eager", False),
+        ("BertForMaskedLM", "sdpa", False),
+        ("BertForMaskedLM", "eager", True),
+        ("GPTJForCausalLM", "eager", True),
+        ("GPTNeoForCausalLM", "eager", True),
+    ],
+)
+def test_true_and_false_hide_or_are_refused(name: str, attn: str, added: bool, call: str) -> None:
+    """An attention that adds its mask makes a bias of 1 of True, and hides nothing."""
+    built = builders.build(name, attn=attn)
+    measure = {
+        "probe": lambda x: collapse_probe(built.model, x, draws=0).rows,
+        "sweep": lambda x: sweep(built.model, x, sigmas=[0.1], replicates=1).kl,
+        "spread": lambda x: spread(built.model, x).weights,
+        "spectrum": lambda x: spectral_gap(built.model, x, k=2).singular,
+        "rank": lambda x: rank_profile(built.model, x).numbers,
+    }[call]
+    least = torch.finfo(torch.float32).min
+    at = torch.arange(N)
+    seen = (at[:, None] >= at) & ((at[:, None] >= N // 2) == (at >= N // 2))  # two documents
+    mask = torch.where(seen, 0.0, least).expand(B, 1, -1, -1)
+    logits, hidden = (built.model(IDS, attention_mask=x) for x in (mask == 0, mask))
+    assert torch.allclose(logits, hidden, atol=1e-3) != added
+    for mine in (mask, hiding(least)):  # causal, GPT-Neo's own mask hides what this one does not
+        wanted = measure({"input_ids": IDS, "attention_mask": mine})
+        inputs = {"input_ids": IDS, "attention_mask": mine == 0}
+        if added:
+            with pytest.raises(UnsupportedModelError, match=r"True and False: .* True as 1"):
+                measure(inputs)
+        else:
+            np.testing.assert_allclose(np.array(measure(inputs)), np.array(wanted), rtol=1e-4)
 
 
 def test_a_decoders_mask_of_four_axes_is_refused_by_name() -> None:
@@ -327,6 +365,29 @@ def test_a_decoders_mask_of_four_axes_is_refused_by_name() -> None:
     mask = torch.ones(3, 1, 9, 9).tril()
     with pytest.raises(ValueError, match=r"decoder_attention_mask: wanted \[batch, pos\]; got"):
         collapse_probe(model, inputs | {"decoder_attention_mask": mask}, draws=0)
+
+
+@pytest.mark.parametrize("form", [dict, BatchEncoding])
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (7, 9, 9), (9, 7, 5)])
+def test_a_decoders_left_padding_is_checked_whoever_else_is_padded(
+    form: type, lengths: tuple[int, ...]
+) -> None:
+    """BART counts positions from the first column: prompt 1 alone is padded so."""
+    model = builders.build("BartForConditionalGeneration").model
+    mask, target = torch.ones_like(READ), torch.ones_like(READ)
+    for row, n in enumerate(lengths):
+        mask[row, n:] = 0
+    target[1, :3] = 0
+    given = {"input_ids": READ, "attention_mask": mask, "decoder_input_ids": READ}
+    with pytest.raises(UnsupportedModelError, match="left padding"):
+        collapse_probe(model, form(given | {"decoder_attention_mask": target}), draws=0)
+    lists = {name: x.tolist() for name, x in given.items()}
+    lists["decoder_attention_mask"] = target.tolist()
+    lists["input_ids"] = [row[:n] for row, n in zip(READ.tolist(), lengths, strict=True)]
+    lists["attention_mask"] = [[1] * n for n in lengths]
+    with pytest.raises(UnsupportedModelError, match="left padding"):
+        collapse_probe(model, lists, draws=0)
+    collapse_probe(model, form(given | {"decoder_attention_mask": target.flip(1)}), draws=0)
 
 
 def test_positions_by_the_batchs_width_are_refused_by_name() -> None:
@@ -346,6 +407,10 @@ def test_positions_by_the_batchs_width_are_refused_by_name() -> None:
     mask[1, 10:] = 0
     with pytest.raises(UnsupportedModelError, match=r"padding: wanted .* width of the batch"):
         collapse_probe(model, IDS, attention_mask=mask, draws=0)
+    given = {"input_ids": IDS, "attention_mask": mask, "position_ids": torch.arange(N)[None]}
+    for told in (torch.arange(N)[None], torch.arange(N).expand(B, -1)):
+        with pytest.raises(UnsupportedModelError, match=r"padding: wanted .* width of the batch"):
+            collapse_probe(model, given | {"position_ids": told}, draws=0)
     for same in (IDS, IDS[:, :10], [IDS[0].tolist(), IDS[1, :10].tolist()]):
         collapse_probe(model, same, draws=0)
 

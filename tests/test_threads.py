@@ -190,7 +190,7 @@ def check(model: Any, first: Job, second: Job) -> None:
         assert same(wanted, got), job.__name__
 
 
-FAST = [(u, OURS[i % len(OURS)]) for i, u in enumerate(USERS) if u is not noised]
+FAST = [(u, OURS[i % len(OURS)]) for i, u in enumerate(USERS)] + [(noised, spread), (noised, sweep)]
 
 
 @pytest.mark.parametrize(("user", "ours"), FAST, ids=lambda job: job.__name__)
@@ -204,6 +204,15 @@ def test_two_threads_find_what_each_finds_alone(user: Job, ours: Job) -> None:
 @pytest.mark.parametrize("ours", OURS, ids=lambda job: job.__name__)
 def test_all_pairs_find_what_each_finds_alone(user: Job, ours: Job, kind: str) -> None:
     check(models.TINY[kind](), user, ours)
+
+
+def test_a_model_compiled_in_place_is_so_again_when_the_last_thread_is_through() -> None:
+    model = models.tiny_llama()
+    model.original_model.compile(backend="eager")
+    call = model.original_model._compiled_call_impl
+    check(model, probe, sweep)
+    assert model.original_model._compiled_call_impl is call
+    assert not any(point._compiled_call_impl for point in model.hook_dict.values())
 
 
 def test_two_models_in_two_threads_are_each_as_alone() -> None:

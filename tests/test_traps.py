@@ -183,6 +183,28 @@ def test_left_padding_is_nan_under_autocast() -> None:
     assert built.model(TEXT, attention_mask=mask).isfinite().all()
 
 
+def test_a_boolean_mask_of_four_axes_is_added_by_eager_attention() -> None:
+    """1 where it is True; fused attention and the bridge's own hide what is False."""
+    at = torch.arange(TEXT.shape[1])
+    seen = (at[:, None] >= at) & ((at[:, None] >= 6) == (at >= 6))  # two documents
+    as_bool = seen.expand(len(TEXT), 1, -1, -1)
+    hidden = torch.where(as_bool, 0.0, torch.finfo(torch.float32).min)
+
+    def off(model: Any, mask: Tensor) -> float:
+        passes = [model(TEXT, attention_mask=x) for x in (mask, hidden)]
+        a, b = (getattr(x, "logits", x) for x in passes)
+        return apart(a, b)
+
+    for name in ("LlamaForCausalLM", "GPT2LMHeadModel"):
+        eager, fused = build_hf(name), build_hf(name, attn="sdpa")
+        assert off(eager, as_bool) > 0.1 > 1e-3 > off(fused, as_bool)
+        assert off(eager, as_bool) == pytest.approx(off(eager, as_bool.float()), abs=1e-3)
+        assert off(build(name).model, as_bool) < 1e-3
+    for attn in ("eager", "sdpa"):
+        assert off(build("GPTNeoForCausalLM", attn=attn).model, as_bool) > 0.1
+    assert off(build("BertForMaskedLM", attn="eager").model, as_bool) > 0.1
+
+
 @pytest.mark.parametrize(
     ("name", "heads", "options"),
     [

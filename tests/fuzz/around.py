@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz import zoo
-from tests.fuzz.cases import Case
+from tests.fuzz.cases import LONG, Case
 from tests.support.families import VOCAB
 
 HEAD, COLUMN = 1, 4  # which a user's hook acts on, in block 0
@@ -119,7 +119,11 @@ def hooks_of(case: Case, model: zoo.Model) -> Iterator[None]:
         z[:, COLUMN] = 0.0
         return z
 
+    def long(z: Tensor, hook: Any) -> Tensor:
+        return with_head(z.transpose(1, 2), 0.0).transpose(1, 2) if z.shape[1] > LONG else z
+
     kinds: Mapping[str, Any] = {
+        "long": ("hook_z", long),
         "column": ("hook_z", column),
         "scale q": (q, scale),
         "ablate z": ("hook_z", ablate),

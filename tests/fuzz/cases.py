@@ -81,7 +81,9 @@ RAGGED = ("rows", "tensors", "records", "ragged lists", *TEXTS)
 MASKS = ("int", "bool", "float", "int32")
 CALLS = ("probe", "sample", "sweep", "spread", "spectrum", "interference", "rank", "applied")
 MODES = ("", "train", "dropout", "grad", "inference", "float64 by default", "autocast")
-HOOKS = ("", "scale q", "ablate z", "patch v", "zero pattern", "torch", "column")
+HOOKS = ("", "scale q", "ablate z", "patch v", "zero pattern", "torch", "column", "long")
+LONG = 8  # tokens of a prompt, above which the hook "long" acts
+SQUARES = ("square", "square bool", "square bias", "square soft")
 CHANGES = (
     "",
     "weight by data",
@@ -102,8 +104,8 @@ DECODERS = ("padded", "padded left", "unmasked", "collated", "labels too", "labe
 # Those that are tried with tokenizers: two of which begin no text with BOS.
 WITH_WORDS = ("llama", "gpt2", "qwen3", "bloom")
 ROTARY = ("llama", "gemma2", "qwen3", "gptoss", "mistral")
-# Decoders that take a mask [batch, 1, query, key] of what is added to the scores.
-SQUARE = ("llama", "gpt2", "qwen3", "opt")
+# Models that take a mask [batch, 1, query, key] of what is added to the scores.
+SQUARE = ("llama", "gpt2", "qwen3", "mistral", "bert")
 # Where an edit of the pattern changes what follows (elsewhere it is discarded).
 LANDS = ("llama", "gpt2", "gemma2", "qwen3", "mistral", "gptoss", "bloom", "ours")
 KINDS_OF_POSITIONS = ("", "count", "offset", "gap", "stretched", "zero", "packed", "shared")
@@ -167,7 +169,7 @@ def _draw_inputs(draw: Any, one: Any, family: str, few: bool) -> dict[str, Any]:
     padded = can_pad and (len(set(lengths)) > 1 or extra > 0)
     mask = ""
     if can_pad and (padded or draw(st.booleans())):
-        mask = one(*MASKS, *(("square",) if form == "dict" and family in SQUARE else ()))
+        mask = one(*MASKS, *(SQUARES if form == "dict" and family in SQUARE else ()))
     if form in ("ragged lists", "records") and draw(st.booleans()):
         mask = "int"
     if form == "tensor" and len(set(lengths)) > 1 and draw(st.booleans()):
@@ -218,7 +220,7 @@ def _plain_inputs(case: Case) -> Case:
         case = replace(case, mask="pads" if told and words else "int")
     if case.mask == "pads":
         case = replace(case, tokenizer="plain", extra=0)
-    if case.mask == "square" and (
+    if case.mask in SQUARES and (
         case.padded or case.form != "dict" or case.family not in SQUARE or case.call == "applied"
     ):
         case = replace(case, mask="int")
@@ -227,8 +229,9 @@ def _plain_inputs(case: Case) -> Case:
     bare = case.family in ("ours", "bert") and case.beside in ("labels", "cache")
     if case.call == "applied" or bare:
         case = replace(case, beside="")
-    if case.decoder in DECODERS and case.beside == "labels":
-        case = replace(case, beside="")  # these have labels of their own, or pads that labels deny
+    uneven = case.padded or len(set(case.lengths)) > 1
+    if kind.has_decoder and case.beside == "labels" and (uneven or case.decoder in DECODERS):
+        case = replace(case, beside="")  # "collated" has labels of its own, and where they end
     if case.decoder in DECODERS and len(case.lengths) == 1:
         case = replace(case, decoder="given")
     return case
@@ -253,6 +256,9 @@ def _plain_model(case: Case) -> Case:
     if (case.hook == "torch" and not kind.matters.endswith(("norm.weight", "ln_1.weight"))) or (
         case.hook == "zero pattern" and case.family not in LANDS
     ):
+        case = replace(case, hook="")
+    # By the length of a prompt: padded with others, it would be another's.
+    if case.hook == "long" and (case.padded or len(set(case.lengths)) > 1):
         case = replace(case, hook="")
     if case.call in ("spread", "spectrum", "interference", "rank"):
         case = replace(case, on="qk", sigma=0.3)
@@ -300,7 +306,7 @@ def given(case: Case, model: zoo.Model) -> Given:
     inputs: dict[str, Any] = {"input_ids": ids}
     if case.padded and case.form not in RAGGED:
         inputs["attention_mask"] = mask
-    elif case.mask == "square":
+    elif case.mask in SQUARES:
         inputs["attention_mask"] = _documents(ids)
     elif case.mask and case.form not in ("ragged lists", "records"):
         inputs["attention_mask"] = mask
@@ -358,6 +364,16 @@ def _documents(ids: Tensor) -> Tensor:
     seen = (at[:, None] >= at) & (document[:, None] == document)
     hidden = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
     return hidden.expand(len(ids), 1, -1, -1)
+
+
+def _squared(hidden: Tensor, kind: str) -> Tensor:
+    """The same as a caller writes it; biased, and hidden by half, it is no mask."""
+    if kind == "square bool":
+        return hidden == 0
+    if kind == "square soft":
+        return hidden.clamp_min(-10_000.0)
+    distance = torch.arange(hidden.shape[-1]) - torch.arange(hidden.shape[-1])[:, None]
+    return hidden + 0.125 * distance.clamp_max(0) if kind == "square bias" else hidden
 
 
 def _positions(kind: str, ids: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor | None:
@@ -428,14 +444,19 @@ def _as_given(
     kinds = {"bool": torch.bool, "float": torch.float32, "int32": torch.int32}
     options: dict[str, Any] = {}
     named = {n: v for n, v in inputs.items() if not n.startswith("decoder")}
-    if "attention_mask" in named and case.mask != "square":
-        named["attention_mask"] = named["attention_mask"].to(kinds.get(case.mask, torch.long))
+    if "attention_mask" in named:
+        mask = named["attention_mask"]
+        if case.mask in SQUARES:
+            named["attention_mask"] = _squared(mask, case.mask)
+        else:
+            named["attention_mask"] = mask.to(kinds.get(case.mask, torch.long))
     if case.decoder:
         named |= beside
     if case.decoder == "labels alone":
         del named["decoder_input_ids"]
     if case.beside == "labels":
-        named["labels"] = named["input_ids"].clone()
+        real = _pad(rows, case.side, case.extra)[1] == 1  # as collators make them
+        named["labels"] = named["input_ids"].where(real, -100)
     if case.beside == "cache":
         named["past_key_values"] = DynamicCache()
     if case.form in ("tensor", "numpy", "row", "rows", "tensors"):

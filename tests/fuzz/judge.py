@@ -62,6 +62,10 @@ def known(case: Case) -> str:
 
 def must_refuse(case: Case) -> str:
     """Why it must be, with this name in the message."""
+    if case.mask in ("square bias", "square soft"):
+        return "attention_mask"
+    if case.mask == "square bool" and case.family == "bert" and case.attn == "eager":
+        return "a mask of True and False"
     return "past_key_values" if case.beside == "cache" else ""
 
 

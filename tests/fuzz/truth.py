@@ -12,7 +12,7 @@ from torch import Tensor
 import hooks
 from tests.fuzz import oracle, zoo
 from tests.fuzz.around import cached_v, torch_as_it_is, torch_hook, with_column, with_head
-from tests.fuzz.cases import Case, Given
+from tests.fuzz.cases import LONG, Case, Given
 from tests.support.families import N_HEADS
 
 
@@ -64,6 +64,8 @@ class Truth:
             named = {"pattern": lambda p: with_head(p, 0.0)}
         elif hook == "patch v":
             named = {"v": lambda v: self.patch(v)}
+        elif hook == "long":
+            named = {"z": lambda z: with_head(z, 0.0) if z.shape[2] > LONG else z}
         elif hook == "column":
             named = {"z": with_column}
         return {0: named} if named else {}
