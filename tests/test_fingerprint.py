@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hooks import NormNoise, attention_sites, collapse_probe, selfcheck, sweep
+from hooks import NormNoise, attention_sites, collapse_probe, interference, selfcheck, sweep
 from hooks._fingerprint import _of_function, fingerprint
 from hooks._hashing import _elsewhere, hash_tensor
 from tests.models import tiny_gpt2, tiny_llama, tokens
@@ -430,6 +430,34 @@ def test_parts_of_a_sweep_under_other_hooks_do_not_merge() -> None:
     with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", closing_over(2))]):
         later = sweep(model, IDS, first_prompt=2, **settings)
     with pytest.raises(ValueError, match="got hooks"):
+        first.merge(later)
+
+
+OTHERS: dict[str, Callable[[Any, int], Any]] = {
+    "sweep": lambda m, n: sweep(m, IDS, sigmas=[0.1], replicates=1, first_prompt=n),
+    "interference": lambda m, n: interference(m, IDS, draws=1, first_prompt=n),
+}
+
+
+@pytest.mark.parametrize("name", ["a head ablated in W_O", "an MLP's last column", "rope_theta"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_parts_of_other_reports_never_merge_either(kind: str, name: str) -> None:
+    make, edit, field = EDITS[name]
+    model, measure = make(), OTHERS[kind]
+    first = measure(model, 0)
+    assert len(first.merge(measure(model, len(IDS))).tokens) == 2 * len(IDS)
+    edit(model)
+    with pytest.raises(ValueError, match=f"wanted reports of one model; got {field} "):
+        first.merge(measure(model, len(IDS)))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_part_under_autocast_is_another_models(kind: str) -> None:
+    model, measure = tiny_llama(), OTHERS[kind]
+    first = measure(model, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        later = measure(model, len(IDS))
+    with pytest.raises(ValueError, match="wanted reports of one model; got .*dtype"):
         first.merge(later)
 
 

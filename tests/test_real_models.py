@@ -37,6 +37,31 @@ def test_smollm2_smoke(smollm2: TransformerBridge, prompts: list[str]) -> None:
     assert "sinks" in str(report)
 
 
+@pytest.mark.real_model
+def test_smollm2_reads_a_chat_as_its_template_writes_it(smollm2: TransformerBridge) -> None:
+    """Messages, the template's text and its ids: one BOS, which most sparse rows look at.
+
+    With a second BOS, as TransformerLens's own tokens of that text have it, many fewer are sparse.
+    """
+    chat = [{"role": "user", "content": "Name the planets, and say which of them have rings."}]
+    tokenizer = smollm2.tokenizer
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == text.count(tokenizer.bos_token)
+    twice = smollm2.to_tokens(text)
+    assert twice[0].tolist() == [tokenizer.bos_token_id, *ids]
+    options = {"sigmas": [0.1, 0.3], "draws": 0}
+    right = hooks.collapse_probe(smollm2, torch.tensor([ids]), **options)
+    for given in (text, [text], chat, [chat], {"input_ids": [ids]}):
+        report = hooks.collapse_probe(smollm2, given, **options)
+        assert [list(x) for x in report.tokens] == [list(x) for x in right.tokens]
+        np.testing.assert_array_equal(report.rows, right.rows)
+        np.testing.assert_array_equal(report.loose, right.loose)
+    doubled = hooks.collapse_probe(smollm2, twice, **options)
+    assert doubled.n_sparse < 0.9 * right.n_sparse
+    assert right.rows[..., 1].sum() > 0.5 * right.n_sparse
+
+
 @pytest.mark.slow
 @pytest.mark.real_model
 def test_smollm2_exact_and_sampled_agree(smollm2: TransformerBridge, prompts: list[str]) -> None:
