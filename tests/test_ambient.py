@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -255,3 +257,28 @@ def test_a_fork_beside_a_measurement_is_refused_by_name() -> None:
         go_on.set()
         thread.join()
     assert "wanted a parent that was not measuring when it forked" in got
+
+
+# -- memory -------------------------------------------------------------------------------------
+
+
+def test_calls_keep_no_tensor_and_no_model_alive() -> None:
+    """What is remembered of a model goes with it."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+    def measure() -> weakref.ref[Any]:
+        model = models.tiny_llama()
+        for name in ("probe", "sweep", "spread", "spectrum"):
+            JOBS[name](model)
+        assert alive() > before
+        return weakref.ref(model)
+
+    with shape_checks_off():
+        before = 0
+        assert measure()() is None
+        before = alive()
+        assert [measure()(), measure()(), measure()()] == [None] * 3
+        assert alive() == before
