@@ -457,7 +457,7 @@ def test_a_part_under_autocast_is_another_models(kind: str) -> None:
     first = measure(model, 0)
     with torch.autocast("cpu", torch.bfloat16):
         later = measure(model, len(IDS))
-    with pytest.raises(ValueError, match="wanted reports of one model; got .*dtype"):
+    with pytest.raises(ValueError, match=r"wanted reports of one model; got .*dtype"):
         first.merge(later)
 
 
