@@ -22,6 +22,7 @@ import torch
 from numba import njit
 
 from hooks import _integrals, _scan
+from hooks._kernel_types import MASKED
 from hooks.collapse import DEFAULT_SIGMAS
 
 SHAPES = ((8, 128), (1, 1024))
@@ -55,7 +56,7 @@ def stages(  # type: ignore[no-untyped-def]
             row = row[: _scan.last_seen(row, q + 1)]
             top = _scan.largest(row)
             star = _scan.first_of_largest(row)
-            mean = _scan.visible_sum(row) / _scan.count_above(row, _scan.MASKED)
+            mean = _scan.visible_sum(row) / _scan.count_above(row, MASKED)
             if upto < 2:
                 continue
             bar = min(_scan.lowest_able(top, REACH), mean + _scan.lowest_able(top - mean, REACH))

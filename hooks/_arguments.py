@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from fractions import Fraction
@@ -18,14 +18,11 @@ from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from hooks.sites import AttentionSites, LayerSites
 
 SEEDS = 2**128 - 1
 """The largest seed: numpy's own have so many bits."""
@@ -338,42 +335,6 @@ def check_layers(layers: Any) -> tuple[int, ...]:
     if not given or not integers or len(set(given)) != len(given):
         raise ValueError(f"layers: wanted {wanted}; got {brief(layers)}")
     return tuple(int(x) for x in given)
-
-
-def choose_layers(sites: AttentionSites, layers: Any) -> tuple[LayerSites, ...]:
-    """The attention layers of these indices, in their order; all of them where None is given.
-
-    Raises:
-        ValueError: none, one twice, something that is no integer, or no such layer.
-    """
-    if layers is None:
-        return sites.layers
-    known = {layer.layer: layer for layer in sites}
-    chosen = sorted(check_layers(layers))
-    for index in chosen:
-        if index not in known:
-            raise ValueError(
-                f"layers: wanted one of the attention layers {brief(list(known))}; got {index}"
-            )
-    return tuple(known[index] for index in chosen)
-
-
-def read_sigmas(sigmas: Any, law: str, default: tuple[float, ...]) -> list[float]:
-    """Sigmas as floats that the law can have; None stands for as much of the default as it can.
-
-    Raises:
-        TypeError: no list of numbers.
-        ValueError: a sigma that the law can't have.
-    """
-    from hooks.laws import check_sigma, get_law
-
-    known = get_law(law)
-    if sigmas is None:
-        top = known.limit
-        return [s for s in default if s < top or (s == top and known.limit_included)]
-    given = read_list("sigmas", sigmas, "a list of numbers")
-    values = [check_sigma(sigma, known, "sigmas") for sigma in given]
-    return sorted(values) if isinstance(sigmas, Set) else values
 
 
 # -- settings -----------------------------------------------------------------------------------

@@ -22,10 +22,11 @@ from hooks import _state
 from hooks._ambient import measurement, model_pass
 from hooks._clock import Clock, cache_in_output
 from hooks._inputs import has_decoder, input_device, short_input
+from hooks._protocol import HookedModel
 from hooks._tap import AttentionTap
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
-from hooks.sites import AttentionSites, HookedModel
+from hooks.sites import AttentionSites
 
 HookList = list[tuple[str, Callable[..., Any]]]
 

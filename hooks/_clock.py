@@ -24,8 +24,9 @@ from hooks._inputs import real_spans
 
 if TYPE_CHECKING:
     from hooks._cachecheck import CachedSteps
+    from hooks._protocol import Role
     from hooks.noise import NormNoise
-    from hooks.sites import LayerSites, Role, Site, Stream
+    from hooks.sites import LayerSites, Site, Stream
 
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 _CALL = nn.Module._call_impl.__code__

@@ -28,8 +28,8 @@ def _cache_folder() -> str | None:
     """
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("_compiled", "_integrals", "_scan", "_scanner", "_table"):
-        digest.update((here / f"{name}.py").read_bytes())
+    for path in sorted(here.glob("*.py")):
+        digest.update(path.read_bytes())
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     config: Any = numba.config
     chosen = config.CACHE_DIR  # NUMBA_CACHE_DIR

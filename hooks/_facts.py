@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hooks._prompts import Prompts
-    from hooks.sites import AttentionSites, HookedModel, LayerSites
+    from hooks._protocol import HookedModel
+    from hooks.sites import AttentionSites, LayerSites
 
 
 def model_facts(model: HookedModel, prompts: Prompts, notes: Sequence[str] = ()) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hooks._compiled import compiled
-from hooks._integrals import Ints
+from hooks._kernel_types import Ints
 
 _BLOCK = 4096
 _MASK = (1 << 64) - 1

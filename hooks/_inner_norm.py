@@ -22,9 +22,10 @@ from torch import Tensor
 from hooks import _state
 from hooks._inputs import ModelInput
 from hooks._observe import Hook, stream_hook
+from hooks._protocol import HookedModel, Role
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
-from hooks.sites import HookedModel, LayerSites, Role
+from hooks.sites import LayerSites
 
 _LARGE, _SMALL = 64.0, 1e-3  # sizes of the inputs that tell a gain and an eps
 _ROUNDINGS = 16  # of the output's dtype that a norm may be off

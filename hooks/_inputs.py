@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._ambient import model_pass
+from hooks._protocol import HookedModel
 from hooks._standing import names, raised_by, raised_in, resting, users
 from hooks.errors import UnsupportedModelError
-from hooks.sites import HookedModel
 
 _LENGTHS = (5, 7, 11, 13, 17, 3, 4, 2)  # few tokens only where the context has no room for more
 

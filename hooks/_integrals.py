@@ -15,15 +15,11 @@ trapezoidal rule in the normal variable behind f_* converges beyond any power of
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from hooks._compiled import compiled
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-Ints = np.ndarray[Any, np.dtype[np.int64]]
+from hooks._kernel_types import Array
 
 UNIFORM, GAUSSIAN, LOGNORMAL = 0, 1, 2
 LAW_CODES = {"uniform": UNIFORM, "gaussian": GAUSSIAN, "lognormal": LOGNORMAL}

@@ -13,11 +13,11 @@ from torch import Tensor
 from hooks._inputs import ModelInput
 from hooks._observe import Hook
 from hooks._prompts import Prompts
+from hooks._protocol import HookedModel
 from hooks._sweep_run import has_next_token
 from hooks._sweep_score import UNSCORED
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
-from hooks.sites import HookedModel
 from hooks.sweep import given_targets, next_tokens
 
 

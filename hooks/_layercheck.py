@@ -11,11 +11,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from hooks._kernel_types import MASKED
 from hooks._layercopies import HALF_WIDTH, LayerCopies
+from hooks._protocol import ROLES, Role
 from hooks._valuecheck import HALF_PRECISION, MARGIN, ValueCheck
 from hooks.errors import UnsupportedModelError
-from hooks.scores import MASKED, ScoreParts, expand_factors, qk_product, split, visible
-from hooks.sites import ROLES, Averaging, LayerSites, Role, Shield, VectorSite
+from hooks.scores import ScoreParts, expand_factors, qk_product, split, visible
+from hooks.sites import Averaging, LayerSites, Shield, VectorSite
 
 _SAME_PRODUCT = 0.1  # a score differs from its product by rounding, or by much more
 _SUM_TO_ONE = 1e-5  # a row of a pattern sums to one up to this

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from hooks import _state
+from hooks._protocol import ROLES, Role
 from hooks._tap import AttentionTap, Taken
 from hooks.errors import UnsupportedModelError
 from hooks.scores import visible
-from hooks.sites import ROLES, LayerSites, Role, Site, VectorSite
+from hooks.sites import LayerSites, Site, VectorSite
 
 KINDS = ("q", "k", "v", "zero")
 """A layer's own copies of the prompt: noise on q; on k; on v, and scores edited; q set to zero."""
@@ -123,7 +124,7 @@ class LayerCopies:
 
     def _see(self, taken: Taken) -> None:
         """Keeps what the products showed: the vectors as they came, one for each that differs."""
-        for role, vectors in taken.vectors(self.sites).items():
+        for role, vectors in taken.vectors(self.sites.kv_leaders).items():
             self.seen.keep(role, vectors[self.rows])
         assert taken.z is not None
         self.seen.keep("z", taken.z.transpose(1, 2)[self.rows])

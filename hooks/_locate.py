@@ -17,11 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks._inputs import ModelInput
+from hooks._protocol import ROLES, HookedModel, Role
 from hooks._tap import AttentionTap, Taken
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.scores import visible
-from hooks.sites import ROLES, Anchor, HookedModel, LayerSites, Role, Site, VectorSite
+from hooks.sites import Anchor, LayerSites, Site, VectorSite
 
 _CANDIDATES: dict[Role, tuple[str, ...]] = {
     role: tuple(

@@ -13,8 +13,8 @@ from hooks import _state
 from hooks._fingerprint import key_of
 from hooks._inputs import ModelInput
 from hooks._prompts import Prompts
+from hooks._protocol import HookedModel
 from hooks.errors import UnsupportedModelError
-from hooks.sites import HookedModel
 
 _LONGEST = 128  # tokens of a prompt of the caller's that a check runs copies of
 _KEPT = 4  # answers of one model that are remembered

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._prompts import Prompts
+from hooks._protocol import HookedModel, Role
 from hooks._tap import AttentionTap, Taken
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.scores import ScoreParts, recheck, split, visible
-from hooks.sites import HookedModel, LayerSites, Role
+from hooks.sites import LayerSites
 
 Hook = tuple[str, Callable[..., Any]]
 
@@ -167,7 +168,7 @@ class _Watch:
                 refuse_several_streams(kept["stream"], sites)
             wide = torch.promote_types(scores.dtype, torch.float32)
             if taken is not None:
-                vectors = {r: x for r, x in taken.vectors(sites).items() if r in roles}
+                vectors = {r: x for r, x in taken.vectors(sites.kv_leaders).items() if r in roles}
             else:
                 vectors = {r: sites.vector(r).dot.by_position(kept.pop(r)) for r in sorted(roles)}
             view = LayerView(

@@ -26,8 +26,9 @@ from torch import Tensor
 from hooks import _state
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts
+from hooks._protocol import HookedModel
 from hooks.errors import UnsupportedModelError
-from hooks.sites import HookedModel, LayerSites
+from hooks.sites import LayerSites
 
 Status = Literal["removable", "absent", "unremovable"]
 MaskKind = Literal["float", "bool"]

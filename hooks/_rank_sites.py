@@ -14,9 +14,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from hooks._protocol import HookedModel
 from hooks._rank_report import LETTERS, RankSite
 from hooks.errors import UnsupportedModelError
-from hooks.sites import HookedModel
 
 _BLOCK: Final = re.compile(r"^((?:encoder_|decoder_)?blocks)\.(\d+)\.(hook_in|hook_resid_pre)$")
 _NORM: Final = re.compile(r"^ln\w*$|norm")

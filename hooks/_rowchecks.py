@@ -25,7 +25,8 @@ def check_table(report: CollapseReport) -> None:
     Raises:
         Unsound: one of these does not hold.
     """
-    from hooks._table import BEYOND, COMPLETE
+    from hooks._kernel_types import BEYOND
+    from hooks._table import COMPLETE
 
     table = report.table
     _check_rows("table", table, report)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks import _scanner
+from hooks import _kernel_types, _scanner
 from hooks._integrals import LAW_CODES
 from hooks._scan import ABLE, BROKEN, EXAMINED, N_COUNTS, SINGLE, TIES
 from hooks._streams import draw_uniforms
@@ -100,7 +100,7 @@ class LayerReducer:
         self.noise = noise
         self.prompts = np.asarray(prompts)
         self.workers = workers
-        self._draws: _scanner.Draws | None = None
+        self._draws: _kernel_types.Draws | None = None
 
     def add(
         self,
@@ -151,7 +151,7 @@ class LayerReducer:
         def work(first: int, end: int) -> None:
             arrays = [_array(x[first:end]) for x in flat]
             empty = np.zeros((0, 0, 0), arrays[0].dtype)
-            layer = _scanner.Layer(
+            layer = _kernel_types.Layer(
                 arrays[0],
                 arrays[1] if has_pattern else empty,
                 arrays[-1] if has_s else empty,
@@ -173,10 +173,10 @@ class LayerReducer:
 
     def _scan_part(
         self,
-        rule: _scanner.Rule,
-        layer: _scanner.Layer,
-        draws: _scanner.Draws,
-        sums: _scanner.Sums,
+        rule: _kernel_types.Rule,
+        layer: _kernel_types.Layer,
+        draws: _kernel_types.Draws,
+        sums: _kernel_types.Sums,
         first: int,
         end: int,
     ) -> None:
@@ -213,9 +213,9 @@ class LayerReducer:
                 first[row, list(self.tally.starts[prompt])] = 1
         return first
 
-    def _rule(self, first_query: int, eps: float, n_key: int) -> _scanner.Rule:
+    def _rule(self, first_query: int, eps: float, n_key: int) -> _kernel_types.Rule:
         sink = self.sites.sink or (-math.inf,) * self.sites.n_heads
-        return _scanner.Rule(
+        return _kernel_types.Rule(
             law=LAW_CODES[self.settings.law],
             sigmas=np.asarray(self.settings.sigmas, dtype=np.float64),
             on_q="q" in self.noise.roles,
@@ -235,10 +235,10 @@ class LayerReducer:
             first=self._first_tokens(n_key),
         )
 
-    def _sums(self, n: int) -> _scanner.Sums:
+    def _sums(self, n: int) -> _kernel_types.Sums:
         n_s, n_d = len(self.settings.sigmas), self.settings.draws
         sampled = n_d if self.settings.method == "sample" else 0
-        return _scanner.Sums(
+        return _kernel_types.Sums(
             counts=np.zeros((N_COUNTS, n), np.int64),
             rows=np.zeros((n, 2), np.int64),
             level=np.zeros((n, 2)),
@@ -249,7 +249,7 @@ class LayerReducer:
             strict_draws=np.zeros((n_s, n_d, n, 2)),
         )
 
-    def _take(self, sums: _scanner.Sums, batch: int) -> None:
+    def _take(self, sums: _kernel_types.Sums, batch: int) -> None:
         """Add a layer's sums to the tally, matrices told apart as prompts and heads."""
         tally, heads, mine = self.tally, self.sites.n_heads, self.prompts
 
@@ -277,11 +277,11 @@ class LayerReducer:
             by_head = draws.reshape(*draws.shape[:2], batch, heads, 2).sum(2)
             tally.draws[name][:, :, self.index, :heads] += by_head
 
-    def _drawn(self, n_query: int, n_key: int) -> _scanner.Draws:
+    def _drawn(self, n_query: int, n_key: int) -> _kernel_types.Draws:
         """The numbers behind the factors of NormNoise with the same seed, uniform or normal."""
         if self._draws is None:
             n_d = self.settings.draws
-            self._draws = _scanner.Draws(
+            self._draws = _kernel_types.Draws(
                 q=self._numbers("q", n_d, n_query, self.sites.n_heads),
                 k=self._numbers("k", n_d, n_key, self.sites.n_kv_heads),
             )
@@ -321,9 +321,9 @@ def _copies_to_the_cpu(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
     return arrive
 
 
-def _room(n_rows: int, n_entries: int, biased: bool) -> _scanner.Table:
+def _room(n_rows: int, n_entries: int, biased: bool) -> _kernel_types.Table:
     """An empty piece of the table for the compiled loop to fill."""
-    return _scanner.Table(
+    return _kernel_types.Table(
         row=np.empty((n_rows, 5), np.int64),
         s_star=np.empty(n_rows, np.float32),
         s=np.empty(n_entries, np.float32),

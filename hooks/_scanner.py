@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from hooks._compiled import compiled
-from hooks._integrals import GRID, LOGNORMAL, UNIFORM, Array, Floats, Ints
+from hooks._integrals import GRID, LOGNORMAL, UNIFORM
+from hooks._kernel_types import (
+    BEYOND,
+    MASKED,
+    Draws,
+    Floats,
+    Layer,
+    Rule,
+    Scratch,
+    Sums,
+    Table,
+)
 from hooks._scan import (
     ABLE,
     BROKEN,
     EXAMINED,
-    MASKED,
     SINGLE,
     TIE,
     TIES,
@@ -40,84 +49,6 @@ from hooks._scan import (
     tied,
     visible_sum,
 )
-from hooks._table import BEYOND
-
-
-class Rule(NamedTuple):
-    """What is asked of every row, and what its layer is like."""
-
-    law: int
-    sigmas: Array
-    on_q: bool
-    on_k: bool
-    exact: bool  # probabilities, or draws of the loose rate too
-    sparse: float
-    room: float  # the same as a share of the maximum that all others may have together
-    cutoff: float  # half-width up to which the table lists competitors
-    n_heads: int
-    first_matrix: int  # index of these rows' first matrix and query in the whole layer
-    first_query: int
-    eps: float
-    soft_cap: float
-    sink: Array  # per head; -inf without one
-    kv_head: Ints
-    first: Floats  # [batch, key]: where a document begins
-
-
-class Layer(NamedTuple):
-    """One layer's rows ``[batch * head, query, key]``; empty where there is none."""
-
-    scores: Floats
-    pattern: Floats
-    qk: Floats  # the q.k part, where a bias is added
-
-
-class Draws(NamedTuple):
-    """Numbers behind the drawn factors, ``[draw, batch, head, pos]``."""
-
-    q: Array
-    k: Array
-
-
-class Sums(NamedTuple):
-    """Where rows are added up; the last axis tells content from sinks."""
-
-    counts: Ints  # [count, matrix]
-    rows: Ints  # [matrix, kind]
-    level: Array  # [matrix, kind]
-    loose: Array  # [sigma, matrix, kind]
-    centred: Array
-    loose_draws: Array  # [sigma, draw, matrix, kind]
-    centred_draws: Array
-    strict_draws: Array
-
-
-class Table(NamedTuple):
-    """Room for the rows that can collapse, and their competitors; ``used`` counts both."""
-
-    row: Ints  # [row, (matrix, query, key, rival, competitors)]
-    s_star: Floats
-    s: Floats
-    beta: Floats
-    a: Floats
-    used: Ints
-
-
-class Scratch(NamedTuple):
-    """Working memory of one row."""
-
-    visible: Ints
-    s: Array  # visible keys
-    bias: Array
-    key: Array  # what competitors are sorted by
-    near: Array  # their q.k parts, nearest first
-    beta: Array
-    a: Array
-    place: Ints  # their positions
-    spare: Array
-    at: Ints
-    work: Array
-    grid: Array
 
 
 def scratch(n_key: int) -> Scratch:

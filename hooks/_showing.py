@@ -16,22 +16,23 @@ import torch
 from jaxtyping import Bool, Float
 
 from hooks._kept import KeptRows, from_parts
+from hooks._kernel_types import MASKED
+from hooks._protocol import ROLES, Role
 from hooks._streams import numbers, stream_keys
 from hooks.laws import Law, get_law
 from hooks.noise import NormNoise
 from hooks.results import ProbeSettings
 from hooks.scores import ScoreParts
-from hooks.sites import ROLES, LayerSites, Role
+from hooks.sites import LayerSites
 
 if TYPE_CHECKING:
-    from hooks._scanner import Layer, Table
+    from hooks._kernel_types import Layer, Table
 
 DRAWS = 16
 MARGINS = (1.1, 1.01, 1.001)
 """Beyond the least sigma that moves a row: seen, and not undone by rounding."""
 _LADDER, _BISECTIONS = 64, 40
 _UNBOUNDED = 1.0  # up to which sigma a law without a limit is searched
-_MASKED = -3e4
 _AT_ONCE = 1 << 20
 
 _Key = tuple[float, int, int, int, int]
@@ -90,7 +91,7 @@ class Showing:
         for i in near[order[: self.keep]]:
             at = (int(matrix[i]) - first[0], int(query[i]) - first[1])
             row = layer.scores[at]
-            seen = int(np.flatnonzero(row > _MASKED)[-1]) + 1
+            seen = int(np.flatnonzero(row > MASKED)[-1]) + 1
             found.append(
                 _Held(
                     order=(float(a[i]), index, int(head[i]), int(prompt[i]), int(query[i])),
@@ -167,7 +168,7 @@ class _Noising:
         self.prompt = first_prompt + prompt
         self.law = get_law(settings.law)
         self.streams = streams
-        self.mask = held.scores > _MASKED
+        self.mask = held.scores > MASKED
         w = np.where(self.mask, held.scores, 0.0)
         if sites.soft_cap > 0:  # as in `hooks.scores.split`
             edge = 1 - held.eps

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, UInt32, UInt64
 
+from hooks._protocol import Role
 from hooks.noise import _SHARED_KV_STREAM, _STREAM, _WORDS_PER_BLOCK, NormNoise
-from hooks.sites import Role
 
 _LEAST = 2.0**-54  # what NormNoise.uniforms puts in the place of zero
 

@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks._clock import Clock
+from hooks._protocol import Role
 from hooks._streams import draw_uniforms
 from hooks.laws import get_law
 from hooks.noise import NormNoise
-from hooks.sites import LayerSites, Role, Site
+from hooks.sites import LayerSites, Site
 
 
 @dataclass(frozen=True)

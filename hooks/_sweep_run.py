@@ -20,12 +20,13 @@ from hooks import _state
 from hooks._ambient import model_pass
 from hooks._inputs import ModelInput, input_device
 from hooks._prompts import Prompts
+from hooks._protocol import HookedModel
 from hooks._sweep_factors import Grid, RowFactors
 from hooks._tap import AttentionTap
 from hooks._threads import hooked, standing_hooks
 from hooks.errors import UnsupportedModelError
 from hooks.noise import HookList, NormNoise
-from hooks.sites import AttentionSites, HookedModel, LayerSites
+from hooks.sites import AttentionSites, LayerSites
 
 _UNEMBED = "unembed.hook_in"
 _LARGE = 1000.0  # logits at which a soft cap or a scale behind the unembedding shows

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hooks._kernel_types import BEYOND
 from hooks.results import RowTable
 
 if TYPE_CHECKING:
-    from hooks._scanner import Table
-
-BEYOND = 2.0
-"""Stands for the half-width of competitors that only factors above 2 bring to win."""
+    from hooks._kernel_types import Table
 
 COMPLETE = 2 * BEYOND
 """Cutoff of a table that lists every competitor able to win."""

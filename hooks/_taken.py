@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.sites import ROLES, LayerSites, Role
+from hooks._protocol import ROLES, Role
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Taken:
         """Their softmax."""
         return torch.softmax(self.scores, dim=-1) if self.made is None else self.made[1]
 
-    def vectors(self, sites: LayerSites) -> dict[Role, Float[Tensor, "batch pos head d"]]:
+    def vectors(self, kv_leaders: list[int]) -> dict[Role, Float[Tensor, "batch pos head d"]]:
         """q, k and v as hooks would carry them: keys and values once for all that share them."""
         assert self.q is not None
         assert self.k is not None
         assert self.v is not None
-        own = {"q": self.q, "k": self.k[:, sites.kv_leaders], "v": self.v[:, sites.kv_leaders]}
+        own = {"q": self.q, "k": self.k[:, kv_leaders], "v": self.v[:, kv_leaders]}
         return {role: own[role].transpose(1, 2) for role in ROLES}

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from hooks._protocol import Role, Watched
 from hooks._taken import Fused, Taken
-from hooks.sites import LayerSites, Role
 
 __all__ = ["AttentionTap", "Factors", "Fused", "Taken"]
 
@@ -67,7 +67,7 @@ class _Product:
 class _Expected:
     """The attention of a layer behind whose anchor the pass is now."""
 
-    sites: LayerSites
+    sites: Watched
     batch: int
     n_query: int
     factors: Factors | None
@@ -181,7 +181,7 @@ class AttentionTap(TorchFunctionMode):
 
     def expect(
         self,
-        sites: LayerSites,
+        sites: Watched,
         entering: Tensor,
         *,
         factors: Factors | None = None,

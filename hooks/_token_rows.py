@@ -19,7 +19,7 @@ from hooks._given import (
     text_ids,
 )
 from hooks._inputs import real_spans
-from hooks.scores import MASKED
+from hooks._kernel_types import MASKED
 
 
 def token_rows(

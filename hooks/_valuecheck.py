@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hooks._protocol import ROLES, Role
 from hooks.errors import UnsupportedModelError
-from hooks.sites import ROLES, Averaging, Role
+from hooks.sites import Averaging
 
 if TYPE_CHECKING:
     from hooks._layercheck import LayerCheck

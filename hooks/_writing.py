@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hooks._protocol import Role
 from hooks._tap import AttentionTap
-from hooks.sites import LayerSites, Role
+from hooks.sites import LayerSites
 
 if TYPE_CHECKING:
     from hooks._clock import Clock

@@ -19,15 +19,16 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._ambient import measurement
-from hooks._arguments import check_layers, choose_layers
+from hooks._arguments import check_layers
 from hooks._clock import refuse_cache
 from hooks._inputs import short_input
+from hooks._protocol import HookedModel
 from hooks._tap import AttentionTap
 from hooks._threads import TapOfThreads, hooked, intervening
 from hooks.errors import UnsupportedModelError
 from hooks.scores import visible
 from hooks.selfcheck import attention_sites
-from hooks.sites import HookedModel, LayerSites
+from hooks.sites import LayerSites, choose_layers
 
 HookList = list[tuple[str, Callable[..., Any]]]
 

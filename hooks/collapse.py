@@ -18,28 +18,20 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._ambient import measurement
-from hooks._arguments import (
-    MANY,
-    brief,
-    check_choice,
-    check_integers,
-    check_number,
-    check_optional,
-    choose_layers,
-    read_sigmas,
-)
+from hooks._arguments import MANY, brief, check_choice, check_integers, check_number, check_optional
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
 from hooks._prompts import encode
+from hooks._protocol import HookedModel
 from hooks._tally import Tally
 from hooks._tap import AttentionTap, Fused, Taken
 from hooks._threads import hooked
-from hooks.laws import LAWS
+from hooks.laws import LAWS, read_sigmas
 from hooks.noise import SPARSE, NormNoise, Shared
 from hooks.results import CollapseReport, ProbeSettings
 from hooks.scores import qk_part, recheck
 from hooks.selfcheck import sites_for
-from hooks.sites import HookedModel, LayerSites
+from hooks.sites import LayerSites, choose_layers
 
 if TYPE_CHECKING:
     from hooks._rows import LayerReducer, Workers
@@ -263,7 +255,7 @@ class _Watch:
                 return None
             if sites.bare:
                 assert taken is not None
-                q, k = taken.vectors(sites)["q"], taken.vectors(sites)["k"]
+                q, k = taken.vectors(sites.kv_leaders)["q"], taken.vectors(sites.kv_leaders)["k"]
             else:
                 q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
             wide = torch.promote_types(q.dtype, torch.float32)

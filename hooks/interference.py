@@ -33,7 +33,6 @@ from hooks._arguments import (
     check_integers,
     check_number,
     check_optional,
-    choose_layers,
     read_list,
 )
 from hooks._facts import attention_facts
@@ -57,11 +56,12 @@ from hooks._interference_output import Output
 from hooks._interference_report import InterferenceReport, InterferenceSettings
 from hooks._observe import Hook, LayerView, observe
 from hooks._prompts import Prompts, encode, example_of
+from hooks._protocol import HookedModel
 from hooks.collapse import _check_sparse
 from hooks.errors import UnsupportedModelError
 from hooks.noise import SPARSE
 from hooks.selfcheck import sites_for
-from hooks.sites import HookedModel, LayerSites
+from hooks.sites import LayerSites, choose_layers
 
 _ON = ("k", "qk")
 

@@ -8,13 +8,14 @@ factor, its distribution function and where that is smooth: sampling and quadrat
 from __future__ import annotations
 
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Set
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks._arguments import check_choice, check_number
+from hooks._arguments import check_choice, check_number, read_list
 
 _NORMAL_REACH = 8.5  # the normal law's mass beyond is 2e-17
 
@@ -208,3 +209,19 @@ def check_sigma(sigma: float, law: Law, name: str = "sigma") -> float:
             f"got {value!r} (a share, not percent: 0.05 is 5%)"
         )
     return value
+
+
+def read_sigmas(sigmas: Any, law: str, default: tuple[float, ...]) -> list[float]:
+    """Sigmas as floats that the law can have; None stands for as much of the default as it can.
+
+    Raises:
+        TypeError: no list of numbers.
+        ValueError: a sigma that the law can't have.
+    """
+    known = get_law(law)
+    if sigmas is None:
+        top = known.limit
+        return [s for s in default if s < top or (s == top and known.limit_included)]
+    given = read_list("sigmas", sigmas, "a list of numbers")
+    values = [check_sigma(sigma, known, "sigmas") for sigma in given]
+    return sorted(values) if isinstance(sigmas, Set) else values

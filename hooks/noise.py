@@ -29,7 +29,6 @@ from hooks._arguments import (
     check_choice,
     check_integers,
     check_layers,
-    choose_layers,
     plain,
     read_array,
     read_list,
@@ -37,6 +36,7 @@ from hooks._arguments import (
 from hooks._cachecheck import cached_steps
 from hooks._clock import Clock
 from hooks._inputs import has_decoder
+from hooks._protocol import ROLES, HookedModel, Role
 from hooks._tap import AttentionTap
 from hooks._threads import intervening
 from hooks._writing import Writer
@@ -44,7 +44,7 @@ from hooks.errors import UnsupportedModelError
 from hooks.laws import LAWS, check_sigma, get_law
 from hooks.scores import expand_factors, split
 from hooks.selfcheck import attention_sites
-from hooks.sites import ROLES, AttentionSites, HookedModel, LayerSites, Role, Site, Stream
+from hooks.sites import AttentionSites, LayerSites, Site, Stream, choose_layers
 
 Shared = Literal["none", "heads", "kv", "token"]
 At = Literal["dot", "projection"]

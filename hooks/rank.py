@@ -21,12 +21,12 @@ from hooks._facts import model_facts
 from hooks._given import MaskLike, Tokens
 from hooks._masks import check_masks
 from hooks._prompts import Prompts, encode
+from hooks._protocol import HookedModel
 from hooks._rank_measures import MEASURES, first_share, measures
 from hooks._rank_report import WITH, RankReport, RankSettings, RankSite
 from hooks._rank_sites import Block, Found, blocks_of, final_norm, resolve
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
-from hooks.sites import HookedModel
 
 
 @measurement

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks._arguments import brief, check_booleans, check_kind, check_tensor
+from hooks._kernel_types import MASKED
 from hooks.errors import UnsupportedModelError
 from hooks.sites import LayerSites
 
@@ -72,10 +73,6 @@ def _check_factor(factor: Any, s: Tensor) -> None:
     check_tensor("factor", factor, (None,) * s.ndim, wanted)
     if any(n not in (1, m) for n, m in zip(factor.shape, s.shape, strict=True)):
         raise ValueError(f"factor: wanted a tensor {wanted}; got shape {list(factor.shape)}")
-
-
-# Masks in use: -inf, -1e9 and the least number of a dtype, float16's -65504 the last.
-MASKED = -3e4
 
 
 def visible(scores: Float[Tensor, "*rows key"]) -> Bool[Tensor, "*rows key"]:

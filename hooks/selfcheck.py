@@ -44,11 +44,12 @@ from hooks._layercopies import KINDS, LayerCopies
 from hooks._locate import locate
 from hooks._masks import beginning, check_masks
 from hooks._prompts import Prompts, encode
+from hooks._protocol import HookedModel
 from hooks._standing import Standing, names, resting, users
 from hooks._tap import AttentionTap
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
-from hooks.sites import AttentionSites, HookedModel, LayerSites
+from hooks.sites import AttentionSites, LayerSites
 
 _ATTEMPTS = 3
 _LAYERS_PER_PASS = 8  # bounds the logits of the copies, which nobody reads

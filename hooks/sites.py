@@ -7,46 +7,21 @@ model, and proves on it that writes there do what the noise model says.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks._arguments import brief, check_choice, plain
+from hooks._arguments import brief, check_choice, check_layers, plain
+from hooks._protocol import ROLES, Role
 
-Role = Literal["q", "k", "v"]
 Shield = Literal["none", "removed", "mixed", "unseen"]
 Averaging = Literal["plain", "gated", "centred", "unverified"]
 Stream = Literal["source", "target"]
-
-ROLES: tuple[Role, ...] = ("q", "k", "v")
-
-
-@runtime_checkable
-class HookedModel(Protocol):
-    """All that this package asks of a model: TransformerBridge and HookedTransformer have it."""
-
-    @property
-    def cfg(self) -> Any:
-        """n_heads, n_ctx, d_vocab and the like."""
-
-    @property
-    def hook_dict(self) -> Mapping[str, Any]:
-        """Hook points by name, aliases included."""
-
-    def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
-        """Context with temporary hooks."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward pass."""
-
-    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward pass with temporary hooks."""
 
 
 @dataclass(frozen=True)
@@ -426,3 +401,21 @@ def _sharing(layers: tuple[LayerSites, ...]) -> list[str]:
             f"vector reaches {n_heads // n_kv_heads} query heads."
         )
     return out
+
+
+def choose_layers(sites: AttentionSites, layers: Any) -> tuple[LayerSites, ...]:
+    """The attention layers of these indices, in their order; all of them where None is given.
+
+    Raises:
+        ValueError: none, one twice, something that is no integer, or no such layer.
+    """
+    if layers is None:
+        return sites.layers
+    known = {layer.layer: layer for layer in sites}
+    chosen = sorted(check_layers(layers))
+    for index in chosen:
+        if index not in known:
+            raise ValueError(
+                f"layers: wanted one of the attention layers {brief(list(known))}; got {index}"
+            )
+    return tuple(known[index] for index in chosen)

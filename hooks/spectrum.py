@@ -17,16 +17,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks._ambient import measurement
-from hooks._arguments import brief, check_integers, check_optional, choose_layers, read_list
+from hooks._arguments import brief, check_integers, check_optional, read_list
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
+from hooks._protocol import HookedModel
 from hooks._spectrum_report import SpectrumReport, SpectrumSettings
 from hooks.centring import is_centred
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import sites_for
-from hooks.sites import HookedModel, LayerSites
+from hooks.sites import LayerSites, choose_layers
 
 _MOST_VALUES = 1 << 16  # singular values: no attention matrix has more that are worth keeping
 

@@ -16,21 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks._ambient import measurement
-from hooks._arguments import (
-    check_booleans,
-    check_choice,
-    check_integers,
-    check_optional,
-    choose_layers,
-)
+from hooks._arguments import check_booleans, check_choice, check_integers, check_optional
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens
 from hooks._observe import LayerView, observe
 from hooks._prompts import Prompts, encode
+from hooks._protocol import HookedModel, Role
 from hooks._spread_report import Of, SpreadReport, SpreadSettings
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import sites_for
-from hooks.sites import HookedModel, LayerSites, Role
+from hooks.sites import LayerSites, choose_layers
 
 
 @measurement

@@ -19,26 +19,20 @@ from tqdm.auto import tqdm
 
 from hooks import _state
 from hooks._ambient import measurement
-from hooks._arguments import (
-    MANY,
-    brief,
-    check_integers,
-    check_layers,
-    check_optional,
-    choose_layers,
-    read_sigmas,
-)
+from hooks._arguments import MANY, brief, check_integers, check_layers, check_optional
 from hooks._facts import attention_facts
 from hooks._given import MaskLike, Tokens, shorten, tensor_of
 from hooks._prompts import Prompts, encode, example_of
+from hooks._protocol import HookedModel
 from hooks._sweep_factors import Grid
 from hooks._sweep_report import SweepReport, SweepSettings
 from hooks._sweep_run import Pass, Runner, has_next_token, passes
 from hooks._sweep_score import UNSCORED, score
 from hooks._threads import hooked
+from hooks.laws import read_sigmas
 from hooks.noise import At, NormNoise, Rows, Shared
 from hooks.selfcheck import sites_for
-from hooks.sites import HookedModel
+from hooks.sites import choose_layers
 
 SWEEP_SIGMAS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 

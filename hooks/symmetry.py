@@ -30,7 +30,6 @@ from hooks._arguments import (
     check_booleans,
     check_integers,
     check_optional,
-    choose_layers,
     plain,
     read_array,
     read_list,
@@ -41,11 +40,12 @@ from hooks._inputs import check_model, has_decoder, input_device, without_cache
 from hooks._observe import Hook, refuse_several_streams, stream_hook
 from hooks._positions import find_removals, rounding, taken
 from hooks._prompts import Prompts, encode
+from hooks._protocol import HookedModel
 from hooks._symmetry_report import FLOORS, REACH, SymmetryReport, SymmetrySettings
 from hooks._threads import hooked
 from hooks.errors import UnsupportedModelError
 from hooks.selfcheck import sites_for
-from hooks.sites import HookedModel, LayerSites
+from hooks.sites import LayerSites, choose_layers
 
 
 @measurement

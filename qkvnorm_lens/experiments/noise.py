@@ -168,7 +168,7 @@ def _prompts(
 def _shield(model: TransformerBridge) -> str:
     """What a norm behind the projections does to noise on q, k and v before it."""
     from hooks import attention_sites
-    from hooks.sites import ROLES
+    from hooks._protocol import ROLES
 
     found = {layer.vector(role).shield for layer in attention_sites(model) for role in ROLES}
     return " and ".join(sorted(found - {"none"})) or "none"

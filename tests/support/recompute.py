@@ -10,7 +10,8 @@ import torch
 import hooks
 from hooks._observe import observe
 from hooks._prompts import encode
-from hooks.sites import AttentionSites, Role
+from hooks._protocol import Role
+from hooks.sites import AttentionSites
 from tests.support import builders, reference
 
 SIGMA, DRAWS, POS = 0.4, 2, 21
