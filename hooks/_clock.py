@@ -172,6 +172,7 @@ class Clock:
         return 0 if self.blind else self.now.cached
 
     def prompts(self, batch: int) -> range:
+        """Indices of the prompts of this batch."""
         for padding in self.padding.values():
             if len(padding) != batch:
                 raise ValueError(

@@ -1,6 +1,7 @@
 """The copies of a prompt on which one layer is judged: hooks that noise them, and what they showed.
 
-See :mod:`hooks.selfcheck` for the pass over the copies, :mod:`hooks._layercheck` for the verdict.
+See :mod:`hooks.sites.selfcheck` for the pass over the copies, and
+:mod:`hooks._layercheck` for the verdict.
 """
 
 from __future__ import annotations

@@ -34,22 +34,32 @@ class HookedModel(Protocol):
 
 
 class Anchor(Protocol):
-    """Where in a pass a layer's attention begins, and what it multiplies."""
+    """Where in a pass a layer's attention begins, and which of its products is q.k."""
 
     @property
-    def hook(self) -> str: ...
+    def hook(self) -> str:
+        """The hook point before it."""
+
     @property
-    def product(self) -> int: ...
+    def product(self) -> int:
+        """Which product of fitting operands it is, from 0."""
+
     @property
-    def d_head(self) -> int: ...
+    def d_head(self) -> int:
+        """Of the operands."""
 
 
 class Watched(Protocol):
     """What of an attention layer must be known to recognise it in a pass."""
 
     @property
-    def layer(self) -> int: ...
+    def layer(self) -> int:
+        """Its index."""
+
     @property
-    def n_heads(self) -> int: ...
+    def n_heads(self) -> int:
+        """Of its queries."""
+
     @property
-    def anchor(self) -> Anchor | None: ...
+    def anchor(self) -> Anchor | None:
+        """None where hooks show all that is read."""

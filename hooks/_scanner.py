@@ -1,4 +1,7 @@
-"""Compiled: the loop over a layer's rows. :mod:`hooks._scan` has what is done with one of them."""
+"""Compiled: the loop over a layer's rows.
+
+:mod:`hooks._scan` has what is done with one of them.
+"""
 
 from __future__ import annotations
 

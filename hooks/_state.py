@@ -57,10 +57,11 @@ class Resting:
         setattr(self, SAYS, says)
 
     def __call__(self, tensor: Any, hook: Any) -> Any:
+        """What the hook returns; None in a check."""
         return None if _checking.get() else self.hook_fn(tensor, hook)
 
 
-def resting(hook_fn: Callable[..., Any], says: str) -> Callable[..., Any]:
+def paused_in_checks(hook_fn: Callable[..., Any], says: str) -> Callable[..., Any]:
     """The hook as a :class:`Resting` one."""
     return Resting(hook_fn, says)
 

@@ -84,9 +84,9 @@ class Runner:
         """Everything that the sweep puts on the model, once."""
         entries = list(self._entries)
         if self.block:
-            entries.insert(0, (self.block, _state.resting(self._spread, "sweep")))
+            entries.insert(0, (self.block, _state.paused_in_checks(self._spread, "sweep")))
         if self.early:
-            entries.append((_UNEMBED, _state.resting(self._end, "sweep")))
+            entries.append((_UNEMBED, _state.paused_in_checks(self._end, "sweep")))
         return entries
 
     def _keeping_clean(self, hook_fn: Callable[..., Any]) -> Callable[..., Any]:

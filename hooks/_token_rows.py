@@ -95,11 +95,21 @@ def _counted(notes: Sequence[str]) -> list[str]:
 
 
 def refuse_bos(prepend_bos: bool | None) -> None:
+    """Token ids are what they are: ``prepend_bos`` is for text.
+
+    Raises:
+        ValueError: it was given.
+    """
     if prepend_bos is not None:
         raise ValueError(f"prepend_bos: wanted text beside it; got {prepend_bos} and token ids")
 
 
 def integers(ids: Tensor, n_dims: int) -> Tensor:
+    """Ids as int64.
+
+    Raises:
+        TypeError: they are no integers, or have other axes.
+    """
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim != n_dims:
         raise TypeError(
             f"tokens: wanted integer ids with {n_dims} axis or axes; got {ids.dtype} of shape "

@@ -254,7 +254,7 @@ def _entries(
     for sites in layers:
         layer = _Layer(sites, tap, getattr(model, "original_model", None))
         mine = [
-            (name, _state.resting(hook_fn, "CentredAttention"))
+            (name, _state.paused_in_checks(hook_fn, "CentredAttention"))
             for name, hook_fn in layer.hooks(layer.centred)
         ]
         setattr(mine[-1][1], _CENTRED, True)  # the one at z

@@ -312,7 +312,7 @@ class NormNoise:
             entries.append((shown[0].pattern, clock.guard))
         self._tell_shields(layers)
         says = f"{self!r}, prompts from {clock.first_prompt}, padding {clock.padding or 'none'}"
-        return [(name, _state.resting(hook_fn, says)) for name, hook_fn in entries]
+        return [(name, _state.paused_in_checks(hook_fn, says)) for name, hook_fn in entries]
 
     def _tell_shields(self, layers: list[LayerSites]) -> None:
         if self.at != "projection":

@@ -13,8 +13,8 @@ the way of that:
 - *No noise moves a weight*, as a saturated attention's. Then the noised scores are held against
   the predicted ones, and the pattern against the softmax of the scores that were seen.
 - *No hook shows the scores, or the vectors behind a norm.* Scores and pattern are then read where
-  the model takes its softmax (:mod:`hooks._tap`), and where what was noised at the hooks of q and k
-  is not what arrives, the factors multiply the operands of the dot product themselves.
+  the model takes its softmax (:mod:`hooks._tap`), and where what was noised at the hooks
+  of q and k is not what arrives, the factors multiply the operands of the dot product themselves.
 
 What neither decides is refused.
 """

@@ -125,5 +125,5 @@ def _is_shown(package: griffe.Module, rest: str) -> bool:
 
 
 def _public(path: str) -> str:
-    """hooks._kept.KeptRows is shown as hooks.KeptRows, and so are all names of that package."""
-    return re.sub(r"^hooks\.[a-z_]\w*\.(?=\w)", "hooks.", path) if path.count(".") > 1 else path
+    """hooks.collapse.KeptRows is shown as hooks.KeptRows, and so are all names of that package."""
+    return re.sub(r"^hooks\.(?:[a-z_]\w*\.)+(?=[A-Za-z_]\w*$)", "hooks.", path)
