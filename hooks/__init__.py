@@ -11,7 +11,7 @@ from hooks.centring import CentredAttention
 from hooks.collapse import DEFAULT_SIGMAS, collapse_probe
 from hooks.errors import ReportFileError, UnsupportedModelError
 from hooks.interference import interference
-from hooks.laws import LAWS
+from hooks.laws import LAWS, Gaussian, Law, LogNormal, Uniform
 from hooks.noise import NON_SPARSE, SPARSE, NormNoise
 from hooks.probability import collapse_probability, critical_half_width
 from hooks.rank import rank_profile
@@ -64,6 +64,10 @@ __all__ = [
     "collapse_probability",
     "DEFAULT_SIGMAS",
     "LAWS",
+    "Law",
+    "Uniform",
+    "Gaussian",
+    "LogNormal",
     "NON_SPARSE",
     "SPARSE",
 ]

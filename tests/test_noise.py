@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import hooks.noise
+import hooks
 from hooks import NormNoise, UnsupportedModelError, attention_sites
 from hooks.sites import AttentionSites
 from tests import models

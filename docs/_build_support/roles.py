@@ -126,4 +126,4 @@ def _is_shown(package: griffe.Module, rest: str) -> bool:
 
 def _public(path: str) -> str:
     """hooks.collapse.KeptRows is shown as hooks.KeptRows, and so are all names of that package."""
-    return re.sub(r"^hooks\.(?:[a-z_]\w*\.)+(?=[A-Za-z_]\w*$)", "hooks.", path)
+    return re.sub(r"^hooks\.(?:[a-z_]\w*\.)+(?=\w)", "hooks.", path)
