@@ -177,7 +177,7 @@ def encode(
         _check_ids(model, row, f"prompt {index}", least=2)
     width = int(tokens.shape[-1]) if isinstance(tokens, (Tensor, np.ndarray)) else 0
     whole = lengths or tuple(width or end - at for at, end in spans)
-    others = _beside(values, spans, width)
+    others = _beside({n: x for n, x in values.items() if n != _OF_DECODER}, spans, width)
     mask = None if attention_mask is None else tensor_of(attention_mask)
     if mask is not None and mask.ndim == 4:
         others["each"]["attention_mask"] = tuple(mask.cpu())
@@ -195,6 +195,7 @@ def encode(
     ids = tensor_of(tokens).long().cpu().reshape(-1, width) if width else None
     if has_decoder(model):
         prompts, target = _with_decoder(model, prompts, decoder_tokens, decoder_mask, labels)
+        prompts = _with_decoder_positions(prompts, values.get(_OF_DECODER))
         return _behind_padding(model, prompts, ids, target, values)
     prompts = _behind_padding(model, prompts, ids, None, values)
     if decoder_tokens is not None or decoder_mask is not None:
@@ -283,20 +284,23 @@ def _one_of_two(values: dict[str, Any], name: str, argument: str, given: Any) ->
 
 
 def _starts(prompts: Prompts) -> tuple[tuple[int, ...], ...]:
-    """First tokens of each prompt: where positions come back to the value they began with.
+    """First tokens of each prompt: the first one, and where positions fall back.
 
-    Packed documents count their positions so, and by one within each; others are no documents.
+    Packed documents count by one from one number; a row may begin inside of the first. Positions
+    that go otherwise are no documents.
     """
     rows = prompts.each.get("position_ids", ())
     out = []
     for row in rows:
-        again = row[1:] == row[0]
+        falls = (row[1:] < row[:-1]).nonzero().flatten() + 1
+        again = row[1:] == row[falls[0] if len(falls) else 0]
         counts = bool((again | (row[1:] == row[:-1] + 1)).all()) and not bool(again.all())
         out.append((0, *((again.nonzero().flatten() + 1).tolist() if counts else ())))
     return tuple(out) or ((0,),) * len(prompts)
 
 
 _PER_POSITION = ("position_ids", "token_type_ids")
+_OF_DECODER = "decoder_position_ids"
 
 
 def _beside(
@@ -430,6 +434,20 @@ def _with_decoder(
         notes=(*prompts.notes, *notes),
     )
     return prompts, target
+
+
+def _with_decoder_positions(prompts: Prompts, given: Any) -> Prompts:
+    """The same with positions ``[batch, pos]`` of the decoder's tokens, cut as these are."""
+    if given is None:
+        return prompts
+    spans, width = prompts.decoder_spans, prompts.decoder_width
+    if not width:
+        raise ValueError(
+            f"inputs: wanted decoder_input_ids [batch, pos] beside {_OF_DECODER!r}; got none"
+        )
+    rows = _per_position(_OF_DECODER, tensor_of(given), len(spans), width).cpu()
+    cut = tuple(row[first:end] for row, (first, end) in zip(rows, spans, strict=True))
+    return replace(prompts, each={**prompts.each, _OF_DECODER: cut})
 
 
 def _even(rows: Sequence[Any]) -> bool:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from hooks import _state
 from hooks._ambient import measurement
-from hooks._fingerprint import changing_hooks, key_of, states_of_hooks
+from hooks._fingerprint import changing, key_of, states
 from hooks._given import TOKENS_ALONE, shorten
 from hooks._inputs import ModelInput, NoRoom, check_model, short_input
 from hooks._known import refuse_known_wrong
@@ -124,14 +124,14 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
         examples = [_Example(model, prompts)]
     else:
         examples = [_Example(model, None)] + [_Example(model, p) for p in (prompts,) if p]
-    held = states_of_hooks(model)
+    held = states(model)
     with _state.evaluating(model), _state.checking():
         sites = _with_or_without_hooks(model, examples)
-    changing = changing_hooks(model, held)
-    if changing:
+    moved = changing(model, held)
+    if moved:
         note = (
-            f"Hooks of yours on {', '.join(changing[:3])} change what they hold in each pass: they "
-            "are told apart by their code alone."
+            f"Hooks or modules of yours ({', '.join(moved[:3])}) change some of what they hold in "
+            "each pass: they are told apart by the rest."
         )
         sites, key = replace(sites, notes=(*sites.notes, note)), key_of(model)
     known[(*key, kinds)] = sites

@@ -390,6 +390,63 @@ def test_a_decoders_left_padding_is_checked_whoever_else_is_padded(
     collapse_probe(model, form(given | {"decoder_attention_mask": target.flip(1)}), draws=0)
 
 
+@pytest.mark.parametrize("encoder", ["even", "padded"])
+@pytest.mark.parametrize("decoder", ["even", "left", "right", "narrow"])
+def test_a_decoders_positions_are_cut_as_its_tokens_are(encoder: str, decoder: str) -> None:
+    """Those that T5Gemma counts by itself, named: nothing changes; doubled, they are others."""
+    model = builders.build("T5GemmaForConditionalGeneration").model
+    mask, own = torch.ones_like(READ), torch.ones_like(READ)
+    if encoder == "padded":
+        mask[0, 6:] = 0
+    if decoder in ("left", "right"):
+        own[1, slice(0, 3) if decoder == "left" else slice(6, 9)] = 0
+    width = 5 if decoder == "narrow" else 9
+    given = {
+        "input_ids": READ,
+        "attention_mask": mask,
+        "decoder_input_ids": READ.flip(0)[:, :width],
+        "decoder_attention_mask": own[:, :width],
+    }
+    counted = (own.cumsum(-1) - 1).clamp_min(0)[:, :width]
+    settings: dict[str, Any] = {"sigmas": [0.3], "draws": 0}
+    plain = collapse_probe(model, given, **settings)
+    named = collapse_probe(model, given | {"decoder_position_ids": counted}, **settings)
+    np.testing.assert_array_equal(named.rows, plain.rows)
+    np.testing.assert_allclose(named.loose, plain.loose, atol=1e-6)
+    alone = [  # each prompt without its padding
+        {
+            "input_ids": READ[i : i + 1][:, mask[i] == 1],
+            "decoder_input_ids": given["decoder_input_ids"][i : i + 1][:, own[i, :width] == 1],
+            "decoder_position_ids": 2 * counted[i : i + 1][:, own[i, :width] == 1],
+        }
+        for i in range(3)
+    ]
+    doubled = collapse_probe(model, given | {"decoder_position_ids": 2 * counted}, **settings)
+    each = [collapse_probe(model, x, **settings) for x in alone]
+    np.testing.assert_array_equal(doubled.rows, np.concatenate([x.rows for x in each], 2))
+    assert not np.array_equal(doubled.loose, plain.loose)
+
+
+@pytest.mark.parametrize("first", [[0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6]])
+def test_a_row_may_begin_inside_of_a_document(first: list[int]) -> None:
+    """As packing by blocks cuts them: where positions fall, another document begins."""
+    model = tiny_llama()
+    ids = IDS[:, :18]
+    at = torch.tensor([first + [*range(6)] * 2]).expand(B, -1)
+    inputs = {"input_ids": ids, "position_ids": at, "use_cache": False}
+    settings: dict[str, Any] = {"sigmas": [0.3], "draws": 0, "sparse": 0.4}
+    whole = collapse_probe(model, inputs, **settings)
+    parts = [
+        collapse_probe(model, {"input_ids": a, "position_ids": b}, **settings)
+        for a, b in zip(ids.split(6, 1), at.split(6, 1), strict=True)
+    ]
+    np.testing.assert_array_equal(whole.rows, sum(x.rows for x in parts))
+    np.testing.assert_allclose(whole.loose, sum(x.loose for x in parts), atol=1e-5)
+    assert whole.rows[..., 1].sum() > 0
+    scored = sweep(model, inputs, sigmas=[0.1], replicates=1)
+    assert scored.positions.sum() == B * 15
+
+
 def test_positions_by_the_batchs_width_are_refused_by_name() -> None:
     """Rotary positions of two lengths: a short prompt beside a long one is turned as that one."""
     scaling = {

@@ -508,7 +508,7 @@ def test_wrong_hooks_of_a_tapped_layer_are_not_used(kind: str, monkeypatch: Patc
 def test_heads_taken_for_positions_are_caught(monkeypatch: Patch) -> None:
     """As many tokens as heads: no shape tells the axes apart, the noise does."""
     model, find = model_of("gpt2", "float32"), vars(selfcheck)["locate"]
-    monkeypatch.setattr(selfcheck, "_short", lambda prompts, avoid: prompts)
+    monkeypatch.setattr(selfcheck, "beginning", lambda prompts, avoid: prompts)
     four = models.tokens(1, 4)
     assert all(layer.bare for layer in judged(model, four)), "products have their axes in order"
     longer = ModelInput(models.tokens(1, 5).expand(2, -1))

@@ -108,7 +108,9 @@ ROTARY = ("llama", "gemma2", "qwen3", "gptoss", "mistral")
 SQUARE = ("llama", "gpt2", "qwen3", "mistral", "bert")
 # Where an edit of the pattern changes what follows (elsewhere it is discarded).
 LANDS = ("llama", "gpt2", "gemma2", "qwen3", "mistral", "gptoss", "bloom", "ours")
-KINDS_OF_POSITIONS = ("", "count", "offset", "gap", "stretched", "zero", "packed", "shared")
+KINDS_OF_POSITIONS = (
+    "", "count", "offset", "gap", "stretched", "zero", "packed", "packed inside", "shared",
+)  # fmt: skip
 
 
 FEW = ("llama", "gpt2", "t5", "bloom", "gptoss")
@@ -392,6 +394,7 @@ def _positions(kind: str, ids: Tensor, spans: tuple[tuple[int, int], ...]) -> Te
             "stretched": 2 * p,
             "zero": 0 * p,
             "packed": torch.where(p >= half, p - half, p),
+            "packed inside": torch.where(p >= half, p - half, p + 4),  # a row cuts a document
         }[kind]
     return out[:1] if kind == "shared" else out
 
