@@ -21,9 +21,21 @@ import numpy as np
 import torch
 from numba import njit
 
-from hooks import _integrals, _scan
-from hooks._kernel_types import MASKED
 from hooks.collapse import DEFAULT_SIGMAS
+from hooks.kernels import (
+    GRID,
+    MASKED,
+    collect_plain,
+    count_above,
+    exact_plain,
+    first_of_largest,
+    holds_sparse,
+    largest,
+    last_seen,
+    lowest_able,
+    sort_descending,
+    visible_sum,
+)
 
 SHAPES = ((8, 128), (1, 1024))
 HEADS = 12
@@ -47,31 +59,31 @@ def stages(  # type: ignore[no-untyped-def]
     n_matrices, n_query, _ = scores.shape
     for m in range(n_matrices):
         for q in range(n_query):
-            if not _scan.holds_sparse(pattern[m, q], 0.95) or q == 0:
+            if not holds_sparse(pattern[m, q], 0.95) or q == 0:
                 continue
             found += 1
             if upto < 1:
                 continue
             row = scores[m, q]
-            row = row[: _scan.last_seen(row, q + 1)]
-            top = _scan.largest(row)
-            star = _scan.first_of_largest(row)
-            mean = _scan.visible_sum(row) / _scan.count_above(row, MASKED)
+            row = row[: last_seen(row, q + 1)]
+            top = largest(row)
+            star = first_of_largest(row)
+            mean = visible_sum(row) / count_above(row, MASKED)
             if upto < 2:
                 continue
-            bar = min(_scan.lowest_able(top, REACH), mean + _scan.lowest_able(top - mean, REACH))
-            n = _scan.collect_plain(row, star, bar, key, place)
+            bar = min(lowest_able(top, REACH), mean + lowest_able(top - mean, REACH))
+            n = collect_plain(row, star, bar, key, place)
             if upto < 3:
                 continue
-            _scan.sort_descending(key, near, place, n, spare, at)
+            sort_descending(key, near, place, n, spare, at)
             if upto < 4:
                 continue
             near[:n] = key[:n]
-            _scan.exact_plain(0, top, near, n, sigmas, out[0], spare[0], work, grid)
+            exact_plain(0, top, near, n, sigmas, out[0], spare[0], work, grid)
             if upto < 5:
                 continue
             near[:n] -= mean
-            _scan.exact_plain(0, top - mean, near, n, sigmas, out[1], spare[0], work, grid)
+            exact_plain(0, top - mean, near, n, sigmas, out[1], spare[0], work, grid)
     return found
 
 
@@ -88,7 +100,7 @@ def measure(batch: int, pos: int, repeats: int) -> list[dict[str, Any]]:
     scores, pattern = layer(batch, pos)
     sigmas = np.array(DEFAULT_SIGMAS)
     room = [np.empty(pos), np.empty(pos), np.empty(pos, np.int64), np.empty((2, pos))]
-    room += [np.empty(pos, np.int64), np.empty((3, pos)), np.empty(_integrals.GRID)]
+    room += [np.empty(pos, np.int64), np.empty((3, pos)), np.empty(GRID)]
     times: list[list[float]] = [[] for _ in STAGES]
     found = 0
     for repeat in range(repeats + 1):
@@ -115,7 +127,7 @@ def measure(batch: int, pos: int, repeats: int) -> list[dict[str, Any]]:
 def check(scores: np.ndarray, pattern: np.ndarray, rates: np.ndarray) -> None:
     """The timed run's rates against the simple implementation, on some rows of every kind."""
     import hooks
-    from hooks.laws import LAWS
+    from hooks.noise import LAWS
 
     w = torch.from_numpy(scores).double()
     sparse = torch.from_numpy(pattern).amax(-1) >= 0.95

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks._arguments import check_integers
+from hooks.arguments import check_integers
 
 WIDEST = 1 << 14
 """Tokens, widths and layers: float64 matrices of this size have 2 GiB."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import torch
 from safetensors.torch import load, save
 
-from hooks._files import TensorFile, Unsound, with_words, write_whole
+from hooks.reports import TensorFile, Unsound, with_words, write_whole
 from qkvnorm_lens.loading import LoadError, read_object
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from hooks._files import write_whole
+from hooks.reports import write_whole
 
 _SEAL: Final = re.compile(rb"\nqkvnorm-lens state sha256:([0-9a-f]{64})\n\Z")
 

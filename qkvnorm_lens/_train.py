@@ -259,7 +259,7 @@ def _claim(out: Path, wanted: Run, processes: int, *, write: bool) -> None:
     Raises:
         ValueError: it holds another one; the message says in what they differ.
     """
-    from hooks._files import write_whole
+    from hooks.reports import write_whole
     from qkvnorm_lens.training import describe
 
     run = json.loads(json.dumps(describe(wanted, processes)))
@@ -283,7 +283,7 @@ def _noted(note: Path) -> dict[str, Any]:
     Raises:
         RunFileError: its note can't be read.
     """
-    from hooks._files import Unsound, read_json
+    from hooks.reports import Unsound, read_json
     from qkvnorm_lens._run_files import RunFileError
 
     try:

@@ -37,7 +37,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from hooks._arguments import (
+from hooks.arguments import (
     brief,
     check_choice,
     check_device,

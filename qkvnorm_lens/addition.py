@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from hooks._arguments import (
+from hooks.arguments import (
     SEEDS,
     check_booleans,
     check_choice,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformer_lens.config import TransformerBridgeConfig
 
-from hooks._arguments import (
+from hooks.arguments import (
     brief,
     check_booleans,
     check_device,

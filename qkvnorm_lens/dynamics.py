@@ -48,7 +48,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks._arguments import (
+from hooks.arguments import (
     MANY,
     brief,
     check_booleans,
@@ -58,7 +58,7 @@ from hooks._arguments import (
     check_number,
     read_array,
 )
-from hooks._rank_measures import distance_to_mean, measures
+from hooks.measures.rank import distance_to_mean, measures
 from qkvnorm_lens._graphs import (
     WIDEST,
     MaskGraph,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from hooks._arguments import check_booleans, check_optional, check_path, check_text, naming
+from hooks.arguments import check_booleans, check_optional, check_path, check_text, naming
 from qkvnorm_lens import __version__, _tables
 from qkvnorm_lens._html import circuits, page, rows, safe, svg
 from qkvnorm_lens.plots._attention import SCALE
@@ -60,7 +60,7 @@ def html_report(
     Raises:
         ImportError: ``views`` without circuitsvis.
     """
-    from hooks._showing import DRAWS
+    from hooks.collapse import DRAWS
 
     check_report("report", report, "CollapseReport")
     source = check_text("source", source)

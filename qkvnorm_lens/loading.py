@@ -109,7 +109,7 @@ def load_model(
     Raises:
         LoadError: no such model, or one that can't be loaded.
     """
-    from hooks._arguments import check_device, check_dtype
+    from hooks.arguments import check_device, check_dtype
 
     source = find(name)
     device, dtype = check_device("device", device), check_dtype("dtype", dtype)
@@ -203,7 +203,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         LoadError: it is none, or can't be read.
     """
-    from hooks._files import Unsound, read_json
+    from hooks.reports import Unsound, read_json
 
     try:
         value = read_json(path.read_bytes(), str(path))
@@ -238,7 +238,7 @@ def card_digest(card: dict[str, Any]) -> str:
 
 def write_card(card: dict[str, Any], path: Path) -> None:
     """Write a card with its digest, whole or not at all."""
-    from hooks._files import write_whole
+    from hooks.reports import write_whole
 
     plain = json.loads(json.dumps(card))
     text = json.dumps({**plain, "digest": card_digest(plain)}, indent=2)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks._arguments import (
+from hooks.arguments import (
     brief,
     check_booleans,
     check_choice,

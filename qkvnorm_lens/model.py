@@ -22,7 +22,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import nn
 
-from hooks._arguments import check_kind
+from hooks.arguments import check_kind
 from qkvnorm_lens import _model_files
 from qkvnorm_lens._model_files import CONFIG, TOKENIZER, WEIGHTS
 from qkvnorm_lens.attention import Attention, KVCache, Rotation, block_norm, calibrated

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from hooks._arguments import (
+from hooks.arguments import (
     brief,
     check_booleans,
     check_choice,

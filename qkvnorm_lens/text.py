@@ -54,7 +54,7 @@ def windows(
     Raises:
         ValueError: empty text, a length outside the context, or no tokenizer.
     """
-    from hooks._arguments import check_booleans, check_integers, check_text
+    from hooks.arguments import check_booleans, check_integers, check_text
 
     if not callable(getattr(model, "to_tokens", None)):
         raise TypeError(f"model: wanted a TransformerBridge; got {type(model).__name__}")
@@ -102,7 +102,7 @@ def conversations(model: TransformerBridge, messages: Any, *, limit: int) -> Pro
     Raises:
         ValueError: no messages, or no template.
     """
-    from hooks._given import chat_ids, is_chat
+    from hooks.model import chat_ids, is_chat
 
     several = [messages] if is_chat(messages) else messages
     if not isinstance(several, list) or not several or not all(map(is_chat, several)):
@@ -120,7 +120,7 @@ def _tokens(
     model: TransformerBridge, text: str, prepend_bos: bool | None
 ) -> tuple[list[int], list[int], str]:
     """(bos or nothing, the text's own ids, what is to be said), however long the text is."""
-    from hooks._given import added, text_ids
+    from hooks.model import added, text_ids
 
     tokenizer = model.tokenizer
     # A directory without tokenizer files gives a tokenizer that knows special tokens only.
@@ -151,7 +151,7 @@ def lines(model: TransformerBridge, text: str, *, limit: int) -> Prompts:
         ValueError: no line, a character that is not in the vocabulary, a sum that does not begin
             with ``[`` or is longer than the context.
     """
-    from hooks._arguments import check_integers, check_text
+    from hooks.arguments import check_integers, check_text
     from qkvnorm_lens.addition import VOCAB
 
     if not hasattr(getattr(model, "cfg", None), "n_ctx"):
@@ -179,7 +179,7 @@ def sums(split: str | Split, n: int, *, seed: int) -> Prompts:
     Raises:
         ValueError: an unknown split, or n < 1.
     """
-    from hooks._arguments import check_integers
+    from hooks.arguments import check_integers
     from qkvnorm_lens.addition import PAD, draw, get_split
 
     (n,) = check_integers(n=(n, 1))

@@ -29,7 +29,7 @@ from jaxtyping import Int
 from torch import nn
 from tqdm import tqdm
 
-from hooks._arguments import (
+from hooks.arguments import (
     SEEDS,
     check_booleans,
     check_device,

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 import hooks
-from hooks.laws import LAWS
+from hooks.noise.laws import LAWS
 from qkvnorm_lens.config import _HONOURED
 from tests.arguments import Call
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import hooks
-from hooks import _state
-from hooks._inputs import without_cache
+from hooks.model import state as _state
+from hooks.model.inputs import without_cache
 from tests import models
 from tests.marks import slowly
 from tests.watching import shape_checks_off

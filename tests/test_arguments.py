@@ -22,7 +22,7 @@ import torch
 
 import hooks
 import qkvnorm_lens
-from hooks import _arguments
+from hooks import arguments as _arguments
 from qkvnorm_lens import addition, experiments, plots, recipes
 from tests import argument_calls, models
 from tests.arguments import POOL, Call, outcome

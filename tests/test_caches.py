@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooks import CentredAttention, NormNoise, UnsupportedModelError, _cachecheck, attention_sites
-from hooks._clock import Clock, find_cache
+from hooks import CentredAttention, NormNoise, UnsupportedModelError, attention_sites
+from hooks.noise import cache_check as _cachecheck
+from hooks.noise.clock import Clock, find_cache
 from tests import models
 from tests.marks import slowly
 from tests.support import builders

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import hooks
 from hooks import CentredAttention, UnsupportedModelError
-from hooks.centring import visible_mean
+from hooks.measures.symmetry.centring import visible_mean
 from qkvnorm_lens.adapter import to_bridge
 from qkvnorm_lens.attention import visible_mean as ours_visible_mean
 from qkvnorm_lens.config import QKVNormConfig

@@ -22,7 +22,7 @@ from transformers import GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 import hooks
 import qkvnorm_lens
-from hooks import noise
+from hooks.noise import norm_noise as noise
 from qkvnorm_lens import _probe, _tables, loading, text
 from qkvnorm_lens.addition import VOCAB
 from qkvnorm_lens.checkpoints import checkpoint_card, checkpoints, load_checkpoint

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hooks import LAWS, NormNoise, UnsupportedModelError, _rows, attention_sites, collapse_probe
-from hooks._rows import LayerReducer, Workers
-from hooks._tally import Tally
-from hooks.results import CollapseReport, ProbeSettings
-from hooks.sites import LayerSites
+from hooks import LAWS, NormNoise, UnsupportedModelError, attention_sites, collapse_probe
+from hooks.collapse import reduce as _rows
+from hooks.collapse.reduce import LayerReducer, Workers
+from hooks.collapse.report import CollapseReport, ProbeSettings
+from hooks.collapse.tally import Tally
+from hooks.sites.types import LayerSites
 from qkvnorm_lens.config import ARCHITECTURE as OURS
 from tests import models, reference
 from tests.agreement import compare

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import hooks
 from hooks import UnsupportedModelError
-from hooks._observe import observe
-from hooks._prompts import encode
+from hooks.model.prompts import encode
+from hooks.sites.watch import observe
 from qkvnorm_lens.experiments import _base, _run, quantisation, sparsity, spread
 from qkvnorm_lens.experiments._base import Subject
 from qkvnorm_lens.experiments._cache_error import (

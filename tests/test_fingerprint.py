@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hooks import NormNoise, attention_sites, collapse_probe, interference, selfcheck, sweep
-from hooks._fingerprint import fingerprint
-from hooks._hashing import _elsewhere, hash_tensor
-from hooks._words import digest
+from hooks import NormNoise, attention_sites, collapse_probe, interference, sweep
+from hooks.model.fingerprint import fingerprint
+from hooks.model.hashing import _elsewhere, hash_tensor
+from hooks.model.words import digest
+from hooks.sites import selfcheck
 from tests.models import tiny_gpt2, tiny_llama, tokens
 from tests.support import builders
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hooks import _integrals, collapse_probability, critical_half_width
-from hooks._scan import (
+from hooks import collapse_probability, critical_half_width
+from hooks.kernels import integrals as _integrals
+from hooks.kernels.row import (
     UNDECIDED,
     first_of_largest,
     first_sigma,
@@ -22,7 +23,7 @@ from hooks._scan import (
     sort_descending,
     sparse_by_nearest,
 )
-from hooks.laws import LAWS, get_law
+from hooks.noise.laws import LAWS, get_law
 from tests import reference
 from tests.test_probability import ROWS, Row, biased_rows, probability
 

@@ -16,10 +16,10 @@ from transformers import BertConfig, BertForMaskedLM, Olmo2Config, Olmo2ForCausa
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hooks import InterferenceReport, UnsupportedModelError, attention_sites, interference
-from hooks._inner_norm import inner_norms
-from hooks._inputs import short_input
-from hooks._interference_count import shuffles
-from hooks.laws import LAWS
+from hooks.measures.interference.count import shuffles
+from hooks.model.inputs import short_input
+from hooks.noise.laws import LAWS
+from hooks.sites.norm import inner_norms
 from qkvnorm_lens.adapter import to_bridge
 from qkvnorm_lens.config import NormSpec, QKVNormConfig
 from qkvnorm_lens.model import QKVNormTransformer

@@ -19,10 +19,10 @@ from safetensors.numpy import save_file
 
 import qkvnorm_lens
 from hooks import CollapseReport, KeptRows, NormNoise, attention_sites, collapse_probe
-from hooks._kept import no_rows
-from hooks._observe import observe
-from hooks._prompts import encode
-from hooks._showing import DRAWS, MARGINS
+from hooks.collapse.kept import no_rows
+from hooks.collapse.showing import DRAWS, MARGINS
+from hooks.model.prompts import encode
+from hooks.sites.watch import observe
 from qkvnorm_lens._html.rows import shown_rows
 from qkvnorm_lens.html_report import html_report
 from tests import models

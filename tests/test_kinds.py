@@ -326,7 +326,7 @@ def test_names_that_are_left_out_are_told_together() -> None:
 
 def test_a_decoder_keeps_a_start_token_that_is_the_pad_token(monkeypatch: Any) -> None:
     """T5's decoder starts with its pad token: a tensor is what a list of the same ids is."""
-    monkeypatch.setattr("hooks._token_rows.own_pad_token", lambda model: 0)
+    monkeypatch.setattr("hooks.model.token_rows.own_pad_token", lambda model: 0)
     model = built("T5ForConditionalGeneration", decoder_start_token_id=0)
     read = torch.cat([torch.zeros(3, 1, dtype=torch.long), READ], dim=1)
     settings: dict[str, Any] = {"sparse": 0.5, "draws": 0, "sigmas": [0.3]}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hooks.laws import LAWS, Law, check_sigma, get_law
+from hooks.noise.laws import LAWS, Law, check_sigma, get_law
 
 laws = pytest.mark.parametrize("law", LAWS.values(), ids=list(LAWS))
 _largest = {"uniform": 0.577, "gaussian": 0.2, "lognormal": 1.0}

@@ -18,20 +18,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooks import (
-    NormNoise,
-    UnsupportedModelError,
-    _layercheck,
-    _layercopies,
-    _tap,
-    attention_sites,
-    collapse_probe,
-    selfcheck,
-)
-from hooks._inputs import ModelInput
-from hooks._locate import Located
-from hooks.scores import ScoreParts
-from hooks.sites import AttentionSites, LayerSites, Site
+from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
+from hooks.model import tap as _tap
+from hooks.model.inputs import ModelInput
+from hooks.sites import copies as _layercopies
+from hooks.sites import layer_check as _layercheck
+from hooks.sites import selfcheck
+from hooks.sites.locate import Located
+from hooks.sites.scores import ScoreParts
+from hooks.sites.types import AttentionSites, LayerSites, Site
 from qkvnorm_lens.config import ARCHITECTURE as OURS
 from tests import models
 from tests.support import builders

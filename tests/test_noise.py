@@ -17,7 +17,7 @@ from torch import Tensor
 
 import hooks
 from hooks import NormNoise, UnsupportedModelError, attention_sites
-from hooks.sites import AttentionSites
+from hooks.sites.types import AttentionSites
 from tests import models
 from tests.watching import (
     Found,

@@ -559,8 +559,8 @@ def test_a_histogram_shows_every_row() -> None:
 
 
 def test_rank_and_spectrum_take_what_hooks_gives() -> None:
-    from hooks.rank import rank_profile
-    from hooks.spectrum import spectral_gap
+    from hooks.measures.rank.measure import rank_profile
+    from hooks.measures.spectrum.measure import spectral_gap
 
     model, ids = models.tiny_gpt2(), models.tokens(1, 10)
     frame = rank_profile(model, ids).to_frame()

@@ -32,9 +32,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
-from hooks.laws import get_law
-from hooks.probability import collapse_probability, critical_half_width
-from hooks.results import CollapseReport
+from hooks.collapse.report import CollapseReport
+from hooks.noise.laws import get_law
+from hooks.noise.probability import collapse_probability, critical_half_width
 from tests import models
 from tests.marks import slowly
 from tests.support import builders

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from hooks import collapse_probability, critical_half_width
-from hooks.laws import get_law
+from hooks.noise.laws import get_law
 from tests import reference
 from tests.watching import one_thread
 

@@ -17,7 +17,13 @@ from torch import Tensor
 
 import hooks
 from hooks import RankReport, UnsupportedModelError
-from hooks._rank_measures import MEASURES, distance_to_mean, first_share, mean_cosine, measures
+from hooks.measures.rank.numbers import (
+    MEASURES,
+    distance_to_mean,
+    first_share,
+    mean_cosine,
+    measures,
+)
 from qkvnorm_lens.adapter import to_bridge
 from qkvnorm_lens.config import QKVNormConfig
 from qkvnorm_lens.model import QKVNormTransformer

@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
-from hooks import CollapseReport, _rows, attention_sites, collapse_probe, rank_profile
-from hooks._table import COMPLETE, TableParts
+from hooks import CollapseReport, attention_sites, collapse_probe, rank_profile
+from hooks.collapse import reduce as _rows
+from hooks.collapse.table import COMPLETE, TableParts
 from tests import models
 from tests.watching import attn, one_thread, shape_checks_off, watch
 

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import hooks
 from hooks import SpectrumReport, UnsupportedModelError
-from hooks.spectrum import uniform_of
+from hooks.measures.spectrum.measure import uniform_of
 from qkvnorm_lens.adapter import to_bridge
 from qkvnorm_lens.config import QKVNormConfig
 from qkvnorm_lens.model import QKVNormTransformer

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import hooks
 from hooks import SpreadReport, UnsupportedModelError
-from hooks._spread_report import weighted_quantile
+from hooks.measures.spread.report import weighted_quantile
 from qkvnorm_lens.adapter import to_bridge
 from qkvnorm_lens.config import QKVNormConfig
 from qkvnorm_lens.model import QKVNormTransformer

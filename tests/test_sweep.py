@@ -18,8 +18,8 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 import hooks
 from hooks import NormNoise, SweepReport
-from hooks._streams import draw_uniforms, philox_keys
-from hooks._sweep_score import UNSCORED, argmax, score
+from hooks.measures.sweep.score import UNSCORED, argmax, score
+from hooks.noise.streams import draw_uniforms, philox_keys
 from tests import models
 from tests.marks import slowly
 from tests.watching import Found, one_thread, shape_checks_off, tiny_gemma2

@@ -18,8 +18,8 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import hooks
 from hooks import SymmetryReport, UnsupportedModelError
-from hooks._symmetry_report import REACH
-from hooks.symmetry import neighbours
+from hooks.measures.symmetry.measure import neighbours
+from hooks.measures.symmetry.report import REACH
 from qkvnorm_lens.adapter import to_bridge
 from qkvnorm_lens.config import QKVNormConfig
 from qkvnorm_lens.model import QKVNormTransformer

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from hooks._protocol import Role
-from hooks._tap import AttentionTap, Taken
-from hooks.sites import Anchor, LayerSites, Site, VectorSite
+from hooks.model.protocol import Role
+from hooks.model.tap import AttentionTap, Taken
+from hooks.sites.types import Anchor, LayerSites, Site, VectorSite
 
 B, H, Q, K, D = 2, 4, 5, 7, 3
 NOWHERE = VectorSite(Site("", 0, 2), Site("", 0, 2), "none")

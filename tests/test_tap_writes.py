@@ -11,8 +11,8 @@ from torch import Tensor
 
 import hooks
 from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
-from hooks._observe import LayerView, observe
-from hooks._prompts import encode
+from hooks.model.prompts import encode
+from hooks.sites.watch import LayerView, observe
 from tests.marks import slowly
 from tests.support import builders
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian, jvp
 
-from hooks.probability import critical_half_width
+from hooks.noise.probability import critical_half_width
 from qkvnorm_lens.config import NormSpec, QKVNormConfig
 from qkvnorm_lens.model import QKVNormTransformer
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import hooks
-from hooks import _apart
+from hooks.model import apart as _apart
 from tests import models
 from tests.watching import Found, shape_checks_off, tiny_opt
 

@@ -89,7 +89,7 @@ def run(
         ValueError: no such experiment or size, or no model that it can look at.
         LoadError: no such model.
     """
-    from hooks._arguments import brief, check_optional, check_path, read_list
+    from hooks.arguments import brief, check_optional, check_path, read_list
     from qkvnorm_lens._options import directory
     from qkvnorm_lens.experiments._base import SIZES
     from qkvnorm_lens.experiments._run import run_experiment

@@ -16,14 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks import SPARSE, UnsupportedModelError, _state
-from hooks._ambient import model_pass
-from hooks._inputs import input_device, without_cache
-from hooks._observe import LayerView, observe
-from hooks._prompts import Prompts
-from hooks._threads import hooked
-from hooks.scores import ScoreParts, expand_factors, qk_part
-from hooks.sites import LayerSites, Site
+from hooks import SPARSE, UnsupportedModelError
+from hooks.model import Prompts, evaluating, hooked, input_device, model_pass, without_cache
+from hooks.sites import LayerSites, LayerView, ScoreParts, Site, expand_factors, observe, qk_part
 from qkvnorm_lens.experiments._quantise import Quantise, Scheme
 from qkvnorm_lens.experiments._read import UNSCORED
 
@@ -270,7 +265,7 @@ def output_effect(
     cells = [(s, roles) for roles in (ROLES if apart else ROLES[:1]) for s in schemes]
     sums = np.zeros((len(cells) + 1, 4))  # loss, correct, KL, agreement; the clean pass first
     n, options = 0, without_cache(model)
-    with _state.evaluating(model):
+    with evaluating(model):
         for indices, given in prompts.batches(batch_size):
             wanted = torch.tensor([list(targets[i]) for i in indices])
             scored = wanted != UNSCORED

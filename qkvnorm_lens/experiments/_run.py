@@ -24,7 +24,7 @@ from typing import Any, Final
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hooks._files import write_whole
+from hooks.reports import write_whole
 from qkvnorm_lens.experiments._base import SIZES, Experiment, Part, Size, Subject
 
 VERSIONS: Final = ("qkvnorm-lens", "torch", "transformer-lens", "transformers", "numpy")

@@ -73,8 +73,8 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
 def _largest_score(model: Any, tokens: Any) -> float:
     """Greatest |w| over all layers, heads and visible keys."""
     from hooks import attention_sites
-    from hooks._observe import LayerView, observe
-    from hooks._prompts import encode
+    from hooks.model import encode
+    from hooks.sites import LayerView, observe
 
     top = [0.0]
 

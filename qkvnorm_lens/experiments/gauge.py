@@ -77,8 +77,8 @@ def sparse_rows(
     Rows of a layer with added biases are left out: there a constant on s is not one on w.
     """
     from hooks import SPARSE, attention_sites
-    from hooks._observe import LayerView, observe
-    from hooks._prompts import encode
+    from hooks.model import encode
+    from hooks.sites import LayerView, observe
 
     sites = [s for s in attention_sites(model) if not s.has_bias]
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []

@@ -133,7 +133,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _of_mask(setting: str, mask: str, scale: Scale) -> pd.DataFrame:
-    from hooks._rank_measures import measures
+    from hooks.measures.rank import measures
     from qkvnorm_lens.dynamics import FLOOR, unit_tokens
 
     rows, curves, bounds = [], [], []

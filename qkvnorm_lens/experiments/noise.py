@@ -168,7 +168,7 @@ def _prompts(
 def _shield(model: TransformerBridge) -> str:
     """What a norm behind the projections does to noise on q, k and v before it."""
     from hooks import attention_sites
-    from hooks._protocol import ROLES
+    from hooks.model import ROLES
 
     found = {layer.vector(role).shield for layer in attention_sites(model) for role in ROLES}
     return " and ".join(sorted(found - {"none"})) or "none"
@@ -180,9 +180,9 @@ def _shares(model: TransformerBridge, tokens: Any) -> dict[str, dict[str, float]
     In the clean pass, of rows with two keys or more, over all heads and layers.
     """
     from hooks import attention_sites
-    from hooks._observe import LayerView, observe
-    from hooks._prompts import encode
+    from hooks.model import encode
     from hooks.noise import NON_SPARSE, SPARSE
+    from hooks.sites import LayerView, observe
 
     counts = {rows: np.zeros(2) for rows in ("all", "sparse", "non-sparse")}
 

@@ -42,8 +42,8 @@ _NAMED = 3  # heads named in a cell
 def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
     """Errors, predicted and real shifts by head and scheme; the output's loss with each cache."""
     import hooks
-    from hooks._observe import observe
-    from hooks._prompts import encode
+    from hooks.model import encode
+    from hooks.sites import observe
     from qkvnorm_lens.experiments._cache_error import (
         CacheErrors,
         largest_magnitudes,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformer_lens.model_bridge import TransformerBridge
 
-    from hooks._observe import LayerView
+    from hooks.sites import LayerView
 
 AMOUNT: Final[dict[Size, Amount]] = {
     "smoke": Amount(sums=64, windows=1, length=64),
@@ -46,8 +46,8 @@ _LEAST = 0.01  # percent: the histograms' lower end
 def measure(subject: Subject, amount: Amount, maps: int) -> pd.DataFrame:
     """Row maxima of every head, the first row of each prompt left out, and a few heads' maps."""
     import hooks
-    from hooks._observe import observe
-    from hooks._prompts import encode
+    from hooks.model import encode
+    from hooks.sites import observe
 
     model, read = subject.load(), reading(subject, amount)
     sites = hooks.attention_sites(model).layers
@@ -124,8 +124,8 @@ def _maps(
     model: TransformerBridge, sites: Any, read: Reading, chosen: list[tuple[int, int]]
 ) -> pd.DataFrame:
     """Attention of the chosen heads in the first prompt, its first tokens."""
-    from hooks._observe import observe
-    from hooks._prompts import encode
+    from hooks.model import encode
+    from hooks.sites import observe
 
     prompts = encode(model, [read.ids[0][:MAP_TOKENS]])
     tokens = [repr(token) for token in prompts.strings[0]]  # quoted: a CSV knows them as text

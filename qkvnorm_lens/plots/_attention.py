@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from hooks._arguments import (
+from hooks.arguments import (
     check_booleans,
     check_index,
     check_integers,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hooks._arguments import brief, check_choice, check_kind, read_list
+from hooks.arguments import brief, check_choice, check_kind, read_list
 
 if TYPE_CHECKING:
     import pandas as pd

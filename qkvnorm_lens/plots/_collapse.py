@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from hooks._arguments import check_booleans, check_choice
+from hooks.arguments import check_booleans, check_choice
 from qkvnorm_lens._plot_style import BLUE, GREEN, GREY, ORANGE
 from qkvnorm_lens.plots._chart import (
     Axis,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from hooks._arguments import check_integers
+from hooks.arguments import check_integers
 from qkvnorm_lens._plot_style import GREY, axes_of, log_ticks, ticks_between
 from qkvnorm_lens.plots._chart import Backend, axes_in, check_backend, check_report
 from qkvnorm_lens.plots._collapse import title_of

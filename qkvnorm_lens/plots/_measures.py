@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from hooks._arguments import brief, check_choice, check_path, naming
+from hooks.arguments import brief, check_choice, check_path, naming
 from qkvnorm_lens._plot_style import BLUE, GREEN, GREY, ORANGE, RUNS
 from qkvnorm_lens.plots._chart import (
     Axis,

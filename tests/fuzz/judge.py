@@ -427,7 +427,7 @@ def _rank(case: Case, model: zoo.Model, what: Given) -> Check:
 
 
 def _measure(name: str) -> int:
-    from hooks._rank_measures import MEASURES
+    from hooks.measures.rank.numbers import MEASURES
 
     return MEASURES.index(name)
 

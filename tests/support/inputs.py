@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import hooks
-from hooks.sites import AttentionSites
+from hooks.sites.types import AttentionSites
 from tests.support import builders
 from tests.support.recompute import POS, Disagreement, Truth, compare, probe, truth
 

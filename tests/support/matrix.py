@@ -25,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 import hooks
-from hooks._protocol import ROLES
-from hooks.sites import AttentionSites
+from hooks.model.protocol import ROLES
+from hooks.sites.types import AttentionSites
 from tests.support import builders
 from tests.support.inputs import check_inputs
 from tests.support.recompute import POS, Disagreement, recompute, truth

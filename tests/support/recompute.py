@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 import hooks
-from hooks._observe import observe
-from hooks._prompts import encode
-from hooks._protocol import Role
-from hooks.sites import AttentionSites
+from hooks.model.prompts import encode
+from hooks.model.protocol import Role
+from hooks.sites.types import AttentionSites
+from hooks.sites.watch import observe
 from tests.support import builders, reference
 
 SIGMA, DRAWS, POS = 0.4, 2, 21

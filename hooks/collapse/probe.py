@@ -1,0 +1,329 @@
+"""The collapse probe: which sparse attention rows lose their token, at which norm noise.
+
+Protocol of Menary et al. 2024, Fig. 3: noise in each layer on its own, on clean inputs; a row whose
+clean maximum is at least 0.95 collapses when its arg max moves. Clean inputs make the noisy scores
+a function of the clean ones, so one forward pass holds every answer: each layer is reduced to its
+counts while its scores exist and is let go of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks.arguments import MANY, brief, check_choice, check_integers, check_number, check_optional
+from hooks.collapse.report import CollapseReport, ProbeSettings
+from hooks.collapse.tally import Tally
+from hooks.model import (
+    AttentionTap,
+    Finished,
+    Fused,
+    HookedModel,
+    MaskLike,
+    Taken,
+    Tokens,
+    encode,
+    evaluating,
+    hooked,
+    measurement,
+)
+from hooks.noise import LAWS, SPARSE, NormNoise, Shared, read_sigmas
+from hooks.sites import LayerSites, attention_facts, choose_layers, qk_part, recheck, sites_for
+
+if TYPE_CHECKING:
+    from hooks.collapse.reduce import LayerReducer, Workers
+
+DEFAULT_SIGMAS = (
+    0.01, 0.015, 0.02, 0.03, 0.04, 0.055, 0.075, 0.1, 0.11, 0.14, 0.17, 0.2, 0.25, 0.3, 0.4, 0.5,
+)  # fmt: skip
+
+KEEP = 1 << 19
+"""Competitors that a report's table has room for: some 10 MiB, whatever the model."""
+KEEP_ROWS = 16
+"""Rows, the most fragile ones, whose attention a report keeps before and after noise."""
+_BLOCK_BYTES = 1 << 24
+
+Method = Literal["exact", "sample"]
+
+
+@measurement
+def collapse_probe(
+    model: HookedModel,
+    tokens: Tokens,
+    *,
+    decoder_tokens: Tokens | None = None,
+    sigmas: Sequence[float] | None = None,
+    on: str = "qk",
+    method: Method = "exact",
+    law: str = "uniform",
+    shared: Shared = "none",
+    layers: Sequence[int] | None = None,
+    sparse: float = SPARSE,
+    draws: int = 16,
+    seed: int = 0,
+    attention_mask: MaskLike | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 8,
+    keep: int = KEEP,
+    keep_rows: int = KEEP_ROWS,
+    query_block: int | None = None,
+    first_prompt: int = 0,
+    progress: bool | None = None,
+) -> CollapseReport:
+    """Share of sparse attention rows whose arg max moves under norm noise, by sigma, layer, head.
+
+    Under noise on the vectors that enter the dot product a row's scores become
+    (1 + kq)(1 + k_t) s_t + b_t, exactly. ``exact`` computes the probability that the arg max moves
+    from the clean scores; ``sample`` draws the noise of :class:`NormNoise` and counts. The strict
+    rate (the new maximum is again >= ``sparse``) is sampled under both. Source: Menary et al. 2024,
+    Fig. 3 and theorem 7.
+
+    Args:
+        model: a TransformerBridge (or anything that can be called and has ``cfg``, ``hook_dict``,
+            ``hooks`` and ``run_with_hooks``). Left as found; probed in eval mode.
+        tokens: a text, several texts, token ids ``[pos]`` or ``[batch, pos]``, or a list of ids;
+            pixel values or wave forms where the model reads those; or named inputs, such as
+            ``{"input_ids": ..., "pixel_values": ...}``.
+        decoder_tokens: what an encoder-decoder's decoder is given, one for each prompt; default:
+            its start token and the prompt itself, as in denoising.
+        sigmas: RMS of the relative change of a norm; default: 16 from 1% to 50%, as far as the law
+            goes.
+        on: noised vectors, any of ``"q"``, ``"k"``, ``"v"``.
+        method: ``"exact"`` or ``"sample"``.
+        law: ``"uniform"``, ``"gaussian"`` or ``"lognormal"``.
+        shared: which vectors share a factor in sampled rates (see :class:`NormNoise`); a row's own
+            probability does not depend on it.
+        layers: block indices; default: every attention layer.
+        sparse: least maximum of a sparse row.
+        draws: samples of the noise; of the strict rate only, under ``"exact"``.
+        seed: of the noise.
+        attention_mask: 1 for real tokens. Without it, the tokenizer's pad tokens at either end of a
+            row of a tensor are padding, unless they are also its first or last token (bos, eos);
+            lists of ids are taken as they are.
+        prepend_bos: passed on to ``model.to_tokens``; with text only.
+        batch_size: prompts per forward pass; only prompts of one length share a pass, so that
+            nothing is ever padded.
+        keep: competitors, those nearest to winning, that the report's table has room for; from them
+            come ``sigma_at`` and ``fragile``.
+        keep_rows: rows, the most fragile ones, whose attention the report keeps for showing, before
+            and after noise (:class:`hooks.KeptRows`).
+        query_block: where a fused attention makes no scores, they are made for so many queries at
+            a time and never as one [query, key] matrix; default: as many as fit into 16 MiB.
+        first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
+            which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
+        progress: show a progress bar; default: in a terminal or a notebook.
+
+    Returns:
+        :class:`CollapseReport`.
+
+    Raises:
+        UnsupportedModelError: the model failed the self-check.
+        ValueError: empty text, a sequence longer than the context or of one token, a sigma that the
+            law can't have, an unknown layer, site, law or method.
+    """
+    # Compiled code: whoever only injects noise needs none.
+    from hooks.collapse.reduce import Workers
+    from hooks.kernels import LAW_CODES
+
+    asked: Any = law
+    if isinstance(asked, str) and law not in LAW_CODES and law in LAWS:
+        raise ValueError(
+            f"law: wanted one of {sorted(LAW_CODES)}, whose probabilities are compiled; got "
+            f"{law!r} (NormNoise, sweep and collapse_probability take laws of your own)"
+        )
+    values = _sigmas(sigmas, law)
+    method = cast(Method, check_choice("method", method, get_args(Method)))
+    noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
+    sparse = _check_sparse(sparse)
+    draws, batch_size, keep, keep_rows, block, first_prompt = check_integers(
+        draws=(draws, 2 if method == "sample" else 0, MANY),
+        batch_size=(batch_size, 1),
+        keep=(keep, 1),
+        keep_rows=(keep_rows, 0),
+        query_block=(1 if query_block is None else query_block, 1),
+        first_prompt=(first_prompt, 0),
+    )
+    query_block = None if query_block is None else block
+    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
+    prompts = encode(
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+    )
+    sites = sites_for(model, prompts)
+    chosen = choose_layers(sites, layers)
+    settings = ProbeSettings(
+        sigmas=values,
+        on="".join(noise.roles),
+        law=noise.law,
+        method=method,
+        shared=noise.shared,
+        sparse=sparse,
+        layers=tuple(s.layer for s in chosen),
+        draws=draws,
+        seed=noise.seed,
+        keep=keep,
+        keep_rows=keep_rows,
+    )
+    tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
+    batches = prompts.batches(batch_size)
+    with (
+        evaluating(model),
+        Workers().open() as workers,
+        tqdm(
+            total=len(prompts),
+            desc="collapse probe",
+            unit="prompt",
+            disable=None if progress is None else not progress,
+            leave=False,
+        ) as bar,
+    ):
+        for indices, given in batches:
+            watch = _Watch(chosen, tally, noise, indices, workers, query_block)
+            with (
+                contextlib.suppress(Finished),
+                watch.tap or contextlib.nullcontext(),
+                hooked(model, watch.hooks()),
+            ):
+                given.run(model)
+            bar.update(len(indices))
+    return tally.report(model=attention_facts(model, sites, chosen, prompts), prompts=prompts)
+
+
+def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
+    values = read_sigmas(sigmas, law, DEFAULT_SIGMAS)
+    if not values:
+        raise ValueError("sigmas: wanted one or more; got none")
+    if values != sorted(set(values)):
+        raise ValueError(f"sigmas: wanted ascending and distinct; got {brief(values)}")
+    return tuple(values)
+
+
+def _check_sparse(sparse: float) -> float:
+    return check_number("sparse", sparse, "a maximum in (0, 1]", lambda x: 0 < x <= 1)
+
+
+class _Watch:
+    """Hooks of one forward pass: each layer's scores meet their pattern and are reduced at once."""
+
+    def __init__(
+        self,
+        layers: tuple[LayerSites, ...],
+        tally: Tally,
+        noise: NormNoise,
+        indices: Sequence[int],
+        workers: Workers,
+        query_block: int | None,
+    ) -> None:
+        self.layers = layers
+        self.tally = tally
+        self.noise = noise
+        self.indices = indices
+        self.workers = workers
+        self.query_block = query_block
+        self.tap = AttentionTap() if any(s.tapped for s in layers) else None
+
+    def hooks(self) -> list[tuple[str, Callable[..., None]]]:
+        entries: list[tuple[str, Callable[..., None]]] = []
+        for index, sites in enumerate(self.layers):
+            entries += self._layer_hooks(index, sites)
+        return entries
+
+    def _layer_hooks(self, index: int, sites: LayerSites) -> list[tuple[str, Callable[..., None]]]:
+        kept: dict[str, Tensor] = {}
+        entries: list[tuple[str, Callable[..., None]]] = []
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook_fn(tensor: Tensor, hook: Any) -> None:
+                kept[name] = tensor
+
+            return hook_fn
+
+        def reducer() -> LayerReducer:
+            from hooks.collapse.reduce import LayerReducer
+
+            return LayerReducer(self.tally, index, sites, self.noise, self.indices, self.workers)
+
+        def q_and_k(taken: Taken | None = None) -> tuple[Tensor, Tensor] | None:
+            """The vectors that enter the dot product, where a bias is added to it."""
+            if not sites.has_bias:
+                return None
+            if sites.bare:
+                assert taken is not None
+                q, k = taken.vectors(sites.kv_leaders)["q"], taken.vectors(sites.kv_leaders)["k"]
+            else:
+                q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
+            wide = torch.promote_types(q.dtype, torch.float32)
+            return q.to(wide), k.to(wide)
+
+        def finish() -> None:
+            if index == len(self.layers) - 1:
+                raise Finished  # what follows, the unembedding above all, is not needed
+
+        def at_pattern(pattern: Tensor, hook: Any) -> None:
+            vectors = q_and_k()
+            s = None if vectors is None else qk_part(sites, *vectors)
+            scores = kept.pop("scores")
+            recheck(sites, scores, pattern)
+            reducer().add(scores, pattern, s)
+            finish()
+
+        def at_z(z: Tensor, hook: Any) -> None:
+            assert self.tap is not None
+            taken = self.tap.take(z.shape[0])
+            if taken is None:  # the self-check saw it happen
+                raise RuntimeError(f"layer {sites.layer}: no softmax was seen before {hook.name}")
+            reduce(taken)
+
+        def reduce(taken: Taken) -> None:
+            vectors = q_and_k(taken)
+            if taken.fused is not None:
+                self._in_blocks(reducer(), sites, taken.fused, vectors)
+            else:
+                s = None if vectors is None else qk_part(sites, *vectors)
+                reducer().add(taken.scores, taken.pattern, s)
+            finish()
+
+        def at_anchor(tensor: Tensor, hook: Any) -> None:
+            assert self.tap is not None
+            self.tap.expect(sites, tensor, show=reduce)
+
+        if sites.bare:
+            assert sites.anchor is not None
+            return [(sites.anchor.hook, at_anchor)]
+        if sites.has_bias:
+            entries += [(sites.vector(r).dot.hook, keep(r)) for r in ("q", "k")]
+        if sites.tapped:
+            assert sites.z is not None
+            return [*entries, (sites.z.hook, at_z)]
+        return [*entries, (sites.scores, keep("scores")), (sites.pattern, at_pattern)]
+
+    def _in_blocks(
+        self,
+        reducer: LayerReducer,
+        sites: LayerSites,
+        fused: Fused,
+        vectors: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Some queries' scores at a time, so that no [query, key] matrix is ever made."""
+        batch, n_heads, n_query, n_key = fused.shape
+        fits = _BLOCK_BYTES // (4 * batch * n_heads * n_key)
+        block = max(1, fits) if self.query_block is None else self.query_block
+        square = fused.is_causal and n_query == n_key
+        for first in range(0, n_query, block):
+            end = min(first + block, n_query)
+            seen = end if square else n_key  # later keys are masked for all of these
+            s = None
+            if vectors is not None:
+                q, k = vectors
+                s = qk_part(sites, q[:, first:end], k[:, :seen])
+            scores = fused.scores(first, end, n_key=seen)
+            eps = torch.finfo(fused.query.dtype).eps
+            reducer.add(scores, None, s, first_query=first, n_query=n_query, n_key=n_key, eps=eps)

@@ -1,0 +1,606 @@
+"""CollapseReport: what a collapse probe found, as data.
+
+Frozen, on the CPU, without a reference to the model; tidy frames; safetensors with JSON on disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from hooks.arguments import (
+    brief,
+    check_booleans,
+    check_choice,
+    check_fields,
+    check_index,
+    check_integers,
+    check_number,
+    check_text,
+    read_array,
+)
+from hooks.collapse.kept import KeptRows, no_rows
+from hooks.collapse.row_checks import ROW, check_kept, check_table
+from hooks.noise import check_sigma, get_law
+from hooks.reports import (
+    Form,
+    Unsound,
+    check_ascending,
+    check_counts,
+    check_numbers,
+    check_sums,
+    check_word,
+    first_tokens,
+    per_layer,
+)
+
+if TYPE_CHECKING:
+    from hooks.noise import NormNoise
+
+By = Literal["head", "layer", "model"]
+CONTENT, SINK = 0, 1
+_BOOTSTRAPS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """How a probe was run; two reports of equal settings can be merged."""
+
+    sigmas: tuple[float, ...]
+    on: str
+    law: str
+    method: str
+    shared: str
+    sparse: float
+    layers: tuple[int, ...]
+    draws: int
+    seed: int
+    keep: int
+    keep_rows: int = 0  # reports written before rows were kept have none
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """The sparse rows that can collapse within the cutoff, with their competitors there.
+
+    ``s_star`` is the q.k part of the attended token's score. The competitors of row i, nearest
+    first, are the entries ``start[i]`` to ``start[i + 1]`` of ``s`` (their q.k parts), of ``beta``
+    = b_* - b_t (empty where no layer adds a bias) and of ``a`` (the half-width from which each can
+    win; 2 where only factors above 2 would do); ``rival`` is the first one's position. Below the
+    half-width ``cutoff`` the table is complete, beyond it it lists nobody.
+    """
+
+    layer: Int[np.ndarray, "row"]
+    head: Int[np.ndarray, "row"]
+    prompt: Int[np.ndarray, "row"]
+    query: Int[np.ndarray, "row"]
+    key: Int[np.ndarray, "row"]
+    rival: Int[np.ndarray, "row"]
+    s_star: Float[np.ndarray, "row"]
+    start: Int[np.ndarray, "edge"]
+    s: Float[np.ndarray, "entry"]
+    beta: Float[np.ndarray, "entry_or_none"]
+    a: Float[np.ndarray, "entry"]
+    cutoff: Float[np.ndarray, ""]
+
+    @property
+    def half_width(self) -> Float[np.ndarray, "row"]:
+        """Each row's critical half-width, that of its nearest competitor; inf above 1."""
+        nearest = self.a[self.start[:-1]]
+        return np.where(nearest < 1, nearest, np.float32(np.inf))
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+
+@dataclass(frozen=True, eq=False)
+class CollapseReport:
+    """The collapse of sparse attention under norm noise: rates, errors and the rows that go first.
+
+    Counts and sums have the axes sigma, draw, layer, head, prompt, and last the kind of row: 0 for
+    rows that attend to content, 1 for rows that attend to a first token (attention sinks): the
+    prompt's, or in a prompt of packed documents any of theirs.
+
+    Attributes:
+        settings: how the probe was run.
+        model: facts of the model and what noise means there (``sites``), versions.
+        first_prompt: index of the first prompt, where this is a part of a corpus.
+        tokens: each prompt's tokens as strings; none for images and sound.
+        starts: positions of each prompt's first tokens: 0, and where a packed document begins;
+            empty in reports of earlier versions, for 0 alone.
+        decoder_tokens: the same of an encoder-decoder's decoder; empty for other models.
+        examined: rows looked at (two or more visible keys), sparse or not.
+        single_key, ties: rows left out: one visible key; sparse ones whose maximum two keys share.
+        padding: padding positions of each prompt, left out.
+        rows: sparse rows.
+        able: competitors able to win at all (by factors between 0 and 2), over these rows.
+        level: sum over sparse rows of the attended score's q.k part.
+        loose, strict, centred: sums over rows of the probability that the arg max moves; that it
+            moves to a new maximum that is sparse again; that it moves when each row's mean visible
+            q.k part is taken away first (the centred gauge, a control).
+        loose_draws, strict_draws, centred_draws: the same per draw, where they were sampled.
+        table: the rows that go first.
+        kept: the very first of them, with their attention before and after noise.
+    """
+
+    settings: ProbeSettings
+    model: Mapping[str, Any]
+    first_prompt: int
+    tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    decoder_tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    examined: Int[np.ndarray, "layer head prompt"] = field(repr=False)
+    single_key: Int[np.ndarray, "layer head prompt"] = field(repr=False)
+    ties: Int[np.ndarray, "layer head prompt"] = field(repr=False)
+    padding: Int[np.ndarray, "prompt"] = field(repr=False)
+    rows: Int[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    able: Int[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    level: Float[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    loose: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
+    strict: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
+    centred: Float[np.ndarray, "sigma layer head prompt kind"] = field(repr=False)
+    loose_draws: Float[np.ndarray, "sigma loose_draw layer head kind"] = field(repr=False)
+    strict_draws: Float[np.ndarray, "sigma draw layer head kind"] = field(repr=False)
+    centred_draws: Float[np.ndarray, "sigma loose_draw layer head kind"] = field(repr=False)
+    table: RowTable = field(repr=False)
+    kept: KeptRows = field(repr=False, default_factory=no_rows)
+    starts: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+
+    @property
+    def document_starts(self) -> tuple[tuple[int, ...], ...]:
+        """``starts``, also where an earlier version wrote none."""
+        return self.starts or ((0,),) * len(self.tokens)
+
+    def is_first(
+        self, prompt: Int[np.ndarray, "n"], position: Int[np.ndarray, "n"]
+    ) -> Bool[np.ndarray, "n"]:
+        """Whether these keys are first tokens: rows that attend to them are sinks."""
+        return first_tokens(self.starts, prompt, position)
+
+    # -- rates ------------------------------------------------------------------------------
+
+    def to_frame(self, by: By = "head") -> pd.DataFrame:
+        """One row per sigma, layer and head (or sigma and layer, or sigma): rates pool rows.
+
+        Columns:
+            layer, head, label: block index; head; ``L5H1`` (``L5`` by layer).
+            rows, sinks: sparse rows; those that attend to the first token.
+            loose, strict: share of the sparse rows that collapse (strict: NaN without draws).
+            loose_content: the loose share with the sinks left out.
+            loose_centred: the loose share in the centred gauge.
+            score_level: mean q.k part of the attended score.
+            se, se_strict: standard error over draws of ``loose`` (0: exact) and of ``strict``.
+            se_prompts: bootstrap standard error of ``loose`` over prompts (NaN for one prompt).
+
+        Rates are NaN where there are no rows.
+        """
+        axes = {"head": (), "layer": (2,), "model": (1, 2)}
+        drop = axes[check_choice("by", by, axes)]
+
+        def pool(x: np.ndarray, first: int) -> np.ndarray:
+            """Sum over the heads (and layers) that ``by`` leaves out."""
+            return x.sum(axis=tuple(first + a - 1 for a in drop)) if drop else x
+
+        rows = pool(self.rows, 0)  # [..., prompt, kind]
+        total, sinks = np.asarray(rows.sum((-1, -2))), np.asarray(rows[..., SINK].sum(-1))
+        content = rows[..., CONTENT].sum(-1)
+        sums = {n: pool(getattr(self, n), 1) for n in ("loose", "strict", "centred")}
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns = {
+                "loose": sums["loose"].sum((-1, -2)) / total,
+                "strict": sums["strict"].sum((-1, -2)) / total,
+                "loose_content": sums["loose"][..., CONTENT].sum(-1) / content,
+                "loose_centred": sums["centred"].sum((-1, -2)) / total,
+                "se": _se_draws(pool(self.loose_draws, 2).sum(-1), total),
+                "se_strict": _se_draws(pool(self.strict_draws, 2).sum(-1), total),
+                "se_prompts": _se_prompts(sums["loose"].sum(-1), rows.sum(-1)),
+            }
+            level = pool(self.level, 0).sum((-1, -2)) / total
+        if self.settings.draws == 0:  # the strict rate is only ever sampled
+            for name in ("strict", "se_strict"):
+                columns[name] = np.full_like(columns["loose"], np.nan)
+        shape = columns["loose"].shape
+        grids = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+        frame = pd.DataFrame({"sigma": np.asarray(self.settings.sigmas)[grids[0].ravel()]})
+        if by != "model":
+            frame["layer"] = np.asarray(self.settings.layers, dtype=int)[grids[1].ravel()]
+            label = np.asarray(self.model["labels"])[grids[1].ravel()]
+        if by == "head":
+            frame["head"] = grids[2].ravel()
+        if by != "model":
+            heads = [f"H{head}" for head in grids[2].ravel()] if by == "head" else ""
+            frame["label"] = np.char.add(label, heads)
+        for name, values in (("rows", total), ("sinks", sinks)):
+            frame[name] = np.broadcast_to(values, shape).ravel()
+        for name in ("loose", "strict", "loose_content", "loose_centred"):
+            frame[name] = columns[name].ravel()
+        frame["score_level"] = np.broadcast_to(level, shape).ravel()
+        for name in ("se", "se_strict", "se_prompts"):
+            frame[name] = columns[name].ravel()
+        if by == "head":  # layers may have different numbers of heads
+            heads = self.model["heads"]
+            known = dict(zip(self.settings.layers, heads, strict=True))
+            frame = frame[frame["head"] < frame["layer"].map(known)].reset_index(drop=True)
+        return frame
+
+    @property
+    def n_sparse(self) -> int:
+        """Sparse rows found, over all layers, heads and prompts."""
+        return int(self.rows.sum())
+
+    def read_by(self, label: str, prompt: int) -> tuple[str, ...]:
+        """Tokens at the query positions of a layer, by its label: a decoder's own in ``D``, ``X``.
+
+        Empty for images and sound.
+
+        Raises:
+            TypeError, ValueError: no such label or prompt.
+        """
+        layer = check_text("label", label).rpartition("H")[0] or label  # L5H1: a head's
+        check_choice("label", layer, self.model["labels"])
+        prompt = check_index("prompt", prompt, len(self.tokens), "prompts")
+        decoded = bool(self.decoder_tokens) and label[0] in "DX"
+        return (self.decoder_tokens if decoded else self.tokens)[prompt]
+
+    def key_token(self, label: str, prompt: int, position: int) -> str:
+        """What a layer's key stands for, by the layer's label; a number for images and sound.
+
+        A decoder's queries look at its own tokens, those of cross-attention at the encoder's. Where
+        one attention has both, the encoder's follow; what follows the last is no token (compressed
+        keys).
+        """
+        decoder = self.decoder_tokens[prompt] if label[0] == "D" and self.decoder_tokens else ()
+        known = decoder + self.tokens[prompt]
+        beside = position - len(known)
+        return f"(no token: {beside})" if known and beside >= 0 else _token(known, position)
+
+    # -- thresholds -------------------------------------------------------------------------
+
+    def sigma_at(
+        self, rate: float = 0.01, *, by: By = "model", content: bool = False
+    ) -> float | pd.Series | pd.DataFrame:
+        """The sigma at which a share ``rate`` of the sparse rows collapses (loose).
+
+        Solved on the exact curve of the table's rows, not on the grid of sigmas.
+
+        Args:
+            rate: share of the rows, in (0, 1).
+            by: ``"model"`` for one number, ``"layer"`` for a Series, ``"head"`` for a frame of
+                layers by heads.
+            content: leave attention sinks out.
+
+        Returns:
+            inf where the law never reaches the rate, NaN where there are no rows.
+
+        Raises:
+            ValueError: a rate outside (0, 1), or one at which competitors matter that the table
+                had no room for.
+        """
+        from hooks.collapse.solve import solve_sigma_at
+
+        rate = check_number("rate", rate, "a share between 0 and 1", lambda x: 0 < x < 1)
+        (content,) = check_booleans(content=content)
+        check_choice("by", by, get_args(By))
+        n_layers, n_heads = self.rows.shape[:2]
+        groups = {
+            "head": (self.table.layer * n_heads + self.table.head, n_layers * n_heads),
+            "layer": (self.table.layer, n_layers),
+            "model": (np.zeros(len(self.table), dtype=int), 1),
+        }
+        of_row, n_groups = groups[by]
+        kinds = (CONTENT,) if content else (CONTENT, SINK)
+
+        def pooled(x: np.ndarray) -> np.ndarray:
+            """Sums per group of rows."""
+            total: np.ndarray = x[..., kinds].sum((-1, -2)).reshape(n_groups, -1).sum(1)
+            return total
+
+        of_kind = np.where(self.is_first(self.table.prompt, self.table.key), SINK, CONTENT)
+        keep = np.isin(of_kind, kinds)
+        listed = np.zeros(n_groups, dtype=np.int64)
+        np.add.at(listed, of_row[keep], np.diff(self.table.start)[keep])
+        sigma = solve_sigma_at(
+            self, rate, of_row, keep, pooled(self.rows), pooled(self.able) - listed
+        )
+        if by == "model":
+            return float(sigma[0])
+        layers = pd.Index(self.settings.layers, name="layer")
+        if by == "layer":
+            return pd.Series(sigma, index=layers, name="sigma")
+        heads = pd.RangeIndex(n_heads, name="head")
+        return pd.DataFrame(sigma.reshape(n_layers, n_heads), index=layers, columns=heads)
+
+    def fragile(self, n: int = 10, *, content: bool = False) -> pd.DataFrame:
+        """The n rows that go first, with the token they attend to and the one they jump to.
+
+        ``half_width`` is the smallest a such that factors in [1 - a, 1 + a] can move the row, from
+        clean scores alone; ``sigma`` = a / sqrt(3) is the RMS of uniform noise of that half-width.
+
+        Args:
+            n: number of rows.
+            content: leave attention sinks out.
+        """
+        (n,) = check_integers(n=(n, 0))
+        (content,) = check_booleans(content=content)
+        t = self.table
+        order = np.argsort(t.half_width, kind="stable")
+        if content:
+            order = order[~self.is_first(t.prompt[order], t.key[order])]
+        return self._row_frame(t, order[:n])
+
+    def kept_rows(self) -> pd.DataFrame:
+        """The rows of ``kept``: the columns of :meth:`fragile`, and what the noise shown does.
+
+        ``shown_sigma`` and ``draw`` name the noise (:meth:`kept_noise`), ``lands_pos`` and
+        ``lands_token`` where the arg max is under it (-1, "" and NaN where none moves the row);
+        ``before`` and ``after`` are the attended token's weights, ``gained`` the new maximum's.
+        """
+        kept = self.kept
+        frame = self._row_frame(kept, np.arange(len(kept)))
+        lands, pairs = kept.lands, [kept.weights(i) for i in range(len(kept))]
+        moved = [i for i in range(len(kept)) if lands[i] >= 0]
+        frame["shown_sigma"], frame["draw"], frame["lands_pos"] = kept.sigma, kept.draw, lands
+        # A query's own token sequence differs from its keys' in cross-attention.
+        frame["lands_token"] = [
+            self.key_token(label, int(prompt), int(at)) if at >= 0 else ""
+            for label, prompt, at in zip(frame["label"], kept.prompt, lands, strict=True)
+        ]
+        before = [float(clean[key]) for (clean, _), key in zip(pairs, kept.key, strict=True)]
+        after = [float(noisy[key]) for (_, noisy), key in zip(pairs, kept.key, strict=True)]
+        gained = np.full(len(kept), np.nan)
+        gained[moved] = [pairs[i][1][lands[i]] for i in moved]
+        frame["before"], frame["after"], frame["gained"] = before, after, gained
+        return frame
+
+    def kept_noise(self, row: int) -> NormNoise:
+        """The noise under which ``kept`` shows a row, in that row's layer alone.
+
+        A forward pass of the same prompts under ``noise.applied(model,
+        first_prompt=report.first_prompt)`` has that row of attention.
+
+        Raises:
+            IndexError (a ValueError, too): no such row.
+            TypeError: no index.
+            ValueError: no noise is shown there.
+        """
+        from hooks.noise import NormNoise
+
+        kept, settings = self.kept, self.settings
+        row = check_index("row", row, len(kept), "kept rows")
+        if kept.draw[row] < 0:
+            raise ValueError(f"row: wanted one that some noise moves; got {row}, which none does")
+        return NormNoise(
+            sigma=float(kept.sigma[row]),
+            on=settings.on,
+            law=settings.law,
+            shared=settings.shared,  # type: ignore[arg-type]
+            layers=(settings.layers[kept.layer[row]],),
+            seed=settings.seed,
+            draw=int(kept.draw[row]),
+        )
+
+    def _row_frame(self, t: RowTable | KeptRows, order: Int[np.ndarray, "n"]) -> pd.DataFrame:
+        """The columns of :meth:`fragile` for these rows."""
+        prompts = t.prompt[order]
+        labels = [self.model["labels"][layer] for layer in t.layer[order]]
+
+        def token(at: np.ndarray, of: Callable[[str, int, int], str]) -> list[str]:
+            """Tokens at these positions."""
+            places = zip(labels, prompts, at[order], strict=True)
+            return [of(label, int(p), int(i)) for label, p, i in places]
+
+        def query(label: str, prompt: int, position: int) -> str:
+            return _token(self.read_by(label, prompt), position)
+
+        key = self.key_token
+        return pd.DataFrame(
+            {
+                "layer": np.asarray(self.settings.layers, dtype=int)[t.layer[order]],
+                "head": t.head[order],
+                "label": [
+                    f"{label}H{head}" for label, head in zip(labels, t.head[order], strict=True)
+                ],
+                "prompt": prompts,
+                "query_pos": t.query[order],
+                "query_token": token(t.query, query),
+                "key_pos": t.key[order],
+                "key_token": token(t.key, key),
+                "jump_pos": t.rival[order],
+                "jump_token": token(t.rival, key),
+                "half_width": t.half_width[order].astype(float),
+                "sigma": t.half_width[order].astype(float) / math.sqrt(3),
+                "sink": self.is_first(prompts, t.key[order]),
+            }
+        )
+
+    # -- several probes ---------------------------------------------------------------------
+
+    def merge(self, later: CollapseReport) -> CollapseReport:
+        """The report of both corpora, as if they had been probed in one run.
+
+        Args:
+            later: a report of the same model and settings whose first prompt follows this one's
+                last (``collapse_probe(..., first_prompt=len(report.tokens))``).
+
+        Raises:
+            ValueError: other settings, another model, or prompts that do not follow.
+        """
+        from hooks.collapse.merge import merge_reports
+
+        return merge_reports(self, later)
+
+    # -- words ------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """A few sentences: at what noise rows collapse, which rows, and what that leaves open."""
+        from hooks.collapse.solve import summarise
+
+        return summarise(self)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    # -- disk -------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORM.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CollapseReport:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ReportFileError: the file is no collapse report, or not whole.
+        """
+        return _FORM.load(path)
+
+    def exact_rate(
+        self, sigma: float | Float[np.ndarray, "row"], rows: Int[np.ndarray, "row"]
+    ) -> Float[np.ndarray, "row"]:
+        """Collapse probability of rows of the table, from the competitors that it lists.
+
+        ``sigma`` is one number or one for each row. Exact under uniform noise whose half-width
+        sqrt(3) sigma is at most the table's ``cutoff``; else a lower bound.
+
+        Raises:
+            TypeError, ValueError: rows that the table does not have, or a sigma that the law can't.
+        """
+        from hooks.collapse.solve import rate_of_rows
+
+        at, each = self._check_rate(sigma, rows)
+        return rate_of_rows(self, each, at)
+
+    def _check_rate(self, sigma: Any, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and the sigma of each, for :meth:`exact_rate`."""
+        n = len(self.table)
+        at = read_array("rows", rows, "iu", "a list of indices of the table's rows")
+        if at.ndim != 1 or (at.size and not 0 <= at.min() <= at.max() < n):
+            raise ValueError(f"rows: wanted a list of indices from 0 to {n - 1}; got {brief(rows)}")
+        wanted = "a number, or one for each row"
+        each = read_array("sigma", sigma, "iuf", wanted).astype(float)
+        if each.shape not in ((), at.shape):
+            raise ValueError(f"sigma: wanted {wanted}; got shape {list(each.shape)}")
+        for end in (each.min(), each.max()) if each.size else ():
+            law = get_law(self.settings.law)
+            # What a rounding error above the limit has, a geometric grid's end may have.
+            check_sigma(end / (1 + 1e-9) if end > 0 else end, law)
+        return at, np.broadcast_to(each, at.shape)
+
+
+def _check_settings(s: ProbeSettings) -> None:
+    from hooks.kernels import LAW_CODES
+    from hooks.noise import NormNoise, Shared
+
+    check_word("settings.law", s.law, sorted(LAW_CODES))
+    check_word("settings.shared", s.shared, get_args(Shared))
+    check_word("settings.method", s.method, ("exact", "sample"))
+    for sigma in s.sigmas:
+        NormNoise(sigma=sigma, on=s.on, law=s.law, shared=s.shared, layers=s.layers, seed=s.seed)  # type: ignore[arg-type]
+    check_ascending("settings.sigmas", s.sigmas)
+    if not 0 < s.sparse <= 1:
+        raise Unsound("settings.sparse", wanted="a maximum in (0, 1]", got=f"{s.sparse}")
+    least = 2 if s.method == "sample" else 0
+    check_integers(draws=(s.draws, least), keep=(s.keep, 1), keep_rows=(s.keep_rows, 0))
+
+
+def _sizes(s: ProbeSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    per_layer(s, model, "labels", "heads", "kv_heads")
+    return {
+        "sigma": len(s.sigmas),
+        "draw": s.draws,
+        "loose_draw": s.draws if s.method == "sample" else 0,
+        "layer": len(s.layers),
+        "head": max(model["heads"]),
+        "prompt": prompts,
+        "kind": 2,
+    }
+
+
+def _check_numbers(report: CollapseReport) -> None:
+    check_counts(report, "examined", "single_key", "padding", "able")
+    check_counts(report, "ties", most=report.examined)
+    check_counts(report, "rows", most=report.examined[..., None])
+    check_numbers("rows", report.rows.sum(-1), 0, report.examined)
+    most = 3.5e38 * (1.0 + report.rows)  # what float32 scores add up to
+    check_numbers("level", report.level, -most, most)
+    check_sums(report, "loose", "strict", "centred", most=report.rows)
+    check_sums(report, "loose_draws", "strict_draws", "centred_draws", most=report.rows.sum(-2))
+    check_table(report)
+    check_kept(report)
+
+
+_FORM = Form(
+    CollapseReport,
+    "collapse report",
+    4,
+    _check_settings,
+    _sizes,
+    _check_numbers,
+    {
+        **dict.fromkeys(("sites", "architecture", "dtype", "device"), str),
+        "labels": tuple[str, ...],
+        "heads": tuple[int, ...],
+        "kv_heads": tuple[int, ...],
+        "shields": Mapping[str, tuple[str, ...]],
+        "versions": Mapping[str, str],
+    },
+    {
+        **{f"table.{name}": "I32" for name in ROW},
+        **{f"table.{name}": "F32" for name in ("s_star", "s", "beta", "a", "cutoff")},
+        **{f"kept.{name}": "I32" for name in (*ROW, "draw")},
+        **{f"kept.{name}": "F32" for name in ("half_width", "clean", "noisy")},
+    },
+)
+
+
+def _token(tokens: tuple[str, ...], position: int) -> str:
+    """A token as a string; its position where the input is no text."""
+    return tokens[position] if position < len(tokens) else str(position)
+
+
+def _se_draws(
+    draws: Float[np.ndarray, "sigma draw *group"], total: Int[np.ndarray, "*group"]
+) -> Float[np.ndarray, "sigma *group"]:
+    """Standard error of the mean over draws of a pooled rate; 0 where nothing was sampled."""
+    n_draws = draws.shape[1]
+    if n_draws == 0:
+        return np.where(total > 0, 0.0, np.nan) * np.ones((draws.shape[0], *total.shape))
+    if n_draws == 1:
+        return np.full((draws.shape[0], *total.shape), np.nan)
+    spread: np.ndarray = (draws / total).std(axis=1, ddof=1)
+    return spread / math.sqrt(n_draws)
+
+
+def _se_prompts(
+    sums: Float[np.ndarray, "sigma *group prompt"], rows: Int[np.ndarray, "*group prompt"]
+) -> Float[np.ndarray, "sigma *group"]:
+    """Bootstrap standard error over prompts of a pooled rate; NaN for one prompt."""
+    n_prompts = rows.shape[-1]
+    if n_prompts < 2:
+        return np.full(sums.shape[:-1], np.nan)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), _BOOTSTRAPS)
+    rates = (sums @ weights.T) / (rows @ weights.T)  # a resample without rows gives NaN
+    known = np.isfinite(rates)
+    count = known.sum(-1)
+    mean = np.where(known, rates, 0).sum(-1) / np.maximum(count, 1)
+    spread = np.where(known, rates - mean[..., None], 0)
+    variance = (spread**2).sum(-1) / np.maximum(count - 1, 1)
+    return np.asarray(np.where(count > 1, np.sqrt(variance), np.nan))

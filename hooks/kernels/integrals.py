@@ -1,0 +1,483 @@
+"""Compiled: the probability that a row's arg max moves under norm noise.
+
+A competitor's noised score is a random variable X_t = f_t s_t - beta_t / f_q, the attended one's
+X_* = f_* s_* (see :mod:`hooks.probability`), so that
+
+    P = P(max_t X_t > X_*) = E_{X_*}[ 1 - H(X_*) ],        H(x) = prod_t P(X_t <= x).
+
+Under uniform noise every factor of H is a line in x that ends at 1: H is smooth between the points
+at which a competitor comes in. Few competitors: Gauss-Legendre between these points, exact to
+rounding. Many: one trapezoidal grid, corrected for the kinks at those points and for its ends
+(Euler-Maclaurin with jumps), wrong by less than 1e-6. Under the other laws H is smooth, and the
+trapezoidal rule in the normal variable behind f_* converges beyond any power of its step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from hooks.kernels.compile import compiled
+from hooks.kernels.types import Array
+
+UNIFORM, GAUSSIAN, LOGNORMAL = 0, 1, 2
+LAW_CODES = {"uniform": UNIFORM, "gaussian": GAUSSIAN, "lognormal": LOGNORMAL}
+
+FEW = 8  # competitors up to which the panels between them are integrated exactly
+_BLOCK = 8  # what the grids' sizes are multiples of, for the vector units
+GRID, _COARSE = 56, 32  # points of the trapezoidal grid: at most, and where H falls little
+_SLIGHT = 0.04  # turn of log H in one cell below which its kinks can be taken one by one
+_DEEP = 15.0  # H < exp(-15), and less beyond: what is cut off is below 1e-7
+_Z_END, _Z_STEP = 8.5, 0.125  # normal variable behind a factor; 1e-17 of the mass lies beyond
+_Q_NODES = 8  # nodes per panel of the outer integral over f_q, under uniform noise
+# Panels, finer towards small f_q (by which the bias is divided), further split where the nearest
+# competitors turn.
+_Q_PANELS = (0.0, 1 / 64, 1 / 16, 1 / 4, 1.0)
+_Q_NEAREST = 8
+
+
+def _legendre() -> tuple[Array, Array]:
+    """Nodes in (0, 1) and weights of the rules with 1 to 10 nodes, a row each."""
+    most = 10
+    x, w = np.zeros((most + 1, most)), np.zeros((most + 1, most))
+    for n in range(1, most + 1):
+        nodes, weights = np.polynomial.legendre.leggauss(n)
+        x[n, :n], w[n, :n] = (nodes + 1) / 2, weights / 2
+    return x, w
+
+
+_LEGENDRE_X, _LEGENDRE_W = _legendre()
+
+# The normal distribution function at steps of 1/64: cubic Hermite interpolation is good to 1e-9.
+_PHI_END, _PHI_STEP = 8.5, 1.0 / 64
+_PHI_AT = np.arange(-_PHI_END, _PHI_END + _PHI_STEP / 2, _PHI_STEP)
+_PHI = np.array([0.5 * math.erfc(-z / math.sqrt(2)) for z in _PHI_AT])
+_PHI_SLOPE = np.exp(-0.5 * _PHI_AT**2) / math.sqrt(2 * math.pi) * _PHI_STEP
+
+
+@compiled
+def normal_cdf(z: float) -> float:
+    """P(Z <= z) of a standard normal Z."""
+    if z >= _PHI_END - _PHI_STEP:
+        return 1.0
+    if z <= -_PHI_END:
+        return 0.0
+    at = (z + _PHI_END) / _PHI_STEP
+    i = int(at)
+    t = at - i
+    u = 1.0 - t
+    left = _PHI[i] * (1 + 2 * t) * u * u + _PHI_SLOPE[i] * t * u * u
+    right = _PHI[i + 1] * t * t * (3 - 2 * t) - _PHI_SLOPE[i + 1] * t * t * u
+    return float(left + right)
+
+
+@compiled
+def factor_cdf(law: int, f: float, sigma: float) -> float:
+    """P(1 + kappa <= f)."""
+    if law == UNIFORM:
+        a = math.sqrt(3.0) * sigma
+        return min(max((f - 1 + a) / (2 * a), 0.0), 1.0)
+    if law == GAUSSIAN:
+        return normal_cdf((f - 1) / sigma)
+    if f <= 0:
+        return 0.0
+    s = math.sqrt(math.log1p(sigma * sigma))
+    return normal_cdf(math.log(f) / s + s / 2)
+
+
+# -- uniform noise ------------------------------------------------------------------------------
+#
+# y = top - x runs downwards from the highest point that a competitor reaches. Competitor t has
+# P(X_t <= x) = A_t - g_t y for y > d_t, and 1 before; d ascends.
+
+
+@compiled
+def _panels(A: Array, g: Array, d: Array, n: int, width: float) -> float:
+    """Integral of H over 0 < y < width, panel by panel; exact to rounding for n <= 18."""
+    total = 0.0
+    for j in range(1, n + 1):
+        start = max(d[j - 1], 0.0)
+        stop = width if j == n else min(width, max(d[j], 0.0))
+        if stop <= start:
+            continue
+        nodes = j // 2 + 1  # a polynomial of degree j
+        mean = 0.0
+        for k in range(nodes):
+            y = start + (stop - start) * _LEGENDRE_X[nodes, k]
+            h = 1.0
+            for t in range(j):
+                h *= A[t] - g[t] * y
+            mean += _LEGENDRE_W[nodes, k] * h
+        total += (stop - start) * mean
+    return total
+
+
+@compiled
+def _end_slopes(A: Array, g: Array, n: int, y: float, step: float) -> tuple[float, float]:
+    """H'/H and H'''/H at y, in units of the step, of the first n competitors.
+
+    The third derivative is left out (0) where a factor is nearly zero, and H with it.
+    """
+    one, two, three, least = 0.0, 0.0, 0.0, 1.0
+    for t in range(n):
+        value = A[t] - g[t] * y
+        least = min(least, value)
+        z = g[t] * step / max(value, 1e-8)
+        one += z
+        two += z * z
+        three += z * z * z
+    third = one**3 - 3 * one * two + 2 * three if least > 0.01 else 0.0
+    return -one, -third
+
+
+@compiled
+def _kinks(g: Array, d: Array, begun: int, n: int, step: float, h: Array, points: int) -> float:
+    """What the kinks of H add to the trapezoidal rule, in units of the step.
+
+    A kink at i + theta adds g [B_2(theta)/2 H - 2 B_3(theta)/6 H'] of Bernoulli's polynomials B, H
+    and H' taken just before it.
+    """
+    total, per, t = 0.0, 1.0 / step, begun
+    while t < n:
+        cell = min(int(d[t] * per), points - 2)
+        stop, turn = t, 0.0
+        while stop < n and d[stop] * per < cell + 1:
+            turn += g[stop]
+            stop += 1
+        stop = max(stop, t + 1)
+        if turn * step < _SLIGHT:
+            chord = h[cell + 1] - h[cell]
+            for u in range(t, stop):
+                theta, slope = d[u] * per - cell, g[u] * step
+                rise = chord + slope * (1 - theta) * h[cell]
+                total += slope * _kink(theta, h[cell] + theta * rise, rise)
+        else:
+            total += _sharp_kinks(g, d, t, stop, step, h, cell)
+        t = stop
+    return total
+
+
+@compiled
+def _kink(theta: float, value: float, rise: float) -> float:
+    """What a kink of slope -1 adds at theta of a cell, from H and H' before it."""
+    second = theta * theta - theta + 1.0 / 6
+    third = theta * (theta * theta - 1.5 * theta + 0.5)
+    return 0.5 * second * value - third * rise * (1.0 / 3)
+
+
+@compiled
+def _sharp_kinks(
+    g: Array, d: Array, start: int, stop: int, step: float, h: Array, cell: int
+) -> float:
+    """The same for one cell in which H turns much: a broken line through its two grid values.
+
+    All its kinks together say with which slope it sets out.
+    """
+    per = 1.0 / step
+    # Value and slope as (constant, coefficient of the first slope).
+    v0, v1, r0, r1, theta = h[cell], 0.0, 0.0, 1.0, 0.0
+    for u in range(start, stop):
+        moved = d[u] * per - cell - theta
+        v0, v1 = v0 + moved * r0, v1 + moved * r1
+        r0, r1 = r0 - g[u] * step * v0, r1 - g[u] * step * v1
+        theta += moved
+    rise = (h[cell + 1] - v0 - (1 - theta) * r0) / (v1 + (1 - theta) * r1)
+    total, value, theta = 0.0, h[cell], 0.0
+    for u in range(start, stop):
+        moved = d[u] * per - cell - theta
+        value += moved * rise
+        theta += moved
+        total += g[u] * step * _kink(theta, value, rise)
+        rise -= g[u] * step * value
+    return total
+
+
+@compiled
+def _cut(g: Array, d: Array, n: int, width: float) -> tuple[int, float, float]:
+    """Where H is as good as zero: competitors and width up to there, and how deep H is then.
+
+    log H <= -depth(y) = -sum_t g_t (y - d_t) over those with d_t < y.
+    """
+    depth, steep = 0.0, 0.0
+    for t in range(n):
+        if t > 0:
+            depth += steep * (min(d[t], width) - d[t - 1])
+        if depth >= _DEEP or d[t] >= width:
+            return t, min(d[t], width) - max(0.0, depth - _DEEP) / steep, min(depth, _DEEP)
+        steep += g[t]
+    depth += steep * (width - d[n - 1])
+    return n, width - max(0.0, depth - _DEEP) / steep, min(depth, _DEEP)
+
+
+@compiled
+def _inside(A: Array, g: Array, d: Array, n: int, width: float, grid: Array) -> float:
+    """Integral of H over 0 < y < width; d ascends."""
+    n, width, depth = _cut(g, d, n, width)
+    if width <= 0.0:
+        return 0.0  # H is as good as zero from the start
+    if n <= FEW:
+        return _panels(A, g, d, n, width)
+    return _trapezoid(A, g, d, n, width, depth, grid)
+
+
+@compiled
+def _trapezoid(A: Array, g: Array, d: Array, n: int, width: float, depth: float, h: Array) -> float:
+    """Integral of H over 0 < y < width by one grid; h holds its values."""
+    # The less H falls, the fewer points it takes.
+    extra = int((GRID - _COARSE) / _BLOCK * min(1.0, depth / _DEEP) + 0.999)
+    points = _COARSE + _BLOCK * extra
+    step = width / (points - 1)
+    per = 1.0 / step
+    for i in range(points):
+        h[i] = 1.0
+    for t in range(n):
+        a, b = A[t], g[t] * step
+        first = max(0, int(d[t] * per + 1)) // _BLOCK
+        for block in range(first, points // _BLOCK):
+            for i in range(_BLOCK):
+                h[block * _BLOCK + i] *= min(1.0, a - b * (block * _BLOCK + i))
+    total = 0.5 * (h[0] + h[points - 1])
+    for i in range(1, points - 1):
+        total += h[i]
+    begun = 0
+    while begun < n and d[begun] <= 1e-9 * width:
+        begun += 1
+    kinks = _kinks(g, d, begun, n, step, h, points)
+    one, three = _end_slopes(A, g, begun, 0.0, step)
+    first_end, third_end = -h[0] * one, -h[0] * three
+    last = h[points - 1]
+    if last > 1e-9:
+        one, three = _end_slopes(A, g, n, width, step)
+        first_end += last * one
+        third_end += last * three
+    return float(step * (total - first_end / 12 + third_end / 720 - kinks))
+
+
+@compiled
+def uniform_plain(
+    s_star: float, s: Array, inverse: Array, n: int, a: float, work: Array, grid: Array
+) -> float:
+    """P without a bias. Competitors descend; ``inverse`` is 1/s; half-width a <= 1.
+
+    Only competitors with the sign of s_* can win, and they share the factor 1 + a or 1 - a at
+    which they reach furthest up.
+    """
+    half = a * abs(s_star)
+    low = s_star - half
+    up = 1 + a if s_star > 0 else 1 - a
+    if n == 0 or s_star == 0.0 or s[0] * up <= low or (s[0] > 0) != (s_star > 0):
+        return 0.0
+    top = s[0] * up
+    A, g, d = work[0], work[1], work[2]
+    slope = 0.5 / a if s_star > 0 else -0.5 / a
+    # As in `_cut`, so that competitors beyond it are not even looked at.
+    depth, steep, count = 0.0, 0.0, 0
+    while count < n and s[count] * up > low and (s[count] > 0) == (s_star > 0):
+        d[count] = top - s[count] * up
+        if count > 0:
+            depth += steep * (d[count] - d[count - 1])
+            if depth > _DEEP:
+                break
+        g[count] = slope * inverse[count]
+        A[count] = 1 + g[count] * d[count]
+        steep += g[count]
+        count += 1
+    inside = _inside(A, g, d, count, d[count] if depth > _DEEP else top - low, grid)
+    return max(0.0, float(top - low - inside) / (2 * half))
+
+
+@compiled
+def _sort_together(d: Array, A: Array, g: Array, n: int) -> None:
+    """Ascending by d, in place."""
+    if n <= 24:
+        for i in range(1, n):
+            key, a, b, j = d[i], A[i], g[i], i - 1
+            while j >= 0 and d[j] > key:
+                d[j + 1], A[j + 1], g[j + 1] = d[j], A[j], g[j]
+                j -= 1
+            d[j + 1], A[j + 1], g[j + 1] = key, a, b
+        return
+    order = np.argsort(d[:n])
+    d[:n], A[:n], g[:n] = d[:n][order], A[:n][order], g[:n][order]
+
+
+@compiled
+def _uniform_shifted(
+    s_star: float, s: Array, beta: Array, f_q: float, n: int, a: float, work: Array, grid: Array
+) -> float:
+    """P at one factor of the query, with biases: X_t uniform about s_t - beta_t / f_q."""
+    half = a * abs(s_star)
+    low, high = s_star - half, s_star + half
+    A, g, d = work[0], work[1], work[2]
+    begin, top, count = low, -math.inf, 0
+    for t in range(n):
+        middle, reach = s[t] - beta[t] / f_q, a * abs(s[t])
+        if middle + reach <= low:
+            continue
+        begin = max(begin, middle - reach)
+        top = max(top, middle + reach)
+        if reach > 0:
+            d[count], g[count] = middle + reach, 0.5 / reach
+            count += 1
+    if top == -math.inf:
+        return 0.0
+    if half == 0.0:  # X_* does not move: one product
+        stays = 0.0 if begin > low else 1.0
+        for t in range(count):
+            stays *= min(1.0, max(0.0, 1 - g[t] * (d[t] - low)))
+        return 1 - stays
+    top = min(top, high)
+    if begin >= top:
+        return (min(begin, high) - low) / (2 * half)
+    kept = 0
+    for t in range(count):
+        if d[t] > begin:
+            d[kept], g[kept] = top - d[t], g[t]
+            A[kept] = 1 + g[kept] * d[kept]
+            kept += 1
+    width = top - begin
+    _sort_together(d, A, g, kept)
+    inside = _inside(A, g, d, kept, width, grid) if kept else width
+    return max(0.0, (top - low - inside) / (2 * half))
+
+
+@compiled
+def _turning_points(s_star: float, s: Array, beta: Array, n: int, a: float, edges: Array) -> int:
+    """Factors of the query between which P is smooth, ascending in ``edges``; returns how many.
+
+    A grid, and where the nearest competitors become able, or certain, to win.
+    """
+    count = 0
+    for share in _Q_PANELS:
+        edges[count] = 1 - a + 2 * a * share
+        count += 1
+    for t in range(min(n, _Q_NEAREST)):
+        for corner in range(4):
+            theirs = s[t] * (1 - a if corner % 2 else 1 + a)
+            gap = theirs - s_star * (1 - a if corner < 2 else 1 + a)
+            if gap != 0.0 and 1 - a < beta[t] / gap < 1 + a:
+                edges[count] = beta[t] / gap
+                count += 1
+    edges[:count].sort()
+    return count
+
+
+# -- every law ----------------------------------------------------------------------------------
+
+
+@compiled
+def _normal_rule(step: float, z: float) -> float:
+    """Weight of a node z of the trapezoidal rule for the normal law."""
+    return step * math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+
+@compiled
+def _factor_at(law: int, z: float, sigma: float) -> float:
+    """The gaussian or lognormal factor at the normal variable z."""
+    if law == GAUSSIAN:
+        return 1 + sigma * z
+    s = math.sqrt(math.log1p(sigma * sigma))
+    return math.exp(s * z - s * s / 2)
+
+
+@compiled
+def _not_winning(law: int, threshold: float, s: float, sigma: float) -> float:
+    """P(f s <= threshold)."""
+    if s > 0:
+        return factor_cdf(law, threshold / s, sigma)
+    if s < 0:
+        return 1 - factor_cdf(law, threshold / s, sigma)
+    return 1.0 if threshold >= 0 else 0.0
+
+
+@compiled
+def _smooth(
+    law: int, s_star: float, s: Array, beta: Array, biased: bool, f_q: float, n: int, sigma: float
+) -> float:
+    """P at one factor of the query, under a gaussian or lognormal law."""
+    total = 0.0
+    for i in range(int(2 * _Z_END / _Z_STEP) + 1):
+        z = -_Z_END + i * _Z_STEP
+        own = _factor_at(law, z, sigma) * s_star
+        stays = 1.0
+        for t in range(n):
+            shift = beta[t] / f_q if biased else 0.0
+            stays *= _not_winning(law, own + shift, s[t], sigma)
+            if stays < 1e-12:
+                break
+        total += _normal_rule(_Z_STEP, z) * (1 - stays)
+    return total
+
+
+@compiled
+def _query_alone(law: int, s_star: float, s: Array, beta: Array, n: int, sigma: float) -> float:
+    """P under query noise alone: the row stays while f_q (s_t - s_*) <= beta_t for all t."""
+    upper, lower = math.inf, -math.inf
+    for t in range(n):
+        gap = s[t] - s_star
+        if gap > 0:
+            upper = min(upper, beta[t] / gap)
+        elif gap < 0:
+            lower = max(lower, beta[t] / gap)
+    above = 0.0 if upper == math.inf else 1 - factor_cdf(law, upper, sigma)
+    below = 0.0 if lower == -math.inf else factor_cdf(law, lower, sigma)
+    return min(1.0, above + below)
+
+
+@compiled
+def biased(
+    law: int,
+    s_star: float,
+    s: Array,
+    beta: Array,
+    n: int,
+    sigma: float,
+    on_q: bool,
+    on_k: bool,
+    work: Array,
+    grid: Array,
+) -> float:
+    """P with a bias, under any law; competitors nearest first."""
+    if not on_k:
+        return _query_alone(law, s_star, s, beta, n, sigma)
+    a = math.sqrt(3.0) * sigma
+    if not on_q:
+        if law == UNIFORM:
+            return _uniform_shifted(s_star, s, beta, 1.0, n, a, work, grid)
+        return _smooth(law, s_star, s, beta, True, 1.0, n, sigma)
+    total = 0.0
+    if law != UNIFORM:
+        for i in range(int(2 * _Z_END / _Z_STEP) + 1):
+            z = -_Z_END + i * _Z_STEP
+            f_q = _factor_at(law, z, sigma)
+            if f_q > 0:
+                p = _smooth(law, s_star, s, beta, True, f_q, n, sigma)
+                total += _normal_rule(_Z_STEP, z) * p
+        return total
+    edges = np.empty(len(_Q_PANELS) + 4 * _Q_NEAREST)
+    count = _turning_points(s_star, s, beta, n, a, edges)
+    for i in range(count - 1):
+        span = edges[i + 1] - edges[i]
+        for k in range(_Q_NODES):
+            f_q = edges[i] + span * _LEGENDRE_X[_Q_NODES, k]
+            p = _uniform_shifted(s_star, s, beta, f_q, n, a, work, grid)
+            total += _LEGENDRE_W[_Q_NODES, k] * span * p
+    return total / (2 * a)
+
+
+@compiled
+def plain(
+    law: int,
+    s_star: float,
+    s: Array,
+    inverse: Array,
+    n: int,
+    sigma: float,
+    work: Array,
+    grid: Array,
+) -> float:
+    """P without a bias, noise on k, under any law; competitors descend."""
+    if law == UNIFORM:
+        return uniform_plain(s_star, s, inverse, n, math.sqrt(3.0) * sigma, work, grid)
+    return _smooth(law, s_star, s, s, False, 1.0, n, sigma)

@@ -1,0 +1,415 @@
+"""Compiled: the loop over a layer's rows.
+
+:mod:`hooks.kernels.row` has what is done with one of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from hooks.kernels.compile import compiled
+from hooks.kernels.integrals import GRID, LOGNORMAL, UNIFORM
+from hooks.kernels.row import (
+    ABLE,
+    BROKEN,
+    EXAMINED,
+    SINGLE,
+    TIE,
+    TIES,
+    UNDECIDED,
+    at_least_two,
+    collect_plain,
+    count_above,
+    drawn_factor,
+    exact_biased,
+    exact_plain,
+    first_of_largest,
+    first_sigma,
+    half_width,
+    has_no_number,
+    holds_sparse,
+    is_sparse,
+    largest,
+    last_seen,
+    lowest_able,
+    moves,
+    sort_descending,
+    sparse_again,
+    sparse_by_nearest,
+    tied,
+    visible_sum,
+)
+from hooks.kernels.types import BEYOND, MASKED, Draws, Floats, Layer, Rule, Scratch, Sums, Table
+
+
+def scratch(n_key: int) -> Scratch:
+    """Working memory for rows of that many keys."""
+    floats = [np.empty(n_key) for _ in range(6)]
+    ints = [np.empty(n_key, np.int64) for _ in range(3)]
+    return Scratch(
+        visible=ints[0],
+        s=floats[0],
+        bias=floats[1],
+        key=floats[2],
+        near=floats[3],
+        beta=floats[4],
+        a=floats[5],
+        place=ints[1],
+        spare=np.empty((2, n_key)),
+        at=ints[2],
+        work=np.empty((3, n_key)),
+        grid=np.empty(GRID),
+    )
+
+
+@compiled
+def scan(
+    rule: Rule, layer: Layer, draws: Draws, sums: Sums, table: Table, use: Scratch, first: int
+) -> int:
+    """Add rows to ``sums`` and ``table`` from row ``first`` on, until the table may be full.
+
+    Returns the row to go on with, ``matrices * queries`` at the end.
+    """
+    n_matrices, n_query, n_key = layer.scores.shape
+    n_rows: int = n_matrices * n_query
+    reach = math.sqrt(3.0) * rule.sigmas[-1] if rule.law == UNIFORM else 1.0
+    for at in range(first, n_rows):
+        if table.used[0] == len(table.s_star) or table.used[1] + n_key > len(table.s):
+            return at
+        m, q = at // n_query, at % n_query
+        row = layer.scores[m, q]
+        seen = at_least_two(row)
+        if layer.pattern.size:  # one score that is no number spoils all of a row's weights
+            broken = has_no_number(layer.pattern[m, q, :1])
+        else:
+            broken = has_no_number(row)
+        if broken and (seen > 0 or has_no_number(row)):
+            sums.counts[BROKEN, m] += 1
+            continue
+        if layer.pattern.size:
+            sparse = holds_sparse(layer.pattern[m, q], rule.sparse)
+        else:
+            sparse = is_sparse(row, largest(row), rule.room)
+        if seen < 2:
+            sums.counts[SINGLE, m] += seen
+            continue
+        sums.counts[EXAMINED, m] += 1
+        if not sparse:
+            continue
+        # Under a causal mask, what comes after the query's own key need not be looked at again.
+        row = row[: last_seen(row, n_key - n_query + q + 1)]
+        if layer.qk.size or rule.soft_cap > 0:
+            _unpacked_row(rule, layer, draws, sums, table, use, m, q, reach)
+        else:
+            _plain_row(rule, row, draws, sums, table, use, m, q, reach)
+    return n_rows
+
+
+@compiled
+def _kind(rule: Rule, m: int, star: int) -> int:
+    """1 for a row that attends to a first token, else 0."""
+    return int(rule.first[(m + rule.first_matrix) // rule.n_heads, star])
+
+
+@compiled
+def _plain_row(
+    rule: Rule,
+    row: Floats,
+    draws: Draws,
+    sums: Sums,
+    table: Table,
+    use: Scratch,
+    m: int,
+    q: int,
+    reach: float,
+) -> None:
+    """A row whose scores are its q.k parts: nothing is copied but competitors."""
+    top, star = largest(row), first_of_largest(row)
+    if (not rule.on_k or top == 0) and tied(row, star, rule.eps):
+        sums.counts[TIES, m] += 1
+        return
+    n_visible = count_above(row, MASKED)
+    mean = visible_sum(row) / n_visible
+    n = 0
+    if rule.on_k:
+        clean = lowest_able(top, min(1.0, max(reach, rule.cutoff)))
+        bar = min(clean, mean + lowest_able(top - mean, reach))
+        n = collect_plain(row, star, bar, use.key, use.place)
+        sort_descending(use.key, use.near, use.place, n, use.spare, use.at)
+        if n and use.key[0] >= top - TIE * rule.eps * abs(top):
+            sums.counts[TIES, m] += 1
+            return
+    kind = _kind(rule, m, star)
+    sums.rows[m, kind] += 1
+    sums.level[m, kind] += top
+    if not rule.on_k:
+        return
+    if top != 0:  # those of its sign, itself among them
+        sums.counts[ABLE + kind, m] += (count_above(row, 0.0) if top > 0 else n_visible) - 1
+    for t in range(n):
+        use.near[t], use.beta[t] = use.key[t], 0.0
+    _list_plain(rule, use, n, float(top), m, q, star, table)
+    if rule.exact:
+        exact_plain(
+            rule.law,
+            top,
+            use.near,
+            n,
+            rule.sigmas,
+            sums.loose[:, m, kind],
+            use.a,
+            use.work,
+            use.grid,
+        )
+    if draws.k.shape[0]:
+        _draw(rule, row, draws, sums, use, n, m, q, star, float(top), 0, False)
+    for t in range(n):
+        use.near[t] -= mean
+    if rule.exact:
+        exact_plain(
+            rule.law,
+            top - mean,
+            use.near,
+            n,
+            rule.sigmas,
+            sums.centred[:, m, kind],
+            use.a,
+            use.work,
+            use.grid,
+        )
+    elif draws.k.shape[0]:
+        _draw(rule, row, draws, sums, use, n, m, q, star, top - mean, 1, False)
+
+
+@compiled
+def _list_plain(
+    rule: Rule, use: Scratch, n: int, s_star: float, m: int, q: int, star: int, table: Table
+) -> None:
+    for t in range(n):
+        use.a[t] = half_width(s_star, use.near[t], 0.0, rule.on_q, rule.on_k)
+    _list(rule, use, n, s_star, m, q, star, table)
+
+
+@compiled
+def _list(
+    rule: Rule, use: Scratch, n: int, s_star: float, m: int, q: int, star: int, table: Table
+) -> None:
+    """Put the row into the table, with its competitors below the cutoff, nearest first."""
+    begin = table.used[1]
+    end = begin
+    for t in range(n):
+        if np.float32(use.a[t]) < np.float32(rule.cutoff):  # as the table keeps it
+            table.s[end], table.a[end] = use.near[t], use.a[t]
+            if len(table.beta):
+                table.beta[end] = use.beta[t]
+            end += 1
+    if end == begin:
+        return
+    r = table.used[0]
+    table.row[r, 0], table.row[r, 1] = m + rule.first_matrix, q + rule.first_query
+    table.row[r, 2], table.row[r, 3] = star, use.place[0]
+    table.row[r, 4] = end - begin
+    table.s_star[r] = s_star
+    table.used[0], table.used[1] = r + 1, end
+
+
+@compiled
+def _unpacked_row(
+    rule: Rule,
+    layer: Layer,
+    draws: Draws,
+    sums: Sums,
+    table: Table,
+    use: Scratch,
+    m: int,
+    q: int,
+    reach: float,
+) -> None:
+    """A row with a bias or under a soft cap: q.k parts and biases are told apart first."""
+    row = layer.scores[m, q]
+    n, star, top = 0, -1, -math.inf
+    for k in range(len(row)):
+        w = float(row[k])
+        if w <= MASKED:
+            continue
+        if rule.soft_cap > 0:
+            # A saturated score has lost its q.k part: the dtype can't tell it from the cap.
+            edge = 1 - rule.eps
+            w = rule.soft_cap * math.atanh(min(edge, max(-edge, w / rule.soft_cap)))
+        use.s[n] = layer.qk[m, q, k] if layer.qk.size else w
+        use.bias[n] = w - use.s[n]
+        use.visible[n] = k
+        if w > top:
+            top, star = w, n
+        n += 1
+    bar, close, mean = top - TIE * rule.eps * abs(top), 0, 0.0
+    for i in range(n):
+        close += use.s[i] + use.bias[i] >= bar
+        mean += use.s[i] / n
+    if close > 1:
+        sums.counts[TIES, m] += 1
+        return
+    kind = _kind(rule, m, use.visible[star])
+    sums.rows[m, kind] += 1
+    sums.level[m, kind] += use.s[star]
+    if not (rule.on_q or rule.on_k):
+        return
+    biased = layer.qk.size > 0
+    wanted = max(reach, rule.cutoff)
+    for gauge in range(2):
+        shift = mean if gauge else 0.0
+        s_star = use.s[star] - shift
+        count, able = _competitors(
+            rule, use, n, star, shift, biased, wanted if not gauge else reach
+        )
+        if not gauge:
+            sums.counts[ABLE + kind, m] += able
+            _list(rule, use, count, s_star, m, q, int(use.visible[star]), table)
+        out = sums.centred[:, m, kind] if gauge else sums.loose[:, m, kind]
+        if rule.exact and biased:
+            exact_biased(
+                rule.law,
+                s_star,
+                use.near,
+                use.beta,
+                use.a,
+                count,
+                rule.sigmas,
+                rule.on_q,
+                rule.on_k,
+                out,
+                use.work,
+                use.grid,
+            )
+        elif rule.exact:
+            exact_plain(
+                rule.law, s_star, use.near, count, rule.sigmas, out, use.key, use.work, use.grid
+            )
+        if draws.k.shape[0] and (gauge == 0 or not rule.exact):
+            key = int(use.visible[star])
+            _draw(rule, row, draws, sums, use, count, m, q, key, s_star, gauge, True, n)
+
+
+@compiled
+def _competitors(
+    rule: Rule, use: Scratch, n: int, star: int, shift: float, biased: bool, wanted: float
+) -> tuple[int, int]:
+    """Nearest first, those within half-width ``wanted``; and how many are able to win at all."""
+    count, able = 0, 0
+    # A half-width never exceeds 1, but the factors of an unbounded law may exceed 2.
+    everyone = biased and rule.law != UNIFORM
+    s_star = use.s[star] - shift
+    for i in range(n):
+        if i == star:
+            continue
+        s, beta = use.s[i] - shift, use.bias[star] - use.bias[i] if biased else 0.0
+        a = half_width(s_star, s, beta, rule.on_q, rule.on_k)
+        able += everyone or a < math.inf
+        if everyone or a < min(1.0, wanted):
+            use.key[count] = -min(a, BEYOND)
+            use.near[count], use.place[count] = beta, i
+            count += 1
+    sort_descending(use.key, use.near, use.place, count, use.spare, use.at)
+    for t in range(count):
+        i = use.place[t]
+        use.beta[t], use.near[t], use.place[t] = use.near[t], use.s[i] - shift, use.visible[i]
+        use.a[t] = -use.key[t]
+    return count, able
+
+
+# -- draws --------------------------------------------------------------------------------------
+
+
+@compiled
+def _draw(
+    rule: Rule,
+    row: Floats,
+    draws: Draws,
+    sums: Sums,
+    use: Scratch,
+    count: int,
+    m: int,
+    q: int,
+    star: int,
+    s_star: float,
+    gauge: int,
+    unpacked: bool,
+    n_visible: int = 0,
+) -> None:
+    """Draw the row's noise: the loose rate where it is sampled, the strict rate always."""
+    if count == 0:
+        return
+    matrix, kind = m + rule.first_matrix, _kind(rule, m, star)
+    head, batch = matrix % rule.n_heads, matrix // rule.n_heads
+    simple = rule.law != LOGNORMAL and not unpacked and rule.on_k
+    near = simple and rule.law == UNIFORM and s_star > 0 and rule.sink[head] == -math.inf
+    ready = unpacked
+    for d in range(draws.k.shape[0]):
+        base = draws.k[d, batch, rule.kv_head[head]]
+        at_q, own = draws.q[d, batch, head, q], base[star]
+        first = 0.0
+        if simple:
+            first = first_sigma(rule.law, s_star, use.near, use.place, count, own, base)
+        for i in range(len(rule.sigmas)):
+            sigma = rule.sigmas[i]
+            if sigma <= first and (simple or sigma == 0.0):
+                continue
+            f_q = drawn_factor(rule.law, at_q, sigma) if rule.on_q else 1.0
+            if (not simple or f_q <= 0) and not moves(
+                rule.law,
+                sigma,
+                s_star,
+                use.near,
+                use.beta,
+                use.place,
+                count,
+                f_q,
+                own,
+                base,
+                rule.on_k,
+            ):
+                continue
+            if not rule.exact:
+                out = sums.centred_draws if gauge else sums.loose_draws
+                out[i, d, m, kind] += 1
+            if gauge:
+                continue
+            if near:
+                verdict = sparse_by_nearest(
+                    s_star, use.near, use.place, count, sigma, f_q, own, base, rule.room
+                )
+                if verdict != UNDECIDED:
+                    sums.strict_draws[i, d, m, kind] += verdict
+                    continue
+            if not ready:
+                n_visible = _visible(row, use)
+                ready = True
+            if sparse_again(
+                use.s,
+                use.bias,
+                use.visible,
+                n_visible,
+                rule.law,
+                sigma,
+                f_q,
+                base,
+                rule.on_k,
+                rule.soft_cap,
+                rule.sink[head],
+                rule.room,
+                use.key,
+            ):
+                sums.strict_draws[i, d, m, kind] += 1
+
+
+@compiled
+def _visible(row: Floats, use: Scratch) -> int:
+    """Copy the visible keys of a row whose scores are its q.k parts."""
+    n = 0
+    for k in range(len(row)):
+        if row[k] > MASKED:
+            use.s[n], use.bias[n], use.visible[n] = row[k], 0.0, k
+            n += 1
+    return n

@@ -1,0 +1,10 @@
+"""What one common length does to independent subspaces."""
+
+from hooks.measures.interference.measure import interference
+from hooks.measures.interference.report import InterferenceReport, InterferenceSettings
+
+__all__ = [
+    "InterferenceReport",
+    "InterferenceSettings",
+    "interference",
+]

@@ -1,0 +1,441 @@
+"""Interference: the collapse that a trained Pre-Norm model really suffers from its common length.
+
+The norm in front of an attention divides every token by its length s_t, and so every score of a
+head by a number that the head does not want to know. Here no noise is injected: in one layer at a
+time the scale is frozen at one constant c for all tokens,
+
+    y_t = g (x_t - [mean]) / s_t + b   ->   y_t = g (x_t - [mean]) / c + b,
+
+and the sparse rows are counted whose arg max is another token then, which direction alone would
+have chosen. Menary et al. 2024 simulate interference with independent noise and name this test as
+missing (Sec. "limitations"; theorems 2 and 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks.arguments import (
+    MANY,
+    SEEDS,
+    brief,
+    check_booleans,
+    check_choice,
+    check_integers,
+    check_number,
+    check_optional,
+    read_list,
+)
+from hooks.collapse import _check_sparse
+from hooks.errors import UnsupportedModelError
+from hooks.measures.interference.count import (
+    CleanRows,
+    clean_rows,
+    first_of,
+    frozen_rows,
+    median,
+    predicted,
+    row_sigma,
+    scale_spread,
+    shuffles,
+    sigma_squares,
+    variances,
+    with_factors,
+)
+from hooks.measures.interference.output import Output
+from hooks.measures.interference.report import InterferenceReport, InterferenceSettings
+from hooks.model import (
+    HookedModel,
+    MaskLike,
+    Prompts,
+    Tokens,
+    encode,
+    evaluating,
+    example_of,
+    measurement,
+)
+from hooks.noise import SPARSE
+from hooks.sites import (
+    CHECK,
+    Hook,
+    InnerNorm,
+    LayerSites,
+    LayerView,
+    attention_facts,
+    choose_layers,
+    inner_norms,
+    observe,
+    sites_for,
+)
+
+_ON = ("k", "qk")
+
+
+@measurement
+def interference(
+    model: HookedModel,
+    tokens: Tokens,
+    *,
+    constants: Sequence[float] | None = None,
+    on: Sequence[str] = _ON,
+    spare_first: bool = False,
+    output: bool = False,
+    targets: Int[Tensor, "*prompts target"] | Sequence[Any] | None = None,
+    layers: Sequence[int] | None = None,
+    sparse: float = SPARSE,
+    draws: int = 8,
+    seed: int = 0,
+    decoder_tokens: Tokens | None = None,
+    attention_mask: MaskLike | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 8,
+    first_prompt: int = 0,
+    progress: bool | None = None,
+) -> InterferenceReport:
+    """Share of sparse attention rows whose arg max hangs on the tokens' lengths, per head.
+
+    In one layer at a time, on clean inputs, the norm's scale s_t becomes one constant c; the model
+    itself then says where each row attends. Beside it stand, from the clean pass, what factors of
+    the same size do to the same rows: s_t/c on the keys as they are and shuffled among the prompt's
+    tokens, and independent noise on the keys, exactly (`collapse_probability`; the uniform law
+    where it has that spread, else the lognormal one). sigma of a row is the deviation of s_t over
+    its visible keys, over their mean. Source: Menary et al. 2024, theorems 2 and 7; the test itself
+    is not in the paper.
+
+    Args:
+        model: a TransformerBridge (or anything that can be called and has ``cfg``, ``hook_dict``,
+            ``hooks`` and ``run_with_hooks``). Left as found; run in eval mode.
+        tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
+        constants: in units of the default constant, the median of s_t over the tokens of each
+            prompt and layer (of each prompt, so that no prompt's numbers hang on the others);
+            default: 1. Where neither the norm nor the projections nor the scores have a bias, no
+            loose count depends on it (unless ``spare_first``); with biases of norm and projections
+            but positions that turn nothing (GPT-2), none of k alone does: such a bias adds the same
+            to all scores of a row.
+        on: ``"k"``: the frozen norm reaches k, and the clean q is put back; ``"qk"``: it reaches
+            both. With v too no arg max of the layer is another: see ``output``.
+        spare_first: the first token keeps its own scale. In language models it is far longer than
+            the others, and freezing it shows that and little else.
+        output: also compare the model's output with everything frozen that reads the norm (q, k, v;
+            in parallel blocks the feed-forward too): KL, agreement and loss, at the price of whole
+            passes for each layer and constant.
+        targets: for ``output``, as in :func:`hooks.sweep`.
+        layers: block indices; default: every attention layer.
+        sparse: least maximum of a sparse row.
+        draws: shuffles of the factors.
+        seed: of the shuffles.
+        batch_size: prompts per forward pass; only prompts of one length share a pass.
+        first_prompt: index of the first prompt, where this is a part of a corpus: see
+            :meth:`InterferenceReport.merge`.
+        progress: show a progress bar; default: in a terminal or a notebook.
+
+    Returns:
+        :class:`InterferenceReport`.
+
+    Raises:
+        UnsupportedModelError: the model failed the self-check; a layer has no norm in front of its
+            attention (No-Norm, QKV-Norm, post-norm models), or one that could not be verified.
+        TypeError: ``spare_first`` or ``output`` that is neither True nor False.
+        ValueError: targets without ``output``; constants that are no positive numbers, another
+            ``on``, scores that are no finite numbers; and as :func:`hooks.collapse_probe`.
+    """
+    spare_first, output = check_booleans(spare_first=spare_first, output=output)
+    settings = _settings(constants, on, sparse, spare_first)
+    draws, seed, batch_size, first_prompt = check_integers(
+        draws=(draws, 0, MANY),
+        seed=(seed, 0, SEEDS),
+        batch_size=(batch_size, 1),
+        first_prompt=(first_prompt, 0),
+    )
+    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
+    if targets is not None and not output:
+        raise ValueError("targets: wanted output=True with them, which compares the output")
+    prompts = encode(
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+    )
+    sites = sites_for(model, prompts)
+    chosen = choose_layers(sites, layers)
+    settings = replace(settings, draws=draws, seed=seed, layers=tuple(s.layer for s in chosen))
+    with evaluating(model):
+        example = example_of(model, prompts)
+        norms = inner_norms(model, chosen, example)
+        end = None
+        if output:
+            end = Output(model, prompts, targets, example)
+        run = _Run(model, chosen, norms, settings, prompts.starts, first_prompt, end)
+        batches = [indices for indices, _ in prompts.batches(batch_size)]
+        passes = 1 + len(chosen) * len(settings.constants) * (len(settings.on) + output)
+        with tqdm(
+            total=len(batches) * passes,
+            desc="interference",
+            unit="pass",
+            disable=None if progress is None else not progress,
+            leave=False,
+        ) as bar:
+            for indices in batches:
+                run.batch(prompts.some(indices), indices, bar.update)
+    return run.report(attention_facts(model, sites, chosen, prompts), prompts)
+
+
+def _settings(
+    constants: Sequence[float] | None, on: Sequence[str], sparse: float, spare_first: bool
+) -> InterferenceSettings:
+    wanted = "positive numbers in a list, each once"
+    given: Any = (1.0,) if constants is None else read_list("constants", constants, wanted)
+    values = tuple(check_number("constants", c, wanted, lambda x: 0 < x < np.inf) for c in given)
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"constants: wanted {wanted}; got {brief(list(values))}")
+    some = [on] if isinstance(on, str) else read_list("on", on, f"some of {list(_ON)}")
+    roles = tuple(check_choice("on", role, _ON) for role in some)
+    if not roles or len(set(roles)) < len(roles):
+        raise ValueError(f"on: wanted some of {list(_ON)}, each once; got {brief(on)}")
+    sparse = _check_sparse(sparse)
+    return InterferenceSettings(
+        on=roles,
+        constants=values,
+        sparse=sparse,
+        spare_first=spare_first,
+        draws=0,
+        layers=(),
+        seed=0,
+    )
+
+
+@dataclass
+class _Clean:
+    """What a clean pass leaves behind of one layer."""
+
+    x: Tensor | None = None
+    y: Tensor | None = None
+    q: Tensor | None = None
+    scale: Tensor | None = None
+    constant: Tensor | None = None
+    first: Tensor | None = None
+    rows: CleanRows | None = None
+
+
+class _Run:
+    """Passes over batches of prompts, and everything that they sum up to."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        layers: tuple[LayerSites, ...],
+        norms: tuple[InnerNorm, ...],
+        settings: InterferenceSettings,
+        starts: Sequence[Sequence[int]],
+        first_prompt: int,
+        end: Output | None,
+    ) -> None:
+        self.model = model
+        self.starts, n_prompts = starts, len(starts)
+        self.layers = layers
+        self.norms = norms
+        self.settings = settings
+        self.first_prompt = first_prompt
+        self.end = end
+        n_l, n_h = len(layers), max(s.n_heads for s in layers)
+        per_row = (n_l, n_h, n_prompts, 2)
+        frozen = (len(settings.on), len(settings.constants), *per_row)
+        self.counts = {
+            **{n: np.zeros(frozen, np.int64) for n in ("loose", "strict", "to_first")},
+            **{n: np.zeros(per_row, np.int64) for n in ("rows", "factored", "lognormal")},
+            **{n: np.zeros(per_row[:3], np.int64) for n in ("examined", "ties")},
+            "permuted": np.zeros((settings.draws, *per_row), np.int64),
+        }
+        self.sums = {
+            **{n: np.zeros(per_row) for n in ("predicted", "sigma_squared")},
+            "variance": np.zeros((*per_row[:3], 3, 2, 3)),
+            "constant": np.zeros((n_l, n_prompts)),
+            "scale_spread": np.zeros((n_l, n_prompts, 2)),
+        }
+        outputs = len(settings.constants) if end is not None else 0
+        self.ends = {n: np.zeros((outputs, n_l, n_prompts)) for n in ("kl", "agree", "loss")}
+
+    def batch(self, prompts: Prompts, indices: Sequence[int], done: Callable[[], Any]) -> None:
+        """One batch of prompts of one length: a clean pass, then one for each way to freeze."""
+        clean = [_Clean() for _ in self.layers]
+        self._observe(
+            self.layers,
+            prompts,
+            self._reading(clean),
+            lambda view: self._take_clean(view, clean[view.index], indices),
+        )
+        done()
+        if self.end is not None:
+            self.end.clean(prompts, indices)
+        for index in range(len(self.layers)):
+            for j, constant in enumerate(self.settings.constants):
+                for i, on in enumerate(self.settings.on):
+                    self._freeze(prompts, indices, clean[index], (i, j, index), on)
+                    done()
+                if self.end is not None:
+                    hooks = [self._frozen_norm(index, clean[index], constant)]
+                    for name, values in self.end.compare(prompts, indices, hooks).items():
+                        self.ends[name][j, index, list(indices)] = values
+                    done()
+            clean[index] = _Clean()  # its vectors are not needed any more
+        if self.end is not None:
+            self.end.forget()
+
+    def _observe(
+        self,
+        layers: Sequence[LayerSites],
+        prompts: Prompts,
+        hooks: Sequence[Hook],
+        on_layer: Callable[[LayerView], None],
+    ) -> None:
+        observe(
+            self.model,
+            layers,
+            prompts,
+            on_layer,
+            vectors=("q", "k"),
+            hooks=hooks,
+            batch_size=len(prompts),
+        )
+
+    # -- the model as it is ------------------------------------------------------------------
+
+    def _reading(self, clean: Sequence[_Clean]) -> list[Hook]:
+        """Hooks that keep each norm's input and output, and q as it is at its hook."""
+        entries: list[Hook] = []
+        for sites, norm, kept in zip(self.layers, self.norms, clean, strict=True):
+            places = (("x", norm.before), ("y", norm.after), ("q", sites.q.dot.hook))
+            entries += [(name, _keep(kept, what)) for what, name in places]
+        return entries
+
+    def _take_clean(self, view: LayerView, kept: _Clean, indices: Sequence[int]) -> None:
+        """Everything that follows from the clean pass alone."""
+        norm, settings = self.norms[view.index], self.settings
+        assert kept.x is not None
+        assert kept.y is not None
+        norm.check(kept.x, kept.y)
+        kept.scale = norm.scale(kept.x)
+        if view.scores.shape[-1] != kept.scale.shape[1]:
+            raise UnsupportedModelError(
+                CHECK,
+                wanted="an output for each key",
+                got=f"{kept.scale.shape[1]} outputs, {view.scores.shape[-1]} keys",
+                layer=norm.layer,
+            )
+        kept.x, kept.y = None, None
+        kept.constant = median(kept.scale)
+        first = first_of([self.starts[i] for i in indices], view.scores.shape[-1])
+        rows = kept.rows = clean_rows(view, settings.sparse, self._numbers(indices), first)
+        kept.first = rows.first
+        layer, mine = view.index, list(indices)
+        self.sums["constant"][layer, mine] = kept.constant.cpu().numpy()
+        self.sums["scale_spread"][layer, mine] = scale_spread(kept.scale, rows.first)
+        self._add("examined", (layer,), rows.sums(rows.examined).sum(-1), mine)
+        self._add("ties", (layer,), rows.sums(rows.ties).sum(-1), mine)
+        self._add("rows", (layer,), rows.sums(rows.sparse), mine)
+        self._add("variance", (layer,), variances(view, rows), mine)
+        factor = self._factor(kept, 1.0)
+        sigma = row_sigma(view, factor)
+        squares, lognormal = sigma_squares(sigma, rows)
+        self._add("sigma_squared", (layer,), squares, mine)
+        self._add("lognormal", (layer,), lognormal, mine)
+        self._add("predicted", (layer,), rows.sums(predicted(view.parts, rows, sigma)), mine)
+        moved = with_factors(view.parts, rows, factor)
+        self._add("factored", (layer,), rows.sums(moved), mine)
+        numbers = self._numbers(indices)
+        for draw in range(settings.draws):
+            spared = rows.first & settings.spare_first
+            order = shuffles(settings.seed, norm.layer, numbers, spared, draw)
+            moved = with_factors(view.parts, rows, factor.gather(1, order.to(factor.device)))
+            self._add("permuted", (draw, layer), rows.sums(moved), mine)
+
+    def _numbers(self, indices: Sequence[int]) -> list[int]:
+        """Indices of the prompts in the whole corpus."""
+        return [self.first_prompt + i for i in indices]
+
+    def _factor(self, kept: _Clean, constant: float) -> Float[Tensor, "batch pos"]:
+        """s_t / c, and 1 for a first token that is spared."""
+        assert kept.scale is not None
+        assert kept.constant is not None
+        factor = kept.scale / (constant * kept.constant)[:, None]
+        if self.settings.spare_first:
+            assert kept.first is not None
+            factor[kept.first] = 1.0
+        return factor
+
+    # -- with a frozen norm ------------------------------------------------------------------
+
+    def _frozen_norm(self, index: int, kept: _Clean, constant: float) -> Hook:
+        norm, factor = self.norms[index], self._factor(kept, constant)
+
+        def freeze(y: Tensor, hook: Any) -> Tensor:
+            return norm.frozen(y, factor)
+
+        return norm.after, freeze
+
+    def _freeze(
+        self,
+        prompts: Prompts,
+        indices: Sequence[int],
+        kept: _Clean,
+        at: tuple[int, int, int],
+        on: str,
+    ) -> None:
+        """One pass to a layer whose norm is frozen; ``at``: indices of on, constant and layer."""
+        index, rows, q = at[2], kept.rows, kept.q
+        assert rows is not None
+        assert q is not None
+        constant = self.settings.constants[at[1]]
+        hooks = [self._frozen_norm(index, kept, constant)]
+        if on == "k":
+            hooks.append((self.layers[index].q.dot.hook, lambda tensor, hook: q.clone()))
+        when = f" with the norm frozen at {constant:g} times its median"
+
+        def count(view: LayerView) -> None:
+            moved = frozen_rows(view, rows, self.settings.sparse, self._numbers(indices), when)
+            for name in ("loose", "strict", "to_first"):
+                self._add(name, at, rows.sums(getattr(moved, name)), list(indices))
+
+        self._observe([self.layers[index]], prompts, hooks, count)
+
+    # -- sums --------------------------------------------------------------------------------
+
+    def _add(
+        self, name: str, at: tuple[int, ...], values: np.ndarray, prompts: Sequence[int]
+    ) -> None:
+        """``[head, batch, ...]`` of these prompts, at the leading indices ``at``."""
+        of = self.counts if name in self.counts else self.sums
+        of[name][at][: len(values), list(prompts)] += values.astype(of[name].dtype)
+
+    def report(self, model: Mapping[str, Any], prompts: Prompts) -> InterferenceReport:
+        """The frozen result."""
+        n = len(prompts)
+        end = self.end
+        return InterferenceReport(
+            settings=self.settings,
+            model=model,
+            first_prompt=self.first_prompt,
+            tokens=prompts.strings or ((),) * n,
+            decoder_tokens=prompts.decoder_strings,
+            positions=np.zeros(n, np.int64) if end is None else end.positions,
+            targets=np.zeros(n, np.int64) if end is None else end.targets,
+            clean_loss=np.zeros(n) if end is None else end.clean_loss,
+            **self.counts,
+            **self.sums,
+            **self.ends,
+        )
+
+
+def _keep(kept: _Clean, what: str) -> Callable[..., None]:
+    def hook_fn(tensor: Tensor, hook: Any) -> None:
+        setattr(kept, what, tensor.clone())  # against edits in place
+
+    return hook_fn

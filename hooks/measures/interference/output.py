@@ -1,0 +1,100 @@
+"""What the model's output loses where one layer's norm is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.errors import UnsupportedModelError
+from hooks.measures.sweep import UNSCORED, given_targets, has_next_token, next_tokens
+from hooks.model import HookedModel, ModelInput, Prompts, hooked
+from hooks.sites import Hook
+
+
+class Output:
+    """Clean logits of a batch, and others held against them at the scored positions."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        prompts: Prompts,
+        targets: Any,
+        example: ModelInput,
+    ) -> None:
+        self.model = model
+        if targets is not None:
+            self.wanted = given_targets(model, targets, prompts)
+        else:
+            known = bool(prompts.decoder) or has_next_token(model, example)
+            self.wanted = next_tokens(prompts, known)
+        n = len(prompts)
+        self.positions = np.zeros(n, np.int64)
+        self.targets = np.zeros(n, np.int64)
+        self.clean_loss = np.zeros(n)
+        self._clean: list[Float[Tensor, "place d_vocab"]] = []
+
+    def clean(self, prompts: Prompts, indices: Sequence[int]) -> None:
+        """A pass of the model as it is."""
+        self._clean = []
+        for logits, index in zip(self._run(prompts, ()), indices, strict=True):
+            places, wanted = self._places(index, len(logits))
+            log_p = torch.log_softmax(logits[places].double(), -1)
+            self._clean.append(log_p)
+            self.positions[index] = len(places)
+            if wanted is not None:
+                self.targets[index] = len(places)
+                self.clean_loss[index] = self._loss(log_p, wanted)
+
+    def compare(
+        self, prompts: Prompts, indices: Sequence[int], hooks: Sequence[Hook]
+    ) -> dict[str, Float[np.ndarray, "batch"]]:
+        """Sums over each prompt's scored positions with these hooks on."""
+        out = {name: np.zeros(len(indices)) for name in ("kl", "agree", "loss")}
+        for row, (logits, index) in enumerate(zip(self._run(prompts, hooks), indices, strict=True)):
+            places, wanted = self._places(index, len(logits))
+            log_q, log_p = torch.log_softmax(logits[places].double(), -1), self._clean[row]
+            out["kl"][row] = float((log_p.exp() * (log_p - log_q)).sum())
+            out["agree"][row] = int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            if wanted is not None:
+                out["loss"][row] = self._loss(log_q, wanted)
+        return out
+
+    def forget(self) -> None:
+        """Let go of the clean logits."""
+        self._clean = []
+
+    def _run(self, prompts: Prompts, hooks: Sequence[Hook]) -> Float[Tensor, "batch pos d_vocab"]:
+        given = prompts.batch(range(len(prompts)))
+        with torch.no_grad(), hooked(self.model, hooks):
+            logits = given.run(self.model)
+        if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
+            raise UnsupportedModelError(
+                "logits to compare",
+                wanted="a tensor [batch, pos, d_vocab]",
+                got=type(logits).__name__,
+            )
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError("logits: wanted finite numbers; got NaN or inf")
+        return logits[:, None] if logits.ndim == 2 else logits  # a classifier has one position
+
+    def _places(self, index: int, n_pos: int) -> tuple[Tensor, Tensor | None]:
+        """Scored positions of a prompt, and their targets."""
+        row = self.wanted[index]
+        if row is None:
+            return torch.arange(n_pos), None
+        if len(row) != n_pos:
+            raise ValueError(
+                f"targets: prompt {index}: wanted {n_pos}, one for each position of the logits; "
+                f"got {len(row)}"
+            )
+        where = (row != UNSCORED).nonzero().flatten()
+        return where, row[where]
+
+    @staticmethod
+    def _loss(log_p: Tensor, wanted: Tensor) -> float:
+        return -float(log_p.gather(1, wanted.to(log_p.device)[:, None]).sum())

@@ -1,0 +1,460 @@
+"""InterferenceReport: which sparse rows attend elsewhere under a frozen norm, as data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from hooks.arguments import check_choice, check_fields, check_integers
+from hooks.collapse import CONTENT, SINK, By, _se_prompts
+from hooks.measures.interference.count import ALL_ROWS, CONTENT_ROWS, DIRECTION, LENGTH, TOTAL
+from hooks.reports import (
+    Form,
+    Unsound,
+    check_counts,
+    check_follows,
+    check_numbers,
+    check_sums,
+    joined_facts,
+    per_layer,
+    told,
+)
+
+_DROP: dict[str, tuple[int, ...]] = {"head": (), "layer": (1,), "model": (0, 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterferenceSettings:
+    """How interference was measured; two reports of equal settings can be merged."""
+
+    on: tuple[str, ...]
+    constants: tuple[float, ...]
+    sparse: float
+    spare_first: bool
+    draws: int
+    layers: tuple[int, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, eq=False)
+class InterferenceReport:
+    """Sparse rows that attend to another token once their layer's norm has one scale for all.
+
+    The last axis of most arrays is the kind of row: 0 for rows that attend to content, 1 for rows
+    that attend to the first token (attention sinks).
+
+    Attributes:
+        settings: how it was measured.
+        model: facts of the model, versions.
+        first_prompt: index of the first prompt, where this is a part of a corpus.
+        tokens, decoder_tokens: each prompt's tokens as strings; empty where there are none.
+        examined: rows with two or more visible keys, sparse or not.
+        ties: sparse rows left out, as two keys share their maximum.
+        rows: sparse rows.
+        constant: the default constant, the median scale of each prompt.
+        scale_spread: deviation over mean of each prompt's scales: of all tokens, and without the
+            first.
+        loose, strict, to_first: rows whose arg max moves in the model with the frozen norm; that
+            are sparse again then; whose new arg max is the first token.
+        factored: rows whose arg max moves where the factors s_t/c multiply the clean keys.
+        permuted: the same with the factors shuffled among the prompt's tokens, draw by draw.
+        predicted: sum over rows of the probability that independent noise on the keys, of the same
+            relative spread as the factors that the row sees, moves the arg max.
+        sigma_squared: sum over sparse rows of that spread squared.
+        lognormal: rows whose spread no uniform law has; for them it is the lognormal one.
+        variance: sums over rows of the scores' variance over visible keys. Axes behind the prompt:
+            all, sparse content, sparse sink rows; all keys, those without the first; as it is, by
+            lengths alone, by directions alone.
+        positions, targets: scored positions of each prompt, and those with a target.
+        kl, agree, loss: sums over them with the norm of one layer frozen, for q, k, v and whatever
+            else reads it: KL(clean || frozen), nats; the clean top token; -log p(target). No
+            constants where the output was not asked for.
+        clean_loss: -log p(target) of the model as it is.
+    """
+
+    settings: InterferenceSettings
+    model: Mapping[str, Any]
+    first_prompt: int
+    tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    decoder_tokens: tuple[tuple[str, ...], ...] = field(repr=False)
+    examined: Int[np.ndarray, "layer head prompt"] = field(repr=False)
+    ties: Int[np.ndarray, "layer head prompt"] = field(repr=False)
+    rows: Int[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    constant: Float[np.ndarray, "layer prompt"] = field(repr=False)
+    scale_spread: Float[np.ndarray, "layer prompt 2"] = field(repr=False)
+    loose: Int[np.ndarray, "on constant layer head prompt kind"] = field(repr=False)
+    strict: Int[np.ndarray, "on constant layer head prompt kind"] = field(repr=False)
+    to_first: Int[np.ndarray, "on constant layer head prompt kind"] = field(repr=False)
+    factored: Int[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    permuted: Int[np.ndarray, "draw layer head prompt kind"] = field(repr=False)
+    predicted: Float[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    sigma_squared: Float[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    lognormal: Int[np.ndarray, "layer head prompt kind"] = field(repr=False)
+    variance: Float[np.ndarray, "layer head prompt 3 2 3"] = field(repr=False)
+    positions: Int[np.ndarray, "prompt"] = field(repr=False)
+    targets: Int[np.ndarray, "prompt"] = field(repr=False)
+    kl: Float[np.ndarray, "output layer prompt"] = field(repr=False)
+    agree: Float[np.ndarray, "output layer prompt"] = field(repr=False)
+    loss: Float[np.ndarray, "output layer prompt"] = field(repr=False)
+    clean_loss: Float[np.ndarray, "prompt"] = field(repr=False)
+
+    # -- rates ------------------------------------------------------------------------------
+
+    def to_frame(self, by: By = "head") -> pd.DataFrame:
+        """One row per frozen vectors, constant, layer and head (or layer, or model).
+
+        Columns:
+            on, constant: the vectors that the frozen norm reached (``"k"``: q is the clean one);
+                the constant, in each prompt's median scale.
+            layer, head, label: block index; head; ``L5H1`` (``L5`` by layer).
+            rows, sinks: sparse rows; those that attend to the first token.
+            moved, strict: share of the sparse rows that attend to another token in the model with
+                the frozen norm; that do so and are sparse again.
+            moved_content, moved_sinks: the loose share of either kind.
+            to_first: share of the sparse content rows whose new token is the first.
+            factored, permuted, predicted (and ``_content``): shares that move where the factors
+                s_t/c multiply the clean keys; where they do so shuffled among the tokens; under
+                independent noise of the same spread. They do not depend on ``on`` and the constant
+                (but for layers that add a bias to the scores: there they are of the constant 1).
+            sigma: RMS over the sparse rows of the relative spread of the factors that a row sees.
+            lognormal: share of the sparse rows whose spread no uniform law has.
+            scale_spread, scale_spread_rest: deviation over mean of a prompt's scales, RMS over
+                prompts (and layers): all tokens, without the first.
+            length_share, direction_share: what remains of the scores' variance with lengths alone,
+                and with directions alone; all rows, all keys. They need not add up to one: the two
+                go together, or against each other.
+            length_share_sparse, direction_share_sparse: of sparse content rows.
+            length_share_rest, direction_share_rest: of all rows, without the first key.
+            se, se_content: bootstrap standard error over prompts of ``moved``, ``moved_content``
+                (NaN for one prompt).
+            kl, agree, loss_change: with everything that reads the norm frozen, per scored position
+                (by layer only; NaN where it was not asked for, and for ``on="k"``).
+
+        Shares are NaN where there are no rows.
+
+        Raises:
+            ValueError: another ``by``.
+        """
+        check_choice("by", by, _DROP)
+        frames = [
+            self._one(by, i, j)
+            for i in range(len(self.settings.on))
+            for j in range(len(self.settings.constants))
+        ]
+        frame = pd.concat(frames, ignore_index=True)
+        if by == "head":  # layers may have different numbers of heads
+            known = dict(zip(self.settings.layers, self.model["heads"], strict=True))
+            frame = frame[frame["head"] < frame["layer"].map(known)].reset_index(drop=True)
+        return frame
+
+    def _one(self, by: By, on: int, constant: int) -> pd.DataFrame:
+        """The rows of one kind of freezing."""
+        drop = _DROP[by]
+
+        def pool(x: np.ndarray) -> np.ndarray:
+            """``[layer, head, prompt, ...]``, summed over what ``by`` leaves out."""
+            return x.sum(axis=drop) if drop else x
+
+        rows = pool(self.rows)  # [group..., prompt, kind]
+        names = self._names(by, rows.shape[:-2])
+        columns: dict[str, Any] = {
+            "on": self.settings.on[on],
+            "constant": self.settings.constants[constant],
+            **names,
+            "rows": rows.sum((-1, -2)),
+            "sinks": rows[..., SINK].sum(-1),
+        }
+        at = (on, constant)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns |= _shares("moved", pool(self.loose[at]), rows, sinks=True)
+            columns["strict"] = _share(pool(self.strict[at]), rows)
+            first = pool(self.to_first[at])[..., CONTENT].sum(-1)
+            columns["to_first"] = first / rows[..., CONTENT].sum(-1)
+            columns |= _shares("factored", pool(self.factored), rows)
+            permuted = self.permuted.mean(0) if self.settings.draws else self.predicted * np.nan
+            columns |= _shares("permuted", pool(permuted), rows)
+            columns |= _shares("predicted", pool(self.predicted), rows)
+            columns["sigma"] = np.sqrt(_share(pool(self.sigma_squared), rows))
+            columns["lognormal"] = _share(pool(self.lognormal), rows)
+            columns |= self._scales(by, rows.shape[:-2])
+            columns |= _variance_shares(pool(self.variance).sum(len(rows.shape) - 2))
+            moved = pool(self.loose[at]).astype(float)
+            columns["se"] = _se_prompts(moved.sum(-1)[None], rows.sum(-1))[0]
+            columns["se_content"] = _se_prompts(moved[None, ..., CONTENT], rows[..., CONTENT])[0]
+            if by == "layer":
+                columns |= self._output(on, constant)
+        shape = rows.shape[:-2]
+        return pd.DataFrame(
+            {name: np.broadcast_to(values, shape).ravel() for name, values in columns.items()}
+        )
+
+    def _names(self, by: By, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        if by == "model":
+            return {}
+        layer = np.asarray(self.settings.layers, dtype=int)
+        label = np.asarray(self.model["labels"])
+        if by == "layer":
+            return {"layer": layer, "label": label}
+        head = np.arange(shape[1])
+        both = np.char.add(label[:, None], np.asarray([f"H{h}" for h in head])[None])
+        return {"layer": layer[:, None], "head": head[None], "label": both}
+
+    def _scales(self, by: By, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        over = (0, 1) if by == "model" else (1,)
+        spread = np.sqrt((self.scale_spread**2).mean(axis=over))
+        if by == "head":
+            spread = spread[:, None, :]
+        return {
+            n: np.asarray(spread[..., i])
+            for i, n in enumerate(("scale_spread", "scale_spread_rest"))
+        }
+
+    def _output(self, on: int, constant: int) -> dict[str, Any]:
+        if not len(self.kl) or self.settings.on[on] == "k":
+            return dict.fromkeys(("kl", "agree", "loss_change"), math.nan)
+        scored, known = self.positions.sum(), self.targets.sum()
+        change = self.loss[constant].sum(-1) - self.clean_loss.sum()
+        return {
+            "kl": self.kl[constant].sum(-1) / scored,
+            "agree": self.agree[constant].sum(-1) / scored,
+            "loss_change": change / known if known else np.full_like(change, math.nan),
+        }
+
+    # -- words ------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """A few sentences: what moved, what noise of that size would have moved, and lengths."""
+        s, n = self.settings, len(self.tokens)
+        whole = self.to_frame("model")
+        # The constant nearest to the default, and k alone where it was measured.
+        near = whole.iloc[(np.log(whole["constant"])).abs().argsort(kind="stable")].iloc[0]
+        first = ", the first token's own scale left to it" if s.spare_first else ""
+        parts = [
+            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}; the scale of the norm in front of "
+            f"{len(s.layers)} attention layer{'s' * (len(s.layers) != 1)} frozen at "
+            f"{_times(near['constant'])}each prompt's median, one layer at a time{first}, for "
+            f"{' and '.join(near['on'])}."
+        ]
+        if not near["rows"]:
+            parts.append(f"No row has a maximum >= {s.sparse:g}: nothing to move.")
+        else:
+            parts += self._moved(near)
+        parts.append(
+            f"The scales vary by {near['scale_spread']:.1%} of their mean "
+            f"({near['scale_spread_rest']:.1%} without the first token). Of the scores' variance "
+            f"over a row's keys, {near['length_share']:.1%} remains with the keys' lengths alone "
+            f"and {near['direction_share']:.1%} with their directions alone."
+        )
+        if len(self.kl):
+            layers = self.to_frame("layer").dropna(subset="kl")
+            layers = layers[layers["constant"] == near["constant"]]
+            worst = layers.loc[layers["kl"].idxmax()]
+            parts.append(
+                f"With everything that reads the norm frozen, KL(clean || frozen) is at most "
+                f"{worst['kl']:.3g} nats per position ({worst['label']})."
+            )
+        return " ".join([*parts, told(self.model)])
+
+    def _moved(self, near: pd.Series) -> list[str]:
+        content = int(near["rows"] - near["sinks"])
+        error = "" if math.isnan(near["se"]) else f" (standard error {near['se']:.2%})"
+        parts = [
+            f"Of {int(near['rows'])} sparse rows, {int(near['sinks'])} of them on the first token, "
+            f"{near['moved']:.2%}{error} attend to another token then."
+        ]
+        if near["sinks"] and content:
+            parts.append(
+                f"Without the sinks: {near['moved_content']:.2%} ({near['to_first']:.2%} to the "
+                "first token)."
+            )
+        kind = "_content" if content else ""
+        where = " of the content rows" if near["sinks"] and content else ""
+        shuffled = f", {near['permuted' + kind]:.2%} the same factors shuffled" * bool(
+            self.settings.draws
+        )
+        parts.append(
+            f"Independent noise on k of the spread that the rows see (sigma = {near['sigma']:.3g}) "
+            f"would move {near['predicted' + kind]:.2%}{shuffled}{where}."
+        )
+        return parts
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    # -- several, and disk --------------------------------------------------------------------
+
+    def merge(self, later: InterferenceReport) -> InterferenceReport:
+        """The report of both corpora, as if they had been measured in one run.
+
+        Args:
+            later: a report of the same model and settings whose first prompt follows this one's
+                last (``interference(..., first_prompt=len(report.tokens))``).
+
+        Raises:
+            ValueError: other settings, another model, or prompts that do not follow.
+        """
+        check_follows(self, later)
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(self, name), getattr(later, name)], axis=axis)
+            for name, axis in PROMPT_AXIS.items()
+        }
+        return replace(
+            self,
+            model=joined_facts(self, later),
+            tokens=self.tokens + later.tokens,
+            decoder_tokens=self.decoder_tokens + later.decoder_tokens,
+            **joined,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORM.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> InterferenceReport:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ReportFileError: the file is no report of interference, or not whole.
+        """
+        return _FORM.load(path)
+
+
+_HEAD = ("model", "first_prompt", "tokens", "decoder_tokens")
+PROMPT_AXIS: dict[str, int] = {
+    "examined": 2,
+    "ties": 2,
+    "rows": 2,
+    "constant": 1,
+    "scale_spread": 1,
+    "loose": 4,
+    "strict": 4,
+    "to_first": 4,
+    "factored": 2,
+    "permuted": 3,
+    "predicted": 2,
+    "sigma_squared": 2,
+    "lognormal": 2,
+    "variance": 2,
+    "positions": 0,
+    "targets": 0,
+    "kl": 2,
+    "agree": 2,
+    "loss": 2,
+    "clean_loss": 0,
+}
+assert {f.name for f in fields(InterferenceReport)} == {"settings", *_HEAD, *PROMPT_AXIS}
+
+
+def _check_settings(s: InterferenceSettings) -> None:
+    if not s.on or len({*s.on}) < len(s.on) or {*s.on} - {"k", "qk"}:
+        raise Unsound("settings.on", wanted="some of ['k', 'qk'], each once", got=f"{s.on}")
+    if not s.constants or len({*s.constants}) < len(s.constants) or min(s.constants) <= 0:
+        got = f"{s.constants}"
+        raise Unsound("settings.constants", wanted="positive numbers, each once", got=got)
+    if not 0 < s.sparse <= 1:
+        raise Unsound("settings.sparse", wanted="a maximum in (0, 1]", got=f"{s.sparse}")
+    check_integers(draws=(s.draws, 0), seed=(s.seed, 0))
+
+
+def _sizes(s: InterferenceSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    per_layer(s, model, "labels", "heads")
+    return {
+        "on": len(s.on),
+        "constant": len(s.constants),
+        "draw": s.draws,
+        "layer": len(s.layers),
+        "head": max(model["heads"]),
+        "prompt": prompts,
+        "kind": 2,
+    }
+
+
+def _check_numbers(report: InterferenceReport) -> None:
+    check_counts(report, "examined", "positions")
+    check_counts(report, "ties", most=report.examined)
+    check_numbers("rows", report.rows.sum(-1), 0, report.examined)
+    check_counts(
+        report,
+        "rows",
+        "loose",
+        "factored",
+        "permuted",
+        "lognormal",
+        most=report.examined.max(initial=0),
+    )
+    check_counts(report, "loose", "factored", "permuted", "lognormal", most=report.rows)
+    check_counts(report, "strict", "to_first", most=report.loose)
+    check_sums(report, "predicted", most=report.rows)
+    for name in ("constant", "scale_spread", "sigma_squared", "variance"):
+        check_numbers(name, getattr(report, name), 0)
+    check_counts(report, "targets", most=report.positions)
+    outputs = {len(getattr(report, name)) for name in ("kl", "agree", "loss")}
+    if outputs not in ({0}, {len(report.settings.constants)}):
+        wanted = f"none of them, or one for each of {len(report.settings.constants)} constants"
+        raise Unsound("kl, agree, loss", wanted=wanted, got=f"{sorted(outputs)}")
+    check_numbers("agree", report.agree, 0, report.positions)
+    for name in ("kl", "loss", "clean_loss"):
+        check_numbers(name, getattr(report, name), -1.0 - report.positions, 1e60)
+
+
+_FORM = Form(
+    InterferenceReport,
+    "interference report",
+    2,
+    _check_settings,
+    _sizes,
+    _check_numbers,
+    {"labels": tuple[str, ...], "heads": tuple[int, ...], "sites": str},
+    what="report of interference",
+)
+
+
+def _share(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Of all rows, prompts and kinds together."""
+    return np.asarray(values.sum((-1, -2)) / rows.sum((-1, -2)))
+
+
+def _shares(
+    name: str, values: np.ndarray, rows: np.ndarray, *, sinks: bool = False
+) -> dict[str, np.ndarray]:
+    out = {name: _share(values, rows)}
+    kinds = {"content": CONTENT} | ({"sinks": SINK} if sinks else {})
+    for kind, index in kinds.items():
+        out[f"{name}_{kind}"] = np.asarray(values[..., index].sum(-1) / rows[..., index].sum(-1))
+    return out
+
+
+def _variance_shares(variance: np.ndarray) -> dict[str, np.ndarray]:
+    """Of ``[group..., rows, keys, part]``."""
+    out = {}
+    for name, where in (
+        ("", (ALL_ROWS, 0)),
+        ("_sparse", (CONTENT_ROWS, 0)),
+        ("_rest", (ALL_ROWS, 1)),
+    ):
+        part = variance[(..., *where, slice(None))]
+        out[f"length_share{name}"] = np.asarray(part[..., LENGTH] / part[..., TOTAL])
+        out[f"direction_share{name}"] = np.asarray(part[..., DIRECTION] / part[..., TOTAL])
+    return out
+
+
+def _times(constant: float) -> str:
+    return "" if constant == 1 else f"{constant:g} times "

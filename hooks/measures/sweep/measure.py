@@ -1,0 +1,349 @@
+"""The sweep: what a model's output loses when norm noise is on in all layers at once.
+
+Protocol of Menary et al. 2024, Fig. 2: independent noise on the norms of q, k and v in every layer
+of one pass; accuracy against its RMS sigma. Clean and noisy rows share their batches, and all
+sigmas their draws.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks.arguments import MANY, brief, check_integers, check_layers, check_optional
+from hooks.measures.sweep.factors import Grid
+from hooks.measures.sweep.passes import Pass, Runner, has_next_token, passes
+from hooks.measures.sweep.report import SweepReport, SweepSettings
+from hooks.measures.sweep.score import UNSCORED, score
+from hooks.model import (
+    HookedModel,
+    MaskLike,
+    Prompts,
+    Tokens,
+    encode,
+    evaluating,
+    example_of,
+    hooked,
+    measurement,
+    shorten,
+    tensor_of,
+)
+from hooks.noise import At, NormNoise, Rows, Shared, read_sigmas
+from hooks.sites import attention_facts, choose_layers, sites_for
+
+SWEEP_SIGMAS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
+
+
+@measurement
+def sweep(
+    model: HookedModel,
+    tokens: Tokens,
+    *,
+    decoder_tokens: Tokens | None = None,
+    targets: Int[Tensor, "*prompts target"] | Sequence[Any] | None = None,
+    sigmas: Sequence[float] | None = None,
+    replicates: int = 8,
+    on: str = "qkv",
+    law: str = "uniform",
+    shared: Shared = "none",
+    at: At = "dot",
+    rows: Rows = "all",
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    attention_mask: MaskLike | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 32,
+    first_prompt: int = 0,
+    progress: bool | None = None,
+) -> SweepReport:
+    """Accuracy, loss, KL(clean || noisy) and top-1 agreement under norm noise, against sigma.
+
+    x -> (1 + kappa) x for each q, k and v in all chosen layers of one pass, kappa of RMS sigma.
+    Draw d at sigma is ``NormNoise(sigma=sigma, draw=d, seed=seed, ...)``, the same uniform numbers
+    at every sigma. Source: Menary et al. 2024, Fig. 2.
+
+    Args:
+        model: a TransformerBridge (or anything that can be called and has ``cfg``, ``hook_dict``,
+            ``hooks`` and ``run_with_hooks``). Left as found; run in eval mode. Hooks of your own
+            stay on, and see clean and noisy rows in one batch.
+        tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
+        targets: what should follow ``tokens[b, : p + 1]`` (in an encoder-decoder: the decoder's
+            tokens), -100 where nothing is scored; padded like the tokens. Default: the next token.
+            A model without one (BERT) has KL and agreement at all positions, and no accuracy.
+        sigmas: RMS of the relative change of a norm; default: 8 from 1% to 30%, as far as the law
+            goes. Sigma = 0 is always measured: it is the clean row.
+        replicates: draws per sigma.
+        on, law, shared, at, rows: as in :class:`NormNoise`.
+        layers: block indices; default: every attention layer.
+        seed: of the noise.
+        batch_size: rows per forward pass; a prompt has 1 + sigmas x replicates of them.
+        first_prompt: index of the first prompt: parts of a corpus, each swept with the index at
+            which it starts, draw the noise of the whole and :meth:`SweepReport.merge` exactly.
+        progress: show a progress bar; default: in a terminal or a notebook.
+
+    Returns:
+        :class:`SweepReport`.
+
+    Raises:
+        UnsupportedModelError: the model failed the self-check, or gives no logits.
+        ValueError: no scored position, a target outside the vocabulary, a sigma that the law can't
+            have, an unknown layer, site, law or option; and as :func:`hooks.collapse_probe`.
+    """
+    values = _sigmas(sigmas, law)
+    replicates, batch_size, first_prompt = check_integers(
+        replicates=(replicates, 1, MANY), batch_size=(batch_size, 1), first_prompt=(first_prompt, 0)
+    )
+    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
+    chosen_layers = None if layers is None else tuple(sorted(check_layers(layers)))
+    noise = NormNoise(
+        sigma=values[-1],
+        on=on,
+        law=law,
+        shared=shared,
+        at=at,
+        rows=rows,
+        layers=chosen_layers,
+        seed=seed,
+    )
+    prompts = encode(
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+    )
+    sites = sites_for(model, prompts)
+    chosen = choose_layers(sites, chosen_layers)
+    grid = Grid(values, replicates)
+    with evaluating(model):
+        example = example_of(model, prompts)
+        if targets is not None:
+            wanted = given_targets(model, targets, prompts)
+        else:
+            known = bool(prompts.decoder) or has_next_token(model, example)
+            wanted = next_tokens(prompts, known)
+        tally = _Tally(prompts, wanted, grid)
+        runner = Runner(model, noise, sites, chosen, grid)
+        with (
+            hooked(model, runner.hooks()),
+            runner.tap if runner.tap.needed else contextlib.nullcontext(),
+            tqdm(
+                total=len(prompts) * len(grid),
+                desc="sweep",
+                unit="row",
+                disable=None if progress is None else not progress,
+                leave=False,
+            ) as bar,
+        ):
+            runner.try_on(example)
+            # One row for the clean blocks pays where a prompt fills a pass by itself.
+            alone = bool(runner.block) and 2 * len(grid) >= batch_size
+            for part in passes(prompts, grid, batch_size, alone=alone):
+                tally.run(runner, part, first_prompt, alone)
+                bar.update(len(part.prompts) * len(part.conditions))
+    settings = _settings(noise, grid, tuple(s.layer for s in chosen))
+    return tally.report(settings, attention_facts(model, sites, chosen, prompts), first_prompt)
+
+
+def _settings(noise: NormNoise, grid: Grid, layers: tuple[int, ...]) -> SweepSettings:
+    return SweepSettings(
+        sigmas=grid.sigmas,
+        replicates=grid.replicates,
+        on="".join(noise.roles),
+        law=noise.law,
+        shared=noise.shared,
+        at=noise.at,
+        rows=noise.rows,
+        layers=layers,
+        seed=noise.seed,
+    )
+
+
+def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
+    values = sorted(read_sigmas(sigmas, law, SWEEP_SIGMAS))
+    if len(set(values)) < len(values):
+        raise ValueError(f"sigmas: wanted each once; got {brief(values)}")
+    noisy = tuple(s for s in values if s > 0)  # 0 is the clean row, which is always there
+    if not noisy:
+        raise ValueError(f"sigmas: wanted one or more above 0; got {values}")
+    return noisy
+
+
+# -- what is scored -------------------------------------------------------------------------
+
+
+def next_tokens(prompts: Prompts, known: bool) -> list[Tensor | None]:
+    """Targets of each prompt: its next tokens; None for a model without such a thing.
+
+    A packed document's last token has none: what follows it is another document's.
+    """
+    if not known:
+        return [None] * len(prompts)
+    rows = prompts.decoder or prompts.first
+    out: list[Tensor | None] = []
+    for index, row in enumerate(rows):
+        wanted = torch.cat([row[1:].cpu(), torch.tensor([UNSCORED])])
+        if not prompts.decoder and prompts.starts:
+            wanted[[start - 1 for start in prompts.starts[index] if start]] = UNSCORED
+        out.append(wanted)
+    return out
+
+
+def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Tensor | None]:
+    """Targets of each prompt, cut where the tokens were that they are of.
+
+    Raises:
+        ValueError: other shapes than the tokens', or an id outside the vocabulary.
+    """
+    spans, width = prompts.spans, prompts.width
+    if prompts.decoder:
+        spans, width = prompts.decoder_spans, prompts.decoder_width
+    given = _rows_of(targets)
+    if len(given) != len(prompts):
+        raise ValueError(
+            f"targets: wanted one row for each of {len(prompts)} prompts; got {len(given)}"
+        )
+    rows = prompts.decoder or prompts.first
+    cut = []
+    for index, (row, ids, (first, end)) in enumerate(zip(given, rows, spans, strict=True)):
+        of_tokens = len(ids) if ids.ndim == 1 else len(row)
+        ragged = not prompts.decoder and not prompts.padding[index]  # the caller padded nothing
+        fits = row.ndim == 1 and len(row) in (width or of_tokens, of_tokens if ragged else -1)
+        if row.is_floating_point() or row.dtype == torch.bool or not fits:
+            raise ValueError(
+                f"targets: prompt {index}: wanted {width or of_tokens} integer ids, one for each "
+                f"token, padding included; got {row.dtype} of shape {list(row.shape)}"
+            )
+        mine = (row[first:end] if len(row) == width else row).cpu().long()
+        real = mine[mine != UNSCORED]
+        vocabulary = int(model.cfg.d_vocab)
+        if len(real) and not 0 <= int(real.min()) <= int(real.max()) < vocabulary:
+            raise ValueError(
+                f"targets: prompt {index}: wanted ids from 0 to {vocabulary - 1}, or {UNSCORED} "
+                f"where nothing is scored; got {int(real.min())} to {int(real.max())}"
+            )
+        cut.append(mine)
+    return list(cut)
+
+
+def _rows_of(targets: Any) -> list[Tensor]:
+    """A row for each prompt; one prompt's own may stand alone.
+
+    Raises:
+        TypeError: no integers.
+    """
+    try:
+        given = [tensor_of(row) for row in targets]
+        return [torch.stack(given)] if given and given[0].ndim == 0 else given
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"targets: wanted integer ids [batch, pos]; got {shorten(targets)}"
+        ) from None
+
+
+class _Tally:
+    """Sums over the scored positions of each prompt, pass by pass."""
+
+    def __init__(self, prompts: Prompts, targets: list[Tensor | None], grid: Grid) -> None:
+        if all(row is not None and not bool((row != UNSCORED).any()) for row in targets):
+            raise ValueError(
+                "targets: wanted at least one scored position; got none (a prompt of one token has "
+                "no next token)"
+            )
+        self.prompts = prompts
+        self.targets = targets
+        self.grid = grid
+        self.sums = np.zeros((4, len(prompts), len(grid)))  # correct, agree, loss, KL
+        self.positions = np.zeros(len(prompts), dtype=np.int64)
+        self._clean: Tensor | None = None
+
+    def run(self, runner: Runner, part: Pass, first_prompt: int, alone: bool) -> None:
+        """One pass, summed up."""
+        some = [i for i in part.prompts if self._scored(i)]
+        if not some:
+            return
+        numbers = [first_prompt + i for i in some]
+        given = self.prompts.batch(some)
+        if alone:
+            with runner.spreading():
+                states = runner.run(given, numbers, part.conditions)
+        else:
+            states = runner.run(given, numbers, part.conditions)
+        prompt, pos, targets = self._places(some, states.shape[1])
+        begins, ends = part.conditions.start == 0, part.conditions.stop == len(self.grid)
+        scored, kept = score(
+            states,
+            (prompt, pos),
+            targets,
+            len(part.conditions),
+            runner.head,
+            None if begins else self._clean,
+            keep=not ends,
+        )
+        self._clean = None if ends else kept
+        values, of = scored.stacked().numpy(), prompt.numpy()
+        at = slice(part.conditions.start, part.conditions.stop)
+        for local, index in enumerate(some):
+            self.sums[:, index, at] = values[:, of == local].sum(1)
+            self.positions[index] = int((of == local).sum())
+
+    def _scored(self, index: int) -> bool:
+        row = self.targets[index]
+        return row is None or bool((row != UNSCORED).any())
+
+    def _places(self, some: Sequence[int], n_pos: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompt (counted in the pass), position and target of every scored position."""
+        prompt, pos, targets = [], [], []
+        for local, index in enumerate(some):
+            row = self.targets[index]
+            if row is None:
+                where, wanted = torch.arange(n_pos), torch.full((n_pos,), UNSCORED)
+            elif len(row) != n_pos:
+                raise ValueError(
+                    f"targets: prompt {index}: wanted {n_pos}, one for each position of the "
+                    f"logits; got {len(row)}"
+                )
+            else:
+                where = (row != UNSCORED).nonzero().flatten()
+                wanted = row[where]
+            prompt.append(torch.full_like(where, local))
+            pos.append(where)
+            targets.append(wanted)
+        return torch.cat(prompt), torch.cat(pos), torch.cat(targets)
+
+    def report(
+        self, settings: SweepSettings, model: dict[str, Any], first_prompt: int
+    ) -> SweepReport:
+        """Everything summed up, as [sigma, draw, prompt]."""
+        n = len(self.prompts)
+        known = self.targets[0] is not None
+        correct, agree, loss, kl = self.sums
+        if not known:
+            loss = np.zeros_like(loss)
+
+        def noisy(values: np.ndarray, kind: type) -> np.ndarray:
+            shape = (n, self.grid.replicates, len(self.grid.sigmas))
+            return np.ascontiguousarray(values[:, 1:].reshape(shape).T.astype(kind))
+
+        return SweepReport(
+            settings=settings,
+            model=model,
+            first_prompt=first_prompt,
+            tokens=self.prompts.strings,
+            decoder_tokens=self.prompts.decoder_strings,
+            positions=self.positions,
+            targets=self.positions if known else np.zeros_like(self.positions),
+            clean_correct=correct[:, 0].astype(np.int64),
+            clean_loss=loss[:, 0].copy(),
+            correct=noisy(correct, np.int64),
+            agree=noisy(agree, np.int64),
+            loss=noisy(loss, np.float64),
+            kl=noisy(kl, np.float64),
+        )

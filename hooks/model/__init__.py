@@ -1,0 +1,102 @@
+"""A model as it is given: its state, its passes, its inputs, its threads."""
+
+from hooks.model.ambient import measurement, model_pass, on_cpu, was_compiled
+from hooks.model.fingerprint import changing, fingerprint, key_of, states, versions
+from hooks.model.given import (
+    TOKENS_ALONE,
+    MaskLike,
+    Tokens,
+    added,
+    chat_ids,
+    is_chat,
+    refuse_other_inputs,
+    shorten,
+    tensor_of,
+    text_ids,
+)
+from hooks.model.inputs import (
+    ModelInput,
+    NoRoom,
+    check_model,
+    has_decoder,
+    input_device,
+    real_spans,
+    short_input,
+    without_cache,
+)
+from hooks.model.known_wrong import refuse_known_wrong
+from hooks.model.prompts import Prompts, encode, example_of
+from hooks.model.protocol import ROLES, HookedModel, Role
+from hooks.model.standing import Standing, names, resting, users
+from hooks.model.state import (
+    Finished,
+    active_dropout,
+    checking,
+    dtype_of_passes,
+    evaluating,
+    is_checking,
+    model_dtype,
+    pass_dtype,
+    paused_in_checks,
+    refuse_unreadable,
+)
+from hooks.model.tap import AttentionTap, Fused, Taken
+from hooks.model.threads import TapOfThreads, hooked, intervening, standing_hooks
+
+__all__ = [
+    "AttentionTap",
+    "Finished",
+    "Fused",
+    "HookedModel",
+    "MaskLike",
+    "ModelInput",
+    "NoRoom",
+    "Prompts",
+    "ROLES",
+    "Role",
+    "Standing",
+    "TOKENS_ALONE",
+    "Taken",
+    "TapOfThreads",
+    "Tokens",
+    "active_dropout",
+    "added",
+    "changing",
+    "chat_ids",
+    "check_model",
+    "checking",
+    "dtype_of_passes",
+    "encode",
+    "evaluating",
+    "example_of",
+    "fingerprint",
+    "has_decoder",
+    "hooked",
+    "input_device",
+    "intervening",
+    "is_chat",
+    "is_checking",
+    "key_of",
+    "measurement",
+    "model_dtype",
+    "model_pass",
+    "names",
+    "on_cpu",
+    "pass_dtype",
+    "paused_in_checks",
+    "real_spans",
+    "refuse_known_wrong",
+    "refuse_other_inputs",
+    "refuse_unreadable",
+    "resting",
+    "short_input",
+    "shorten",
+    "standing_hooks",
+    "states",
+    "tensor_of",
+    "text_ids",
+    "users",
+    "versions",
+    "was_compiled",
+    "without_cache",
+]

@@ -1,0 +1,158 @@
+"""Leave the model as it was found: training mode, grad mode and hooks, also after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from hooks.model import ambient, apart
+from hooks.model.threads import OURS
+
+_DROPOUT_RATES = ("dropout", "attention_dropout", "attn_dropout", "dropout_p", "p_dropout")
+
+
+def modules(model: Any) -> list[nn.Module]:
+    """Every module of the model, the wrapped one of a TransformerBridge included."""
+    roots = [m for m in (model, getattr(model, "original_model", None)) if isinstance(m, nn.Module)]
+    seen: dict[int, nn.Module] = {}
+    for root in roots:
+        for module in root.modules():
+            seen.setdefault(id(module), module)
+    return list(seen.values())
+
+
+_checking: ContextVar[bool] = ContextVar("checking", default=False)
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Inside, the noise that is on the model rests: a self-check looks at the model itself."""
+    token = _checking.set(True)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
+def is_checking() -> bool:
+    """Whether a self-check runs."""
+    return _checking.get()
+
+
+SAYS = "_hooks_says"
+"""Attribute in which a hook of ours says what it does."""
+
+
+class Resting:
+    """A hook of ours that does nothing during a self-check; ``says`` what it does otherwise."""
+
+    def __init__(self, hook_fn: Callable[..., Any], says: str) -> None:
+        self.hook_fn = hook_fn
+        setattr(self, OURS, True)
+        setattr(self, SAYS, says)
+
+    def __call__(self, tensor: Any, hook: Any) -> Any:
+        """What the hook returns; None in a check."""
+        return None if _checking.get() else self.hook_fn(tensor, hook)
+
+
+def paused_in_checks(hook_fn: Callable[..., Any], says: str) -> Callable[..., Any]:
+    """The hook as a :class:`Resting` one."""
+    return Resting(hook_fn, says)
+
+
+def foreign_hooks(point: Any) -> list[Any]:
+    """Handles of the hooks on a hook point that are not ours."""
+    handles = getattr(point, "fwd_hooks", ())
+    return [h for h in handles if not hasattr(getattr(h, "user_hook", None), OURS)]
+
+
+class Finished(Exception):
+    """Raised in a hook to end a forward pass that has shown what it was run for."""
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Eval mode and no gradients inside; each module's own training flag afterwards.
+
+    Other threads see neither: see :mod:`hooks.model.apart`.
+    """
+    with apart.apart(model), apart.not_training(model), torch.no_grad():
+        yield
+
+
+def active_dropout(model: Any) -> str | None:
+    """Name and rate of a dropout that acts in the model's present mode, or None."""
+    turned_off = apart.turned_off(model)
+    for module in modules(model):
+        if not module.training and id(module) not in turned_off:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return f"{type(module).__name__}(p={module.p})"
+        for name in _DROPOUT_RATES:
+            rate = getattr(module, name, None)
+            if isinstance(rate, float) and rate > 0:
+                return f"{type(module).__name__}.{name}={rate}"
+    return None
+
+
+def model_dtype(model: Any) -> torch.dtype:
+    """Floating dtype of the parameters (the first one's; float32 without parameters)."""
+    for module in modules(model):
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.float32
+
+
+def pass_dtype(model: Any, prefix: str = "") -> torch.dtype:
+    """The least precise dtype that a pass multiplies matrices in; what tolerances are made of.
+
+    Of the module with that name, where it has weights, and of the whole model otherwise. Under
+    autocast that is autocast's.
+    """
+    part = _submodule(model, prefix) if prefix else None
+    for of in ([part] if part is not None else []) + [model]:
+        dtypes = {
+            ambient.autocast_dtype(p.device.type, p.dtype)
+            for module in modules(of)
+            for p in module.parameters(recurse=False)
+            if p.is_floating_point() and p.ndim > 1
+        }
+        if dtypes:
+            return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return model_dtype(model)
+
+
+def _submodule(model: Any, name: str) -> nn.Module | None:
+    part: Any = model
+    for step in name.split("."):
+        part = getattr(part, "_modules", {}).get(step)
+    return part if isinstance(part, nn.Module) else None
+
+
+def dtype_of_passes(model: Any) -> str:
+    """For a report: ``float32``; ``float32, autocast bfloat16``."""
+    dtype = str(model_dtype(model)).removeprefix("torch.")
+    cast = [str(d).removeprefix("torch.") for _, d in ambient.autocast_of_passes()]
+    return ", ".join([dtype, *(f"autocast {name}" for name in cast)])
+
+
+def refuse_unreadable(model: Any) -> str | None:
+    """Why vectors of this model can't be probed (quantised, on the meta device), or None."""
+    inner = getattr(model, "original_model", None)
+    config = getattr(inner, "config", None)
+    if getattr(inner, "is_quantized", False) or getattr(config, "quantization_config", None):
+        return "quantised weights"
+    for module in modules(model):
+        for parameter in module.parameters(recurse=False):
+            if parameter.device.type == "meta":
+                return "weights on the meta device"
+            if not parameter.is_floating_point():
+                return f"quantised weights ({parameter.dtype})"
+    return None

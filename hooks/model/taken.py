@@ -1,0 +1,111 @@
+"""One attention as the model took it: what its softmax was taken of, and its operands.
+
+A fused attention never makes its scores; they are made here, as many queries at a time as are asked
+for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.model.protocol import ROLES, Role
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The arguments of a `scaled_dot_product_attention`, from which its scores can be made."""
+
+    query: Float[Tensor, "batch head query d_head"]
+    key: Float[Tensor, "batch kv_head key d_head"]
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the scores: batch, head, query, key."""
+        batch, n_heads, n_query = self.query.shape[:3]
+        return (batch, n_heads, n_query, self.key.shape[-2])
+
+    def scores(
+        self, first: int, end: int, *, n_key: int | None = None
+    ) -> Float[Tensor, "batch head query key"]:
+        """Scores of some of the queries, as the function's documentation defines them.
+
+        ``n_key``: of so many keys only (what comes later may be known to be masked).
+        """
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        batch, n_heads, _, every = self.shape
+        n_key = every if n_key is None else n_key
+        n_kv = self.key.shape[1]
+        # The query heads of a key/value head follow each other: its keys need no copies.
+        q = self.query[:, :, first:end].to(wide).reshape(batch, n_kv, -1, self.query.shape[-1])
+        scale = 1 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale
+        scores = (q * scale) @ self.key[:, :, :n_key].to(wide).transpose(-1, -2)
+        scores = scores.reshape(batch, n_heads, end - first, n_key)
+        if self.is_causal:
+            at = torch.arange(first, end, device=scores.device)[:, None]
+            later = torch.arange(n_key, device=scores.device) > at
+            scores.masked_fill_(later, -math.inf)
+        if self.attn_mask is None:
+            return scores
+        mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], self.shape[2], every)
+        mask = mask[..., first:end, :n_key]
+        if mask.dtype == torch.bool:
+            return scores.masked_fill_(~mask, -math.inf)
+        return scores.add_(mask.to(wide))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One attention as the model took it.
+
+    Attributes:
+        made: what the softmax was taken of, masked keys at -inf or the dtype's least number, and
+            its result; None where the attention is fused and makes neither.
+        fused: the arguments of a fused attention.
+        q, k: the vectors whose dot product the scores came from, as they came, keys as they are
+            shared among the query heads; None where no such product was seen.
+        v, z: what the pattern averages, as it came, and the average; None where that was not seen,
+            or is not over.
+    """
+
+    made: tuple[Tensor, Tensor] | None
+    fused: Fused | None = None
+    q: Float[Tensor, "batch head query d_head"] | None = None
+    k: Float[Tensor, "batch head key d_head"] | None = None
+    v: Float[Tensor, "batch head key d_value"] | None = None
+    z: Float[Tensor, "batch head query d_value"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the scores."""
+        if self.fused is not None:
+            return self.fused.shape
+        return tuple(self.scores.shape)
+
+    @property
+    def scores(self) -> Float[Tensor, "batch head query key"]:
+        """All scores; made anew at each call where the attention is fused."""
+        if self.fused is not None:
+            return self.fused.scores(0, self.fused.shape[2])
+        assert self.made is not None
+        return self.made[0]
+
+    @property
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """Their softmax."""
+        return torch.softmax(self.scores, dim=-1) if self.made is None else self.made[1]
+
+    def vectors(self, kv_leaders: list[int]) -> dict[Role, Float[Tensor, "batch pos head d"]]:
+        """q, k and v as hooks would carry them: keys and values once for all that share them."""
+        assert self.q is not None
+        assert self.k is not None
+        assert self.v is not None
+        own = {"q": self.q, "k": self.k[:, kv_leaders], "v": self.v[:, kv_leaders]}
+        return {role: own[role].transpose(1, 2) for role in ROLES}

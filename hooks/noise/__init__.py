@@ -1,0 +1,41 @@
+"""The noise model: laws of a factor, factors on a model, probabilities under them."""
+
+from hooks.noise.clock import Clock, refuse_cache
+from hooks.noise.laws import (
+    LAWS,
+    Gaussian,
+    Law,
+    LogNormal,
+    Uniform,
+    check_sigma,
+    get_law,
+    read_sigmas,
+)
+from hooks.noise.norm_noise import NON_SPARSE, SPARSE, At, HookList, NormNoise, Rows, Shared
+from hooks.noise.probability import collapse_probability, critical_half_width
+from hooks.noise.streams import draw_uniforms, numbers, stream_keys
+
+__all__ = [
+    "At",
+    "Clock",
+    "Gaussian",
+    "HookList",
+    "LAWS",
+    "Law",
+    "LogNormal",
+    "NON_SPARSE",
+    "NormNoise",
+    "Rows",
+    "SPARSE",
+    "Shared",
+    "Uniform",
+    "check_sigma",
+    "collapse_probability",
+    "critical_half_width",
+    "draw_uniforms",
+    "get_law",
+    "numbers",
+    "read_sigmas",
+    "refuse_cache",
+    "stream_keys",
+]

@@ -1,0 +1,76 @@
+"""Noise written where a model multiplies q, k and v, in layers of which no hook carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hooks.model import AttentionTap, Role
+from hooks.sites import LayerSites
+
+if TYPE_CHECKING:
+    from hooks.noise.clock import Clock
+    from hooks.noise.norm_noise import NormNoise
+
+
+class Writer:
+    """Hands the factors of the running pass to a tap, layer by layer.
+
+    Args:
+        noise: whose factors.
+        clock: knows the prompts and positions of the pass.
+        tap: multiplies; the pass runs inside it.
+    """
+
+    def __init__(self, noise: NormNoise, clock: Clock, tap: AttentionTap) -> None:
+        self.noise = noise
+        self.clock = clock
+        self.tap = tap
+        self._beside: set[int] = set()  # layers with keys beside the tokens'
+
+    def hook(self, sites: LayerSites) -> Callable[..., None]:
+        """A hook for the layer's anchor."""
+
+        def write_norms(tensor: Tensor, hook: Any) -> None:
+            batch, n_query = tensor.shape[:2]
+
+            def factors(role: Role, n_pos: int) -> Tensor | None:
+                if role not in self.noise.roles:
+                    return None
+                source = sites.sequence(role) == "source"
+                self.clock.check_width(n_pos if source else n_query, sites.sequence(role))
+                first = self._first(sites, role, n_pos, n_query)
+                site = sites.vector(role).dot
+                drawn = self.clock.drawn(self.noise, sites, role, site, (batch, n_pos, first))
+                return drawn if role == "q" else drawn[..., list(sites.kv_head_of)]
+
+            self.tap.expect(sites, tensor, factors=factors)
+
+        self.tap.needed = True
+        return write_norms
+
+    def _first(self, sites: LayerSites, role: Role, n_pos: int, n_query: int) -> int:
+        """Position of the first query, or of the first key that the product takes.
+
+        It takes those of earlier steps too, but for the ones that a window has let go of.
+
+        Raises:
+            ValueError: keys beside the tokens' (of an encoder, of what was compressed) in a cached
+                step or in padded prompts: which is which can't be told.
+        """
+        cached = self.clock.cached
+        if role == "q":
+            return cached
+        if sites.sequence(role) == "source":
+            return 0
+        if n_pos > cached + n_query:
+            self._beside.add(sites.layer)
+        if sites.layer in self._beside and (cached or self.clock.padded):
+            raise ValueError(
+                f"noise on {role} of layer {sites.layer}, which has keys beside those of the "
+                "tokens: wanted whole sequences without padding; got "
+                f"{'a cached step' if cached else 'padding'}"
+            )
+        return max(cached + n_query - n_pos, 0)

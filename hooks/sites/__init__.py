@@ -1,0 +1,37 @@
+"""Where a model keeps q, k, v, scores and pattern, and the proof that they are there."""
+
+from hooks.sites.facts import attention_facts, model_facts
+from hooks.sites.masks import check_masks
+from hooks.sites.norm import CHECK, InnerNorm, inner_norms
+from hooks.sites.scores import ScoreParts, expand_factors, qk_part, recheck, split, visible
+from hooks.sites.selfcheck import attention_sites, sites_for
+from hooks.sites.types import AttentionSites, LayerSites, Site, Stream, VectorSite, choose_layers
+from hooks.sites.watch import Hook, LayerView, observe, refuse_several_streams, stream_hook
+
+__all__ = [
+    "AttentionSites",
+    "CHECK",
+    "Hook",
+    "InnerNorm",
+    "LayerSites",
+    "LayerView",
+    "ScoreParts",
+    "Site",
+    "Stream",
+    "VectorSite",
+    "attention_facts",
+    "attention_sites",
+    "check_masks",
+    "choose_layers",
+    "expand_factors",
+    "inner_norms",
+    "model_facts",
+    "observe",
+    "qk_part",
+    "recheck",
+    "refuse_several_streams",
+    "sites_for",
+    "split",
+    "stream_hook",
+    "visible",
+]

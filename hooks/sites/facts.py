@@ -1,0 +1,79 @@
+"""What a reader must know of a model to read a report's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hooks.model import dtype_of_passes, fingerprint, input_device, versions, was_compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hooks.model import HookedModel, Prompts
+    from hooks.sites.types import AttentionSites, LayerSites
+
+
+def model_facts(model: HookedModel, prompts: Prompts, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Name, architecture, weights, dtype, device, versions, and what the model was given.
+
+    ``fingerprint`` is that of the weights; ``state`` has the rest of :func:`fingerprint`.
+    """
+    cfg, state = model.cfg, fingerprint(model)
+    given = given_facts(prompts, state) + [note.rstrip(".") for note in notes]
+    return {
+        "name": _name(str(getattr(cfg, "model_name", None) or type(model).__name__)),
+        "architecture": str(
+            getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", None) or ""
+        ),
+        "fingerprint": state.pop("weights"),
+        "state": state,
+        "given": given,
+        "dtype": dtype_of_passes(model),
+        "device": str(input_device(model)),
+        "versions": versions(),
+    }
+
+
+def attention_facts(
+    model: HookedModel, sites: AttentionSites, chosen: tuple[LayerSites, ...], prompts: Prompts
+) -> dict[str, Any]:
+    """The same, and what its layers are."""
+    shields = sites.to_frame().groupby("vector", sort=False)["shield"].unique()
+    return model_facts(model, prompts, sites.notes) | {
+        "labels": [s.label for s in chosen],
+        "heads": [s.n_heads for s in chosen],
+        "kv_heads": [s.n_kv_heads for s in chosen],
+        "sites": sites.describe(),
+        "shields": {role: [str(s) for s in values] for role, values in shields.items()},
+    }
+
+
+def _name(name: str) -> str:
+    """A report is handed on: where a model lay on this machine is left out."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def given_facts(prompts: Prompts, state: dict[str, Any]) -> list[str]:
+    """In a few words each: what of the pass a reader of the numbers would not expect."""
+    said = list(prompts.notes)
+    if any(prompts.padding):
+        said.append("padding is cut off, and positions count from each prompt's first real token")
+    if prompts.extra:
+        said.append(f"beside the tokens, as given: {', '.join(prompts.extra)}")
+    if prompts.plain:
+        said.append(", ".join(f"{name}={value!r}" for name, value in prompts.plain.items()))
+    if prompts.packed:
+        said.append(
+            "prompts hold packed documents (their positions start again), and the first token of "
+            "each counts as a first token"
+        )
+    if was_compiled():
+        said.append("without torch.compile: our hooks would have it compile each pass anew")
+    if state["autocast"]:
+        said.append(f"under autocast ({state['autocast']})")
+    if state["hooks"]:
+        places = sorted({line.partition(":")[0] for line in state["hooks"]})
+        more = f" and {len(places) - 3} others" if len(places) > 3 else ""
+        said.append(f"with hooks on {', '.join(places[:3])}{more}")
+    return said
