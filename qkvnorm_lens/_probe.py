@@ -286,9 +286,9 @@ def _some(given: str, option: str) -> str:
 
 def _check(args: argparse.Namespace) -> None:
     """What the library would refuse once the model is loaded."""
-    from hooks.collapse import _sigmas
+    from hooks.collapse import read_grid
 
-    _sigmas(args.sigmas, args.law)
+    read_grid(args.sigmas, args.law)
     if args.split is not None:
         from qkvnorm_lens.addition import get_split
 

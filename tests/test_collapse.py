@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from hooks import LAWS, NormNoise, UnsupportedModelError, attention_sites, collapse_probe
 from hooks.collapse import reduce as _rows
 from hooks.collapse.reduce import LayerReducer, Workers
-from hooks.collapse.report import CollapseReport, ProbeSettings
+from hooks.collapse.report import CollapseReport
+from hooks.collapse.settings import ProbeSettings
 from hooks.collapse.tally import Tally
 from hooks.sites.types import LayerSites
 from qkvnorm_lens.config import ARCHITECTURE as OURS

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import hooks
 from hooks import UnsupportedModelError
-from hooks.model.prompts import encode
+from hooks.model.encoding import encode
 from hooks.sites.watch import observe
 from qkvnorm_lens.experiments import _base, _run, quantisation, sparsity, spread
 from qkvnorm_lens.experiments._base import Subject

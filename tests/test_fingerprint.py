@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hooks import NormNoise, attention_sites, collapse_probe, interference, sweep
-from hooks.model.fingerprint import fingerprint
 from hooks.model.hashing import _elsewhere, hash_tensor
+from hooks.model.identity import fingerprint
 from hooks.model.words import digest
 from hooks.sites import selfcheck
 from tests.models import tiny_gpt2, tiny_llama, tokens

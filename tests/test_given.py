@@ -21,7 +21,7 @@ from transformers import BatchEncoding, LlamaForCausalLM
 
 import hooks
 from hooks import UnsupportedModelError, collapse_probe, rank_profile, spectral_gap, spread, sweep
-from hooks.model.prompts import encode
+from hooks.model.encoding import encode
 from qkvnorm_lens.text import windows
 from tests.models import (
     _bridge,

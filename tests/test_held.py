@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers.models.t5 import modeling_t5
 
 from hooks import UnsupportedModelError, collapse_probe
-from hooks.model.fingerprint import fingerprint
+from hooks.model.identity import fingerprint
 from tests.models import tiny_llama, tokens
 from tests.support import builders
 

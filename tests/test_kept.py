@@ -21,7 +21,7 @@ import qkvnorm_lens
 from hooks import CollapseReport, KeptRows, NormNoise, attention_sites, collapse_probe
 from hooks.collapse.kept import no_rows
 from hooks.collapse.showing import DRAWS, MARGINS
-from hooks.model.prompts import encode
+from hooks.model.encoding import encode
 from hooks.sites.watch import observe
 from qkvnorm_lens._html.rows import shown_rows
 from qkvnorm_lens.html_report import html_report

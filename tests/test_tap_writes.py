@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hooks
 from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
-from hooks.model.prompts import encode
+from hooks.model.encoding import encode
 from hooks.sites.watch import LayerView, observe
 from tests.marks import slowly
 from tests.support import builders

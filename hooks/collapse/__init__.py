@@ -1,17 +1,11 @@
 """The exact collapse probe."""
 
 from hooks.collapse.kept import KeptRows
-from hooks.collapse.probe import DEFAULT_SIGMAS, _check_sparse, _sigmas, collapse_probe
-from hooks.collapse.report import (
-    CONTENT,
-    SINK,
-    By,
-    CollapseReport,
-    ProbeSettings,
-    RowTable,
-    _se_prompts,
-)
+from hooks.collapse.probe import DEFAULT_SIGMAS, check_sparse, collapse_probe, read_grid
+from hooks.collapse.report import CollapseReport
+from hooks.collapse.settings import CONTENT, SINK, By, ProbeSettings
 from hooks.collapse.showing import DRAWS
+from hooks.collapse.table import RowTable
 
 __all__ = [
     "By",
@@ -23,8 +17,7 @@ __all__ = [
     "ProbeSettings",
     "RowTable",
     "SINK",
-    "_check_sparse",
-    "_se_prompts",
-    "_sigmas",
+    "check_sparse",
+    "read_grid",
     "collapse_probe",
 ]

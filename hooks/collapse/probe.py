@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks.arguments import MANY, brief, check_choice, check_integers, check_number, check_optional
-from hooks.collapse.report import CollapseReport, ProbeSettings
+from hooks.collapse.report import CollapseReport
+from hooks.collapse.settings import ProbeSettings
 from hooks.collapse.tally import Tally
 from hooks.model import (
     AttentionTap,
@@ -136,10 +137,10 @@ def collapse_probe(
             f"law: wanted one of {sorted(LAW_CODES)}, whose probabilities are compiled; got "
             f"{law!r} (NormNoise, sweep and collapse_probability take laws of your own)"
         )
-    values = _sigmas(sigmas, law)
+    values = read_grid(sigmas, law)
     method = cast(Method, check_choice("method", method, get_args(Method)))
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
-    sparse = _check_sparse(sparse)
+    sparse = check_sparse(sparse)
     draws, batch_size, keep, keep_rows, block, first_prompt = check_integers(
         draws=(draws, 2 if method == "sample" else 0, MANY),
         batch_size=(batch_size, 1),
@@ -197,7 +198,12 @@ def collapse_probe(
     return tally.report(model=attention_facts(model, sites, chosen, prompts), prompts=prompts)
 
 
-def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
+def read_grid(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
+    """The sigmas of a probe, one at least.
+
+    Raises:
+        TypeError, ValueError: no list of numbers, none, or one that the law can't have.
+    """
     values = read_sigmas(sigmas, law, DEFAULT_SIGMAS)
     if not values:
         raise ValueError("sigmas: wanted one or more; got none")
@@ -206,7 +212,12 @@ def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-def _check_sparse(sparse: float) -> float:
+def check_sparse(sparse: float) -> float:
+    """The maximum from which a row counts as sparse.
+
+    Raises:
+        ValueError: none in (0, 1].
+    """
     return check_number("sparse", sparse, "a maximum in (0, 1]", lambda x: 0 < x <= 1)
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -19,17 +18,22 @@ from hooks.arguments import (
     brief,
     check_booleans,
     check_choice,
-    check_fields,
     check_index,
     check_integers,
     check_number,
     check_text,
     read_array,
 )
-from hooks.collapse.kept import KeptRows, no_rows
+from hooks.collapse.kept import KeptRows, join_kept, no_rows
 from hooks.collapse.row_checks import ROW, check_kept, check_table
-from hooks.noise import check_sigma, get_law
+from hooks.collapse.settings import CONTENT, SINK, By, ProbeSettings
+from hooks.collapse.solve import rate_of_rows, solve_sigma_at
+from hooks.collapse.table import RowTable, join
+from hooks.collapse.words import summarise
+from hooks.kernels import LAW_CODES
+from hooks.noise import NormNoise, Shared, check_sigma, get_law
 from hooks.reports import (
+    CorpusReport,
     Form,
     Unsound,
     check_ascending,
@@ -39,72 +43,13 @@ from hooks.reports import (
     check_word,
     first_tokens,
     per_layer,
+    se_draws,
+    se_prompts,
 )
 
-if TYPE_CHECKING:
-    from hooks.noise import NormNoise
 
-By = Literal["head", "layer", "model"]
-CONTENT, SINK = 0, 1
-_BOOTSTRAPS = 400
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeSettings:
-    """How a probe was run; two reports of equal settings can be merged."""
-
-    sigmas: tuple[float, ...]
-    on: str
-    law: str
-    method: str
-    shared: str
-    sparse: float
-    layers: tuple[int, ...]
-    draws: int
-    seed: int
-    keep: int
-    keep_rows: int = 0  # reports written before rows were kept have none
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@dataclass(frozen=True, eq=False)
-class RowTable:
-    """The sparse rows that can collapse within the cutoff, with their competitors there.
-
-    ``s_star`` is the q.k part of the attended token's score. The competitors of row i, nearest
-    first, are the entries ``start[i]`` to ``start[i + 1]`` of ``s`` (their q.k parts), of ``beta``
-    = b_* - b_t (empty where no layer adds a bias) and of ``a`` (the half-width from which each can
-    win; 2 where only factors above 2 would do); ``rival`` is the first one's position. Below the
-    half-width ``cutoff`` the table is complete, beyond it it lists nobody.
-    """
-
-    layer: Int[np.ndarray, "row"]
-    head: Int[np.ndarray, "row"]
-    prompt: Int[np.ndarray, "row"]
-    query: Int[np.ndarray, "row"]
-    key: Int[np.ndarray, "row"]
-    rival: Int[np.ndarray, "row"]
-    s_star: Float[np.ndarray, "row"]
-    start: Int[np.ndarray, "edge"]
-    s: Float[np.ndarray, "entry"]
-    beta: Float[np.ndarray, "entry_or_none"]
-    a: Float[np.ndarray, "entry"]
-    cutoff: Float[np.ndarray, ""]
-
-    @property
-    def half_width(self) -> Float[np.ndarray, "row"]:
-        """Each row's critical half-width, that of its nearest competitor; inf above 1."""
-        nearest = self.a[self.start[:-1]]
-        return np.where(nearest < 1, nearest, np.float32(np.inf))
-
-    def __len__(self) -> int:
-        return len(self.layer)
-
-
-@dataclass(frozen=True, eq=False)
-class CollapseReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class CollapseReport(CorpusReport):
     """The collapse of sparse attention under norm noise: rates, errors and the rows that go first.
 
     Counts and sums have the axes sigma, draw, layer, head, prompt, and last the kind of row: 0 for
@@ -200,11 +145,13 @@ class CollapseReport:
                 "strict": sums["strict"].sum((-1, -2)) / total,
                 "loose_content": sums["loose"][..., CONTENT].sum(-1) / content,
                 "loose_centred": sums["centred"].sum((-1, -2)) / total,
-                "se": _se_draws(pool(self.loose_draws, 2).sum(-1), total),
-                "se_strict": _se_draws(pool(self.strict_draws, 2).sum(-1), total),
-                "se_prompts": _se_prompts(sums["loose"].sum(-1), rows.sum(-1)),
+                "se": se_draws(pool(self.loose_draws, 2).sum(-1) / total),
+                "se_strict": se_draws(pool(self.strict_draws, 2).sum(-1) / total),
+                "se_prompts": se_prompts(sums["loose"].sum(-1), rows.sum(-1)),
             }
             level = pool(self.level, 0).sum((-1, -2)) / total
+        if self.settings.method == "exact":
+            columns["se"] = np.where(total > 0, 0.0, np.nan) * np.ones_like(columns["loose"])
         if self.settings.draws == 0:  # the strict rate is only ever sampled
             for name in ("strict", "se_strict"):
                 columns[name] = np.full_like(columns["loose"], np.nan)
@@ -285,8 +232,6 @@ class CollapseReport:
             ValueError: a rate outside (0, 1), or one at which competitors matter that the table
                 had no room for.
         """
-        from hooks.collapse.solve import solve_sigma_at
-
         rate = check_number("rate", rate, "a share between 0 and 1", lambda x: 0 < x < 1)
         (content,) = check_booleans(content=content)
         check_choice("by", by, get_args(By))
@@ -309,7 +254,13 @@ class CollapseReport:
         listed = np.zeros(n_groups, dtype=np.int64)
         np.add.at(listed, of_row[keep], np.diff(self.table.start)[keep])
         sigma = solve_sigma_at(
-            self, rate, of_row, keep, pooled(self.rows), pooled(self.able) - listed
+            self.table,
+            self.settings,
+            rate,
+            of_row,
+            keep,
+            pooled(self.rows),
+            pooled(self.able) - listed,
         )
         if by == "model":
             return float(sigma[0])
@@ -372,8 +323,6 @@ class CollapseReport:
             TypeError: no index.
             ValueError: no noise is shown there.
         """
-        from hooks.noise import NormNoise
-
         kept, settings = self.kept, self.settings
         row = check_index("row", row, len(kept), "kept rows")
         if kept.draw[row] < 0:
@@ -422,54 +371,26 @@ class CollapseReport:
             }
         )
 
-    # -- several probes ---------------------------------------------------------------------
-
-    def merge(self, later: CollapseReport) -> CollapseReport:
-        """The report of both corpora, as if they had been probed in one run.
-
-        Args:
-            later: a report of the same model and settings whose first prompt follows this one's
-                last (``collapse_probe(..., first_prompt=len(report.tokens))``).
-
-        Raises:
-            ValueError: other settings, another model, or prompts that do not follow.
-        """
-        from hooks.collapse.merge import merge_reports
-
-        return merge_reports(self, later)
+    def _beside(self, later: CollapseReport) -> dict[str, Any]:
+        """Of a merged report: the rows of both, as many as are kept."""
+        before, settings = len(self.tokens), self.settings
+        moved = replace(later.table, prompt=later.table.prompt + np.int32(before))
+        table = join(self.table, moved, settings.keep)
+        kept = join_kept(
+            self.kept,
+            later.kept,
+            prompts=before,
+            keep=settings.keep_rows,
+            cutoff=float(table.cutoff),
+        )
+        starts = self.document_starts + later.document_starts
+        return {"table": table, "kept": kept, "starts": starts}
 
     # -- words ------------------------------------------------------------------------------
 
     def summary(self) -> str:
         """A few sentences: at what noise rows collapse, which rows, and what that leaves open."""
-        from hooks.collapse.solve import summarise
-
         return summarise(self)
-
-    def __str__(self) -> str:
-        return self.summary()
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    # -- disk -------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path.
-
-        Raises:
-            OSError: it can't be written; the message says what was kept.
-        """
-        return _FORM.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> CollapseReport:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ReportFileError: the file is no collapse report, or not whole.
-        """
-        return _FORM.load(path)
 
     def exact_rate(
         self, sigma: float | Float[np.ndarray, "row"], rows: Int[np.ndarray, "row"]
@@ -482,10 +403,8 @@ class CollapseReport:
         Raises:
             TypeError, ValueError: rows that the table does not have, or a sigma that the law can't.
         """
-        from hooks.collapse.solve import rate_of_rows
-
         at, each = self._check_rate(sigma, rows)
-        return rate_of_rows(self, each, at)
+        return rate_of_rows(self.table, self.settings, each, at)
 
     def _check_rate(self, sigma: Any, rows: Any) -> tuple[np.ndarray, np.ndarray]:
         """Rows and the sigma of each, for :meth:`exact_rate`."""
@@ -505,9 +424,6 @@ class CollapseReport:
 
 
 def _check_settings(s: ProbeSettings) -> None:
-    from hooks.kernels import LAW_CODES
-    from hooks.noise import NormNoise, Shared
-
     check_word("settings.law", s.law, sorted(LAW_CODES))
     check_word("settings.shared", s.shared, get_args(Shared))
     check_word("settings.method", s.method, ("exact", "sample"))
@@ -573,34 +489,3 @@ _FORM = Form(
 def _token(tokens: tuple[str, ...], position: int) -> str:
     """A token as a string; its position where the input is no text."""
     return tokens[position] if position < len(tokens) else str(position)
-
-
-def _se_draws(
-    draws: Float[np.ndarray, "sigma draw *group"], total: Int[np.ndarray, "*group"]
-) -> Float[np.ndarray, "sigma *group"]:
-    """Standard error of the mean over draws of a pooled rate; 0 where nothing was sampled."""
-    n_draws = draws.shape[1]
-    if n_draws == 0:
-        return np.where(total > 0, 0.0, np.nan) * np.ones((draws.shape[0], *total.shape))
-    if n_draws == 1:
-        return np.full((draws.shape[0], *total.shape), np.nan)
-    spread: np.ndarray = (draws / total).std(axis=1, ddof=1)
-    return spread / math.sqrt(n_draws)
-
-
-def _se_prompts(
-    sums: Float[np.ndarray, "sigma *group prompt"], rows: Int[np.ndarray, "*group prompt"]
-) -> Float[np.ndarray, "sigma *group"]:
-    """Bootstrap standard error over prompts of a pooled rate; NaN for one prompt."""
-    n_prompts = rows.shape[-1]
-    if n_prompts < 2:
-        return np.full(sums.shape[:-1], np.nan)
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), _BOOTSTRAPS)
-    rates = (sums @ weights.T) / (rows @ weights.T)  # a resample without rows gives NaN
-    known = np.isfinite(rates)
-    count = known.sum(-1)
-    mean = np.where(known, rates, 0).sum(-1) / np.maximum(count, 1)
-    spread = np.where(known, rates - mean[..., None], 0)
-    variance = (spread**2).sum(-1) / np.maximum(count - 1, 1)
-    return np.asarray(np.where(count > 1, np.sqrt(variance), np.nan))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
+from hooks.collapse.table import COMPLETE
+from hooks.kernels import BEYOND
 from hooks.noise import check_sigma, get_law
 from hooks.reports import Unsound, check_numbers, check_starts
-
-if TYPE_CHECKING:
-    from hooks.collapse.report import CollapseReport
 
 ROW: Final = ("layer", "head", "prompt", "query", "key", "rival")
 _SCORE: Final = 3.5e38  # no float32 is larger
@@ -18,15 +17,12 @@ _LEAST: Final = 1e-45  # half-widths are above 0: ties have no row in the table
 _DRAWS: Final = 1 << 20
 
 
-def check_table(report: CollapseReport) -> None:
+def check_table(report: Any) -> None:
     """The table: rows of the report, competitors in order, no more of either than were counted.
 
     Raises:
         Unsound: one of these does not hold.
     """
-    from hooks.collapse.table import COMPLETE
-    from hooks.kernels import BEYOND
-
     table = report.table
     _check_rows("table", table, report)
     check_starts("table.start", table.start, len(table), len(table.s))
@@ -49,7 +45,7 @@ def check_table(report: CollapseReport) -> None:
     check_numbers("table: competitors of head ", listed, 0, report.able.sum(-1))
 
 
-def check_kept(report: CollapseReport) -> None:
+def check_kept(report: Any) -> None:
     """The rows kept for showing: of the report, with attention that is a share.
 
     Raises:
@@ -82,7 +78,7 @@ def _check_sigma(row: int, sigma: float, law: str) -> None:
         raise Unsound(f"kept.sigma[{row}]", wanted=f"one of {law} noise", got=f"{sigma}") from error
 
 
-def _check_rows(what: str, rows: Any, report: CollapseReport) -> None:
+def _check_rows(what: str, rows: Any, report: Any) -> None:
     """Layer, head, prompt within the report; positions at 0 or later."""
     check_numbers(f"{what}.layer", rows.layer, 0, len(report.settings.layers) - 1)
     heads = np.asarray(report.model["heads"])[rows.layer] - 1

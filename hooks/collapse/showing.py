@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from hooks.collapse.kept import KeptRows, from_parts
-from hooks.collapse.report import ProbeSettings
+from hooks.collapse.settings import ProbeSettings
 from hooks.kernels import MASKED
 from hooks.model import ROLES, Role
 from hooks.noise import Law, NormNoise, get_law, numbers, stream_keys

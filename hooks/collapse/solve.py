@@ -1,52 +1,47 @@
-"""Numbers and words drawn from a CollapseReport: the sigma of a rate, and the summary."""
+"""The exact curve of the rows that go first, and the sigma at which it reaches a rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from hooks.collapse.settings import ProbeSettings
+from hooks.collapse.table import RowTable
+from hooks.kernels import LAW_CODES, table_rates
 from hooks.noise import collapse_probability, get_law
-from hooks.reports import told
-
-if TYPE_CHECKING:
-    from hooks.collapse.report import CollapseReport
 
 _LARGEST = 1e6  # where a law has no limit: its rates have long settled there
 _STEPS = 80
 _TOLERANCE = 1e-7
 _CLOSE = 1e-3  # relative width of a trustworthy answer where competitors were left out
-_MIN_ROWS = 20  # a head with fewer sparse rows is not named in the summary
 
 
 def rate_of_rows(
-    report: CollapseReport,
+    table: RowTable,
+    settings: ProbeSettings,
     sigma: Float[np.ndarray, "row"],
     rows: Int[np.ndarray, "row"],
 ) -> Float[np.ndarray, "row"]:
     """Collapse probability of rows of the table (see :meth:`CollapseReport.exact_rate`)."""
-    from hooks.kernels import LAW_CODES, table_rates
-
-    table, on = report.table, report.settings.on
     out = np.zeros(len(rows))
 
     def part(at: np.ndarray) -> None:
         p = np.zeros(len(at))
         table_rates(
-            LAW_CODES[report.settings.law],
+            LAW_CODES[settings.law],
             table.s_star,
             table.start,
             table.s,
             table.beta,
             rows[at].astype(np.int64),
             sigma[at].astype(np.float64),
-            "q" in on,
-            "k" in on,
+            "q" in settings.on,
+            "k" in settings.on,
             p,
         )
         out[at] = p
@@ -58,13 +53,13 @@ def rate_of_rows(
 
 
 def _bound_of_left_out(
-    report: CollapseReport, sigma: Float[np.ndarray, "group"]
+    table: RowTable, settings: ProbeSettings, sigma: Float[np.ndarray, "group"]
 ) -> Float[np.ndarray, "group"]:
     """At most this probably does one competitor win that the table does not list."""
-    cutoff, law = float(report.table.cutoff), get_law(report.settings.law)
+    cutoff, law = float(table.cutoff), get_law(settings.law)
     uniform = law.name == "uniform"
     able = math.sqrt(3) * sigma > cutoff if uniform else sigma > 0
-    if len(report.table.beta):  # distance orders who is able to win, not how probably
+    if len(table.beta):  # distance orders who is able to win, not how probably
         return able.astype(float)
     if not able.any():
         return np.zeros_like(sigma)
@@ -76,7 +71,8 @@ def _bound_of_left_out(
 
 
 def solve_sigma_at(
-    report: CollapseReport,
+    table: RowTable,
+    settings: ProbeSettings,
     rate: float,
     group: Int[np.ndarray, "row"],
     keep: Bool[np.ndarray, "row"],
@@ -93,17 +89,17 @@ def solve_sigma_at(
     def pooled(sigma: np.ndarray, upper: bool) -> np.ndarray:
         """Mean collapse probability of each group at its own sigma."""
         mine = np.flatnonzero(keep & (sigma[group] > 0))
-        p = report.exact_rate(sigma[group[mine]], mine)
+        p = rate_of_rows(table, settings, sigma[group[mine]], mine)
         total = np.bincount(group[mine], p, n_groups)
         if upper:
-            total = total + left_out * _bound_of_left_out(report, sigma)
+            total = total + left_out * _bound_of_left_out(table, settings, sigma)
         mean: np.ndarray = np.minimum(total / np.maximum(counts, 1), 1)
         return mean
 
-    low = _solve(lambda s: pooled(s, False), rate, counts, report)
+    low = _solve(lambda s: pooled(s, False), rate, counts, settings)
     if not left_out.any():
         return low
-    high = _solve(lambda s: pooled(s, True), rate, counts, report)
+    high = _solve(lambda s: pooled(s, True), rate, counts, settings)
     with np.errstate(invalid="ignore"):
         apart = (low != high) & ~(np.isnan(low) | (low - high <= _CLOSE * high))
     if apart.any():
@@ -111,7 +107,7 @@ def solve_sigma_at(
         raise ValueError(
             f"sigma_at({rate:g}): wanted an answer within {_CLOSE:.0e}; got between "
             f"{high[at]:.6g} and {low[at]:.6g}, because the table keeps only the "
-            f"{len(report.table.a)} nearest competitors: probe again with more (keep=)"
+            f"{len(table.a)} nearest competitors: probe again with more (keep=)"
         )
     return low
 
@@ -120,10 +116,10 @@ def _solve(
     rates: Callable[[np.ndarray], np.ndarray],
     rate: float,
     counts: Int[np.ndarray, "group"],
-    report: CollapseReport,
+    settings: ProbeSettings,
 ) -> Float[np.ndarray, "group"]:
     """Bracketed root of sqrt(rate(sigma)) - sqrt(rate): nearly a line, as P ~ (a - a_c)^2."""
-    law = get_law(report.settings.law)
+    law = get_law(settings.law)
     limit = _LARGEST if math.isinf(law.limit) else law.limit
     end = limit if law.limit_included else limit * (1 - 1e-12)
 
@@ -131,7 +127,7 @@ def _solve(
         return np.asarray(np.sqrt(rates(sigma)) - math.sqrt(rate))
 
     # The whole grid costs as much as a few steps of the search and brackets every group at once.
-    grid = [s for s in report.settings.sigmas if 0 < s < end] + [end]
+    grid = [s for s in settings.sigmas if 0 < s < end] + [end]
     lo, hi = np.zeros(len(counts)), np.full(len(counts), end)
     f_lo, f_hi = np.full(len(counts), -math.sqrt(rate)), np.full(len(counts), -1.0)
     open_ = counts > 0
@@ -165,103 +161,3 @@ def _solve(
         lo[near], hi[near] = x[near], x[near]
     solved = (counts > 0) & ~open_
     return np.where(solved, hi, out)
-
-
-def percent(x: float) -> str:
-    """A share as text: 7.9%, never reached, or no rows."""
-    if math.isnan(x):
-        return "no rows"
-    if math.isinf(x):
-        return "never"
-    return f"{100 * x:.2g}%" if x < 0.0995 else f"{100 * x:.3g}%"
-
-
-def summarise(report: CollapseReport) -> str:
-    """The report in a few sentences (see :meth:`CollapseReport.summary`)."""
-    settings, model = report.settings, report.model
-    n_prompts, n_tokens = len(report.tokens), sum(map(len, report.tokens))
-    examined, sparse = int(report.examined.sum()), report.n_sparse
-    lines = [
-        f"{model['name']}: {n_prompts} prompt{'s' * (n_prompts != 1)}, {n_tokens} tokens, "
-        f"{len(settings.layers)} attention layers; {settings.law} noise on the norms of "
-        f"{', '.join(settings.on)}, one layer at a time."
-    ]
-    threshold = f"max a >= {settings.sparse:g}"
-    if sparse == 0:
-        lines.append(
-            f"No sparse row: none of the {examined} attention rows has {threshold}, so there is "
-            "no single attended token to lose. That is not stability: how non-sparse attention "
-            "changes is not measured here."
-        )
-        return "\n".join([*lines, told(model)])
-    sinks = int(report.rows[..., 1].sum())
-    lines.append(
-        f"{sparse} of {examined} rows are sparse ({threshold}), {percent(sinks / sparse)} of these "
-        "attend to the first token (sinks)."
-    )
-    if sparse < _MIN_ROWS:
-        lines.append(f"Fewer than {_MIN_ROWS} sparse rows: too few to say how stable the model is.")
-    lines.append(_threshold_sentence(report))
-    named = _first_head(report)
-    if named:
-        lines.append(named)
-    frame = report.to_frame("model")
-    middle = frame.iloc[(frame["sigma"] - 0.1).abs().argmin()]
-    level = frame["score_level"].iloc[0]
-    lines.append(
-        f"At sigma = {percent(middle['sigma'])}: {percent(middle['loose'])} of the sparse rows "
-        f"collapse, {percent(middle['loose_centred'])} in the centred gauge (mean score level "
-        f"{level:.3g}; rates of models with other levels compare only there)."
-    )
-    lines.append(told(model))
-    return "\n".join(lines)
-
-
-def _threshold_sentence(report: CollapseReport) -> str:
-    if not len(report.table) and "k" in report.settings.on:
-        return "None of them can collapse: no factors of this law move their arg max."
-    if not {"k", "q"} & set(report.settings.on) or not len(report.table):
-        return "No row can collapse: this noise never moves an arg max in its own layer."
-    everything, content = _one_percent(report, "loose"), _one_percent(report, "loose_content")
-    if everything == percent(math.inf):
-        return "1% of sparse rows never collapse within this law."
-    return f"1% of sparse rows collapse at sigma = {everything} (sinks left out: {content})."
-
-
-def _one_percent(report: CollapseReport, rate: str) -> str:
-    """The sigma at which 1% of the rows collapse or, from the grid, two between which it lies."""
-    try:
-        sigma = report.sigma_at(0.01, content=rate == "loose_content")
-    except ValueError:  # the table has no room for those that decide it
-        frame = report.to_frame("model")
-        reached = frame["sigma"][frame[rate] >= 0.01]
-        if not len(reached):
-            return f"more than {percent(frame['sigma'].iloc[-1])}"
-        below = frame["sigma"][frame["sigma"] < reached.iloc[0]]
-        low = percent(below.iloc[-1]) if len(below) else "0"
-        return f"{low} to {percent(reached.iloc[0])} (keep= more of the table for one number)"
-    assert isinstance(sigma, float)
-    return percent(sigma)
-
-
-def _first_head(report: CollapseReport) -> str:
-    """The head whose sparse rows go first, among those with enough of them."""
-    import pandas as pd
-
-    if not {"k", "q"} & set(report.settings.on) or not len(report.table):
-        return ""
-    try:
-        sigma = report.sigma_at(0.01, by="head")
-    except ValueError:
-        return ""
-    assert isinstance(sigma, pd.DataFrame)
-    counts = report.rows.sum((-1, -2))
-    values = np.where(counts >= _MIN_ROWS, sigma.to_numpy(), np.nan)
-    if not np.isfinite(values).any():
-        return ""
-    layer, head = np.unravel_index(int(np.nanargmin(values)), values.shape)
-    name = f"{report.model['labels'][layer]}H{head}"
-    return (
-        f"First head (of those with {_MIN_ROWS} sparse rows or more): {name}, 1% of its "
-        f"{int(counts[layer, head])} at sigma = {percent(float(values[layer, head]))}."
-    )

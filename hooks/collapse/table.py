@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
-from hooks.collapse.report import RowTable
 from hooks.kernels import BEYOND
 
 if TYPE_CHECKING:
@@ -25,6 +25,40 @@ COMPLETE = 2 * BEYOND
 
 _ROW = ("layer", "head", "prompt", "query", "key", "rival")
 _ENTRY = ("s", "beta", "a")
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """The sparse rows that can collapse within the cutoff, with their competitors there.
+
+    ``s_star`` is the q.k part of the attended token's score. The competitors of row i, nearest
+    first, are the entries ``start[i]`` to ``start[i + 1]`` of ``s`` (their q.k parts), of ``beta``
+    = b_* - b_t (empty where no layer adds a bias) and of ``a`` (the half-width from which each can
+    win; 2 where only factors above 2 would do); ``rival`` is the first one's position. Below the
+    half-width ``cutoff`` the table is complete, beyond it it lists nobody.
+    """
+
+    layer: Int[np.ndarray, "row"]
+    head: Int[np.ndarray, "row"]
+    prompt: Int[np.ndarray, "row"]
+    query: Int[np.ndarray, "row"]
+    key: Int[np.ndarray, "row"]
+    rival: Int[np.ndarray, "row"]
+    s_star: Float[np.ndarray, "row"]
+    start: Int[np.ndarray, "edge"]
+    s: Float[np.ndarray, "entry"]
+    beta: Float[np.ndarray, "entry_or_none"]
+    a: Float[np.ndarray, "entry"]
+    cutoff: Float[np.ndarray, ""]
+
+    @property
+    def half_width(self) -> Float[np.ndarray, "row"]:
+        """Each row's critical half-width, that of its nearest competitor; inf above 1."""
+        nearest = self.a[self.start[:-1]]
+        return np.where(nearest < 1, nearest, np.float32(np.inf))
+
+    def __len__(self) -> int:
+        return len(self.layer)
 
 
 def cut(table: RowTable, keep: int) -> RowTable:

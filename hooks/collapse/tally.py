@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hooks.collapse.report import CollapseReport, ProbeSettings
+from hooks.collapse.report import CollapseReport
+from hooks.collapse.settings import ProbeSettings
 from hooks.collapse.showing import Showing
 from hooks.collapse.table import TableParts
 from hooks.model import Prompts

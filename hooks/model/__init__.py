@@ -1,7 +1,7 @@
 """A model as it is given: its state, its passes, its inputs, its threads."""
 
 from hooks.model.ambient import measurement, model_pass, on_cpu, was_compiled
-from hooks.model.fingerprint import changing, fingerprint, key_of, states, versions
+from hooks.model.encoding import encode
 from hooks.model.given import (
     TOKENS_ALONE,
     MaskLike,
@@ -14,6 +14,7 @@ from hooks.model.given import (
     tensor_of,
     text_ids,
 )
+from hooks.model.identity import changing, fingerprint, key_of, states, versions
 from hooks.model.inputs import (
     ModelInput,
     NoRoom,
@@ -25,7 +26,7 @@ from hooks.model.inputs import (
     without_cache,
 )
 from hooks.model.known_wrong import refuse_known_wrong
-from hooks.model.prompts import Prompts, encode, example_of
+from hooks.model.prompts import Prompts, example_of
 from hooks.model.protocol import ROLES, HookedModel, Role
 from hooks.model.standing import Standing, names, resting, users
 from hooks.model.state import (

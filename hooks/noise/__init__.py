@@ -1,6 +1,6 @@
 """The noise model: laws of a factor, factors on a model, probabilities under them."""
 
-from hooks.noise.clock import Clock, refuse_cache
+from hooks.noise.clock import Clock, Factors, refuse_cache
 from hooks.noise.laws import (
     LAWS,
     Gaussian,
@@ -18,6 +18,7 @@ from hooks.noise.streams import draw_uniforms, numbers, stream_keys
 __all__ = [
     "At",
     "Clock",
+    "Factors",
     "Gaussian",
     "HookList",
     "LAWS",

@@ -11,14 +11,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hooks.errors import UnsupportedModelError
 from hooks.model import (
     AttentionTap,
     HookedModel,
@@ -33,6 +31,7 @@ from hooks.model import (
     short_input,
 )
 from hooks.noise.clock import Clock, cache_in_output
+from hooks.noise.steps import CachedSteps
 from hooks.sites import AttentionSites
 
 HookList = list[tuple[str, Callable[..., Any]]]
@@ -40,34 +39,10 @@ HookList = list[tuple[str, Callable[..., Any]]]
 _LAST_STEPS = (1, 2)  # new tokens of the steps behind the first one
 _TOLERANCE = 0.1  # of what wrong positions do
 _NAMES = ("cache", "past_key_values", "layer_past")
-_ADVICE = "pass use_past_kv_cache=False (use_cache=False to a Hugging Face model)"
 
 _tried: weakref.WeakKeyDictionary[Any, tuple[AttentionSites, CachedSteps]] = (
     weakref.WeakKeyDictionary()
 )
-
-
-@dataclass(frozen=True)
-class CachedSteps:
-    """Why no cached step can be trusted, or none of several tokens; "" where all can."""
-
-    wrong: str = ""
-    several_wrong: str = ""
-
-    def refuse(self, cached: int, new: int | None) -> None:
-        """Raise where a step with ``new`` tokens behind ``cached`` ones would be wrong."""
-        if self.wrong:
-            raise UnsupportedModelError(
-                "generate with a cache",
-                wanted="cached steps that give what the whole pass gives",
-                got=f"{self.wrong}; {_ADVICE}",
-            )
-        if self.several_wrong and cached and new != 1:
-            raise UnsupportedModelError(
-                "a cached step of several tokens",
-                wanted="what the whole pass gives",
-                got=f"{self.several_wrong}; pass one new token at a time, or {_ADVICE}",
-            )
 
 
 @measurement

@@ -9,22 +9,20 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooks.arguments import check_integers
-from hooks.model import is_checking, on_cpu, real_spans
-
-if TYPE_CHECKING:
-    from hooks.model import Role
-    from hooks.noise.cache_check import CachedSteps
-    from hooks.noise.norm_noise import NormNoise
-    from hooks.sites import LayerSites, Site, Stream
+from hooks.arguments import check_integers, read_array
+from hooks.model import HookedModel, Role, has_decoder, is_checking, on_cpu, real_spans
+from hooks.noise.steps import CachedSteps
+from hooks.sites import LayerSites, Site, Stream
 
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 _CALL = nn.Module._call_impl.__code__
@@ -131,6 +129,26 @@ def _marks(thing: Any, depth: int = _DEPTH) -> Iterator[tuple[int, int]]:
             yield from _marks(part, depth - 1)
 
 
+class Factors(Protocol):
+    """What draws factors: NormNoise."""
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Which vectors they multiply."""
+
+    def factors(
+        self,
+        *,
+        layer: int,
+        role: Role,
+        n_heads: int,
+        prompts: Sequence[int],
+        n_pos: int,
+        start: Sequence[int] | int = 0,
+    ) -> Float[Tensor, "prompt pos head"]:
+        """See :meth:`hooks.NormNoise.factors`."""
+
+
 # -- the clock --------------------------------------------------------------------------------
 
 
@@ -181,7 +199,7 @@ class Clock:
 
     @on_cpu()
     def drawn(
-        self, noise: NormNoise, sites: LayerSites, role: Role, site: Site, shape: tuple[int, ...]
+        self, noise: Factors, sites: LayerSites, role: Role, site: Site, shape: tuple[int, ...]
     ) -> Float[Tensor, "batch pos head"]:
         """Factors of one site; ``shape`` is (batch, positions, index of the first of them)."""
         batch, n_pos, first = shape
@@ -306,3 +324,31 @@ def refuse_cache(module: nn.Module | None, what: str, advice: str) -> None:
             raise ValueError(
                 f"{what}: wanted a pass without a cache; got {type(value).__name__}. {advice}"
             )
+
+
+def read_masks(
+    model: HookedModel, mask: Tensor | None, decoder_mask: Tensor | None
+) -> dict[Stream, Tensor]:
+    """Attention masks by the sequence they belong to."""
+    if decoder_mask is not None and not has_decoder(model):
+        raise ValueError(
+            "decoder_attention_mask: wanted an encoder-decoder model; got "
+            f"{type(model).__name__} without a decoder of its own"
+        )
+    of_mask: Stream = "source" if has_decoder(model) else "target"
+    given: tuple[tuple[Stream, str, Any], ...] = (
+        ("target", "decoder_attention_mask", decoder_mask),
+        (of_mask, "attention_mask", mask),
+    )
+    return {s: _read_mask(name, each) for s, name, each in given if each is not None}
+
+
+def _read_mask(name: str, mask: Any) -> Tensor:
+    """A mask ``[batch, pos]`` as a tensor."""
+    wanted = "1 for real tokens and 0 for padding, of shape [batch, pos]"
+    array = read_array(name, mask, "biuf", wanted)
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{name}: wanted {wanted}; got shape {list(array.shape)}")
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name}: wanted {wanted}; got other numbers")
+    return torch.as_tensor(array)

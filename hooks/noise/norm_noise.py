@@ -28,7 +28,6 @@ from hooks.arguments import (
     check_integers,
     check_layers,
     plain,
-    read_array,
     read_list,
 )
 from hooks.errors import UnsupportedModelError
@@ -38,20 +37,18 @@ from hooks.model import (
     HookedModel,
     Role,
     active_dropout,
-    has_decoder,
     intervening,
     on_cpu,
     paused_in_checks,
 )
 from hooks.noise.cache_check import cached_steps
-from hooks.noise.clock import Clock
+from hooks.noise.clock import Clock, read_masks
 from hooks.noise.laws import LAWS, check_sigma, get_law
 from hooks.noise.writing import Writer
 from hooks.sites import (
     AttentionSites,
     LayerSites,
     Site,
-    Stream,
     attention_sites,
     choose_layers,
     expand_factors,
@@ -264,7 +261,7 @@ class NormNoise:
         :meth:`applied` (a cached step under these hooks raises). So must a model of which no hook
         carries the vectors: only a context can write where they are multiplied.
         """
-        masks = _masks(model, attention_mask, decoder_attention_mask)
+        masks = read_masks(model, attention_mask, decoder_attention_mask)
         return self._hooks(model, attention_sites(model), Clock(first_prompt, masks), None)
 
     @contextmanager
@@ -280,7 +277,7 @@ class NormNoise:
 
         Arguments and errors as :meth:`hooks`. The hooks that were on the model stay.
         """
-        clock = Clock(first_prompt, _masks(model, attention_mask, decoder_attention_mask))
+        clock = Clock(first_prompt, read_masks(model, attention_mask, decoder_attention_mask))
         sites = attention_sites(model)
         tap = AttentionTap()
         entries = self._hooks(model, sites, clock, tap)
@@ -476,31 +473,3 @@ def _strong(sites: AttentionSites, clock: Clock, tap: AttentionTap) -> HookList:
         with contextlib.suppress(UnsupportedModelError):
             entries += noise._layer_hooks(layer, clock, Writer(noise, clock, tap))
     return entries
-
-
-def _masks(
-    model: HookedModel, mask: Tensor | None, decoder_mask: Tensor | None
-) -> dict[Stream, Tensor]:
-    """Attention masks by the sequence they belong to."""
-    if decoder_mask is not None and not has_decoder(model):
-        raise ValueError(
-            "decoder_attention_mask: wanted an encoder-decoder model; got "
-            f"{type(model).__name__} without a decoder of its own"
-        )
-    of_mask: Stream = "source" if has_decoder(model) else "target"
-    given: tuple[tuple[Stream, str, Any], ...] = (
-        ("target", "decoder_attention_mask", decoder_mask),
-        (of_mask, "attention_mask", mask),
-    )
-    return {s: _read_mask(name, each) for s, name, each in given if each is not None}
-
-
-def _read_mask(name: str, mask: Any) -> Tensor:
-    """A mask ``[batch, pos]`` as a tensor."""
-    wanted = "1 for real tokens and 0 for padding, of shape [batch, pos]"
-    array = read_array(name, mask, "biuf", wanted)
-    if array.ndim != 2 or not array.size:
-        raise ValueError(f"{name}: wanted {wanted}; got shape {list(array.shape)}")
-    if not np.isin(array, (0, 1)).all():
-        raise ValueError(f"{name}: wanted {wanted}; got other numbers")
-    return torch.as_tensor(array)

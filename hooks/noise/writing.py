@@ -11,8 +11,7 @@ from hooks.model import AttentionTap, Role
 from hooks.sites import LayerSites
 
 if TYPE_CHECKING:
-    from hooks.noise.clock import Clock
-    from hooks.noise.norm_noise import NormNoise
+    from hooks.noise.clock import Clock, Factors
 
 
 class Writer:
@@ -24,7 +23,7 @@ class Writer:
         tap: multiplies; the pass runs inside it.
     """
 
-    def __init__(self, noise: NormNoise, clock: Clock, tap: AttentionTap) -> None:
+    def __init__(self, noise: Factors, clock: Clock, tap: AttentionTap) -> None:
         self.noise = noise
         self.clock = clock
         self.tap = tap

@@ -35,12 +35,12 @@ from hooks.reports.values import as_kind, check_facts, check_texts
 
 _UNLIKE = ("device", "given")  # facts that two parts of one measurement may differ in
 _DTYPES: Final = {"Int": "I64", "Float": "F64", "Bool": "BOOL"}
-Report = TypeVar("Report")
+R = TypeVar("R")
 Sizes = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Form(Generic[Report]):
+class Form(Generic[R]):
     """A kind of report as a file.
 
     Args:
@@ -57,7 +57,7 @@ class Form(Generic[Report]):
         what: as it is called in messages; default: its name.
     """
 
-    report: type[Report]
+    report: type[R]
     name: str
     version: int
     settings: Callable[[Any], None]
@@ -67,7 +67,10 @@ class Form(Generic[Report]):
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     what: str = ""
 
-    def save(self, report: Report, path: str | Path) -> Path:
+    def __post_init__(self) -> None:
+        _FORMS[self.report] = self
+
+    def save(self, report: R, path: str | Path) -> Path:
         """Write a report, whole or not at all; returns the path.
 
         Raises:
@@ -87,7 +90,7 @@ class Form(Generic[Report]):
         path.parent.mkdir(parents=True, exist_ok=True)
         return write_whole(path, with_words(save(arrays), words))
 
-    def load(self, path: str | Path) -> Report:
+    def load(self, path: str | Path) -> R:
         """Read what `save` wrote.
 
         Raises:
@@ -110,7 +113,7 @@ class Form(Generic[Report]):
     def _format(self, version: int) -> str:
         return f"qkvnorm-lens {self.name} {version}"
 
-    def _read(self, file: TensorFile) -> Report:
+    def _read(self, file: TensorFile) -> R:
         form = file.words.get("format")
         digested = form == self._format(self.version)
         if not digested and form != self._format(self.version - 1):
@@ -143,6 +146,74 @@ class Form(Generic[Report]):
         report = self.report(**head, **_grouped(kinds, arrays, sizes, absent))
         self.numbers(report)
         return report
+
+
+_FORMS: dict[type, Form[Any]] = {}
+
+
+class SavedReport:
+    """What every report can do: say itself, be written and be read."""
+
+    def summary(self) -> str:
+        """A few sentences: what was measured, what came out, and what it leaves open."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with the settings as JSON in its header; returns its path.
+
+        Raises:
+            OSError: it can't be written; the message says what was kept.
+        """
+        return _FORMS[type(self)].save(self, path)
+
+    @classmethod
+    def load(cls: type[R], path: str | Path) -> R:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ReportFileError: the file is no report of this kind, or not whole.
+        """
+        form: Form[R] = _FORMS[cls]
+        return form.load(path)
+
+
+class CorpusReport(SavedReport):
+    """A report of prompts that can be measured part by part."""
+
+    def merge(self: R, later: R) -> R:
+        """The report of both corpora, as if they had been measured in one run.
+
+        Args:
+            later: a report of the same model and settings whose first prompt follows this one's
+                last: measured with ``first_prompt=len(report.tokens)``.
+
+        Raises:
+            TypeError: another kind of report.
+            ValueError: other settings, another model, or prompts that do not follow.
+        """
+        check_follows(self, later)
+        joined = dict(_joined(self, later))
+        beside = getattr(self, "_beside", None)
+        return dataclasses.replace(self, **joined, **(beside(later) if beside else {}))  # type: ignore[type-var]
+
+
+def _joined(first: Any, later: Any) -> Iterator[tuple[str, Any]]:
+    """Fields of both: prompts one after the other, what has no prompts added up."""
+    yield "model", joined_facts(first, later)
+    for name, kind in _kinds(type(first)).items():
+        mine, other = getattr(first, name), getattr(later, name)
+        if hasattr(kind, "dim_str"):
+            axes = kind.dim_str.split()
+            at = axes.index("prompt") if "prompt" in axes else None
+            yield name, mine + other if at is None else np.concatenate([mine, other], axis=at)
+        elif name in ("tokens", "decoder_tokens"):
+            yield name, mine + other
 
 
 # -- what a class says of its file ------------------------------------------------------------

@@ -6,7 +6,6 @@ See :mod:`hooks.selfcheck` for the copies of the prompt that a layer is judged b
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from torch import Tensor
 from hooks.errors import UnsupportedModelError
 from hooks.kernels import MASKED
 from hooks.model import ROLES, Role
-from hooks.sites.copies import HALF_WIDTH, LayerCopies
+from hooks.sites.copies import HALF_WIDTH
+from hooks.sites.evidence import Evidence, Undecided
 from hooks.sites.scores import ScoreParts, expand_factors, qk_product, split, visible
 from hooks.sites.types import Averaging, LayerSites, Shield, VectorSite
 from hooks.sites.value_check import HALF_PRECISION, MARGIN, ValueCheck
@@ -23,31 +23,16 @@ _SAME_PRODUCT = 0.1  # a score differs from its product by rounding, or by much 
 _SUM_TO_ONE = 1e-5  # a row of a pattern sums to one up to this
 
 
-class Undecided(Exception):
-    """This prompt proves nothing; another may. ``refusal`` is what to raise if none does."""
-
-    def __init__(self, refusal: UnsupportedModelError) -> None:
-        super().__init__(str(refusal))
-        self.refusal = refusal
-
-
 class Unpredicted(UnsupportedModelError):
     """The pattern under noise is not the one predicted from the clean scores."""
 
 
-class LayerCheck:
+class LayerCheck(Evidence):
     """Verdict on one layer, and the table of what it rests on.
 
     Args:
         copies: the layer's, after the pass.
     """
-
-    def __init__(self, copies: LayerCopies) -> None:
-        self.copies = copies
-        self.sites = copies.sites
-        self.seen = copies.seen
-        self.eps = copies.eps
-        self.table: list[dict[str, Any]] = []
 
     def judge(self) -> LayerSites:
         """The layer's sites with what was measured, or the refusal.
@@ -140,18 +125,6 @@ class LayerCheck:
                 layer=self.sites.layer,
             )
 
-    def record(self, check: str, error: float, effect: float, tolerance: float) -> None:
-        """One line of :attr:`hooks.AttentionSites.check`."""
-        self.table.append(
-            {
-                "layer": self.sites.layer,
-                "check": check,
-                "error": error,
-                "effect": effect,
-                "tolerance": tolerance,
-            }
-        )
-
     def _refuse_pattern_as_scores(self, raw: Tensor) -> None:
         """A pattern where the scores should be: its rows would pass for scores that hardly act."""
         seen, scores = visible(raw), raw.double()
@@ -228,10 +201,6 @@ class LayerCheck:
         rounding: Tensor = generous * self.eps * (whole + terms).masked_fill(~clean.mask, 0)
         return rounding.amax(-1, keepdim=True)
 
-    def keys(self, per_kv_head: Tensor) -> Tensor:
-        """Keys or values ``[batch, pos, kv_head, ...]`` for each query head."""
-        return per_kv_head[:, :, list(self.sites.kv_head_of)]
-
     def _compare(
         self,
         check: str,
@@ -295,17 +264,6 @@ class LayerCheck:
             )
         if not bool((effect > MARGIN * limit).any()):
             self.undecided(check, float(effect.max()), MARGIN * float(limit.max()))
-
-    def undecided(self, check: str, effect: float, needed: float) -> NoReturn:
-        """This prompt's effect is too small for this check."""
-        raise Undecided(
-            UnsupportedModelError(
-                f"{check}: not verifiable",
-                wanted=f"an effect above {needed:.2g}, so that rounding can't hide an error",
-                got=f"{effect:.2g}",
-                layer=self.sites.layer,
-            )
-        )
 
     def _editable(self, clean: ScoreParts, pattern: Tensor, tolerance: Tensor) -> bool:
         """Whether the scores that were turned upside down gave the pattern of such scores."""

@@ -62,7 +62,8 @@ from hooks.model import (
     users,
 )
 from hooks.sites.copies import KINDS, LayerCopies
-from hooks.sites.layer_check import LayerCheck, Undecided, Unpredicted
+from hooks.sites.evidence import Undecided
+from hooks.sites.layer_check import LayerCheck, Unpredicted
 from hooks.sites.locate import locate
 from hooks.sites.masks import beginning, check_masks
 from hooks.sites.types import AttentionSites, LayerSites

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from hooks.errors import UnsupportedModelError
 from hooks.model import ROLES, Role
+from hooks.sites.evidence import Evidence
 from hooks.sites.types import Averaging
-
-if TYPE_CHECKING:
-    from hooks.sites.layer_check import LayerCheck
 
 MARGIN = 8.0  # an effect must exceed its tolerance this many times to prove anything
 HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
@@ -37,7 +33,7 @@ class ValueCheck:
     """
 
     def __init__(
-        self, check: LayerCheck, pattern: Tensor, v: Tensor, visible: Tensor, of_scores: Tensor
+        self, check: Evidence, pattern: Tensor, v: Tensor, visible: Tensor, of_scores: Tensor
     ) -> None:
         if "z" not in check.seen.tensors:
             raise UnsupportedModelError(

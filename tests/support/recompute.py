@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import hooks
-from hooks.model.prompts import encode
+from hooks.model.encoding import encode
 from hooks.model.protocol import Role
 from hooks.sites.types import AttentionSites
 from hooks.sites.watch import observe

@@ -33,7 +33,7 @@ from hooks.arguments import (
     check_optional,
     read_list,
 )
-from hooks.collapse import _check_sparse
+from hooks.collapse import check_sparse
 from hooks.errors import UnsupportedModelError
 from hooks.measures.interference.count import (
     CleanRows,
@@ -200,7 +200,7 @@ def _settings(
     roles = tuple(check_choice("on", role, _ON) for role in some)
     if not roles or len(set(roles)) < len(roles):
         raise ValueError(f"on: wanted some of {list(_ON)}, each once; got {brief(on)}")
-    sparse = _check_sparse(sparse)
+    sparse = check_sparse(sparse)
     return InterferenceSettings(
         on=roles,
         constants=values,

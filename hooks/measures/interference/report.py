@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,17 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from hooks.arguments import check_choice, check_fields, check_integers
-from hooks.collapse import CONTENT, SINK, By, _se_prompts
+from hooks.collapse import CONTENT, SINK, By
 from hooks.measures.interference.count import ALL_ROWS, CONTENT_ROWS, DIRECTION, LENGTH, TOTAL
 from hooks.reports import (
+    CorpusReport,
     Form,
     Unsound,
     check_counts,
-    check_follows,
     check_numbers,
     check_sums,
-    joined_facts,
     per_layer,
+    se_prompts,
     told,
 )
 
@@ -46,8 +45,8 @@ class InterferenceSettings:
         check_fields(self)
 
 
-@dataclass(frozen=True, eq=False)
-class InterferenceReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class InterferenceReport(CorpusReport):
     """Sparse rows that attend to another token once their layer's norm has one scale for all.
 
     The last axis of most arrays is the kind of row: 0 for rows that attend to content, 1 for rows
@@ -189,8 +188,8 @@ class InterferenceReport:
             columns |= self._scales(by, rows.shape[:-2])
             columns |= _variance_shares(pool(self.variance).sum(len(rows.shape) - 2))
             moved = pool(self.loose[at]).astype(float)
-            columns["se"] = _se_prompts(moved.sum(-1)[None], rows.sum(-1))[0]
-            columns["se_content"] = _se_prompts(moved[None, ..., CONTENT], rows[..., CONTENT])[0]
+            columns["se"] = se_prompts(moved.sum(-1), rows.sum(-1))
+            columns["se_content"] = se_prompts(moved[..., CONTENT], rows[..., CONTENT])
             if by == "layer":
                 columns |= self._output(on, constant)
         shape = rows.shape[:-2]
@@ -287,80 +286,6 @@ class InterferenceReport:
             f"would move {near['predicted' + kind]:.2%}{shuffled}{where}."
         )
         return parts
-
-    def __str__(self) -> str:
-        return self.summary()
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    # -- several, and disk --------------------------------------------------------------------
-
-    def merge(self, later: InterferenceReport) -> InterferenceReport:
-        """The report of both corpora, as if they had been measured in one run.
-
-        Args:
-            later: a report of the same model and settings whose first prompt follows this one's
-                last (``interference(..., first_prompt=len(report.tokens))``).
-
-        Raises:
-            ValueError: other settings, another model, or prompts that do not follow.
-        """
-        check_follows(self, later)
-        joined: dict[str, Any] = {
-            name: np.concatenate([getattr(self, name), getattr(later, name)], axis=axis)
-            for name, axis in PROMPT_AXIS.items()
-        }
-        return replace(
-            self,
-            model=joined_facts(self, later),
-            tokens=self.tokens + later.tokens,
-            decoder_tokens=self.decoder_tokens + later.decoder_tokens,
-            **joined,
-        )
-
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path.
-
-        Raises:
-            OSError: it can't be written; the message says what was kept.
-        """
-        return _FORM.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> InterferenceReport:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ReportFileError: the file is no report of interference, or not whole.
-        """
-        return _FORM.load(path)
-
-
-_HEAD = ("model", "first_prompt", "tokens", "decoder_tokens")
-PROMPT_AXIS: dict[str, int] = {
-    "examined": 2,
-    "ties": 2,
-    "rows": 2,
-    "constant": 1,
-    "scale_spread": 1,
-    "loose": 4,
-    "strict": 4,
-    "to_first": 4,
-    "factored": 2,
-    "permuted": 3,
-    "predicted": 2,
-    "sigma_squared": 2,
-    "lognormal": 2,
-    "variance": 2,
-    "positions": 0,
-    "targets": 0,
-    "kl": 2,
-    "agree": 2,
-    "loss": 2,
-    "clean_loss": 0,
-}
-assert {f.name for f in fields(InterferenceReport)} == {"settings", *_HEAD, *PROMPT_AXIS}
 
 
 def _check_settings(s: InterferenceSettings) -> None:

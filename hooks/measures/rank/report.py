@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -14,7 +13,7 @@ from jaxtyping import Float
 
 from hooks.arguments import check_booleans, check_choice, check_fields
 from hooks.measures.rank.numbers import MEASURES
-from hooks.reports import Form, Unsound, check_ascending, check_numbers
+from hooks.reports import Form, SavedReport, Unsound, check_ascending, check_numbers
 
 RankBy = Literal["prompt", "site"]
 WITH: Final = ("all", "without first")  # the axis of tokens
@@ -71,8 +70,8 @@ class RankSettings:
         check_fields(self)
 
 
-@dataclass(frozen=True, eq=False)
-class RankReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class RankReport(SavedReport):
     """Measures of each prompt's tokens at each site.
 
     Attributes:
@@ -152,31 +151,6 @@ class RankReport:
                 f"({most['label']})."
             )
         return " ".join([*parts, *self.model["notes"]])
-
-    def __str__(self) -> str:
-        return self.summary()
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    # -- disk -------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path.
-
-        Raises:
-            OSError: it can't be written; the message says what was kept.
-        """
-        return _FORM.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> RankReport:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ReportFileError: the file is no rank report, or not whole.
-        """
-        return _FORM.load(path)
 
 
 def _check_settings(s: RankSettings) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from hooks.arguments import check_choice, check_fields, check_integers
-from hooks.reports import Form, Unsound, check_ascending, check_numbers, per_layer
+from hooks.reports import Form, SavedReport, Unsound, check_ascending, check_numbers, per_layer
 
 SpectrumBy = Literal["prompt", "head", "layer", "length"]
 _NAMES = {
@@ -35,8 +34,8 @@ class SpectrumSettings:
         check_fields(self)
 
 
-@dataclass(frozen=True, eq=False)
-class SpectrumReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectrumReport(SavedReport):
     """Leading singular values of each head's attention matrix A on each prompt.
 
     An array per layer and field; matrices of T rows and columns. U is the uniform matrix of A's
@@ -166,31 +165,6 @@ class SpectrumReport:
                 "part."
             )
         return " ".join(parts)
-
-    def __str__(self) -> str:
-        return self.summary()
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    # -- disk -------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path.
-
-        Raises:
-            OSError: it can't be written; the message says what was kept.
-        """
-        return _FORM.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SpectrumReport:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ReportFileError: the file is no spectrum report, or not whole.
-        """
-        return _FORM.load(path)
 
 
 def _check_settings(s: SpectrumSettings) -> None:

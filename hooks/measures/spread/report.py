@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from hooks.arguments import check_choice, check_fields, check_number
-from hooks.reports import Form, Unsound, check_numbers, first_tokens, per_layer
+from hooks.reports import Form, SavedReport, Unsound, check_numbers, first_tokens, per_layer
 
 Of = Literal["stream", "q", "k", "v"]
 SpreadBy = Literal["token", "head", "layer", "model"]
@@ -37,8 +36,8 @@ class SpreadSettings:
         check_fields(self)
 
 
-@dataclass(frozen=True, eq=False)
-class SpreadReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class SpreadReport(SavedReport):
     """L2 norms of what attention reads, with the attention that each receives.
 
     An array per layer and field; the tokens of all prompts lie one behind the other.
@@ -154,31 +153,6 @@ class SpreadReport:
                 f"norm is {whole['first_norm']:.3g} of the median."
             )
         return " ".join(parts)
-
-    def __str__(self) -> str:
-        return self.summary()
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    # -- disk -------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path.
-
-        Raises:
-            OSError: it can't be written; the message says what was kept.
-        """
-        return _FORM.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SpreadReport:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ReportFileError: the file is no spread report, or not whole.
-        """
-        return _FORM.load(path)
 
 
 def _check_settings(s: SpreadSettings) -> None:

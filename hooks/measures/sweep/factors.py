@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.model import Role
-from hooks.noise import Clock, NormNoise, draw_uniforms, get_law
+from hooks.noise import Clock, Factors, NormNoise, draw_uniforms, get_law
 from hooks.sites import LayerSites, Site
 
 
@@ -63,7 +63,7 @@ class RowFactors(Clock):
         return slice(0, None, len(self._conditions))
 
     def drawn(
-        self, noise: NormNoise, sites: LayerSites, role: Role, site: Site, shape: tuple[int, ...]
+        self, noise: Factors, sites: LayerSites, role: Role, site: Site, shape: tuple[int, ...]
     ) -> Float[Tensor, "row pos head"]:
         """Factors ``[batch, pos, head]`` of one site; ``shape`` is (batch, pos, first position)."""
         batch, n_pos, _ = shape

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,14 +12,15 @@ from jaxtyping import Float, Int
 
 from hooks.arguments import check_choice, check_fields, check_integers, check_number
 from hooks.reports import (
+    CorpusReport,
     Form,
     Unsound,
     check_ascending,
     check_counts,
-    check_follows,
     check_numbers,
     check_word,
-    joined_facts,
+    se_draws,
+    se_prompts,
     told,
 )
 
@@ -48,8 +47,8 @@ class SweepSettings:
         check_fields(self)
 
 
-@dataclass(frozen=True, eq=False)
-class SweepReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class SweepReport(CorpusReport):
     """What a model's output loses under norm noise in all chosen layers at once, against sigma.
 
     Sums over the scored positions of each prompt, for each sigma and draw; the clean row is the
@@ -123,7 +122,7 @@ class SweepReport:
             if by == "sigma":
                 for name in ("accuracy", "loss"):
                     change = (sums[name] - sums[name][:1]).mean(1)
-                    columns[f"se_prompts_{name}_change"] = _se_prompts(change, n[name])
+                    columns[f"se_prompts_{name}_change"] = se_prompts(change, n[name])
         return self._tidy(by, columns, pooled["kl"])
 
     def _tidy(self, by: SweepBy, columns: dict[str, np.ndarray], positions: Any) -> pd.DataFrame:
@@ -190,31 +189,6 @@ class SweepReport:
         share = (accuracy[i - 1] - wanted) / (accuracy[i - 1] - accuracy[i])
         return float(sigma[i - 1] + share * (sigma[i] - sigma[i - 1]))
 
-    # -- several sweeps -----------------------------------------------------------------------
-
-    def merge(self, later: SweepReport) -> SweepReport:
-        """The report of both corpora, as if they had been swept in one run.
-
-        Args:
-            later: a report of the same model and settings whose first prompt follows this one's
-                last (``sweep(..., first_prompt=len(report.tokens))``).
-
-        Raises:
-            ValueError: other settings, another model, or prompts that do not follow.
-        """
-        check_follows(self, later)
-        joined: dict[str, Any] = {
-            name: np.concatenate([getattr(self, name), getattr(later, name)], axis=-1)
-            for name in _ARRAYS
-        }
-        return replace(
-            self,
-            model=joined_facts(self, later),
-            tokens=self.tokens + later.tokens,
-            decoder_tokens=self.decoder_tokens + later.decoder_tokens,
-            **joined,
-        )
-
     # -- words ------------------------------------------------------------------------------
 
     def summary(self) -> str:
@@ -255,31 +229,6 @@ class SweepReport:
             parts.append(_projected(self.model["shields"], s.on))
         return " ".join([*parts, told(self.model)])
 
-    def __str__(self) -> str:
-        return self.summary()
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    # -- disk -------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path.
-
-        Raises:
-            OSError: it can't be written; the message says what was kept.
-        """
-        return _FORM.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SweepReport:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ReportFileError: the file is no sweep report, or not whole.
-        """
-        return _FORM.load(path)
-
 
 def _check_settings(s: SweepSettings) -> None:
     from hooks.noise import LAWS, At, NormNoise, Rows, Shared
@@ -319,11 +268,6 @@ def _check_numbers(report: SweepReport) -> None:
         check_numbers(name, getattr(report, name), least, _MOST_NATS, nan=True, infinite=True)
 
 
-_ARRAYS = tuple(
-    f.name
-    for f in fields(SweepReport)
-    if f.name not in ("settings", "model", "first_prompt", "tokens", "decoder_tokens")
-)
 _FORM = Form(
     SweepReport,
     "sweep report",
@@ -337,26 +281,9 @@ _FORM = Form(
 
 def _se_draws(rates: Float[np.ndarray, "sigma draw *group"]) -> Float[np.ndarray, "sigma *group"]:
     """Standard error of the mean over draws; 0 for the clean row, which no draw changes."""
-    n = rates.shape[1]
-    if n < 2:
-        out = np.full((len(rates), *rates.shape[2:]), np.nan)
-    else:
-        out = rates.std(axis=1, ddof=1) / math.sqrt(n)
+    out = se_draws(rates)
     out[0] = np.where(np.isnan(rates[0, 0]), np.nan, 0.0)
     return out
-
-
-def _se_prompts(
-    change: Float[np.ndarray, "sigma prompt"], count: Int[np.ndarray, "prompt"]
-) -> Float[np.ndarray, "sigma"]:
-    """Standard error over prompts of sum(change) / sum(count), linearised; NaN for one prompt."""
-    used = count > 0
-    n, total = int(used.sum()), count.sum()
-    if n < 2:
-        return np.full(len(change), np.nan)
-    rate = change.sum(-1, keepdims=True) / total
-    rest = (change - rate * count)[:, used]
-    return np.asarray(np.sqrt(n / (n - 1) * (rest**2).sum(-1)) / total)
 
 
 def _count(n: int, noun: str) -> str:

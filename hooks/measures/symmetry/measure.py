@@ -9,10 +9,9 @@ Source: Zuo & Guerzhoy 2024, arXiv 2402.05969; for neighbouring positions arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -22,17 +21,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks.arguments import (
-    MANY,
     SEEDS,
-    brief,
     check_booleans,
     check_integers,
     check_optional,
-    plain,
-    read_array,
-    read_list,
 )
 from hooks.errors import UnsupportedModelError
+from hooks.measures.symmetry.orders import asked_orders, orders_of
 from hooks.measures.symmetry.positions import find_removals, rounding, taken
 from hooks.measures.symmetry.report import FLOORS, REACH, SymmetryReport, SymmetrySettings
 from hooks.model import (
@@ -130,7 +125,7 @@ def symmetry_gap(
             given permutation that leaves a prompt's ids as they are; or a wrong argument.
     """
     batch_size, seed = check_integers(batch_size=(batch_size, 1), seed=(seed, 0, SEEDS))
-    asked = _asked(permutations)
+    asked = asked_orders(permutations)
     (keep_first,) = check_booleans(keep_first=keep_first)
     positions, mask, _, progress = check_optional(
         positions=positions, mask=mask, prepend_bos=prepend_bos, progress=progress
@@ -141,7 +136,7 @@ def symmetry_gap(
     sites = sites_for(model, prompts)
     chosen = choose_layers(sites, layers)
     refuse_other_inputs("symmetry_gap", prompts.extra)
-    orders = _orders(prompts, asked, seed, keep_first)
+    orders = orders_of(prompts, asked, seed, keep_first)
     removals = find_removals(model, list(sites), prompts)
     variants = removals.variants(positions, mask)
     rows = _Rows(prompts, orders)
@@ -192,100 +187,6 @@ def _refuse_two_sequences(model: HookedModel) -> None:
             wanted="a model of one sequence of tokens",
             got="images or sound" if signal else "an encoder and a decoder",
         )
-
-
-def _asked(permutations: Any) -> int | list[np.ndarray]:
-    """How many permutations, or these.
-
-    Raises:
-        ValueError: neither.
-    """
-    if isinstance(plain(permutations), Integral):
-        return check_integers(permutations=(permutations, 1, MANY))[0]
-    wanted = "an integer >= 1, or permutations [permutation, position]"
-    if isinstance(permutations, Set):  # of no order
-        raise ValueError(f"permutations: wanted {wanted}; got {brief(permutations)}")
-    try:
-        rows = read_list("permutations", permutations, wanted)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    if not rows:
-        raise ValueError("permutations: wanted one or more; got none")
-    out = []
-    for row in rows:
-        each = "each to be a list of integers, [permutation, position]"
-        try:
-            order = read_array("permutations", row, "iu", each)
-        except TypeError as error:
-            raise ValueError(str(error)) from None
-        if order.ndim != 1:
-            raise ValueError(f"permutations: wanted {each}; got {brief(row)}")
-        out.append(order.astype(np.int64))
-    return out
-
-
-def _orders(
-    prompts: Prompts, permutations: int | list[np.ndarray], seed: int, keep_first: bool
-) -> list[Int[np.ndarray, "_ _"]]:
-    """For each prompt the identity, and its permutations."""
-    first, out = int(keep_first), []
-    for index, tokens in enumerate(prompts.first):
-        ids = tokens.cpu().numpy()
-        n = len(ids)
-        if n - 1 - first < 2:
-            raise ValueError(
-                f"prompt {index}: wanted at least {3 + first} tokens (two to swap before the last"
-                f"{', the first kept' if first else ''}); got {n}"
-            )
-        if (ids[first : n - 1] == ids[first]).all():
-            raise ValueError(
-                f"prompt {index}: wanted different tokens before the last"
-                f"{' and behind the first' if first else ''}, so that a permutation changes the "
-                f"prompt; got {n - 1 - first} times the id {ids[first]}"
-            )
-        if isinstance(permutations, int):
-            drawn = _drawn(ids, permutations, first, np.random.default_rng([seed, index]))
-        else:
-            drawn = _given(permutations, ids, first, index)
-        out.append(np.stack([np.arange(n), *drawn]))
-    return out
-
-
-def _drawn(
-    ids: Int[np.ndarray, "pos"], count: int, first: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Permutations of positions first .. n - 2 that change the ids.
-
-    Where two ids differ at least half of all permutations do.
-    """
-    out: list[np.ndarray] = []
-    identity = np.arange(len(ids))
-    while len(out) < count:
-        order = identity.copy()
-        order[first:-1] = rng.permutation(identity[first:-1])
-        if not np.array_equal(ids[order], ids):
-            out.append(order)
-    return out
-
-
-def _given(
-    permutations: list[np.ndarray], ids: Int[np.ndarray, "pos"], first: int, prompt: int
-) -> list[np.ndarray]:
-    n = len(ids)
-    for order in permutations:
-        fits = np.array_equal(np.sort(order), np.arange(n))
-        if not fits or order[-1] != n - 1 or (first and order[0] != 0):
-            raise ValueError(
-                f"permutations: wanted each to hold the positions 0 to {n - 1} of prompt {prompt} "
-                f"once, the last{' and the first' if first else ''} in its place; got "
-                f"{order.tolist()}"
-            )
-        if np.array_equal(ids[order], ids):
-            raise ValueError(
-                f"permutations: wanted each to change the ids of prompt {prompt}; got one that "
-                f"leaves them as they are: {order.tolist()}"
-            )
-    return permutations
 
 
 # -- running ----------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from hooks.arguments import check_choice, check_fields, check_integers
 from hooks.measures.symmetry.positions import Status, Variant
-from hooks.reports import Form, Unsound, check_numbers, per_layer
+from hooks.reports import Form, SavedReport, Unsound, check_numbers, per_layer
 
 SymmetryBy = Literal["variant", "layer", "permutation", "distance"]
 FLOORS = 2  # how often each prompt is run again with the last digit of its stream changed
@@ -38,8 +37,8 @@ class SymmetrySettings:
         check_fields(self)
 
 
-@dataclass(frozen=True, eq=False)
-class SymmetryReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class SymmetryReport(SavedReport):
     """What changed at the last position, by variant, prompt and permutation.
 
     The axis ``run`` holds the permutations, and ``tried`` the runs of the prompt as it is with the
@@ -286,31 +285,6 @@ class SymmetryReport:
                 verb = "are" if name == "positions" else "is"
                 out.append(f"The {words} {verb} not removed: {fact['why']}.")
         return out
-
-    def __str__(self) -> str:
-        return self.summary()
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    # -- disk -------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the settings as JSON in its header; returns its path.
-
-        Raises:
-            OSError: it can't be written; the message says what was kept.
-        """
-        return _FORM.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SymmetryReport:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ReportFileError: the file is no symmetry report, or not whole.
-        """
-        return _FORM.load(path)
 
 
 def _check_settings(s: SymmetrySettings) -> None:

@@ -1,0 +1,148 @@
+"""A collapse report in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from hooks.collapse.settings import ProbeSettings
+from hooks.collapse.table import RowTable
+from hooks.reports import told
+
+_MIN_ROWS = 20  # a head with fewer sparse rows is not named
+
+
+class Measured(Protocol):
+    """What of a report is put into words."""
+
+    @property
+    def settings(self) -> ProbeSettings:
+        """As in the report."""
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """As in the report."""
+
+    @property
+    def tokens(self) -> Sequence[Sequence[str]]:
+        """As in the report."""
+
+    @property
+    def examined(self) -> np.ndarray:
+        """As in the report."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """As in the report."""
+
+    @property
+    def table(self) -> RowTable:
+        """As in the report."""
+
+    def to_frame(self, by: Any = "head") -> pd.DataFrame:
+        """Rates."""
+
+    def sigma_at(self, rate: float = 0.01, *, by: Any = "model", content: bool = False) -> Any:
+        """The sigma of a rate."""
+
+
+def percent(x: float) -> str:
+    """A share as text: 7.9%, never reached, or no rows."""
+    if math.isnan(x):
+        return "no rows"
+    if math.isinf(x):
+        return "never"
+    return f"{100 * x:.2g}%" if x < 0.0995 else f"{100 * x:.3g}%"
+
+
+def summarise(report: Measured) -> str:
+    """The report in a few sentences (see :meth:`hooks.CollapseReport.summary`)."""
+    settings, model = report.settings, report.model
+    n_prompts, n_tokens = len(report.tokens), sum(map(len, report.tokens))
+    examined, sparse = int(report.examined.sum()), int(report.rows.sum())
+    lines = [
+        f"{model['name']}: {n_prompts} prompt{'s' * (n_prompts != 1)}, {n_tokens} tokens, "
+        f"{len(settings.layers)} attention layers; {settings.law} noise on the norms of "
+        f"{', '.join(settings.on)}, one layer at a time."
+    ]
+    threshold = f"max a >= {settings.sparse:g}"
+    if sparse == 0:
+        lines.append(
+            f"No sparse row: none of the {examined} attention rows has {threshold}, so there is "
+            "no single attended token to lose. That is not stability: how non-sparse attention "
+            "changes is not measured here."
+        )
+        return "\n".join([*lines, told(model)])
+    sinks = int(report.rows[..., 1].sum())
+    lines.append(
+        f"{sparse} of {examined} rows are sparse ({threshold}), {percent(sinks / sparse)} of these "
+        "attend to the first token (sinks)."
+    )
+    if sparse < _MIN_ROWS:
+        lines.append(f"Fewer than {_MIN_ROWS} sparse rows: too few to say how stable the model is.")
+    lines.append(_threshold_sentence(report))
+    named = _first_head(report)
+    if named:
+        lines.append(named)
+    frame = report.to_frame("model")
+    middle = frame.iloc[(frame["sigma"] - 0.1).abs().argmin()]
+    level = frame["score_level"].iloc[0]
+    lines.append(
+        f"At sigma = {percent(middle['sigma'])}: {percent(middle['loose'])} of the sparse rows "
+        f"collapse, {percent(middle['loose_centred'])} in the centred gauge (mean score level "
+        f"{level:.3g}; rates of models with other levels compare only there)."
+    )
+    lines.append(told(model))
+    return "\n".join(lines)
+
+
+def _threshold_sentence(report: Measured) -> str:
+    if not len(report.table) and "k" in report.settings.on:
+        return "None of them can collapse: no factors of this law move their arg max."
+    if not {"k", "q"} & set(report.settings.on) or not len(report.table):
+        return "No row can collapse: this noise never moves an arg max in its own layer."
+    everything, content = _one_percent(report, "loose"), _one_percent(report, "loose_content")
+    if everything == percent(math.inf):
+        return "1% of sparse rows never collapse within this law."
+    return f"1% of sparse rows collapse at sigma = {everything} (sinks left out: {content})."
+
+
+def _one_percent(report: Measured, rate: str) -> str:
+    """The sigma at which 1% of the rows collapse or, from the grid, two between which it lies."""
+    try:
+        sigma = report.sigma_at(0.01, content=rate == "loose_content")
+    except ValueError:  # the table has no room for those that decide it
+        frame = report.to_frame("model")
+        reached = frame["sigma"][frame[rate] >= 0.01]
+        if not len(reached):
+            return f"more than {percent(frame['sigma'].iloc[-1])}"
+        below = frame["sigma"][frame["sigma"] < reached.iloc[0]]
+        low = percent(below.iloc[-1]) if len(below) else "0"
+        return f"{low} to {percent(reached.iloc[0])} (keep= more of the table for one number)"
+    assert isinstance(sigma, float)
+    return percent(sigma)
+
+
+def _first_head(report: Measured) -> str:
+    """The head whose sparse rows go first, among those with enough of them."""
+    if not {"k", "q"} & set(report.settings.on) or not len(report.table):
+        return ""
+    try:
+        sigma = report.sigma_at(0.01, by="head")
+    except ValueError:
+        return ""
+    assert isinstance(sigma, pd.DataFrame)
+    counts = report.rows.sum((-1, -2))
+    values = np.where(counts >= _MIN_ROWS, sigma.to_numpy(), np.nan)
+    if not np.isfinite(values).any():
+        return ""
+    layer, head = np.unravel_index(int(np.nanargmin(values)), values.shape)
+    name = f"{report.model['labels'][layer]}H{head}"
+    return (
+        f"First head (of those with {_MIN_ROWS} sparse rows or more): {name}, 1% of its "
+        f"{int(counts[layer, head])} at sigma = {percent(float(values[layer, head]))}."
+    )

@@ -1,0 +1,103 @@
+"""The house: which module may import which, read from the import statements themselves."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("hooks", "qkvnorm_lens")
+# Each may import those before it.
+FLOORS = (
+    "errors",
+    "arguments",
+    "kernels",
+    "reports",
+    "model",
+    "sites",
+    "noise",
+    "collapse",
+    "measures",
+)
+MOST_LINES = 500
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Dotted names; a folder's own is that of its face."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+EVERY = {package: modules(package) for package in PACKAGES}
+KNOWN = {name for found in EVERY.values() for name in found}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports, wherever the statement stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: an import relative to a folder"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & KNOWN) or {str(node.module)}
+    return {name for name in found if name in KNOWN}
+
+
+def is_face(name: str) -> bool:
+    return EVERY[name.split(".")[0]][name].name == "__init__.py"
+
+
+def room(name: str) -> str:
+    """The folder in which a module lies."""
+    return name if is_face(name) else name.rpartition(".")[0]
+
+
+IMPORTS = {name: imported(p) for found in EVERY.values() for name, p in found.items()}
+
+
+def floor(name: str) -> int:
+    parts = name.split(".")
+    return len(FLOORS) if len(parts) == 1 else FLOORS.index(parts[1])
+
+
+@pytest.mark.parametrize("name", [n for n in IMPORTS if n.startswith("hooks")])
+def test_hooks_import_what_is_below(name: str) -> None:
+    for other in IMPORTS[name]:
+        assert other.startswith("hooks"), f"{name} imports {other}"
+        assert other != "hooks", f"{name} imports the package's own face"
+        assert floor(other) <= floor(name), f"{name} imports {other}, which stands above"
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_nobody_imports_past_a_face(name: str) -> None:
+    """A module of another folder is reached by that folder's `__init__`; top-level ones by name."""
+    for other in IMPORTS[name]:
+        mine, theirs = room(name), room(other)
+        if is_face(other) or "." not in theirs or mine == theirs:
+            continue
+        raise AssertionError(f"{name} imports {other}, past the face of {theirs}")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_circle(package: str) -> None:
+    graph = {n: IMPORTS[n] - {n} for n in EVERY[package]}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise AssertionError(f"imports in a circle: {error.args[1]}") from error
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_underscore_and_no_long_file(package: str) -> None:
+    for name, path in EVERY[package].items():
+        if name.count(".") > 1 and path.name != "__init__.py":
+            assert not path.name.startswith("_"), path
+        assert len(path.read_text().splitlines()) <= MOST_LINES, path
