@@ -15,6 +15,7 @@ from hooks.measures.spectrum import SpectrumReport, SpectrumSettings, spectral_g
 from hooks.measures.spread import SpreadReport, SpreadSettings, spread
 from hooks.measures.sweep import SweepReport, SweepSettings, sweep
 from hooks.measures.symmetry import CentredAttention, SymmetryReport, SymmetrySettings, symmetry_gap
+from hooks.model import Prompts, encode
 from hooks.noise import (
     LAWS,
     NON_SPARSE,
@@ -30,10 +31,12 @@ from hooks.noise import (
 from hooks.sites import (
     AttentionSites,
     LayerSites,
+    LayerView,
     ScoreParts,
     Site,
     VectorSite,
     attention_sites,
+    observe,
     split,
 )
 
@@ -71,6 +74,10 @@ __all__ = [
     "RankSite",
     "RowTable",
     "KeptRows",
+    "encode",
+    "Prompts",
+    "observe",
+    "LayerView",
     "ScoreParts",
     "split",
     "critical_half_width",
