@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from hooks.reports import told
 _MIN_ROWS = 20  # a head with fewer sparse rows is not named
 
 
+@runtime_checkable
 class Measured(Protocol):
     """What of a report is put into words."""
 

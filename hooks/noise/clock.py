@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -129,6 +129,7 @@ def _marks(thing: Any, depth: int = _DEPTH) -> Iterator[tuple[int, int]]:
             yield from _marks(part, depth - 1)
 
 
+@runtime_checkable
 class Factors(Protocol):
     """What draws factors: NormNoise."""
 
