@@ -78,8 +78,8 @@ def judged(model: Any, inputs: Tensor | None = None) -> AttentionSites:
 
 
 def everywhere(patch: Patch, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Another function of `hooks.scores` in its place, for every module that calls it."""
-    original = getattr(sys.modules["hooks.scores"], name)
+    """Another function of `hooks.sites.scores` in its place, for every module that calls it."""
+    original = getattr(sys.modules["hooks.sites.scores"], name)
     users = [m for n, m in sys.modules.items() if n == "hooks" or n.startswith("hooks.")]
     for module in users:
         if getattr(module, name, None) is original:
@@ -304,7 +304,7 @@ MUTATIONS: dict[str, Mutation] = {
         scores_function("qk_part", lambda f: lambda *args: -f(*args)), ("bloom", "t5"), Q_NOISE
     ),
     "q.k without its scale": Mutation(
-        scores_function("qk_part", lambda f: sys.modules["hooks.scores"].qk_product),
+        scores_function("qk_part", lambda f: sys.modules["hooks.sites.scores"].qk_product),
         ("bloom",),
         Q_NOISE,
     ),

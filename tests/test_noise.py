@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import hooks
 from hooks import NormNoise, UnsupportedModelError, attention_sites
+from hooks.noise import norm_noise
 from hooks.sites.types import AttentionSites
 from tests import models
 from tests.watching import (
@@ -459,7 +459,7 @@ def test_rows_need_scores_that_can_be_edited(llama: Any, monkeypatch: pytest.Mon
     deaf = AttentionSites(
         tuple(replace(s, scores_editable=s.layer != 1) for s in found), found.check
     )
-    monkeypatch.setattr(hooks.noise, "attention_sites", lambda model: deaf)
+    monkeypatch.setattr(norm_noise, "attention_sites", lambda model: deaf)
     with pytest.raises(ValueError, match=r"rows='sparse': layer 1: wanted scores whose edits"):
         NormNoise(sigma=0.1, on="qk", rows="sparse").hooks(llama)
     NormNoise(sigma=0.1, on="qk", rows="sparse", layers=(0,)).hooks(llama)
