@@ -146,14 +146,20 @@ def _of_modules(modules: Iterable[nn.Module]) -> list[Any]:
                 if name in INTERNAL or name in PLACES:
                     continue
                 if isinstance(value, CALLS):
-                    if is_foreign(bare(value)) and not of_a_library(value):
-                        own.append((name, parts(value)))
+                    if _replaces(value):
+                        mine = _steady(_owner(value), parts(value))
+                        own.append((name, sorted(mine.items())))
                 elif not (name.startswith("_") and is_of_library(kind)) and (
                     is_plain(value) or (is_array(value) and kind.__module__.startswith("torch."))
                 ):
                     own.append((name, value))
         rows.append((index, kind.__qualname__, own))
     return rows
+
+
+def _replaces(value: Any) -> bool:
+    """Whether this is a user's function, in the place of one of a library's on an instance."""
+    return isinstance(value, CALLS) and is_foreign(bare(value)) and not of_a_library(value)
 
 
 def _is_users(module: nn.Module) -> bool:
@@ -231,8 +237,16 @@ States = list[tuple[str, Any, dict[Path, str]]]
 
 
 def _owner(function: Any) -> Any:
-    """What holds a hook's state: the object of a bound method, else the function itself."""
-    return getattr(function, "__self__", function)
+    """What holds a hook's state: the object of a bound method, else the function itself.
+
+    Where that can't be weakly referenced, its method stands for all objects of the class.
+    """
+    owner = getattr(function, "__self__", function)
+    try:
+        _moving.get(owner)
+    except TypeError:
+        return bare(function)
+    return owner
 
 
 def _steady(owner: Any, found: dict[Path, str]) -> dict[Path, str]:
@@ -252,6 +266,13 @@ def states(model: Any) -> States:
     with inside(every, tokens=False):
         mine = [m for m in every if _is_users(m)]
         found += [(type(m).__qualname__, m, _parts_of_module(m)) for m in mine]
+        found += [
+            (f"{type(m).__qualname__}.{name}", _owner(value), parts(value))
+            for m in every
+            if not _is_users(m)
+            for name, value in vars(m).items()
+            if name not in INTERNAL and _replaces(value)
+        ]
     return found
 
 
