@@ -142,7 +142,7 @@ def _of_modules(modules: Iterable[nn.Module]) -> list[Any]:
         if _is_users(module):
             own = sorted(_steady(module, _parts_of_module(module)).items())
         else:
-            for name, value in vars(module).items():
+            for name, value in vars(module).copy().items():
                 if name in INTERNAL or name in PLACES:
                     continue
                 if isinstance(value, CALLS):
@@ -167,7 +167,7 @@ def _is_users(module: nn.Module) -> bool:
 
 
 def _parts_of_module(module: nn.Module) -> dict[Path, str]:
-    held = {n: x for n, x in vars(module).items() if n not in INTERNAL and n not in PLACES}
+    held = {n: x for n, x in vars(module).copy().items() if n not in INTERNAL and n not in PLACES}
     forward = {"forward of the class": type(module).forward}
     return parts(held | forward)
 
@@ -270,7 +270,7 @@ def states(model: Any) -> States:
             (f"{type(m).__qualname__}.{name}", _owner(value), parts(value))
             for m in every
             if not _is_users(m)
-            for name, value in vars(m).items()
+            for name, value in vars(m).copy().items()
             if name not in INTERNAL and _replaces(value)
         ]
     return found

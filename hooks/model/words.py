@@ -208,7 +208,11 @@ def _words_of_module(module: nn.Module, depth: int) -> str:
         return name
     mine = [*module.named_parameters(), *module.named_buffers()]
     plain = [
-        [(n, x) for n, x in vars(m).items() if n not in INTERNAL and (is_plain(x) or is_array(x))]
+        [
+            (n, x)
+            for n, x in vars(m).copy().items()
+            if n not in INTERNAL and (is_plain(x) or is_array(x))
+        ]
         for m in module.modules()
     ]
     return f"{name} {of_tensors(mine)} {_words(plain, depth)}"
