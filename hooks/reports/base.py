@@ -174,7 +174,7 @@ class SavedReport:
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
-        """Read what :meth:`save` wrote.
+        """Read what ``save`` wrote.
 
         Raises:
             ReportFileError: the file is no report of this kind, or not whole.
