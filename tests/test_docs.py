@@ -168,7 +168,7 @@ def _is_module(path: str) -> bool:
 def _refusals() -> dict[str, str]:
     """Each check by which a model is refused, as a pattern with .+ for what varies, and where."""
     found: dict[str, str] = {}
-    for path in sorted((ROOT / "hooks").glob("*.py")) + sorted(
+    for path in sorted((ROOT / "hooks").rglob("*.py")) + sorted(
         (ROOT / "qkvnorm_lens").rglob("*.py")
     ):
         tree = ast.parse(path.read_text())
