@@ -261,7 +261,7 @@ def _case(name: str, inner: Any, tokens: Any, tokenizer: Any = None) -> Case:
 def addition(batch: int, pos: int) -> Case:
     """The shipped `addition-pre` on sums of one length."""
     from qkvnorm_lens import load_checkpoint, to_plain
-    from qkvnorm_lens.addition import PAD, Split, draw
+    from qkvnorm_lens.training import PAD, Split, draw
 
     bridge = load_checkpoint("addition-pre").eval()
     drawn = draw(Split(counts=(4,), digits=(2,)), 64 * batch, seed=0).tokens[:, :pos]

@@ -63,7 +63,7 @@ def smollm2() -> tuple[Any, Tensor, Tensor]:
 def addition() -> tuple[Any, Tensor, Tensor]:
     """The shipped Pre-Norm model on sums of one length; answers and the end are scored."""
     from qkvnorm_lens import load_checkpoint
-    from qkvnorm_lens.addition import PAD, draw
+    from qkvnorm_lens.training import PAD, draw
 
     drawn = draw("small-train", 4000, seed=0)
     length = (drawn.tokens != PAD).sum(1)

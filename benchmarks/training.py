@@ -31,15 +31,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
-from transformer_lens.tools.training import TrainConfig
-from transformer_lens.tools.training import train as train_theirs
+from transformer_lens.tools.training import TrainConfig, train as train_theirs
 
-from qkvnorm_lens.adapter import to_bridge, to_plain
-from qkvnorm_lens.addition import END, PAD, Batch, draw
-from qkvnorm_lens.config import named_config
-from qkvnorm_lens.model import QKVNormTransformer
-from qkvnorm_lens.recipes import RECIPES, Recipe
-from qkvnorm_lens.training import Run, train
+from qkvnorm_lens.models import QKVNormTransformer, named_config, to_bridge, to_plain
+from qkvnorm_lens.training import END, PAD, RECIPES, Batch, Recipe, Run, draw, train
 
 SPLIT, BATCH, WANTED = "small-train", 128, 1.5
 SAME = Recipe("adamw", lr=1e-3, schedule="plateau", batch_size=BATCH, decay_all=True, clip=1.0)

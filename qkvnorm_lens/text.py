@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkvnorm_lens._options import brief
+from qkvnorm_lens.arguments import brief
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from qkvnorm_lens.addition import Split
+    from qkvnorm_lens.training import Split
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def lines(model: TransformerBridge, text: str, *, limit: int) -> Prompts:
             with ``[`` or is longer than the context.
     """
     from hooks.arguments import check_integers, check_text
-    from qkvnorm_lens.addition import VOCAB
+    from qkvnorm_lens.training import VOCAB
 
     if not hasattr(getattr(model, "cfg", None), "n_ctx"):
         raise TypeError(f"model: wanted a TransformerBridge; got {type(model).__name__}")
@@ -180,7 +180,7 @@ def sums(split: str | Split, n: int, *, seed: int) -> Prompts:
         ValueError: an unknown split, or n < 1.
     """
     from hooks.arguments import check_integers
-    from qkvnorm_lens.addition import PAD, draw, get_split
+    from qkvnorm_lens.training import PAD, draw, get_split
 
     (n,) = check_integers(n=(n, 1))
     chosen = get_split(split)

@@ -14,7 +14,7 @@ import torch
 
 import hooks
 from hooks.noise.laws import LAWS
-from qkvnorm_lens.config import _HONOURED
+from qkvnorm_lens.models.config import _HONOURED
 from tests.arguments import Call
 
 IDS = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 1, 2, 3]]
@@ -289,7 +289,8 @@ def tensors(model: Any) -> dict[str, Call]:
 def figures(model: Any) -> dict[str, Call]:
     from matplotlib.figure import Figure  # noqa: F401 - needed by the figures
 
-    from qkvnorm_lens import html_report, plots
+    from qkvnorm_lens import plots
+    from qkvnorm_lens.page import report as html_report
 
     report = hooks.collapse_probe(model, IDS, sigmas=[0.2, 0.4], draws=2)
     of: dict[str, dict[str, Any]] = {
@@ -325,8 +326,9 @@ def figures(model: Any) -> dict[str, Call]:
 
 def ours() -> dict[str, Call]:
     import qkvnorm_lens
-    from qkvnorm_lens import addition, experiments, recipes, text, training
-    from qkvnorm_lens.checkpoints import checkpoint_path
+    from qkvnorm_lens import experiments, text
+    from qkvnorm_lens.models.shipped import checkpoint_path
+    from qkvnorm_lens.training import addition, recipes, trainer as training
 
     tiny = {
         "placement": "pre",
@@ -420,7 +422,7 @@ def ours() -> dict[str, Call]:
 
 
 def alone() -> dict[str, Call]:
-    from qkvnorm_lens import dynamics, markov
+    from qkvnorm_lens.theory import dynamics, markov
 
     w = dynamics.gaussian(3, 0)
     system = dynamics.Dynamics(dynamics.causal_mask(4), w, w, w)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qkvnorm_lens.addition import (
+from qkvnorm_lens.training.addition import (
     END,
     PAD,
     SPLITS,

@@ -23,7 +23,8 @@ import torch
 import hooks
 import qkvnorm_lens
 from hooks import arguments as _arguments
-from qkvnorm_lens import addition, experiments, plots, recipes
+from qkvnorm_lens import experiments, plots
+from qkvnorm_lens.training import addition, recipes
 from tests import argument_calls, models
 from tests.arguments import POOL, Call, outcome
 from tests.watching import one_thread, shape_checks_off

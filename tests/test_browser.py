@@ -16,7 +16,7 @@ import pytest
 
 import hooks
 from qkvnorm_lens import plots
-from qkvnorm_lens.html_report import write_html
+from qkvnorm_lens.page.report import write_html
 from tests import models
 from tests.test_html_report import HOSTILE, hostile
 

@@ -14,10 +14,10 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 import hooks
 from hooks import CentredAttention, UnsupportedModelError
 from hooks.measures.symmetry.centring import visible_mean
-from qkvnorm_lens.adapter import to_bridge
-from qkvnorm_lens.attention import visible_mean as ours_visible_mean
-from qkvnorm_lens.config import QKVNormConfig
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.attention import visible_mean as ours_visible_mean
+from qkvnorm_lens.models.bridge import to_bridge
+from qkvnorm_lens.models.config import QKVNormConfig
+from qkvnorm_lens.models.model import QKVNormTransformer
 from tests import models
 from tests.support import builders
 from tests.watching import Found, one_thread, shape_checks_off, tiny_gemma2, tiny_opt, watch

@@ -23,10 +23,11 @@ from transformers import GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 import hooks
 import qkvnorm_lens
 from hooks.noise import norm_noise as noise
-from qkvnorm_lens import _probe, _tables, loading, text
-from qkvnorm_lens.addition import VOCAB
-from qkvnorm_lens.checkpoints import checkpoint_card, checkpoints, load_checkpoint
-from qkvnorm_lens.cli import build_parser, main
+from qkvnorm_lens import tables as _tables, text, training
+from qkvnorm_lens.cli import build_parser, main, probe as _probe
+from qkvnorm_lens.models import loading
+from qkvnorm_lens.models.shipped import checkpoint_card, checkpoints, load_checkpoint
+from qkvnorm_lens.training.addition import VOCAB
 from tests import models
 
 QUICK = ["--sigmas", "0.4,0.5", "--draws", "2", "--layers", "0"]
@@ -64,7 +65,7 @@ def printed() -> str:
 @pytest.fixture(scope="module")
 def wanted() -> hooks.CollapseReport:
     """What Python gives for `SUMS`."""
-    split = loading.trained_on(loading.find("addition-pre"))
+    split = training.trained_on(loading.find("addition-pre"))
     assert split is not None
     ids = text.sums(split, 4, seed=0).ids
     model = loading.load_model("addition-pre")
@@ -86,8 +87,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def characters() -> Any:
     """A tokenizer of single characters with a bos of its own, 97 tokens in all."""
-    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-    from tokenizers import models as kinds
+    from tokenizers import Regex, Tokenizer, decoders, models as kinds, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     names = ["<bos>", "<unk>", *CHARACTERS]
@@ -345,7 +345,7 @@ def test_models_lists_every_shipped_model(run: Run) -> None:
 
 
 def test_the_experiments_models_go_by_their_names(run: Run) -> None:
-    from qkvnorm_lens.checkpoints import experiment_models
+    from qkvnorm_lens.models.shipped import experiment_models
 
     named = run("models")[1]
     for name, path in experiment_models().items():

@@ -21,7 +21,7 @@ from hooks.collapse.report import CollapseReport
 from hooks.collapse.settings import ProbeSettings
 from hooks.collapse.tally import Tally
 from hooks.sites.types import LayerSites
-from qkvnorm_lens.config import ARCHITECTURE as OURS
+from qkvnorm_lens.models.config import ARCHITECTURE as OURS
 from tests import models, reference
 from tests.agreement import compare
 from tests.marks import slowly
@@ -368,8 +368,7 @@ def test_padding_does_not_matter(model: Any) -> None:
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tokenizer of one word a token, with a pad token of its own."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers import models as kinds
+    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     vocabulary = {"[PAD]": 0, "[BOS]": 1, "[UNK]": 2, **{f"w{i}": i for i in range(3, 97)}}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from qkvnorm_lens.config import NAMED, NormSpec, QKVNormConfig, Sinusoids, named_config
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.config import NAMED, NormSpec, QKVNormConfig, Sinusoids, named_config
+from qkvnorm_lens.models.model import QKVNormTransformer
 from tests.watching import shape_checks_off
 
 SIZES: dict[str, Any] = {

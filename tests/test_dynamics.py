@@ -10,13 +10,11 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from scipy import sparse
 from torch import Tensor
 
-from qkvnorm_lens import _equilibria as eq
-from qkvnorm_lens import dynamics as dyn
+from qkvnorm_lens.theory import dynamics as dyn, equilibria as eq
 from tests.watching import one_thread, shape_checks_off
 
 seeds = st.integers(0, 10**6)

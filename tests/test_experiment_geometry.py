@@ -11,17 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 import hooks
 from hooks import UnsupportedModelError
 from hooks.model.encoding import encode
 from hooks.sites.watch import observe
-from qkvnorm_lens.experiments import _base, _run, quantisation, sparsity, spread
-from qkvnorm_lens.experiments._base import Subject
-from qkvnorm_lens.experiments._cache_error import (
+from qkvnorm_lens.experiments.beyond.quantisation import measure as quantisation
+from qkvnorm_lens.experiments.beyond.quantisation.errors import (
     CacheErrors,
     cache_hooks,
     direction_error,
@@ -29,9 +27,13 @@ from qkvnorm_lens.experiments._cache_error import (
     output_effect,
     relative_norm,
 )
-from qkvnorm_lens.experiments._quantise import SCHEMES, Scheme, q4_0, symmetric
-from qkvnorm_lens.experiments._read import UNSCORED, Amount, Reading, reading
-from qkvnorm_lens.experiments._subjects import find_subjects
+from qkvnorm_lens.experiments.beyond.quantisation.schemes import SCHEMES, Scheme, q4_0, symmetric
+from qkvnorm_lens.experiments.core import base as _base, running as _run
+from qkvnorm_lens.experiments.core.base import Subject
+from qkvnorm_lens.experiments.core.read import UNSCORED, Amount, Reading, reading
+from qkvnorm_lens.experiments.core.subjects import find_subjects
+from qkvnorm_lens.experiments.paper.sparsity import measure as sparsity
+from qkvnorm_lens.experiments.paper.spread import measure as spread
 from tests import models
 from tests.watching import one_thread, tiny_gemma2
 
@@ -571,7 +573,7 @@ def test_heads_that_stand_a_format_are_named() -> None:
 
 
 def test_sums_are_read_with_their_answers() -> None:
-    from qkvnorm_lens.addition import VOCAB
+    from qkvnorm_lens.training.addition import VOCAB
 
     (subject,) = find_subjects(["addition-pre"])
     read = reading(subject, Amount(sums=20, windows=1))

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 
 import hooks
-from qkvnorm_lens.experiments import _base, _run
-from qkvnorm_lens.experiments import interference as experiment
-from qkvnorm_lens.experiments._read import Amount, reading
-from qkvnorm_lens.experiments._subjects import find_subjects
+from qkvnorm_lens.experiments.beyond.interference import measure as experiment
+from qkvnorm_lens.experiments.core import base as _base, running as _run
+from qkvnorm_lens.experiments.core.read import Amount, reading
+from qkvnorm_lens.experiments.core.subjects import find_subjects
 from tests.watching import one_thread, shape_checks_off
 
 AMOUNT = Amount(sums=3, windows=1)

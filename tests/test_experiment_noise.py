@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
-from qkvnorm_lens.addition import PAD, draw
-from qkvnorm_lens.experiments import _base, noise
-from qkvnorm_lens.experiments._base import Subject
-from qkvnorm_lens.experiments._run import read_table, run_experiment
-from qkvnorm_lens.experiments._subjects import find_subjects
-from qkvnorm_lens.training import evaluate
+from qkvnorm_lens.experiments.core import base as _base
+from qkvnorm_lens.experiments.core.base import Subject
+from qkvnorm_lens.experiments.core.running import read_table, run_experiment
+from qkvnorm_lens.experiments.core.subjects import find_subjects
+from qkvnorm_lens.experiments.paper.noise import measure as noise
+from qkvnorm_lens.training.addition import PAD, draw
+from qkvnorm_lens.training.trainer import evaluate
 from tests import models
 from tests.watching import one_thread, shape_checks_off
 

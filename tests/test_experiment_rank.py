@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import hooks
-from qkvnorm_lens.adapter import from_pretrained
-from qkvnorm_lens.experiments import _base, _run, masks, rank
-from qkvnorm_lens.experiments import _masks_table as words
-from qkvnorm_lens.experiments._base import Subject
-from qkvnorm_lens.experiments._digest import digest_of
-from qkvnorm_lens.experiments._read import Amount, Reading, reading
-from qkvnorm_lens.experiments._subjects import find_subjects
+from qkvnorm_lens.experiments.core import base as _base, running as _run
+from qkvnorm_lens.experiments.core.base import Subject
+from qkvnorm_lens.experiments.core.digest import digest_of
+from qkvnorm_lens.experiments.core.read import Amount, Reading, reading
+from qkvnorm_lens.experiments.core.subjects import find_subjects
+from qkvnorm_lens.experiments.related.masks import measure as masks, words
+from qkvnorm_lens.experiments.related.rank import measure as rank
+from qkvnorm_lens.models.bridge import from_pretrained
 from tests import models
 from tests.watching import one_thread
 
@@ -72,7 +73,7 @@ def test_parts_are_the_same_again() -> None:
 @pytest.mark.parametrize("setting", ["attention", "MLP", "residual", "RMSNorm"])
 def test_random_weights_have_the_scale_that_is_said(setting: str) -> None:
     made = masks.dynamics_of("complete", setting, 3, 40)
-    from qkvnorm_lens.dynamics import unit_tokens
+    from qkvnorm_lens.theory.dynamics import unit_tokens
 
     x = unit_tokens(words.N, words.D, 5)
     scores = (x @ made.w_q) @ (x @ made.w_k).mT / math.sqrt(words.D)
@@ -140,8 +141,8 @@ def test_a_rate_is_given_only_where_the_line_fits() -> None:
 
 def test_the_start_of_our_models_is_that_of_their_training() -> None:
     """Drawn from the model's own seed, and not what a module holds before its weights are read."""
-    from qkvnorm_lens.adapter import to_plain
-    from qkvnorm_lens.model import QKVNormTransformer
+    from qkvnorm_lens.models.bridge import to_plain
+    from qkvnorm_lens.models.model import QKVNormTransformer
 
     starts = []
     for name in ("study-pre-1", "study-pre-2"):

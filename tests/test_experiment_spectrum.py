@@ -13,14 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
-from qkvnorm_lens.experiments import _base, _run, centring, spectrum, train
-from qkvnorm_lens.experiments import _spectrum_words as words
-from qkvnorm_lens.experiments._subjects import find_subjects
-from qkvnorm_lens.markov import (
+from qkvnorm_lens.experiments import train
+from qkvnorm_lens.experiments.core import base as _base, running as _run
+from qkvnorm_lens.experiments.core.subjects import find_subjects
+from qkvnorm_lens.experiments.related.centring import measure as centring
+from qkvnorm_lens.experiments.related.spectrum import measure as spectrum, words
+from qkvnorm_lens.theory.markov import (
     VARIANCE,
     Recursion,
     gradient_norms,
@@ -326,8 +327,8 @@ def test_the_random_start_is_the_untrained_model() -> None:
     subject = find_subjects(["study-pre-1"])[0]
     bridge, ids = spectrum.random_start(subject, "causal", 32)
     assert ids.shape == (2, 32)
-    from qkvnorm_lens.config import named_config
-    from qkvnorm_lens.model import QKVNormTransformer
+    from qkvnorm_lens.models.config import named_config
+    from qkvnorm_lens.models.model import QKVNormTransformer
 
     fresh = QKVNormTransformer(named_config("study", "pre", seed=1)).eval()
     with torch.no_grad():
@@ -521,7 +522,7 @@ def test_runs_that_differ_in_more_than_the_fix_are_refused(folder: Path) -> None
 
 def test_the_runs_that_are_trained_are_such_pairs() -> None:
     """The command's own runs: equal but for the fix."""
-    from qkvnorm_lens.training import describe
+    from qkvnorm_lens.training.trainer import describe
 
     known = train.runs()
     for plain, fixed in centring.PAIRS.values():

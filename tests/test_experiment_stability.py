@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qkvnorm_lens.experiments import stability
-from qkvnorm_lens.experiments._run import read_table, run_experiment
+from qkvnorm_lens.experiments.core.running import read_table, run_experiment
+from qkvnorm_lens.experiments.paper.stability import measure as stability
 from tests.watching import one_thread, shape_checks_off
 
 KNOWN = 2.0
@@ -63,7 +63,7 @@ def test_failure(losses: list[float], why: str) -> None:
 
 def test_frequencies_are_the_entropy_of_the_targets() -> None:
     """No constant prediction has a lower loss; uniform guesses have log 17."""
-    from qkvnorm_lens.addition import draw
+    from qkvnorm_lens.training.addition import draw
 
     known = stability.frequencies(2000, seed=3)
     batch = draw(stability.SPLIT, 2000, seed=3)
@@ -81,7 +81,7 @@ def test_runs_are_the_papers_recipe_at_another_width(placement: str) -> None:
     recipe = run.recipe
     assert not isinstance(recipe, str)
     assert (recipe.optimizer, recipe.decay_all, recipe.lr) == ("adamw", True, 3e-2)
-    from qkvnorm_lens.recipes import LearningRate
+    from qkvnorm_lens.training.recipes import LearningRate
 
     rate = LearningRate(recipe, run.steps)
     for _ in range(run.steps):

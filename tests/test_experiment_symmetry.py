@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from qkvnorm_lens.addition import VOCAB
-from qkvnorm_lens.experiments import positions, symmetry
-from qkvnorm_lens.experiments._base import Subject
-from qkvnorm_lens.experiments._read import Amount
-from qkvnorm_lens.experiments._run import read_table, run_experiment
-from qkvnorm_lens.experiments._subjects import find_subjects
+from qkvnorm_lens.experiments.core.base import Subject
+from qkvnorm_lens.experiments.core.read import Amount
+from qkvnorm_lens.experiments.core.running import read_table, run_experiment
+from qkvnorm_lens.experiments.core.subjects import find_subjects
+from qkvnorm_lens.experiments.related.positions import measure as positions
+from qkvnorm_lens.experiments.related.symmetry import measure as symmetry
+from qkvnorm_lens.training.addition import VOCAB
 from tests.watching import one_thread, shape_checks_off
 
 TINY = symmetry.Scale(Amount(sums=4, windows=1, length=16), 2, (1,), 2)

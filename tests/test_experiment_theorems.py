@@ -11,10 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from qkvnorm_lens.experiments import _theorems_heads as heads
-from qkvnorm_lens.experiments import _theorems_parts as parts
-from qkvnorm_lens.experiments import theorems
-from qkvnorm_lens.experiments._run import read_table, run_experiment
+from qkvnorm_lens.experiments.core.running import read_table, run_experiment
+from qkvnorm_lens.experiments.paper.theorems import heads, measure as theorems, parts
 from tests.watching import one_thread, shape_checks_off
 
 DRAWS = theorems.SCALES["smoke"].draws

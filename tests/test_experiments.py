@@ -15,17 +15,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from scipy import stats
 
 import hooks
 from qkvnorm_lens import experiments
-from qkvnorm_lens.addition import get_split
 from qkvnorm_lens.cli import main
-from qkvnorm_lens.experiments import _base, _run, _stats, accuracy, collapse, gauge, train
-from qkvnorm_lens.experiments._base import Claim, Experiment, Part, Subject
-from qkvnorm_lens.experiments._subjects import default_subjects, find_subjects
+from qkvnorm_lens.experiments import train
+from qkvnorm_lens.experiments.beyond.gauge import measure as gauge
+from qkvnorm_lens.experiments.core import base as _base, running as _run, stats as _stats
+from qkvnorm_lens.experiments.core.base import Claim, Experiment, Part, Subject
+from qkvnorm_lens.experiments.core.subjects import default_subjects, find_subjects
+from qkvnorm_lens.experiments.paper.accuracy import measure as accuracy
+from qkvnorm_lens.experiments.paper.collapse import measure as collapse
+from qkvnorm_lens.training.addition import get_split
 from tests import models
 from tests.watching import one_thread, shape_checks_off
 
@@ -57,7 +60,7 @@ class Counting:
 
     def experiment(self, version: int = 1) -> Experiment:
         def figure(table: pd.DataFrame) -> Any:
-            from qkvnorm_lens._plot_style import new_figure
+            from qkvnorm_lens.plots.style import new_figure
 
             return new_figure((1.0, 1.0))
 
@@ -208,7 +211,7 @@ def test_the_default_models_are_there_and_known_by_placement_and_seed() -> None:
 
 def test_trained_models_are_what_their_command_makes() -> None:
     """Card, configuration and run agree with `runs()`, for every model that comes along."""
-    from qkvnorm_lens.training import describe
+    from qkvnorm_lens.training.trainer import describe
 
     known = train.runs()
     found = train.trained()
@@ -340,7 +343,7 @@ def test_results_say_where_they_come_from(folder: Path) -> None:
 
 
 def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
-    from qkvnorm_lens.experiments.report import compose, results
+    from qkvnorm_lens.experiments.core.report import compose, results
 
     page = RESULTS.parent / "docs" / "reproduction.md"
     assert page.read_text(encoding="utf-8") == compose(results(RESULTS), RESULTS, page)
@@ -357,7 +360,7 @@ def test_no_claim_counts_twice() -> None:
 
 @pytest.mark.parametrize("damage", ["table", "figure", "about"])
 def test_half_a_result_is_not_reported(tmp_path: Path, damage: str) -> None:
-    from qkvnorm_lens.experiments.report import write_report
+    from qkvnorm_lens.experiments.core.report import write_report
 
     folder = tmp_path / "accuracy"
     shutil.copytree(RESULTS / "addition" / "accuracy", folder)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
-from qkvnorm_lens import hooked_transformer  # a warning here is an error
-from qkvnorm_lens.checkpoints import checkpoint_path
-from qkvnorm_lens.config import named_config
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models import hooked_transformer  # a warning here is an error
+from qkvnorm_lens.models.config import named_config
+from qkvnorm_lens.models.model import QKVNormTransformer
+from qkvnorm_lens.models.shipped import checkpoint_path
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import hooks
 from hooks import CollapseReport
-from qkvnorm_lens import _tables, cli, plots
-from qkvnorm_lens._html import circuits, rows, safe, svg
-from qkvnorm_lens.html_report import caveats, html_report, write_html
-from qkvnorm_lens.plots._chart import Axis, Chart, Line
+from qkvnorm_lens import cli, plots, tables as _tables
+from qkvnorm_lens.page import svg
+from qkvnorm_lens.page.report import caveats, html_report, write_html
+from qkvnorm_lens.plots.chart import Axis, Chart, Line
+from qkvnorm_lens.plots.html import circuits, rows, safe
 from tests import models
 from tests.watching import one_thread
 

@@ -20,9 +20,9 @@ from hooks.measures.interference.count import shuffles
 from hooks.model.inputs import short_input
 from hooks.noise.laws import LAWS
 from hooks.sites.norm import inner_norms
-from qkvnorm_lens.adapter import to_bridge
-from qkvnorm_lens.config import NormSpec, QKVNormConfig
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.bridge import to_bridge
+from qkvnorm_lens.models.config import NormSpec, QKVNormConfig
+from qkvnorm_lens.models.model import QKVNormTransformer
 from tests import models
 from tests.watching import Found, attn, one_thread, shape_checks_off, tiny_gemma2, tiny_opt, watch
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -23,8 +22,8 @@ from hooks.collapse.kept import no_rows
 from hooks.collapse.showing import DRAWS, MARGINS
 from hooks.model.encoding import encode
 from hooks.sites.watch import observe
-from qkvnorm_lens._html.rows import shown_rows
-from qkvnorm_lens.html_report import html_report
+from qkvnorm_lens.page.report import html_report
+from qkvnorm_lens.plots.html.rows import shown_rows
 from tests import models
 from tests.support import builders
 from tests.watching import one_thread

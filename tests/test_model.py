@@ -13,11 +13,11 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 from hooks import attention_sites
-from qkvnorm_lens.adapter import from_pretrained, save_pretrained, to_bridge, to_plain
-from qkvnorm_lens.addition import build_tokenizer
-from qkvnorm_lens.config import NormSpec, QKVNormConfig, named_config
-from qkvnorm_lens.model import CachedOutput, QKVNormTransformer, fold_gains, rotation_at
-from qkvnorm_lens.norms import Calibrated, Norm
+from qkvnorm_lens.models.bridge import from_pretrained, save_pretrained, to_bridge, to_plain
+from qkvnorm_lens.models.config import NormSpec, QKVNormConfig, named_config
+from qkvnorm_lens.models.model import CachedOutput, QKVNormTransformer, fold_gains, rotation_at
+from qkvnorm_lens.models.norms import Calibrated, Norm
+from qkvnorm_lens.training.addition import build_tokenizer
 
 PLACEMENTS = ("none", "pre", "qkv")
 SIZES: dict[str, Any] = {
@@ -672,7 +672,7 @@ def test_defaults_leave_older_files_as_they_are() -> None:
 
 def test_a_loaded_models_configuration_makes_its_start_again() -> None:
     """Drawn from its seed, whatever the global state."""
-    from qkvnorm_lens.checkpoints import checkpoint_card, load_checkpoint
+    from qkvnorm_lens.models.shipped import checkpoint_card, load_checkpoint
 
     loaded = load_checkpoint("addition-pre")
     torch.manual_seed(1)

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from qkvnorm_lens import load_model
-from qkvnorm_lens.adapter import from_pretrained, save_pretrained, to_bridge
-from qkvnorm_lens.addition import build_tokenizer
-from qkvnorm_lens.config import named_config
-from qkvnorm_lens.loading import LoadError, find, trained_on, write_card
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.bridge import from_pretrained, save_pretrained, to_bridge
+from qkvnorm_lens.models.config import named_config
+from qkvnorm_lens.models.loading import LoadError, find, write_card
+from qkvnorm_lens.models.model import QKVNormTransformer
+from qkvnorm_lens.training.addition import build_tokenizer, trained_on
 from tests.support import mutations
 from tests.test_training import TINY
 

@@ -21,13 +21,11 @@ from torch import Tensor
 from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_probe
 from hooks.model import tap as _tap
 from hooks.model.inputs import ModelInput
-from hooks.sites import copies as _layercopies
-from hooks.sites import layer_check as _layercheck
-from hooks.sites import selfcheck
+from hooks.sites import copies as _layercopies, layer_check as _layercheck, selfcheck
 from hooks.sites.locate import Located
 from hooks.sites.scores import ScoreParts
 from hooks.sites.types import AttentionSites, LayerSites, Site
-from qkvnorm_lens.config import ARCHITECTURE as OURS
+from qkvnorm_lens.models.config import ARCHITECTURE as OURS
 from tests import models
 from tests.support import builders
 from tests.watching import tiny_opt

@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 
 import hooks
 from qkvnorm_lens import plots
-from qkvnorm_lens.addition import get_split
-from qkvnorm_lens.checkpoints import checkpoint_path, checkpoints, curves
-from qkvnorm_lens.config import named_config
-from qkvnorm_lens.training import Run, train
+from qkvnorm_lens.models.config import named_config
+from qkvnorm_lens.models.shipped import checkpoint_path, checkpoints, curves
+from qkvnorm_lens.training.addition import get_split
+from qkvnorm_lens.training.trainer import Run, train
 from tests import models
 from tests.watching import shape_checks_off
 

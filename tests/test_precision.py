@@ -508,8 +508,7 @@ def test_what_only_the_rounding_makes_equal_is_a_tie() -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama on disk, with a tokenizer, as `boot_transformers` wants one."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers import models as kinds
+    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
 
     path = tmp_path_factory.mktemp("llama")
     models.tiny_hf(LlamaForCausalLM, models.tiny_llama_config()).save_pretrained(path)

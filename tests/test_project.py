@@ -14,8 +14,8 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError, install_import_hook
 
-from qkvnorm_lens.checkpoints import checkpoint_card, checkpoints
 from qkvnorm_lens.cli import main
+from qkvnorm_lens.models.shipped import checkpoint_card, checkpoints
 from tests import models, real_models
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def test_versions_agree() -> None:
 def test_the_entry_point_is_found_by_transformer_lens() -> None:
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 
-    from qkvnorm_lens.config import ARCHITECTURE
+    from qkvnorm_lens.models.config import ARCHITECTURE
 
     (entry,) = importlib.metadata.entry_points(group="transformer_lens.architectures")
     ArchitectureAdapterFactory.discover_entry_points()  # a failure there is a warning: an error

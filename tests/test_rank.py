@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 import hooks
@@ -24,9 +23,9 @@ from hooks.measures.rank.numbers import (
     mean_cosine,
     measures,
 )
-from qkvnorm_lens.adapter import to_bridge
-from qkvnorm_lens.config import QKVNormConfig
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.bridge import to_bridge
+from qkvnorm_lens.models.config import QKVNormConfig
+from qkvnorm_lens.models.model import QKVNormTransformer
 from tests import models
 from tests.support import builders
 from tests.watching import one_thread, shape_checks_off, tiny_gemma2, tiny_mamba, watch

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hooks
 from hooks import UnsupportedModelError, attention_sites
-from qkvnorm_lens.adapter import to_bridge, to_plain
+from qkvnorm_lens.models.bridge import to_bridge, to_plain
 from tests import models
 from tests.test_model import make, tokens
 

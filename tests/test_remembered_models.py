@@ -14,13 +14,14 @@ import pandas as pd
 import pytest
 import torch
 
-from qkvnorm_lens import experiments, loading
-from qkvnorm_lens.adapter import save_pretrained
-from qkvnorm_lens.checkpoints import checkpoint_path
-from qkvnorm_lens.experiments import _base, _run
-from qkvnorm_lens.experiments._base import Part, Subject
-from qkvnorm_lens.experiments._digest import digest_of, digest_of_hub
-from qkvnorm_lens.experiments._subjects import find_subjects
+from qkvnorm_lens import experiments
+from qkvnorm_lens.experiments.core import base as _base, running as _run
+from qkvnorm_lens.experiments.core.base import Part, Subject
+from qkvnorm_lens.experiments.core.digest import digest_of, digest_of_hub
+from qkvnorm_lens.experiments.core.subjects import find_subjects
+from qkvnorm_lens.models import loading
+from qkvnorm_lens.models.bridge import save_pretrained
+from qkvnorm_lens.models.shipped import checkpoint_path
 from tests.test_experiments import Counting
 
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 import hooks
-from qkvnorm_lens.html_report import html_report
+from qkvnorm_lens.page.report import html_report
 from tests.support import mutations
 from tests.watching import one_thread
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from qkvnorm_lens import training
-from qkvnorm_lens._run_files import RunFileError
-from qkvnorm_lens.training import Trainer, train
+from qkvnorm_lens.training import trainer as training
+from qkvnorm_lens.training.run_files import RunFileError
+from qkvnorm_lens.training.trainer import Trainer, train
 from tests.support import mutations
 from tests.test_training import log_of, same, tiny_run
 

@@ -7,9 +7,9 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import hooks
-from qkvnorm_lens.adapter import to_bridge
-from qkvnorm_lens.config import NormSpec, QKVNormConfig
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.bridge import to_bridge
+from qkvnorm_lens.models.config import NormSpec, QKVNormConfig
+from qkvnorm_lens.models.model import QKVNormTransformer
 from tests import models
 from tests.support import builders
 

@@ -12,15 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import hooks
 from hooks import SpreadReport, UnsupportedModelError
 from hooks.measures.spread.report import weighted_quantile
-from qkvnorm_lens.adapter import to_bridge
-from qkvnorm_lens.config import QKVNormConfig
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.bridge import to_bridge
+from qkvnorm_lens.models.config import QKVNormConfig
+from qkvnorm_lens.models.model import QKVNormTransformer
 from tests import models
 from tests.support import builders
 from tests.watching import Found, one_thread, shape_checks_off, tiny_gemma2, watch

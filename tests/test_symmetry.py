@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
@@ -20,9 +19,9 @@ import hooks
 from hooks import SymmetryReport, UnsupportedModelError
 from hooks.measures.symmetry.measure import neighbours
 from hooks.measures.symmetry.report import REACH
-from qkvnorm_lens.adapter import to_bridge
-from qkvnorm_lens.config import QKVNormConfig
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.bridge import to_bridge
+from qkvnorm_lens.models.config import QKVNormConfig
+from qkvnorm_lens.models.model import QKVNormTransformer
 from tests import models
 from tests.support import builders
 from tests.watching import Found, one_thread, shape_checks_off, tiny_gemma2

@@ -17,8 +17,8 @@ import torch
 from torch.autograd.functional import jacobian, jvp
 
 from hooks.noise.probability import critical_half_width
-from qkvnorm_lens.config import NormSpec, QKVNormConfig
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.config import NormSpec, QKVNormConfig
+from qkvnorm_lens.models.model import QKVNormTransformer
 
 PLACEMENTS = ("none", "pre", "qkv")
 Edit = Callable[[torch.Tensor], torch.Tensor]

@@ -18,12 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qkvnorm_lens import _train, loading
-from qkvnorm_lens.addition import SPLITS, draw, get_split
-from qkvnorm_lens.cli import build_parser, main
-from qkvnorm_lens.config import NAMED, NormSpec, named_config
-from qkvnorm_lens.recipes import RECIPES, get_recipe
-from qkvnorm_lens.training import TEST_SEED, Trainer, evaluate
+from qkvnorm_lens import training
+from qkvnorm_lens.cli import build_parser, main, train as _train
+from qkvnorm_lens.models import loading
+from qkvnorm_lens.models.config import NAMED, NormSpec, named_config
+from qkvnorm_lens.training.addition import SPLITS, draw, get_split
+from qkvnorm_lens.training.recipes import RECIPES, get_recipe
+from qkvnorm_lens.training.trainer import TEST_SEED, Trainer, evaluate
 
 TINY: dict[str, Any] = {"n_layers": 1, "d_model": 16, "d_head": 8, "n_heads": 2, "d_mlp": 16}
 SMALL = [
@@ -89,8 +90,8 @@ def test_a_run_writes_state_log_model_and_card(command: Command, tmp_path: Path)
     assert card["run"] == json.loads((folder / "run.json").read_text())
     assert (folder / "model" / "log.csv").read_text() == (folder / "log.csv").read_text()
     bridge = loading.load_model(str(folder / "model"))
-    assert loading.adds_integers(bridge)
-    assert loading.trained_on(loading.find(str(folder / "model"))) == SPLITS["small-train"]
+    assert training.adds_integers(bridge)
+    assert training.trained_on(loading.find(str(folder / "model"))) == SPLITS["small-train"]
     assert bridge.cfg.placement == "qkv"
     for kind, split in _train.tests_of("small-train", 32).items():
         wanted = dataclasses.asdict(evaluate(bridge, split, rows=50))

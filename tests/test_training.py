@@ -14,20 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from qkvnorm_lens import training
-from qkvnorm_lens.addition import VOCAB, draw
-from qkvnorm_lens.checkpoints import (
+from qkvnorm_lens.models.config import named_config
+from qkvnorm_lens.models.model import QKVNormTransformer
+from qkvnorm_lens.models.norms import Calibrated
+from qkvnorm_lens.models.shipped import (
     checkpoint_card,
     checkpoint_path,
     checkpoints,
     load_checkpoint,
     make,
 )
-from qkvnorm_lens.config import named_config
-from qkvnorm_lens.model import QKVNormTransformer
-from qkvnorm_lens.norms import Calibrated
-from qkvnorm_lens.recipes import RECIPES, LearningRate, Recipe, make_optimizers
-from qkvnorm_lens.training import Run, Stopped, Trainer, evaluate, positions_for, train
+from qkvnorm_lens.training import trainer as training
+from qkvnorm_lens.training.addition import VOCAB, draw
+from qkvnorm_lens.training.recipes import RECIPES, LearningRate, Recipe, make_optimizers
+from qkvnorm_lens.training.trainer import Run, Stopped, Trainer, evaluate, positions_for, train
 
 
 @pytest.fixture(autouse=True)

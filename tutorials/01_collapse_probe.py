@@ -400,7 +400,7 @@ assert answer["rows"]["sinks"] <= answer["rows"]["sparse"] == report.n_sparse
 assert abs(answer["sigma_at"]["model"] - report.sigma_at(0.01)) < 1e-4
 
 # %% [markdown]
-# In Python `qkvnorm_lens.html_report.write_html(report, path)` writes the page of a report, and
+# In Python `qkvnorm_lens.page.write_html(report, path)` writes the page of a report, and
 # `report.save(path)` / `hooks.CollapseReport.load(path)` keep it as one file.
 
 # %% [markdown]

@@ -53,8 +53,8 @@ from qkvnorm_lens import (
     to_bridge,
     to_plain,
 )
-from qkvnorm_lens.experiments import theorems
-from qkvnorm_lens.norms import Norm
+from qkvnorm_lens.experiments.paper.theorems import figure
+from qkvnorm_lens.models import Norm
 from qkvnorm_lens.text import sums
 
 RESULTS = Path("../results")
@@ -710,7 +710,7 @@ assert abs(begins - 1 / 9 / math.sqrt(3)) < 1e-5
 
 # %%
 measured_table = pd.read_csv(RESULTS / "addition/theorems/table.csv")
-theorems.figure(measured_table)
+figure(measured_table)
 
 # %% [markdown]
 # ## 12. And in a trained model?

@@ -55,11 +55,21 @@ from qkvnorm_lens import (
     save_pretrained,
     to_bridge,
 )
-from qkvnorm_lens.addition import END, PAD, SPLITS, VOCAB, Split, build_tokenizer, draw
-from qkvnorm_lens.experiments import get_experiment
-from qkvnorm_lens.experiments.train import trained
-from qkvnorm_lens.recipes import get_recipe
-from qkvnorm_lens.training import Run, evaluate, positions_for, train
+from qkvnorm_lens.experiments.core import get_experiment, trained
+from qkvnorm_lens.training import (
+    END,
+    PAD,
+    SPLITS,
+    VOCAB,
+    Run,
+    Split,
+    build_tokenizer,
+    draw,
+    evaluate,
+    get_recipe,
+    positions_for,
+    train,
+)
 
 RESULTS = Path("../results")
 PLACEMENTS = {"none": "No-Norm", "pre": "Pre-Norm", "qkv": "QKV-Norm"}

@@ -9,61 +9,18 @@ On the command line: ``qkvnorm-lens experiment``.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from qkvnorm_lens._options import check_name
+from qkvnorm_lens.arguments import check_name
+from qkvnorm_lens.experiments.core import NAMES, get_experiment
 
 if TYPE_CHECKING:
-    from qkvnorm_lens.experiments._base import Experiment, Size
-    from qkvnorm_lens.experiments._run import Outcome
+    from qkvnorm_lens.experiments.core import Outcome, Size
 
 __all__ = ["NAMES", "get_experiment", "run"]
-
-NAMES: Final = (
-    "accuracy",
-    "spread",
-    "noise",
-    "collapse",
-    "sparsity",
-    "stability",
-    "theorems",
-    "interference",
-    "gauge",
-    "confound",
-    "quantisation",
-    "rank",
-    "masks",
-    "spectrum",
-    "centring",
-    "symmetry",
-    "positions",
-)
-"""In the order of the paper's figures; then four that go beyond it, and those of related papers."""
-
-
-def get_experiment(name: str) -> Experiment:
-    """The experiment of that name.
-
-    Raises:
-        ValueError: no such name; the message lists them.
-        ImportError: a package that experiments need is missing.
-    """
-    name = check_name("name", name, NAMES)
-    try:
-        module = importlib.import_module(f"qkvnorm_lens.experiments.{name}")
-    except ModuleNotFoundError as error:
-        if error.name in ("scipy", "matplotlib"):
-            raise ImportError(
-                f"experiments want {error.name}, which is not installed: "
-                "pip install 'qkvnorm-lens[experiments]'"
-            ) from error
-        raise
-    experiment: Experiment = module.EXPERIMENT
-    return experiment
 
 
 def run(
@@ -90,10 +47,8 @@ def run(
         LoadError: no such model.
     """
     from hooks.arguments import brief, check_optional, check_path, read_list
-    from qkvnorm_lens._options import directory
-    from qkvnorm_lens.experiments._base import SIZES
-    from qkvnorm_lens.experiments._run import run_experiment
-    from qkvnorm_lens.experiments._subjects import default_subjects, find_subjects
+    from qkvnorm_lens.arguments import directory
+    from qkvnorm_lens.experiments.core import SIZES, default_subjects, find_subjects, run_experiment
 
     check_name("size", size, SIZES)
     names = None if models is None else read_list("models", models, "a list of names")

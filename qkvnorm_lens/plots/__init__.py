@@ -5,15 +5,17 @@ Nothing is shown and no global setting is read or changed: save a figure with
 ends with.
 """
 
-from qkvnorm_lens.plots._attention import (
-    View,
-    attention,
-    attention_rows,
-    fragile_text,
+from qkvnorm_lens.plots.attention_views import SCALE, View, attention, attention_rows, fragile_text
+from qkvnorm_lens.plots.chart import Axis, Chart, Line, Number, check_report
+from qkvnorm_lens.plots.collapse import (
+    collapse_chart,
+    collapse_curve,
+    margins_chart,
+    name_of,
+    row_margins,
 )
-from qkvnorm_lens.plots._collapse import collapse_curve, row_margins
-from qkvnorm_lens.plots._heads import head_map
-from qkvnorm_lens.plots._measures import (
+from qkvnorm_lens.plots.heads import HeadCells, head_cells, head_map
+from qkvnorm_lens.plots.measures import (
     accuracy_curve,
     rank_by_depth,
     sparsity_histogram,
@@ -22,8 +24,21 @@ from qkvnorm_lens.plots._measures import (
     symmetry_by_depth,
     training_curves,
 )
+from qkvnorm_lens.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RUNS,
+    grid,
+    log_ticks,
+    new_figure,
+    plain,
+    ticks_between,
+)
 
 __all__ = [
+    # Figures.
     "collapse_curve",
     "head_map",
     "row_margins",
@@ -38,4 +53,26 @@ __all__ = [
     "spectrum_by_depth",
     "symmetry_by_depth",
     "training_curves",
+    # What other figures and pages are made of.
+    "SCALE",
+    "Axis",
+    "Chart",
+    "Line",
+    "Number",
+    "check_report",
+    "collapse_chart",
+    "margins_chart",
+    "name_of",
+    "HeadCells",
+    "head_cells",
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "ORANGE",
+    "RUNS",
+    "grid",
+    "log_ticks",
+    "new_figure",
+    "plain",
+    "ticks_between",
 ]

@@ -191,8 +191,7 @@ def load_tokenizer(kind: str) -> Any:
         kind: ``"plain"`` (adds nothing by itself), ``"adds"`` (begins every text with BOS) or
             ``"one"`` (a single token begins, ends and pads, as GPT-2's).
     """
-    from tokenizers import Tokenizer, pre_tokenizers, processors
-    from tokenizers import models as kinds
+    from tokenizers import Tokenizer, models as kinds, pre_tokenizers, processors
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     special = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]

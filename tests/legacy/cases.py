@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from qkvnorm_lens.config import QKVNormConfig
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.config import QKVNormConfig
+from qkvnorm_lens.models.model import QKVNormTransformer
 
 _SIZES: dict[str, Any] = {
     "d_model": 32,

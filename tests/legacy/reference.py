@@ -15,9 +15,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
 
 import hooks
-from qkvnorm_lens.adapter import to_bridge
-from qkvnorm_lens.checkpoints import checkpoint_path, checkpoints
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.bridge import to_bridge
+from qkvnorm_lens.models.model import QKVNormTransformer
+from qkvnorm_lens.models.shipped import checkpoint_path, checkpoints
 from tests.legacy.cases import CASES, OLD_SIZES, SIGMAS, old_state_dict, random_model, tokens
 
 

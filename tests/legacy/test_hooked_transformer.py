@@ -21,11 +21,16 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 
 import hooks
-from qkvnorm_lens import adapter, cli  # here and above, a warning is an error
-from qkvnorm_lens.checkpoints import checkpoint_path, checkpoints
-from qkvnorm_lens.config import ARCHITECTURE, NormSpec
-from qkvnorm_lens.hooked_transformer import from_pretrained, hooked_config, to_hooked_transformer
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens import cli
+from qkvnorm_lens.models import bridge as adapter
+from qkvnorm_lens.models.config import ARCHITECTURE, NormSpec
+from qkvnorm_lens.models.hooked_transformer import (
+    from_pretrained,
+    hooked_config,
+    to_hooked_transformer,
+)
+from qkvnorm_lens.models.model import QKVNormTransformer
+from qkvnorm_lens.models.shipped import checkpoint_path, checkpoints
 from tests.legacy.cases import CASES, OLD_SIZES, SIGMAS, config, random_model, tokens
 
 torch.set_num_threads(1)

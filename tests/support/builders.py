@@ -28,9 +28,8 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources.native import NativeModel
 from transformers.pytorch_utils import Conv1D
 
-from qkvnorm_lens.config import ARCHITECTURE as OURS
-from qkvnorm_lens.config import QKVNormConfig
-from qkvnorm_lens.model import QKVNormTransformer
+from qkvnorm_lens.models.config import ARCHITECTURE as OURS, QKVNormConfig
+from qkvnorm_lens.models.model import QKVNormTransformer
 from tests.support.families import (
     BY_HEADS,
     CONFIGS,

@@ -1,1 +1,0 @@
-"""Parts of HTML pages: text that is safe to show, data that is safe to embed, pictures as SVG."""

@@ -1,0 +1,423 @@
+"""``qkvnorm-lens probe``: which heads of a model lose their token at which noise."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkvnorm_lens import tables, text
+from qkvnorm_lens.arguments import at_least, brief, count, directory, number, positive, some_path
+from qkvnorm_lens.models import DEFAULT, Source, find, load_model
+from qkvnorm_lens.training import adds_integers, trained_on
+
+if TYPE_CHECKING:
+    from hooks import CollapseReport
+
+HELP = "find the heads and tokens whose sparse attention collapses under norm noise"
+DESCRIPTION = """\
+Put noise on the L2 norms of queries and keys, one layer at a time, and find the sparse attention
+rows whose arg max moves: for the model, for the most fragile heads, and row by row.
+
+MODEL is a shipped model (`qkvnorm-lens models`), a Hugging Face id such as gpt2, or a directory."""
+EPILOG = """\
+examples:
+  qkvnorm-lens probe
+  qkvnorm-lens probe gpt2 --file story.txt --out runs/gpt2
+  zcat corpus.gz | qkvnorm-lens probe gpt2 --file - --prompts 64 --json > gpt2.json
+  qkvnorm-lens probe --text '[12+34-N5=51'
+"""
+TOKENS_AT_ONCE = 1024
+WINDOWS, SUMS = 8, 128
+_MOST = 100_000  # sigmas, layers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=DEFAULT, help=f"[{DEFAULT}]")
+    _reading(parser.add_argument_group("what the model reads"))
+    _noise(parser.add_argument_group("noise"))
+    where = parser.add_argument_group("how it runs")
+    where.add_argument("--batch-size", type=positive, metavar="N", help="prompts per forward pass")
+    where.add_argument(
+        "--keep",
+        type=positive,
+        default=1 << 19,
+        metavar="N",
+        help="competitors to remember, for the sigma at which 1%% collapse [524288]",
+    )
+    where.add_argument("--device", help="cpu, cuda, cuda:1, ... [an accelerator, else cpu]")
+    where.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="[as saved; else float32]"
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "--fragile", type=count, default=10, metavar="N", help="heads and rows to list [10]"
+    )
+    out.add_argument(
+        "--no-sinks",
+        action="store_true",
+        help="list heads and rows by attention that does not go to the first token",
+    )
+    out.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
+    out.add_argument(
+        "--out",
+        type=some_path,
+        metavar="DIR",
+        help="also write report.html, report.safetensors, frame.csv, summary.txt and two figures",
+    )
+
+
+def _reading(group: argparse._ArgumentGroup) -> None:
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--text", help="the text itself (an addition model: a sum on each line)")
+    which.add_argument("--file", metavar="PATH", help="a UTF-8 file; - for standard input")
+    which.add_argument(
+        "--messages",
+        metavar="PATH",
+        help="a JSON file of chat messages (role and content), written by the chat template",
+    )
+    which.add_argument(
+        "--split", help="addition models: draw sums of this kind [the one it was trained on]"
+    )
+    group.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="a BOS token before each window [as the model has it, unless the text begins with "
+        "one or with its chat template]",
+    )
+    group.add_argument(
+        "--length",
+        type=at_least(2),
+        metavar="N",
+        help="long text is cut into windows of N tokens [128, or the context]",
+    )
+    group.add_argument(
+        "--prompts",
+        type=positive,
+        metavar="N",
+        help=f"at most N windows, or N sums [{WINDOWS} windows, {SUMS} sums]",
+    )
+
+
+def _noise(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--sigmas",
+        type=sigmas,
+        metavar="LIST",
+        help="RMS of the relative change, as 0.01,0.05 or 1%%,5%% or start:stop:count [16 from 1%% "
+        "to 50%%]",
+    )
+    group.add_argument("--on", type=roles, default="qk", help="any of q, k, v [qk]")
+    group.add_argument(
+        "--law", choices=("uniform", "gaussian", "lognormal"), default="uniform", help="[uniform]"
+    )
+    group.add_argument(
+        "--shared",
+        choices=("none", "heads", "kv", "token"),
+        default="none",
+        help="which vectors share a factor in sampled rates [none]",
+    )
+    group.add_argument(
+        "--method",
+        choices=("exact", "sample"),
+        default="exact",
+        help="collapse computed, or counted over draws [exact]",
+    )
+    group.add_argument(
+        "--draws",
+        type=count,
+        default=16,
+        metavar="N",
+        help="samples, of the strict rate at least [16]",
+    )
+    group.add_argument("--layers", type=layers, metavar="LIST", help="as 0,3,5-7 [all]")
+    group.add_argument(
+        "--sparse",
+        type=number("a maximum in (0, 1]", lambda a: 0 < a <= 1),
+        default=0.95,
+        metavar="A",
+        help="least maximum of a sparse row [0.95]",
+    )
+    group.add_argument(
+        "--seed", type=count, default=0, metavar="N", help="of the noise, and of drawn sums [0]"
+    )
+
+
+def sigmas(value: str) -> list[float]:
+    """``0.01,0.05``, ``1%,5%`` or ``start:stop:count`` (evenly spaced, both ends included)."""
+    try:
+        if ":" not in value:
+            return [_share(part) for part in value.split(",")]
+        start, stop, number = value.split(":")
+        low, high, steps = _share(start), _share(stop), int(number)
+        if not 2 <= steps <= _MOST:
+            raise ValueError
+        return [low + (high - low) * i / (steps - 1) for i in range(steps)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"wanted numbers >= 0 as 0.01,0.05 or 1%,5% or start:stop:count; got {brief(value)}"
+        ) from None
+
+
+def _share(value: str) -> float:
+    value = value.strip()
+    share = float(value[:-1]) / 100 if value.endswith("%") else float(value)
+    if not 0 <= share < math.inf:
+        raise ValueError
+    return share
+
+
+def roles(value: str) -> str:
+    """Some of q, k and v, each once."""
+    if not value or set(value) - set("qkv") or len(set(value)) < len(value):
+        raise argparse.ArgumentTypeError(f"wanted some of q, k, v, each once; got {brief(value)}")
+    return value
+
+
+def layers(value: str) -> list[int]:
+    """``0,3,5-7``: block indices, ranges with both ends."""
+    try:
+        picked: list[int] = []
+        for part in value.split(","):
+            first, _, last = part.partition("-")
+            span = range(int(first), int(last or first) + 1)
+            if not span or span[-1] > _MOST:
+                raise ValueError
+            picked += span
+        return picked
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"wanted block indices as 0,3,5-7; got {brief(value)}"
+        ) from None
+
+
+def run(args: argparse.Namespace) -> str:
+    """Load, probe, write; returns what goes to standard output."""
+    source = find(args.model)  # what can fail early fails before torch is imported
+    if args.out is not None:
+        directory("--out", args.out)
+    if args.method == "sample" and args.draws < 2:
+        raise ValueError(f"--draws: wanted 2 or more with --method sample; got {args.draws}")
+    given = read(args)
+    with _folder(args.out):
+        return _run(args, source, given)
+
+
+@contextlib.contextmanager
+def _folder(out: Path | None) -> Iterator[None]:
+    """The directory ``--out``, made early, and gone again if nothing came into it."""
+    new = out is not None and not out.exists()
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if new and out is not None and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _run(args: argparse.Namespace, source: Source, given: str | None) -> str:
+    if sys.stderr.isatty():
+        _say(f"loading {args.model}")
+    device, dtype = _where(args)
+    _check(args)
+    model = load_model(args.model, device=device, dtype=dtype)
+    prompts = choose(args, source, model, given)
+    if prompts.left_out:
+        _say(f"{prompts.left_out}: --prompts takes more")
+    report = probe(args, model, prompts)
+    if args.out is not None:
+        write(args, report, prompts)
+    show = tables.as_json if args.json else tables.render
+    shown = show(report, prompts, fragile=args.fragile, content=args.no_sinks)
+    if args.out is None or args.json:
+        return shown
+    return f"{shown}\n\nThis and more, to open in a browser: {args.out / 'report.html'}"
+
+
+def read(args: argparse.Namespace) -> str | None:
+    """The text that the user gave, or None.
+
+    Raises:
+        ValueError: not a text file, or ``--text`` with the name of one.
+        OSError: no such file.
+    """
+    if args.text is not None:
+        if len(args.text) < 256 and "\0" not in args.text and os.path.isfile(args.text):
+            raise ValueError(
+                f"--text: wanted the text itself; got the name of a file, which --file {args.text} "
+                "reads"
+            )
+        return _some(str(args.text), "--text")
+    option, name = ("--messages", args.messages) if args.messages else ("--file", args.file)
+    if name is None:
+        return None
+    wanted = f"{option}: wanted a file of UTF-8 text"
+    try:
+        if name == "-":
+            return _some(sys.stdin.read(), option)
+        return _some(Path(name).read_text(encoding="utf-8"), option)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{wanted}; got {brief(name)}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{wanted}; got {brief(name)}: {error.strerror}") from error
+
+
+def _some(given: str, option: str) -> str:
+    if not given.strip():
+        raise ValueError(f"{option}: wanted some text; got an empty one")
+    return given
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What the library would refuse once the model is loaded."""
+    from hooks.collapse import read_grid
+
+    read_grid(args.sigmas, args.law)
+    if args.split is not None:
+        from qkvnorm_lens.training import get_split
+
+        get_split(args.split)
+
+
+def _where(args: argparse.Namespace) -> tuple[str | None, Any]:
+    """Device and dtype, tried before anything is loaded."""
+    import torch
+
+    if args.device is not None:
+        try:
+            torch.empty(1, device=args.device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).split(". ")[0].splitlines()[0]
+            raise ValueError(
+                f"--device: wanted one that PyTorch can use; got {brief(args.device)}: {reason}"
+            ) from error
+    return args.device, None if args.dtype is None else getattr(torch, args.dtype)
+
+
+def choose(args: argparse.Namespace, source: Source, model: Any, given: str | None) -> text.Prompts:
+    """What this model reads: sums for an addition model, windows of a text for others.
+
+    Raises:
+        ValueError: text that does not fit the model, or options that do not.
+    """
+    if not adds_integers(model):
+        if args.split is not None:
+            raise ValueError(f"--split: wanted an addition model; got {brief(args.model)}")
+        if args.messages is not None:
+            return _messages(args, model, str(given))
+        passage = text.passage() if given is None else given
+        cut = text.windows(
+            model,
+            passage,
+            length=args.length,
+            limit=args.prompts or WINDOWS,
+            prepend_bos=args.prepend_bos,
+        )
+        if given is not None:
+            return cut
+        built_in = f"{cut.source} of the built-in passage (Pride and Prejudice, chapter 1)"
+        return text.Prompts(cut.ids, built_in, cut.left_out)
+    for option, value in (("--messages", args.messages), ("--prepend-bos", args.prepend_bos)):
+        if value is not None:
+            raise ValueError(f"{option}: wanted a model of language; got {brief(args.model)}")
+    if args.length is not None:
+        raise ValueError(
+            f"--length: wanted none, as sums are not cut (--prompts, --split); got {args.length}"
+        )
+    if given is not None:
+        return text.lines(model, given, limit=args.prompts or SUMS)
+    split = args.split or trained_on(source)
+    if split is None:
+        raise ValueError(
+            "--split: wanted one, such as small-train, or --text, as no card.json says which sums "
+            f"{args.model} was trained on; got none"
+        )
+    return text.sums(split, args.prompts or SUMS, seed=args.seed)
+
+
+def _messages(args: argparse.Namespace, model: Any, given: str) -> text.Prompts:
+    for option, value in (("--length", args.length), ("--prepend-bos", args.prepend_bos)):
+        if value is not None:
+            raise ValueError(f"{option}: wanted none beside --messages; got {value}")
+    try:
+        messages = json.loads(given)
+    except ValueError as error:
+        raise ValueError(f"--messages: wanted a file of JSON; got {error}") from error
+    return text.conversations(model, messages, limit=args.prompts or WINDOWS)
+
+
+def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> CollapseReport:
+    """Run :func:`hooks.collapse_probe` with the options.
+
+    Raises:
+        ValueError: whatever the library refuses, or too little memory.
+    """
+    import torch
+
+    import hooks
+
+    longest = max(map(len, prompts.ids))
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = max(1, TOKENS_AT_ONCE // longest)
+    try:
+        return hooks.collapse_probe(
+            model,
+            prompts.ids,
+            sigmas=args.sigmas,
+            on=args.on,
+            method=args.method,
+            law=args.law,
+            shared=args.shared,
+            layers=args.layers,
+            sparse=args.sparse,
+            draws=args.draws,
+            seed=args.seed,
+            batch_size=batch_size,
+            keep=args.keep,
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ValueError(
+            "--batch-size: wanted a smaller one, or a smaller --length or --dtype; got out of "
+            f"memory with {batch_size} prompts of {longest} tokens at once"
+        ) from error
+
+
+def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompts) -> None:
+    """Report, its page, frame, summary and figures into the directory ``--out``, which exists."""
+    folder, content = args.out, args.no_sinks
+    report.save(folder / "report.safetensors")
+    report.to_frame().to_csv(folder / "frame.csv", index=False)
+    summary = tables.render(report, prompts, fragile=args.fragile, content=content)
+    (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
+    from qkvnorm_lens.page import write_html
+
+    write_html(report, folder / "report.html", source=read_in_words(prompts), content=content)
+    if importlib.util.find_spec("matplotlib") is None:
+        _say("no figures: they want matplotlib, pip install 'qkvnorm-lens[plots]'")
+        return
+    from qkvnorm_lens import plots
+    from qkvnorm_lens.plots.html import shown_rows
+
+    plots.collapse_curve(report).savefig(folder / "collapse.png")
+    plots.head_map(report, rate=tables.RATE, content=content).savefig(folder / "heads.png")
+    if shown_rows(report, 1, content=content):
+        plots.attention_rows(report, content=content).savefig(folder / "rows.png")
+
+
+def read_in_words(prompts: text.Prompts) -> str:
+    """What was read, and what was left out of it."""
+    return f"{prompts.source}{'; ' if prompts.left_out else ''}{prompts.left_out}"
+
+
+def _say(words: str) -> None:
+    sys.stderr.write(f"qkvnorm-lens: {words}\n")

@@ -1,0 +1,3 @@
+from qkvnorm_lens.experiments.beyond.confound.measure import EXPERIMENT
+
+__all__ = ["EXPERIMENT"]

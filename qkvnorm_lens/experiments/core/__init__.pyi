@@ -1,0 +1,59 @@
+from .base import (
+    SIZES as SIZES,
+    Claim as Claim,
+    Experiment as Experiment,
+    Part as Part,
+    Size as Size,
+    Subject as Subject,
+)
+from .draw import (
+    COLOURS as COLOURS,
+    PLACEMENT_NAMES as PLACEMENT_NAMES,
+    groups as groups,
+    label as label,
+    panels as panels,
+)
+from .grouped import (
+    STUDY as STUDY,
+    by_group as by_group,
+    group_mean as group_mean,
+    is_language as is_language,
+    markdown as markdown,
+    placement_of as placement_of,
+    study_difference as study_difference,
+)
+from .read import (
+    AMOUNT as AMOUNT,
+    UNSCORED as UNSCORED,
+    Amount as Amount,
+    Reading as Reading,
+    reading as reading,
+)
+from .registry import (
+    NAMES as NAMES,
+    get_experiment as get_experiment,
+)
+from .report import (
+    write_report as write_report,
+)
+from .running import (
+    Outcome as Outcome,
+    fitting as fitting,
+    run_experiment as run_experiment,
+)
+from .stats import (
+    Mean as Mean,
+    difference as difference,
+    mean as mean,
+)
+from .studies import (
+    CONFOUND_STEPS as CONFOUND_STEPS,
+    CONFOUNDS as CONFOUNDS,
+    MODELS as MODELS,
+    runs as runs,
+    trained as trained,
+)
+from .subjects import (
+    default_subjects as default_subjects,
+    find_subjects as find_subjects,
+)

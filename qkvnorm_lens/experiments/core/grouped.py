@@ -1,0 +1,46 @@
+"""Tables of several models read by group: what a group is called, its models' numbers, its mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from qkvnorm_lens.experiments.core.draw import groups
+from qkvnorm_lens.experiments.core.stats import Mean, difference, mean
+
+STUDY = "study-"
+
+
+def placement_of(mine: pd.DataFrame) -> str:
+    """A group's placement; empty for other people's models, also where a CSV was read."""
+    value: Any = mine["placement"].iloc[0]
+    return value if isinstance(value, str) else ""
+
+
+def is_language(mine: pd.DataFrame) -> bool:
+    """Whether a group's models read text: all that have no placement do."""
+    return not placement_of(mine)
+
+
+def group_mean(rows: pd.DataFrame, column: str) -> Mean:
+    """Mean over a group's models with its interval; NaN where a model has no number."""
+    return mean(rows[column].astype(float).dropna().tolist())
+
+
+def study_difference(rows: pd.DataFrame, column: str) -> Mean | None:
+    """Pre-Norm minus QKV-Norm over the study models, where several seeds of both are there."""
+    study = rows[rows["group"].str.startswith(STUDY)].dropna(subset=[column])
+    pre, qkv = (study[study["placement"] == p][column].tolist() for p in ("pre", "qkv"))
+    return difference(pre, qkv) if min(len(pre), len(qkv)) > 1 else None
+
+
+def by_group(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Groups in the table's order, with their rows."""
+    return [(group, rows[rows["group"] == group]) for group in groups(rows)]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)

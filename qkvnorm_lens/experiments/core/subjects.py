@@ -1,0 +1,77 @@
+"""Which models an experiment looks at, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qkvnorm_lens.experiments.core.base import Size, Subject
+from qkvnorm_lens.experiments.core.digest import digest_of, digest_of_hub
+from qkvnorm_lens.experiments.core.studies import trained
+from qkvnorm_lens.models import checkpoint_path, checkpoints, find, read_card, read_object
+
+
+def default_subjects(size: Size) -> tuple[Subject, ...]:
+    """The study models and the shipped ones; few of them in the small forms.
+
+    ``full``: all; ``quick``: the shipped ones and the first seed of each study model; ``smoke``:
+    the first seed of Pre-Norm and QKV-Norm.
+    """
+    study = trained("study-")
+    if size == "smoke":
+        chosen = [study[name] for name in ("study-pre-1", "study-qkv-1")]
+    elif size == "quick":
+        chosen = [path for name, path in study.items() if name.endswith("-1")]
+    else:
+        chosen = list(study.values())
+    shipped = [] if size == "smoke" else [checkpoint_path(name) for name in checkpoints()]
+    return tuple(_from_directory(path.name, path) for path in [*chosen, *shipped])
+
+
+def find_subjects(names: Sequence[str]) -> tuple[Subject, ...]:
+    """Models by name: a trained or shipped one, ``study`` for all of those, a directory, a hub id.
+
+    Raises:
+        LoadError: no such model.
+        ValueError: two models of one name, which results could not tell apart.
+    """
+    found: list[Subject] = []
+    for name in names:
+        known = trained("study-") if name == "study" else trained()
+        if name == "study":
+            found += [_from_directory(n, path) for n, path in known.items()]
+        elif name in known:
+            found.append(_from_directory(name, known[name]))
+        else:
+            source = find(name)
+            if source.path is None:
+                digest = digest_of_hub(name)
+                found.append(Subject(name, "language", None, "", name, None, digest))
+            else:
+                found.append(_from_directory(source.path.name, source.path))
+    unique = list({(s.name, s.path): s for s in found}.values())
+    names_of = [s.name for s in unique]
+    for subject in unique:
+        if names_of.count(subject.name) > 1:
+            paths = [str(s.path) for s in unique if s.name == subject.name]
+            raise ValueError(f"models: wanted directories of different names; got {paths}")
+    return tuple(unique)
+
+
+def _from_directory(name: str, path: Path) -> Subject:
+    config: dict[str, Any] = read_object(path / "config.json")
+    ours = config.get("architecture") == "QKVNormTransformer"
+    card = path / "card.json"
+    run = read_card(card).get("run", {}) if card.is_file() else {}
+    seed = run.get("seed")
+    group = name.removesuffix(f"-{seed}") if seed is not None else name
+    return Subject(
+        name=name,
+        kind="addition" if ours and config.get("d_vocab") == 17 else "language",
+        path=path,
+        placement=str(config.get("placement", "")) if ours else "",
+        group=group,
+        seed=seed,
+        digest=digest_of(path),
+    )

@@ -1,0 +1,3 @@
+from qkvnorm_lens.experiments.paper.spread.measure import EXPERIMENT
+
+__all__ = ["EXPERIMENT"]

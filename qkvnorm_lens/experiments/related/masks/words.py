@@ -1,0 +1,454 @@
+"""What the experiment masks reads out of its table: figure, words and claims."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import pandas as pd
+
+from qkvnorm_lens.experiments.core import Claim, Mean, markdown, mean, panels
+from qkvnorm_lens.plots import GREY, RUNS, grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+N: Final = 32  # tokens
+D: Final = 32  # width
+EVEN_MOST: Final = 30.0  # a decay rate that leaves nothing but rounding
+SMALL: Final = 1e-3  # share of its start at which relative mu counts as collapsed
+LINE: Final = 0.5  # nats about a line through ln mu (root mean square) up to which it is one
+MASKS: Final = (
+    "complete",
+    "causal",
+    "window 8",
+    "window 4",
+    "window 2",
+    "one-way 8",
+    "one-way 4",
+    "one-way 2",
+    "two parts",
+)
+LOCAL: Final = {
+    "two-way windows": ("complete", "window 8", "window 4", "window 2"),
+    "one-way windows": ("causal", "one-way 8", "one-way 4", "one-way 2"),
+}
+"""Masks of one kind, from the smallest radius to the largest."""
+FEW: Final = ("complete", "causal", "window 4", "one-way 4")
+SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "attention": {},
+    "temperature 1/64": {"temperature": 1 / 64},
+    "temperature 64": {"temperature": 64.0},
+    "identity values": {"values": "identity"},
+    "random values": {"values": "random"},
+    "RMSNorm": {"norm": "rms"},
+    "LayerNorm": {"norm": "layer"},
+    "RMSNorm, random values": {"norm": "rms", "values": "random"},
+    "residual": {"residual": True},
+    "MLP": {"mlp": True},
+    "residual, MLP": {"residual": True, "mlp": True},
+    "residual, RMSNorm": {"residual": True, "norm": "rms"},
+    "residual, MLP, RMSNorm": {"residual": True, "mlp": True, "norm": "rms"},
+}
+Verdict = Literal["yes", "no", "not decided"]
+WITHOUT_CENTRE: Final = "two parts"
+
+
+def runs(table: pd.DataFrame, setting: str, mask: str) -> pd.DataFrame:
+    """One row per seed."""
+    mine = table[(table["row"] == "run") & (table["setting"] == setting)]
+    return mine[mine["mask"] == mask]
+
+
+def rate(table: pd.DataFrame, setting: str, mask: str) -> Mean:
+    """Decay rate over seeds."""
+    return mean(runs(table, setting, mask)["rate"].astype(float).dropna().tolist())
+
+
+def exponential(table: pd.DataFrame, setting: str, mask: str) -> bool:
+    """Whether ln mu keeps to a line, within `LINE`, in every seed: only then is its rate one."""
+    mine = runs(table, setting, mask)
+    return bool((mine["rate"].notna() & (mine["off"] < LINE)).all())
+
+
+def collapses(table: pd.DataFrame, setting: str, mask: str) -> Verdict:
+    """Whether mu falls in every seed, exponentially or not: its trend, or that it is gone."""
+    mine = runs(table, setting, mask)
+    gone = mine["end"] < SMALL * mine["start"]
+    if not bool((gone | (mine["rate"] > 0)).all()):
+        return "no"
+    found = rate(table, setting, mask)
+    return "yes" if bool(gone.all()) or (found.excludes_zero and found.n > 1) else "not decided"
+
+
+def _together(verdicts: Sequence[Verdict]) -> Literal["yes", "no", "in part", "not decided"]:
+    if "no" in verdicts:
+        return "no" if set(verdicts) == {"no"} else "in part"
+    return "not decided" if "not decided" in verdicts else "yes"
+
+
+def _count(table: pd.DataFrame, setting: str, masks: Sequence[str]) -> str:
+    """``3 of 4 masks collapse (window 4: not decided), not exponential: complete (..., ...)``."""
+    found = {mask: collapses(table, setting, mask) for mask in masks}
+    said = {"no": "not in every seed", "not decided": "not decided"}
+    rest = [f"{m}: {said[v]}" for m, v in found.items() if v != "yes"]
+    bent = [m for m in masks if not exponential(table, setting, m)]
+    return "".join(
+        (
+            f"{len(found) - len(rest)} of {len(found)} masks collapse",
+            f" ({', '.join(rest)})" if rest else "",
+            ", not exponential: " + ", ".join(_gone(table, setting, m) for m in bent)
+            if bent
+            else "",
+        )
+    )
+
+
+def _gone(table: pd.DataFrame, setting: str, mask: str) -> str:
+    """``complete (off a line by up to 2 nats, gone after 3 layers)``, the seeds' median."""
+    mine = runs(table, setting, mask)
+    layers, off = _layers(mine), mine["off"].astype(float).max()
+    line = "too fast for a line" if math.isnan(off) else f"off a line by up to {off:.2g} nats"
+    gone = "not gone" if layers.startswith(">") else f"gone after {layers} layers"
+    return f"{mask} ({line}, {gone})"
+
+
+def masks_of(table: pd.DataFrame, setting: str) -> list[str]:
+    """In the table's order."""
+    return list(
+        dict.fromkeys(table[(table["row"] == "run") & (table["setting"] == setting)]["mask"])
+    )
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """Relative mu by layer: by mask, with bounds; other settings; equilibria by rank."""
+    fig, axes = panels(2, 3, width=3.0, height=3.6)
+    _draw_masks(axes[0], table, LOCAL["two-way windows"], "two-way windows")
+    _draw_masks(axes[1], table, (*LOCAL["one-way windows"], WITHOUT_CENTRE), "one-way windows")
+    temperatures = ("temperature 1/64", "attention", "temperature 64")
+    _draw_settings(axes[2], table, temperatures, "temperature")
+    norms = ("attention", "RMSNorm", "LayerNorm", "RMSNorm, random values")
+    _draw_settings(axes[3], table, norms, "norm")
+    others = ("attention", "residual", "MLP", "residual, MLP", "residual, MLP, RMSNorm")
+    _draw_settings(axes[4], table, others, "residual and MLP")
+    _draw_held(axes[5], table)
+    for i in (0, 3):
+        axes[i].set_ylabel("distance from the mean token\nμ(X) / |X|")
+    return fig
+
+
+def _curve(table: pd.DataFrame, setting: str, mask: str) -> pd.DataFrame:
+    mine = table[(table["row"] == "curve") & (table["setting"] == setting)]
+    return mine[mine["mask"] == mask]
+
+
+def _axis(ax: Axes, title: str, right: float) -> None:
+    ax.set_yscale("log")
+    ax.set_xscale("symlog", linthresh=4, linscale=0.6)
+    ax.set_xticks([0, 1, 4, 16, 64, 256], ["0", "1", "4", "16", "64", "256"])
+    ax.set_xlim(0, 1.1 * right)
+    ax.set_ylim(1e-11, 3)
+    ax.minorticks_off()
+    ax.set_xlabel("layers of attention")
+    ax.set_title(title, fontsize=10)
+    grid(ax)
+
+
+def _below(ax: Axes) -> None:
+    """The legend, where no line runs."""
+    ax.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.18),
+        ncols=2,
+        fontsize=7,
+        frameon=False,
+        columnspacing=1.0,
+        handlelength=1.6,
+    )
+
+
+def _draw_masks(ax: Axes, table: pd.DataFrame, masks: tuple[str, ...], title: str) -> None:
+    for mask, colour in zip(masks, RUNS, strict=False):
+        curve = _curve(table, "attention", mask)
+        radius = float(runs(table, "attention", mask)["radius"].iloc[0])
+        reach = f"radius {radius:.0f}" if math.isfinite(radius) else "no centre"
+        ax.plot(curve["layer"], curve["value"], color=colour, label=f"{mask}, {reach}")
+        # The bound is on mu, which starts near |X| = sqrt(N); shown in the same units.
+        ax.plot(curve["layer"], curve["bound"] / math.sqrt(N), color=colour, linestyle=":")
+    ax.plot([], [], ":", color=GREY, label="bound on μ, over |X₀|")
+    _axis(ax, title, float(table["layers"].max()))
+    _below(ax)
+
+
+def _draw_settings(ax: Axes, table: pd.DataFrame, settings: tuple[str, ...], title: str) -> None:
+    for setting, colour in zip(settings, RUNS, strict=False):
+        for mask, line in (("causal", "-"), ("window 4", "--")):
+            curve = _curve(table, setting, mask)
+            name = "attention alone" if setting == "attention" else setting
+            if title == "temperature":
+                name = {"attention": "temperature 1"}.get(setting, setting)
+            ax.plot(
+                curve["layer"],
+                curve["value"],
+                line,
+                color=colour,
+                label=name if line == "-" else None,
+            )
+    for mask, line in (("causal", "-"), ("window 4", "--")):
+        ax.plot([], [], line, color=GREY, label=mask)
+    _axis(ax, title, float(table["layers"].max()))
+    _below(ax)
+
+
+def _draw_held(ax: Axes, table: pd.DataFrame) -> None:
+    mine = table[table["row"] == "equilibrium"]
+    most = float(mine["rank"].max())
+    ax.plot([0.5, most + 0.5], [0.5, most + 0.5], color=GREY, linewidth=0.8, zorder=0)
+    styles = {
+        "leaning": ("o", RUNS[0], "leaning on the first", -0.12),
+        "solved, complete": ("s", RUNS[1], "W_V solved, complete", 0.0),
+        "solved, causal": ("^", RUNS[2], "W_V solved, causal", 0.12),
+        "two tokens": ("D", RUNS[6], "two tokens, d = 2", 0.12),
+    }
+    for name, (marker, colour, label, shift) in styles.items():
+        some = mine[mine["setting"] == name]
+        ax.plot(some["rank"] + shift, some["near_rank"], marker, color=colour, label=label)
+    layers = int(mine["layers"].max())
+    ax.set_xticks(range(1, int(most) + 1))
+    ax.set_yticks(range(1, int(most) + 1))
+    ax.set_xlabel("rank of the equilibrium")
+    ax.set_ylabel(f"rank after {layers} layers\nfrom 0.1% off")
+    ax.set_title("equilibria under RMSNorm", fontsize=10)
+    _below(ax)
+    grid(ax)
+
+
+# -- words ------------------------------------------------------------------------------------
+
+
+def _rate(table: pd.DataFrame, setting: str, mask: str) -> str:
+    """The rate where there is one."""
+    if not exponential(table, setting, mask):
+        return "not exponential"
+    found = rate(table, setting, mask)
+    half = "" if math.isnan(found.half) else f" ± {found.half:.2g}"
+    return f"{found.value:.3g}{half}"
+
+
+def text(table: pd.DataFrame) -> str:
+    """Rates by mask and setting beside the bound, the order by radius, the equilibria."""
+    some = table[table["row"] == "run"]
+    n_seeds, layers = some["seed"].nunique(), int(some["layers"].max())
+    lines = [
+        f"{N} random tokens of length 1 and width {D} through {layers} layers of attention; fresh "
+        "W_Q and W_K with entries N(0, 1) and fresh orthogonal W_V in each layer (unless said "
+        f"otherwise), {n_seeds} seeds. Rate: of the exponential decay of mu/||X||_F per layer, a "
+        "least-squares line through its logarithm over the later half of the layers above "
+        "rounding (1e-10); mean over seeds with 95% interval. Not exponential: in one seed or more "
+        f"the logarithm is off that line by {LINE:g} or more (root mean square, nats), or fewer "
+        "than three layers are above rounding: no rate, only layers until it is gone. Even: the "
+        "rate of attention that weighs all tokens in the mask alike, -ln of its matrix's second "
+        "eigenvalue. Layers: until "
+        f"mu/||X||_F is {SMALL:g} of its start (the seeds' median). Bound: -ln(1 - eps^r)/r with "
+        "the least weight eps of each run and the radius r.",
+        "",
+        markdown(["mask", "radius", "rate", "even", "layers", "bound's rate"], _mask_rows(table)),
+        "",
+        markdown(["setting", *(f"{m}: rate (layers)" for m in FEW)], _setting_rows(table)),
+        "",
+        *_findings(table),
+        "",
+        *_held_text(table),
+    ]
+    return "\n".join(lines)
+
+
+def _layers(mine: pd.DataFrame) -> str:
+    reached = mine["reached"].astype(float).fillna(math.inf).median()
+    return f"{reached:.0f}" if math.isfinite(reached) else f"> {mine['layers'].max():.0f}"
+
+
+def _mask_rows(table: pd.DataFrame) -> list[list[str]]:
+    rows = []
+    for mask in masks_of(table, "attention"):
+        mine = runs(table, "attention", mask)
+        radius, bound = float(mine["radius"].iloc[0]), mine["bound_rate"].astype(float).mean()
+        rows.append(
+            [
+                mask,
+                f"{radius:.0f}" if math.isfinite(radius) else "none",
+                _rate(table, "attention", mask),
+                _even(mine),
+                _layers(mine),
+                f"{bound:.1e}" if math.isfinite(bound) else "none",
+            ]
+        )
+    return rows
+
+
+def _even(mine: pd.DataFrame) -> str:
+    found = float(mine["even"].iloc[0])
+    return f"{found:.3g}" if found < EVEN_MOST else "all at once"
+
+
+def _setting_rows(table: pd.DataFrame) -> list[list[str]]:
+    return [
+        [setting]
+        + [f"{_rate(table, setting, mask)} ({_layers(runs(table, setting, mask))})" for mask in FEW]
+        for setting in SETTINGS
+    ]
+
+
+def _in_order(table: pd.DataFrame, masks: tuple[str, ...]) -> bool:
+    """Whether the layers that it takes rise with the radius from mask to mask, in every seed."""
+    by_seed = [
+        runs(table, "attention", mask).sort_values("seed")["reached"].astype(float).fillna(math.inf)
+        for mask in masks
+    ]
+    return all(
+        bool((a.to_numpy() < b.to_numpy()).all())
+        for a, b in itertools.pairwise(by_seed)
+        if not bool(np.isinf(a).all())
+    )
+
+
+def _findings(table: pd.DataFrame) -> list[str]:
+    with_centre = [m for m in masks_of(table, "attention") if m != WITHOUT_CENTRE]
+    parts_ = runs(table, "attention", WITHOUT_CENTRE)
+    violated = table[table["row"] == "run"]["violated"].astype(float)
+    lines = [
+        f"With a centre: {_count(table, 'attention', with_centre)}. Without one (two parts that do "
+        f"not see each other): mu/||X||_F {parts_['start'].mean():.2f} at the start, "
+        f"{parts_['end'].mean():.2f} at the end. The bound was exceeded in {violated.sum():.0f} "
+        f"layers of {violated.count()} runs for which there is one; it is far from tight.",
+    ]
+    for kind, masks in LOCAL.items():
+        said = "rise" if _in_order(table, masks) else "do not always rise"
+        taken = ", ".join(f"{m} {_layers(runs(table, 'attention', m))}" for m in masks)
+        lines.append(f"{kind.capitalize()}: the layers {said} with the radius ({taken}).")
+    lines.append(_across(table))
+    for group, settings in (
+        ("Temperature", ("temperature 1/64", "attention", "temperature 64")),
+        ("Norm, orthogonal values", ("RMSNorm", "LayerNorm")),
+        ("Residual and MLP", ("residual", "MLP", "residual, MLP")),
+    ):
+        said = "; ".join(
+            f"{'temperature 1' if s == 'attention' else s}: {_count(table, s, FEW)}"
+            for s in settings
+        )
+        lines.append(f"{group}: {said}.")
+    return lines
+
+
+def _across(table: pd.DataFrame) -> str:
+    """Whether the radius also orders masks of different kinds."""
+    two, one = "window 4", "one-way 4"
+    radii = [float(runs(table, "attention", m)["radius"].iloc[0]) for m in (two, one)]
+    bent = [m for m in (two, one) if not exponential(table, "attention", m)]
+    if bent:
+        return f"Across kinds: no rates to compare, {' and '.join(bent)} not exponential."
+    rates = [rate(table, "attention", m) for m in (two, one)]
+    slower = two if rates[0].value < rates[1].value else one
+    larger = two if radii[0] > radii[1] else one
+    agrees = "as the radius says" if slower == larger else "although its radius is the smaller one"
+    said = [_rate(table, "attention", m) for m in (two, one)]
+    return (
+        f"Across kinds: {two} (radius {radii[0]:.0f}) has the rate {said[0]}, {one} "
+        f"(radius {radii[1]:.0f}) {said[1]}: {slower} is slower, {agrees}. (One way, the "
+        "slowest is the second token, which halves its distance to the first in a layer of even "
+        "attention: ln 2 = 0.69 whatever the width, after a start that takes longer for narrow "
+        "windows.)"
+    )
+
+
+def _held_text(table: pd.DataFrame) -> list[str]:
+    mine = table[table["row"] == "equilibrium"]
+    lines = []
+    for name, some in mine.groupby("setting", sort=False):
+        kept = some[some["near_rank"] >= some["rank"]]
+        stays = some[some["left"].isna()]
+        lines.append(
+            f"Equilibria ({name}): ranks {_ranks(some)}; a layer moves the tokens by at most "
+            f"{some['moved'].max():.0e}; largest multiplier of a deviation "
+            f"{_span(some['radius'])}. Started exactly, rounding "
+            f"included, {len(stays)} of {len(some)} are still there after "
+            f"{some['layers'].max():.0f} layers{_left(some)}; started 0.1% off, {len(kept)} of "
+            f"{len(some)} end with no lower rank."
+        )
+    return lines
+
+
+def _left(some: pd.DataFrame) -> str:
+    gone = some["left"].dropna()
+    if not len(gone):
+        return ""
+    return f" (the others go after {_span(gone)})"
+
+
+def _span(values: pd.Series) -> str:
+    low, high = f"{values.min():.3g}", f"{values.max():.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _ranks(some: pd.DataFrame) -> str:
+    ranks = sorted(some["rank"].astype(int).unique())
+    return f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """Each of the paper's statements beside what was measured."""
+    n_seeds = table[table["row"] == "run"]["seed"].nunique()
+    how = f"{N} tokens of width {D}, {n_seeds} seeds, random weights in each layer"
+    with_centre = [m for m in masks_of(table, "attention") if m != WITHOUT_CENTRE]
+    verdicts = [collapses(table, "attention", m) for m in with_centre]
+    apart = runs(table, "attention", WITHOUT_CENTRE)
+    stays = bool((apart["end"] > 0.1 * apart["start"]).all())
+    ordered = {kind: _in_order(table, masks) for kind, masks in LOCAL.items()}
+    normed = [(s, m) for s in ("RMSNorm", "LayerNorm") for m in FEW]
+    normed_verdicts = [collapses(table, *p) for p in normed]
+    leaning = table[(table["row"] == "equilibrium") & (table["setting"] == "leaning")]
+    stay = leaning["left"].isna() & (leaning["near_rank"] >= leaning["rank"])
+    held_all = bool(stay.all())
+    return [
+        Claim(
+            "mu falls, at least exponentially, for every mask with a centre",
+            "exponentially, for every mask whose graph has a node from which all are reached",
+            f"{_count(table, 'attention', with_centre)}; without a centre it "
+            f"{'stays' if stays else 'falls too'}",
+            _together(verdicts) if stays else "in part",
+            f"{how}; here every token sees itself (the bound wants it of a centre). Where no line "
+            "fits and it is gone after a few layers, it fell faster than one rate says",
+        ),
+        Claim(
+            "local masks are slower",
+            "the more local, the slower",
+            "; ".join(
+                f"{k}: {'in' if v else 'not in'} the order of the radius"
+                for k, v in ordered.items()
+            ),
+            "yes" if all(ordered.values()) else "in part" if any(ordered.values()) else "no",
+            f"{how}; {_across(table)}",
+        ),
+        Claim(
+            "a norm with orthogonal values",
+            "LayerNorm does not prevent the exponential collapse",
+            "; ".join(f"{s}: {_count(table, s, FEW)}" for s in ("RMSNorm", "LayerNorm")),
+            _together(normed_verdicts),
+            how,
+        ),
+        Claim(
+            "a norm with suitable values",
+            "equilibria of any rank from one to full",
+            f"ranks {_ranks(leaning)} of {leaning['width'].max():.0f} stay, also when started 0.1% "
+            "off"
+            if held_all
+            else "not all ranks stay",
+            "yes" if held_all else "in part",
+            "our own construction, whose tokens return after a push; those solved for with random "
+            "W_Q and W_K are equilibria too, but let go (see the multipliers)",
+        ),
+    ]

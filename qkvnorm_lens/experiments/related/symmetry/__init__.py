@@ -1,0 +1,3 @@
+from qkvnorm_lens.experiments.related.symmetry.measure import EXPERIMENT
+
+__all__ = ["EXPERIMENT"]

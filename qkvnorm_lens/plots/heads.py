@@ -1,0 +1,278 @@
+"""The map of heads: at which noise each of them goes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from hooks.arguments import check_integers
+from qkvnorm_lens.plots.chart import Backend, axes_in, check_backend, check_report
+from qkvnorm_lens.plots.collapse import title_of
+from qkvnorm_lens.plots.style import GREY, axes_of, log_ticks, ticks_between
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from hooks import CollapseReport
+
+NO_ROWS, NEVER = "#F7F7F7", "#BDBDBD"
+_MAP = "viridis"
+_MOST_CELLS = 256  # beyond this a number in each cell can't be read
+
+
+@dataclass(frozen=True, eq=False)
+class HeadCells:
+    """What the map shows: sigma in percent and sparse rows, layers by heads."""
+
+    sigma: np.ndarray
+    counts: np.ndarray
+    few: np.ndarray
+    layers: list[str]
+    bar: str
+    title: str
+    few_means: str
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of the colour scale."""
+        finite = self.sigma[np.isfinite(self.sigma) & (self.sigma > 0)]
+        low, high = (finite.min(), finite.max()) if finite.size else (1.0, 50.0)
+        if high < 1.05 * low:
+            low, high = low / 1.5, high * 1.5
+        return float(low), float(high)
+
+
+def head_cells(
+    report: CollapseReport, rate: float = 0.01, *, content: bool = False, min_rows: int = 20
+) -> HeadCells:
+    """The numbers behind :func:`head_map`."""
+    sigma = report.sigma_at(rate, by="head", content=content)
+    rate = float(rate)
+    assert isinstance(sigma, pd.DataFrame)
+    values = 100 * sigma.to_numpy()
+    counts = (report.rows[..., 0] if content else report.rows.sum(-1)).sum(-1)
+    rows = "sparse rows without sinks" if content else "sparse rows"
+    return HeadCells(
+        sigma=values,
+        counts=counts,
+        few=counts < min_rows,
+        # Block numbers alone, but for stacks: E, D and X for encoder, decoder, cross-attention.
+        layers=[label.removeprefix("L") for label in report.model["labels"]],
+        bar=f"σ at which {100 * rate:g}% of a head's\n{rows} collapse (%)",
+        title=title_of(report),
+        few_means=f"fewer than {min_rows} sparse rows",
+    )
+
+
+def head_map(
+    report: CollapseReport,
+    rate: float = 0.01,
+    ax: Axes | None = None,
+    *,
+    content: bool = False,
+    min_rows: int = 20,
+    backend: Backend = "matplotlib",
+) -> Figure | Any:
+    """Sigma at which a share ``rate`` of a head's sparse rows collapses, layers by heads.
+
+    The cells are ``report.sigma_at(rate, by="head")`` in percent, on a logarithmic colour scale:
+    dark heads go first. Grey: never within the law. Pale: no sparse rows. A number in brackets, or
+    a dot in a large map, stands for fewer than ``min_rows`` sparse rows.
+
+    Args:
+        report: what :func:`hooks.collapse_probe` gave.
+        rate: share of a head's sparse rows.
+        ax: draw here; default: a new figure.
+        content: leave attention sinks out.
+        min_rows: heads with fewer sparse rows are marked.
+        backend: ``"matplotlib"`` or ``"plotly"``.
+
+    Returns:
+        The figure that holds the axis, or a figure of plotly's.
+
+    Raises:
+        ImportError: matplotlib (plotly) is not installed.
+        TypeError: another kind of report.
+        ValueError: from :meth:`hooks.CollapseReport.sigma_at`; another ``backend``, or an axis
+            beside plotly.
+    """
+    check_backend(backend, ax)
+    check_report("report", report, "CollapseReport")
+    (min_rows,) = check_integers(min_rows=(min_rows, 0))
+    cells = head_cells(report, rate, content=content, min_rows=min_rows)
+    n_layers, n_heads = cells.sigma.shape
+    size = (
+        max(min(3.0 + 0.45 * n_heads, 12.0), 5.6),
+        max(min(1.6 + 0.25 * n_layers, 10.0), 3.2),
+    )
+    if backend == "plotly":
+        return _with_plotly(cells, size)
+    figure, ax = axes_of(None if ax is None else axes_in(ax, 1, "for the map")[0], size)
+    image = _cells(ax, cells)
+    few = _marks(ax, cells, image)
+    _key(ax, cells.sigma, f"{few}  {cells.few_means}" if few else "")
+    ax.set_xlabel("head")
+    ax.set_ylabel("layer")
+    _integer_ticks(ax, n_heads, cells.layers)
+    bar = figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
+    bar.set_label(cells.bar)
+    log_ticks(bar.ax.yaxis)
+    ax.set_title(cells.title, fontsize=9, loc="left")
+    return figure
+
+
+def _with_plotly(cells: HeadCells, size: tuple[float, float]) -> Any:
+    from qkvnorm_lens.plots.plotly_backend import graph_objects, lay_out
+
+    go = graph_objects()
+    values = cells.sigma
+    low, high = cells.ends
+    shown = np.where(np.isfinite(values) & (values > 0), values, np.nan)
+    text = [
+        [
+            _in_words(values[at], int(cells.counts[at]))
+            for at in ((i, head) for head in range(len(row)))
+        ]
+        for i, row in enumerate(values)
+    ]
+    ticks = ticks_between(low, high)
+    figure = go.Figure()
+    never = np.where(np.isinf(values), 1.0, np.nan)
+    for z, given in (
+        (never, {"colorscale": [[0, NEVER], [1, NEVER]], "showscale": False}),
+        (
+            np.log10(shown),
+            {
+                "colorscale": "Viridis",
+                "zmin": math.log10(low),
+                "zmax": math.log10(high),
+                "colorbar": {
+                    "title": {"text": cells.bar.replace("\n", "<br>"), "side": "right"},
+                    "tickvals": [math.log10(t) for t in ticks],
+                    "ticktext": [f"{t:g}" for t in ticks],
+                },
+            },
+        ),
+    ):
+        figure.add_trace(
+            go.Heatmap(
+                z=z,
+                x=np.arange(values.shape[1]),
+                y=np.arange(values.shape[0]),
+                text=text,
+                hovertemplate="layer %{y}, head %{x}<br>%{text}<extra></extra>",
+                xgap=1,
+                ygap=1,
+                **given,
+            )
+        )
+    lay_out(figure, cells.title, size)
+    figure.update_layout(plot_bgcolor=NO_ROWS)
+    figure.update_xaxes(title="head", showgrid=False, zeroline=False)
+    figure.update_yaxes(
+        title="layer",
+        showgrid=False,
+        zeroline=False,
+        tickvals=list(range(len(cells.layers))),
+        ticktext=cells.layers,
+    )
+    return figure
+
+
+def _in_words(value: float, rows: int) -> str:
+    said = "never" if math.isinf(value) else f"σ = {value:.3g}%"
+    return "no sparse rows" if math.isnan(value) else f"{said}, {rows:,} sparse rows"
+
+
+def _cells(ax: Axes, cells: HeadCells) -> Any:
+    """The image; never and no rows are colours of their own."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    values = cells.sigma
+    image = ax.imshow(
+        np.ma.masked_invalid(np.where(np.isinf(values), 1e9, values)),
+        cmap=colormaps[_MAP].with_extremes(bad=NO_ROWS, over=NEVER),
+        norm=LogNorm(*cells.ends),
+        aspect="auto",
+        interpolation="nearest",
+        origin="lower",
+    )
+    for at in range(1, values.shape[1]):
+        ax.axvline(at - 0.5, color="white", linewidth=0.5)
+    for at in range(1, values.shape[0]):
+        ax.axhline(at - 0.5, color="white", linewidth=0.5)
+    return image
+
+
+def _marks(ax: Axes, cells: HeadCells, image: Any) -> str:
+    """Sigma as a number in each cell where there is room; few rows in brackets, or a dot.
+
+    Returns the mark of few rows, if there is one.
+    """
+    written = cells.sigma.size <= _MOST_CELLS
+    mark = ""
+    for (layer, head), value in np.ndenumerate(cells.sigma):
+        few = cells.few[layer, head]
+        if not math.isfinite(value) or not (written or few):
+            continue
+        dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
+        text = (f"{value:.2g}" if value < 9.95 else f"{value:.0f}") if written else "·"
+        if few:
+            mark = "(5)" if written else "·"
+            text = f"({text})" if written else text
+        ax.text(
+            head,
+            layer,
+            text,
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if dark else "black",
+        )
+    return mark
+
+
+def _key(ax: Axes, values: np.ndarray, few: str) -> None:
+    """What grey, pale and marked cells mean, under the map."""
+    from matplotlib.patches import Patch
+    from matplotlib.transforms import ScaledTranslation
+
+    handles = [
+        Patch(facecolor=colour, edgecolor=GREY, linewidth=0.5, label=label)
+        for colour, label, there in (
+            (NEVER, "never", np.isinf(values).any()),
+            (NO_ROWS, "no sparse rows", np.isnan(values).any()),
+        )
+        if there
+    ]
+    if few:
+        handles.append(Patch(facecolor="none", edgecolor="none", label=few))
+    if not handles:
+        return
+    top: Any = ax.figure
+    width = ax.get_position().width * top.get_size_inches()[0]  # a narrow map has a narrow key
+    below = ScaledTranslation(0, -0.42, top.dpi_scale_trans)  # inches: clear of the axis label
+    ax.legend(
+        handles=handles,
+        frameon=False,
+        fontsize=8,
+        ncols=3 if width > 4 else 1,
+        handlelength=1.5,
+        columnspacing=1.2,
+        loc="upper left",
+        bbox_to_anchor=(0, 0),
+        bbox_transform=ax.transAxes + below,
+        borderaxespad=0,
+    )
+
+
+def _integer_ticks(ax: Axes, n_heads: int, layers: list[str]) -> None:
+    across, up = (1 + (n - 1) // 16 for n in (n_heads, len(layers)))
+    ax.set_xticks(range(0, n_heads, across))
+    ax.set_yticks(range(0, len(layers), up), layers[::up])

@@ -1,0 +1,22 @@
+"""Parts of HTML pages: text that is safe to show, data that is safe to embed."""
+
+from qkvnorm_lens.plots.html.look import style
+from qkvnorm_lens.plots.html.offline import LOADER, library
+from qkvnorm_lens.plots.html.rows import ShownRow, circuits, fragile_prompt, shown_rows, strip
+from qkvnorm_lens.plots.html.safe import island, policy, script, token, visible
+
+__all__ = [
+    "LOADER",
+    "ShownRow",
+    "circuits",
+    "fragile_prompt",
+    "island",
+    "library",
+    "policy",
+    "script",
+    "shown_rows",
+    "strip",
+    "style",
+    "token",
+    "visible",
+]

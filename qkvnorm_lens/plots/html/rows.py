@@ -1,0 +1,284 @@
+"""The kept rows of a report as data and as strips of tokens, before and after noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from markupsafe import Markup
+
+from qkvnorm_lens.plots.html.safe import token, visible
+
+if TYPE_CHECKING:
+    from hooks import CollapseReport
+
+_Text = TypeVar("_Text", bound=str)
+
+MOST_TOKENS = 48
+"""A view shows no more tokens than this: those that carry weight, and their neighbours."""
+_LEAST_WEIGHT = 0.005
+
+
+@dataclass(frozen=True, eq=False)
+class ShownRow:
+    """One kept row with its tokens; positions are those of the keys that are shown."""
+
+    label: str
+    prompt: int
+    query: int
+    query_token: str
+    key: int
+    rival: int
+    lands: int
+    sigma: float
+    shown_sigma: float
+    sink: bool
+    positions: tuple[int, ...]
+    tokens: tuple[str, ...]
+    clean: np.ndarray
+    noisy: np.ndarray
+
+    @property
+    def moved(self) -> bool:
+        """Whether there is a noisy row to show."""
+        return self.lands >= 0
+
+    def key_token(self, position: int) -> str:
+        """The token at a position that is shown."""
+        return self.tokens[self.positions.index(position)]
+
+    def sentence(self) -> str:
+        """What happens, on one line."""
+        return self._words(str, lambda text: f"'{visible(text)}'")
+
+    def markup(self) -> Markup:
+        """The same for a page."""
+        return self._words(Markup, lambda text: Markup("'{}'").format(token(text)))
+
+    def _words(self, kind: type[_Text], quote: Callable[[str], _Text]) -> _Text:
+        query, key = quote(self.query_token), quote(self.key_token(self.key))
+        said = kind("{}, row {} at {}: looks at {} at {}")
+        if not self.moved:
+            said = kind(said + "; none of the draws moves it")
+            return kind(said.format(self.label, query, self.query, key, self.key))
+        said = kind(said + ", at σ = {:.3g}% at {} at {}")
+        lands, sigma = quote(self.key_token(self.lands)), 100 * self.shown_sigma
+        return kind(
+            said.format(self.label, query, self.query, key, self.key, sigma, lands, self.lands)
+        )
+
+
+def shown_rows(
+    report: CollapseReport, n: int | None = None, *, content: bool = False
+) -> list[ShownRow]:
+    """The kept rows, most fragile first; equal ones (prompts that begin alike) once.
+
+    Raises:
+        ValueError: a negative ``n``.
+    """
+    if n is not None and n < 0:
+        raise ValueError(f"n: wanted an integer >= 0; got {n}")
+    frame, kept = report.kept_rows(), report.kept
+    seen: set[tuple[Any, ...]] = set()
+    rows: list[ShownRow] = []
+    for i, row in enumerate(frame.to_dict("records")):
+        clean, noisy = kept.weights(i)
+        same = (row["label"], row["query_pos"], row["query_token"], clean.tobytes())
+        if same in seen or (content and row["sink"]):
+            continue
+        seen.add(same)
+        positions = _chosen(clean, noisy, row)
+        tokens = _key_tokens(report, str(row["label"]), int(row["prompt"]), len(clean))
+        rows.append(
+            ShownRow(
+                label=str(row["label"]),
+                prompt=int(row["prompt"]),
+                query=int(row["query_pos"]),
+                query_token=str(row["query_token"]),
+                key=int(row["key_pos"]),
+                rival=int(row["jump_pos"]),
+                lands=int(row["lands_pos"]),
+                sigma=float(row["sigma"]),
+                shown_sigma=float(row["shown_sigma"]),
+                sink=bool(row["sink"]),
+                positions=tuple(positions),
+                tokens=tuple(tokens[at] for at in positions),
+                clean=clean[positions],
+                noisy=noisy[positions],
+            )
+        )
+    return rows if n is None else rows[:n]
+
+
+def _key_tokens(report: CollapseReport, label: str, prompt: int, n: int) -> list[str]:
+    """The tokens that a layer's keys stand for; positions where the input is no text."""
+    return [report.key_token(label, prompt, i) for i in range(n)]
+
+
+def _chosen(clean: np.ndarray, noisy: np.ndarray, row: Mapping[Any, Any]) -> list[int]:
+    """Positions to show: all of a short row; of a long one where weight is, and beside it."""
+    n = len(clean)
+    if n <= MOST_TOKENS:
+        return list(range(n))
+    musts = {int(row[c]) for c in ("key_pos", "jump_pos", "lands_pos")} | {
+        min(int(row["query_pos"]), n - 1)
+    }
+    weight = np.nan_to_num(np.maximum(clean, noisy))
+    chosen = {at for at in musts if at >= 0}
+    for at in np.argsort(-weight, kind="stable"):
+        near = {int(at) + step for step in (-1, 0, 1)} & set(range(n))
+        if weight[at] < _LEAST_WEIGHT or len(chosen | near) > MOST_TOKENS:
+            break
+        chosen |= near
+    for step in range(1, 4):  # a little of what stands around, where there is room
+        more = {at + by for at in musts for by in (-step, step)} & set(range(n))
+        chosen |= more if len(chosen | more) <= MOST_TOKENS else set()
+    return sorted(chosen)
+
+
+def strip(row: ShownRow) -> Markup:
+    """Two lines of tokens, shaded by weight: before, and after noise."""
+    lines = [_line(row, row.clean, "before", row.key)]
+    if row.moved:
+        lines.append(_line(row, row.noisy, f"σ = {100 * row.shown_sigma:.3g}%", row.lands))
+    return Markup('<div class="strip">{}</div>').format(Markup("").join(lines))
+
+
+def _line(row: ShownRow, weights: np.ndarray, name: str, top: int) -> Markup:
+    cells, last = [], -1
+    for at, text, weight in zip(row.positions, row.tokens, weights, strict=True):
+        if at != last + 1:
+            cells.append(Markup('<span class="gap" title="tokens left out">⋯</span>'))
+        last = at
+        cells.append(
+            Markup('<span class="tok{}" style="--w:{}" title="{}">{}</span>').format(
+                " top" if at == top else "",
+                f"{float(weight):.3f}",
+                f"position {at}: {100 * float(weight):.3g}%",
+                token(text),
+            )
+        )
+    return Markup(
+        '<div class="line"><span class="when">{}</span><span class="toks">{}</span></div>'
+    ).format(name, Markup("").join(cells))
+
+
+@dataclass(frozen=True)
+class Fragile:
+    """A token as a query: the least noise that can move one of its rows, and which row that is."""
+
+    sigma: float
+    label: str
+    key: int
+    rival: int
+
+
+def fragile_tokens(report: CollapseReport, prompt: int) -> dict[int, Fragile]:
+    """By position, over all heads of the report's table; positions without such a row are absent.
+
+    Encoder-decoders: of the decoder's own tokens (self- and cross-attention), else of all.
+    """
+    table = report.table
+    width = table.half_width
+    found: dict[int, Fragile] = {}
+    mine = np.flatnonzero((table.prompt == prompt) & np.isfinite(width))
+    labels = report.model["labels"]
+    for i in mine[np.argsort(-width[mine], kind="stable")]:  # the nearest is written last
+        label = labels[table.layer[i]]
+        if report.decoder_tokens and label[0] not in "DX":
+            continue
+        found[int(table.query[i])] = Fragile(
+            sigma=float(width[i]) / math.sqrt(3),
+            label=f"{label}H{table.head[i]}",
+            key=int(table.key[i]),
+            rival=int(table.rival[i]),
+        )
+    return found
+
+
+def fragile_prompt(report: CollapseReport, prompt: int, most: int | None = None) -> Markup:
+    """A prompt's tokens, at most so many, by the noise that can move one of their rows."""
+    found = fragile_tokens(report, prompt)
+    tokens = (report.decoder_tokens or report.tokens)[prompt]
+    cells = []
+    for at, text in enumerate(tokens[:most]):
+        if at not in found:
+            cells.append(Markup('<span class="ftok">{}</span>').format(token(text)))
+            continue
+        f = found[at]
+        cells.append(
+            Markup('<span class="ftok" style="--w:{}" title="{}">{}</span>').format(
+                f"{shade(f.sigma):.3f}",
+                f"position {at}: {f.label} can move from σ = {100 * f.sigma:.3g}% "
+                f"(from position {f.key} to {f.rival})",
+                token(text),
+            )
+        )
+    if most is not None and len(tokens) > most:
+        cells.append(Markup('<span class="gap">⋯ {} more</span>').format(len(tokens) - most))
+    return Markup(
+        '<div class="fprompt"><span class="when">prompt {}</span><p class="ftext">{}</p></div>'
+    ).format(prompt, Markup("").join(cells))
+
+
+def shade(sigma: float) -> float:
+    """1 for rows that 2% of noise can move, 0 at the law's end, 58%; logarithmic between."""
+    end = 1 / math.sqrt(3)
+    return float(np.clip(math.log(end / max(sigma, 1e-6)) / math.log(end / 0.02), 0, 1))
+
+
+def circuits(rows: Sequence[ShownRow], report: CollapseReport) -> list[dict[str, Any]]:
+    """Data of circuitsvis's ``AttentionHeads``: a view per prompt, two matrices per head.
+
+    A matrix has the kept rows alone; the others are empty. ``▸`` marks the tokens whose rows move.
+    """
+    views = []
+    for prompt in dict.fromkeys(row.prompt for row in rows):
+        mine = [row for row in rows if row.prompt == prompt and row.moved]
+        # Only self-attention has one sequence of tokens for queries and keys.
+        mine = [row for row in mine if row.label[0] != "X"]
+        mine = [row for row in mine if row.label[0] == mine[0].label[0]] if mine else []
+        if not mine:
+            continue
+        at = sorted({p for row in mine for p in (*row.positions, row.query)})
+        if len(at) > MOST_TOKENS:
+            at = _fewer(mine)
+        place = {p: i for i, p in enumerate(at)}
+        tokens = _key_tokens(report, mine[0].label, prompt, at[-1] + 1)
+        moving = {row.query for row in mine}
+        shown = [f"{'▸' if p in moving else ''}{visible(tokens[p], 16)}" for p in at]
+        names, matrices = [], []
+        for label in dict.fromkeys(row.label for row in mine):
+            of_head = [row for row in mine if row.label == label]
+            strongest = max(row.shown_sigma for row in of_head)
+            pair = np.zeros((2, len(at), len(at)))
+            for row in of_head:
+                for side, weights in enumerate((row.clean, row.noisy)):
+                    for p, weight in zip(row.positions, weights, strict=True):
+                        if p in place:
+                            pair[side, place[row.query], place[p]] = weight
+            names += [f"{label} before", f"{label} σ ≤ {100 * strongest:.3g}%"]
+            matrices += np.round(pair, 3).tolist()
+        views.append(
+            {
+                "prompt": prompt,
+                "tokens": shown,
+                "attentionHeadNames": names,
+                "attention": matrices,
+                "maskUpperTri": all(p <= row.query for row in mine for p in row.positions),
+            }
+        )
+    return views
+
+
+def _fewer(rows: Sequence[ShownRow]) -> list[int]:
+    """Of several long rows: queries, what they look at, and what stands beside it."""
+    musts = sorted({p for row in rows for p in (row.query, row.key, row.lands)})[:MOST_TOKENS]
+    chosen = set(musts)
+    for p in musts:
+        if p > 0 and len(chosen) < MOST_TOKENS:
+            chosen.add(p - 1)
+    return sorted(chosen)

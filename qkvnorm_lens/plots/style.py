@@ -1,0 +1,92 @@
+"""What the figures share: colours, the axes to draw on, ticks on log axes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with colour-blindness can tell apart.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+RUNS: Final = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GRID: Final = "#E5E5E5"
+INK: Final = "#222222"
+PUBLISHED: Final = "#000000"
+PUBLISHED_LABEL: Final = "published (Menary et al. 2024)"
+_DPI = 150
+
+
+def top_figure(ax: Axes) -> Figure:
+    """The figure that holds an axis, at whatever depth."""
+    from matplotlib.figure import Figure
+
+    parent: Any = ax.figure
+    while not isinstance(parent, Figure):  # a figure within a figure
+        parent = parent.figure
+    return parent
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """A figure that pyplot does not know of, and a notebook shows.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        from qkvnorm_lens.plots.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "figures want matplotlib, which is not installed: pip install 'qkvnorm-lens[plots]'"
+        ) from error
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def axes_of(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """The given axis with its top figure, or new ones."""
+    if ax is not None:
+        return top_figure(ax), ax
+    figure = new_figure(size)
+    return figure, figure.subplots()
+
+
+def grid(ax: Axes) -> None:
+    """Faint lines at the major ticks, behind what is drawn."""
+    ax.grid(visible=True, which="major", color=GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def log_ticks(axis: Any) -> None:
+    """1, 2, 3, 5 and their multiples by ten, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(plain)
+
+
+def plain(value: float, position: Any = None) -> str:
+    """A number without an exponent."""
+    return f"{value:g}"
+
+
+def ticks_between(low: float | int, high: float | int) -> list[float]:
+    """1, 2, 5 and their multiples by ten from ``low`` to ``high``; only 1 over many decades."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1.0,) if last - first > 4 else (1.0, 2.0, 5.0)
+    values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    return [v for v in values if low * 0.999 <= v <= high * 1.001]
+
+
+def printable(text: str) -> str:
+    """Text that the figures' font has: other characters as their code points."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(c if font.get_char_index(ord(c)) else f"\\u{ord(c):04x}" for c in text)

@@ -1,0 +1,113 @@
+"""Make a shipped model, with one command.
+
+    python -m qkvnorm_lens.training.checkpoints.make addition-pre --out runs/addition-pre
+
+Trains (or goes on with the run that the directory holds), measures, and writes weights,
+configuration, tokenizer, card and log in the form that `load_checkpoint` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from qkvnorm_lens.models import QKVNormTransformer, named_config, write_card
+from qkvnorm_lens.training import (
+    TEST_SEED,
+    Run,
+    Split,
+    build_tokenizer,
+    describe,
+    evaluate,
+    get_split,
+    processes,
+    sequences,
+    train,
+)
+
+RUNS: Final[dict[str, Run]] = {
+    f"addition-{placement}": Run(
+        named_config("small", placement), "small-train", "modern", steps=10_000, seed=0, bf16=True
+    )
+    for placement in ("none", "pre", "qkv")
+}
+TESTS: Final = {
+    "in distribution": "small-train",
+    "interpolation": "small-interpolation",
+    "extrapolation": "small-extrapolation",
+}
+
+
+def tests(run: Run) -> dict[str, str | Split]:
+    """The kinds of sums that a model's card says its accuracy on."""
+    if get_split(run.split) == get_split(TESTS["in distribution"]):
+        return dict(TESTS)
+    return {"in distribution": run.split}
+
+
+def card(
+    name: str, run: Run, model: QKVNormTransformer, command: str, *, rows: int = 20_000
+) -> dict[str, Any]:
+    """How a model was made, and its accuracy on sums that were drawn apart from training."""
+    return {
+        "name": name,
+        "command": command,
+        "run": describe(run),
+        "sequences": sequences(run),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "accuracy": {
+            kind: {
+                "split": get_split(split).to_json(),
+                "seed": TEST_SEED,
+                **dataclasses.asdict(evaluate(model, split, rows=rows)),
+            }
+            for kind, split in tests(run).items()
+        },
+        "versions": {name: version(name) for name in ("torch", "transformer-lens")},
+    }
+
+
+def install(
+    name: str, run: Run, model: QKVNormTransformer, log: Path, folder: Path, *, command: str
+) -> dict[str, Any]:
+    """Write a trained model with its card and log into a folder; gives back the card."""
+    model.tokenizer = build_tokenizer()
+    model.write(folder)
+    shutil.copyfile(log, folder / "log.csv")
+    made = card(name, run, model, command)
+    write_card(made, folder / "card.json")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and write one shipped model."""
+    parser = argparse.ArgumentParser(prog="python -m qkvnorm_lens.training.checkpoints.make")
+    parser.add_argument("name", choices=sorted(RUNS))
+    parser.add_argument("--out", type=Path, required=True, help="state and log of the run")
+    parser.add_argument("--folder", type=Path, help="where to write it (default: in the package)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    started = processes(options.device)
+    if started > 1:  # each would have a batch of its own
+        parser.error(f"wanted one process; got {started}")
+    torch.set_num_threads(options.threads)
+    run = RUNS[options.name]
+    model = train(run, options.out, device=options.device).cpu()
+    folder = options.folder or Path(__file__).parent / options.name
+    command = (
+        f"python -m qkvnorm_lens.training.checkpoints.make {options.name} --out runs/{options.name}"
+    )
+    install(options.name, run, model, options.out / "log.csv", folder, command=command)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
