@@ -53,7 +53,7 @@ from qkvnorm_lens import (
     to_bridge,
     to_plain,
 )
-from qkvnorm_lens.experiments.paper.theorems import figure
+from qkvnorm_lens.experiments.paper import theorems
 from qkvnorm_lens.models import Norm
 from qkvnorm_lens.text import sums
 
@@ -710,7 +710,7 @@ assert abs(begins - 1 / 9 / math.sqrt(3)) < 1e-5
 
 # %%
 measured_table = pd.read_csv(RESULTS / "addition/theorems/table.csv")
-figure(measured_table)
+theorems.figure(measured_table)
 
 # %% [markdown]
 # ## 12. And in a trained model?

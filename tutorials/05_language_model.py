@@ -418,10 +418,10 @@ assert not SMOL or (live.loc[[0.15, 0.5], "non-sparse"] > live.loc[[0.15, 0.5], 
 #   nats); `loss_change_kv`: what that costs with both.
 
 # %%
-from qkvnorm_lens.experiments.beyond.quantisation import heads, models
+from qkvnorm_lens.experiments.beyond import quantisation
 
 table = pd.read_csv(RESULTS / "quantisation/table.csv", dtype={"placement": str})
-whole = models(table).set_index("scheme")
+whole = quantisation.models(table).set_index("scheme")
 shown = whole[["rows", "norm_k", "predicted", "moved", "kl_k", "kl_v", "loss_change_kv"]]
 shown.round(4)
 
@@ -436,7 +436,7 @@ assert shown["norm_k"].max() < 0.03
 # does: 4 of 18,950, all in the crudest format. Which heads are they in?
 
 # %%
-each = heads(table)
+each = quantisation.heads(table)
 each = each[each["moved"] > 0].set_index("label")
 assert set(each.index).isdisjoint(fragile["label"])
 each[["scheme", "rows", "moved", "predicted", "norm_k"]].round(4)
@@ -454,7 +454,7 @@ each[["scheme", "rows", "moved", "predicted", "norm_k"]].round(4)
 # %%
 addition = pd.read_csv("../results/addition/quantisation/table.csv", dtype={"placement": str})
 columns = ["moved_norm", "moved_direction", "moved"]
-moved = models(addition).groupby("model")[columns].sum()
+moved = quantisation.models(addition).groupby("model")[columns].sum()
 print(moved[moved["moved"] > 0].astype(int))
 assert moved.index[moved["moved"] > 0].tolist() == ["addition-none"]
 assert moved.loc["addition-none", "moved_direction"] > 5 * moved.loc["addition-none", "moved_norm"]
@@ -530,7 +530,7 @@ if LOCAL.is_dir() and SMOL:  # the weights that the results are of
 
 # %% [markdown]
 # Directions did it. A probe of lengths can't see that. It can tell that the *lengths* of a cache
-# are good enough, and not that the cache is ([how-to](../docs/how-to/md)).
+# are good enough, and not that the cache is ([how-to](../docs/how-to/quantisation.md)).
 #
 # ## Interference without noise
 #

@@ -54,24 +54,10 @@ from qkvnorm_lens import (
     load_model,
     named_config,
     plots,
+    theory,
     to_bridge,
 )
 from qkvnorm_lens.text import sums
-from qkvnorm_lens.theory import (
-    Dynamics,
-    Recursion,
-    causal_mask,
-    complete_mask,
-    gaussian,
-    one_way_window_mask,
-    orthogonal,
-    propagate,
-    random_markov,
-    stable_rank,
-    uniform,
-    unit_tokens,
-    window_mask,
-)
 from qkvnorm_lens.training import Split, build_tokenizer, draw, evaluate
 
 RESULTS = Path("../results")
@@ -92,17 +78,17 @@ torch.set_num_threads(1)
 # $$X \leftarrow A\,X\,W_V, \qquad A = \mathrm{softmax}\big(X W_Q (X W_K)^T / \sqrt d\big),$$
 #
 # with fresh random $W_Q, W_K$ and a fresh orthogonal $W_V$ in each layer, so that values alone
-# neither shrink nor stretch. `qkvnorm_lens.theory.dynamics` does that in float64. First the masks, 32
+# neither shrink nor stretch. `qkvnorm_lens.theory` does that in float64. First the masks, 32
 # tokens each: a filled cell says that the row's token attends to the column's.
 
 # %%
 N = D = 32
 half = torch.arange(N) < N // 2
 masks = {
-    "complete": complete_mask(N),
-    "causal": causal_mask(N),
-    "window 4": window_mask(N, 4),
-    "one-way 4": one_way_window_mask(N, 4),
+    "complete": theory.complete_mask(N),
+    "causal": theory.causal_mask(N),
+    "window 4": theory.window_mask(N, 4),
+    "one-way 4": theory.one_way_window_mask(N, 4),
     "two parts": half[:, None] == half,
 }
 figure, axes = plt.subplots(1, len(masks), figsize=(9, 2.1), layout="constrained")
@@ -124,9 +110,11 @@ plt.show()
 
 # %%
 def run(mask, layers=128, seed=0, **options):
-    w_q, w_k = (math.sqrt(D) * gaussian(D, seed + i, layers) for i in (1, 2))
-    w_v = orthogonal(D, seed + 3, layers)
-    return Dynamics(mask, w_q, w_k, w_v, **options).run(unit_tokens(N, D, seed), layers)
+    w_q, w_k = (math.sqrt(D) * theory.gaussian(D, seed + i, layers) for i in (1, 2))
+    w_v = theory.orthogonal(D, seed + 3, layers)
+    return theory.Dynamics(mask, w_q, w_k, w_v, **options).run(
+        theory.unit_tokens(N, D, seed), layers
+    )
 
 
 def even_rate(mask):
@@ -238,7 +226,7 @@ assert "not exponential" in (RESULTS / "addition/masks/text.md").read_text()
 # %%
 zero = torch.zeros(2, 2, dtype=torch.float64)
 w_v = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
-pair = Dynamics(causal_mask(2), zero, zero, w_v, norm="rms")
+pair = theory.Dynamics(theory.causal_mask(2), zero, zero, w_v, norm="rms")
 
 
 def tokens_at(first, second):
@@ -381,11 +369,13 @@ spectra = pd.DataFrame(
         for T in lengths
         for causal in (False, True)
         for seed in range(5)
-        for found in [singular(random_markov(T, seed=seed, causal=causal))]
+        for found in [singular(theory.random_markov(T, seed=seed, causal=causal))]
     ]
 )
 means = spectra.pivot_table(["s1", "s2", "s3"], "T", "causal")
-even = pd.DataFrame({T: singular(uniform(T, causal=True)) for T in lengths}, ("s1", "s2", "s3")).T
+even = pd.DataFrame(
+    {T: singular(theory.uniform(T, causal=True)) for T in lengths}, ("s1", "s2", "s3")
+).T
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.3), sharey=True, layout="constrained")
@@ -436,18 +426,18 @@ pd.concat({name: f.loc[[20, 150]].round(2) for name, f in beside.items()}, axis=
 # matrix is $U$, each row has a mean of its own, and there is no one centring that does the same.
 
 # %%
-x = propagate(Recursion(), 50, 1, seed=0).states[0]
-a = random_markov(50, seed=1)
+x = theory.propagate(theory.Recursion(), 50, 1, seed=0).states[0]
+a = theory.random_markov(50, seed=1)
 centred = x - x.mean(0)
-assert torch.allclose((a - uniform(50)) @ x, a @ centred)
-a = random_markov(50, seed=1, causal=True)
-assert not torch.allclose((a - uniform(50, causal=True)) @ x, a @ centred)
+assert torch.allclose((a - theory.uniform(50)) @ x, a @ centred)
+a = theory.random_markov(50, seed=1, causal=True)
+assert not torch.allclose((a - theory.uniform(50, causal=True)) @ x, a @ centred)
 
 
 def width(T, **options):
     """Stable rank behind one layer, mean of five seeds."""
-    signals = (propagate(Recursion(**options), T, 1, seed=s) for s in range(5))
-    return np.mean([stable_rank(signal.states[-1].detach()) for signal in signals])
+    signals = (theory.propagate(theory.Recursion(**options), T, 1, seed=s) for s in range(5))
+    return np.mean([theory.stable_rank(signal.states[-1].detach()) for signal in signals])
 
 
 kinds = {
@@ -788,13 +778,13 @@ assert shown.loc["rotary, no skips"].min() > 95
 #
 # ## Exercises
 #
-# 1. `star_mask(32)`: every token sees the first and itself. What rate do you expect of even
+# 1. `theory.star_mask(32)`: every token sees the first and itself. What rate do you expect of even
 #    attention? Measure it.
 # 2. Run the causal mask with `temperature=1 / 64`. Is $\mu$ still a straight line? Look at
 #    `path.least_weight`.
 # 3. Change $W_V$ of the two tokens to $\mathrm{diag}(1, 2)$, then $\mathrm{diag}(1, 1.5)$. From
 #    which ratio on is there an equilibrium? ($\cos t = 1/(\text{ratio} - 1)$.)
-# 4. `random_softmax` with `d_head=16` in place of `random_markov`: does $s_2$ still fall as
+# 4. `theory.random_softmax` with `d_head=16` in place of `random_markov`: does $s_2$ still fall as
 #    $2/\sqrt T$?
 # 5. `hooks.symmetry_gap(random_model(2, skip="none"), some)`: larger or smaller than with skip
 #    connections?

@@ -1,7 +1,5 @@
 """The command line."""
 
-from qkvnorm_lens.cli.main import main
+from qkvnorm_lens.cli.main import build_parser, main
 
-__all__ = [
-    "main",
-]
+__all__ = ["build_parser", "main"]

@@ -67,7 +67,7 @@ def measures(
         norm              ||X||_F
 
     ``stable_rank`` is that of X itself, squares over a square (Rudelson and Vershynin 2007); that
-    of X X^T, sum s^4 / max s^4, is another number (Naderi et al. 2024; `qkvnorm_lens.theory.markov`).
+    of X X^T, sum s^4 / max s^4, is another number (Naderi et al. 2024; `theory.markov`).
 
     ``rank`` counts what rounding can't have made. Numbers stored with a relative error of u are
     off by E with ||E||_F <= u ||X||_F, and no singular value moves by more than ||E||_2 <= ||E||_F

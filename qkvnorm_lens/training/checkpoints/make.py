@@ -44,6 +44,8 @@ TESTS: Final = {
     "extrapolation": "small-extrapolation",
 }
 
+MODULE = "qkvnorm_lens.training.checkpoints.make"
+
 
 def tests(run: Run) -> dict[str, str | Split]:
     """The kinds of sums that a model's card says its accuracy on."""
@@ -88,7 +90,7 @@ def install(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and write one shipped model."""
-    parser = argparse.ArgumentParser(prog="python -m qkvnorm_lens.training.checkpoints.make")
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}")
     parser.add_argument("name", choices=sorted(RUNS))
     parser.add_argument("--out", type=Path, required=True, help="state and log of the run")
     parser.add_argument("--folder", type=Path, help="where to write it (default: in the package)")

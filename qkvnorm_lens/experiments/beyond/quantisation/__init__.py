@@ -1,3 +1,3 @@
-from qkvnorm_lens.experiments.beyond.quantisation.measure import EXPERIMENT
+from qkvnorm_lens.experiments.beyond.quantisation.measure import EXPERIMENT, heads, models
 
-__all__ = ["EXPERIMENT"]
+__all__ = ["EXPERIMENT", "heads", "models"]
