@@ -109,7 +109,7 @@ def test_commands_exist(page: Path) -> None:
 
 
 def test_every_command_and_experiment_is_listed() -> None:
-    from qkvnorm_lens.cli import _COMMANDS
+    from qkvnorm_lens.cli.command import _COMMANDS
     from qkvnorm_lens.experiments.core.registry import NAMES
 
     for page, names in (("api/command-line.md", _COMMANDS), ("how-to/reproduce.md", NAMES)):
@@ -131,7 +131,7 @@ def _api_names() -> set[str]:
         "hooks",
         "qkvnorm_lens",
         "qkvnorm_lens.plots",
-        "qkvnorm_lens.dynamics",
+        "qkvnorm_lens.theory",
         "qkvnorm_lens.experiments",
     ],
 )

@@ -60,7 +60,7 @@ class Counting:
 
     def experiment(self, version: int = 1) -> Experiment:
         def figure(table: pd.DataFrame) -> Any:
-            from qkvnorm_lens.plots.style import new_figure
+            from qkvnorm_lens.plots.charts.style import new_figure
 
             return new_figure((1.0, 1.0))
 

@@ -21,7 +21,7 @@ from hooks import CollapseReport
 from qkvnorm_lens import cli, plots, tables as _tables
 from qkvnorm_lens.page import svg
 from qkvnorm_lens.page.report import caveats, html_report, write_html
-from qkvnorm_lens.plots.chart import Axis, Chart, Line
+from qkvnorm_lens.plots.charts.chart import Axis, Chart, Line
 from qkvnorm_lens.plots.html import circuits, rows, safe
 from tests import models
 from tests.watching import one_thread

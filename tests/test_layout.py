@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -11,17 +12,33 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hooks", "qkvnorm_lens")
 # Each may import those before it.
-FLOORS = (
-    "errors",
-    "arguments",
-    "kernels",
-    "reports",
-    "model",
-    "sites",
-    "noise",
-    "collapse",
-    "measures",
-)
+FLOORS = {
+    "hooks": (
+        "errors",
+        "arguments",
+        "kernels",
+        "reports",
+        "model",
+        "sites",
+        "noise",
+        "collapse",
+        "measures",
+    ),
+    "qkvnorm_lens": (
+        "arguments",
+        "theory",
+        "models",
+        "training",
+        "text",
+        "tables",
+        "plots",
+        "page",
+        "experiments",
+        "cli",
+    ),
+    "qkvnorm_lens.plots": ("charts", "html"),
+    "qkvnorm_lens.experiments": ("core", "paper", "beyond", "related", "train", "curves"),
+}
 MOST_LINES = 500
 
 
@@ -39,15 +56,19 @@ KNOWN = {name for found in EVERY.values() for name in found}
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of ours that a file imports, wherever the statement stands."""
+    """Modules of ours that a file imports, wherever the statement stands; also in stubs."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    stub = path.with_suffix(".pyi")
+    source = path.read_text() + (stub.read_text() if stub.exists() else "")
+    here = ".".join(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: an import relative to a folder"
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (inner & KNOWN) or {str(node.module)}
+            assert node.level < 2, f"{path}: an import from the folder above"
+            module = f"{here}.{node.module}" if node.level else str(node.module)
+            inner = {f"{module}.{alias.name}" for alias in node.names}
+            found |= (inner & KNOWN) or {module}
     return {name for name in found if name in KNOWN}
 
 
@@ -63,17 +84,34 @@ def room(name: str) -> str:
 IMPORTS = {name: imported(p) for found in EVERY.values() for name, p in found.items()}
 
 
-def floor(name: str) -> int:
-    parts = name.split(".")
-    return len(FLOORS) if len(parts) == 1 else FLOORS.index(parts[1])
+def rooms() -> Iterator[tuple[str, str, int]]:
+    """A floor plan's package, a module in it, and the floor on which that stands."""
+    for package, floors in FLOORS.items():
+        for name in KNOWN:
+            if name.startswith(f"{package}."):
+                part = name.removeprefix(f"{package}.").split(".")[0]
+                yield package, name, floors.index(part) if part in floors else len(floors)
 
 
-@pytest.mark.parametrize("name", [n for n in IMPORTS if n.startswith("hooks")])
-def test_hooks_import_what_is_below(name: str) -> None:
+PLAN = {(package, name): floor for package, name, floor in rooms()}
+
+
+@pytest.mark.parametrize(("package", "name"), PLAN)
+def test_modules_import_what_is_below(package: str, name: str) -> None:
     for other in IMPORTS[name]:
-        assert other.startswith("hooks"), f"{name} imports {other}"
-        assert other != "hooks", f"{name} imports the package's own face"
-        assert floor(other) <= floor(name), f"{name} imports {other}, which stands above"
+        if package == "hooks":
+            assert other.startswith("hooks"), f"{name} imports {other}"
+            assert other != "hooks", f"{name} imports the package's own face"
+        if other == package or not other.startswith(f"{package}."):
+            continue
+        assert PLAN[package, other] <= PLAN[package, name], f"{name} imports {other}, from above"
+
+
+def test_every_part_has_a_floor() -> None:
+    """Of the two packages; in the others what has none stands on the top floor."""
+    for package in PACKAGES:
+        parts = {n.removeprefix(f"{package}.").split(".")[0] for n in EVERY[package]}
+        assert parts - {package, "__main__"} == set(FLOORS[package])
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))

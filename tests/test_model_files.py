@@ -14,8 +14,9 @@ import torch
 
 from qkvnorm_lens import load_model
 from qkvnorm_lens.models.bridge import from_pretrained, save_pretrained, to_bridge
+from qkvnorm_lens.models.cards import LoadError, write_card
 from qkvnorm_lens.models.config import named_config
-from qkvnorm_lens.models.loading import LoadError, find, write_card
+from qkvnorm_lens.models.loading import find
 from qkvnorm_lens.models.model import QKVNormTransformer
 from qkvnorm_lens.training.addition import build_tokenizer, trained_on
 from tests.support import mutations

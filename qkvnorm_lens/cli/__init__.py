@@ -1,5 +1,5 @@
 """The command line."""
 
-from qkvnorm_lens.cli.main import build_parser, main
+from qkvnorm_lens.cli.command import build_parser, main
 
 __all__ = ["build_parser", "main"]

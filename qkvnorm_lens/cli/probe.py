@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from qkvnorm_lens import tables, text
 from qkvnorm_lens.arguments import at_least, brief, count, directory, number, positive, some_path
 from qkvnorm_lens.models import DEFAULT, Source, find, load_model
-from qkvnorm_lens.training import adds_integers, trained_on
 
 if TYPE_CHECKING:
     from hooks import CollapseReport
@@ -309,6 +308,8 @@ def choose(args: argparse.Namespace, source: Source, model: Any, given: str | No
     Raises:
         ValueError: text that does not fit the model, or options that do not.
     """
+    from qkvnorm_lens.training import adds_integers, trained_on
+
     if not adds_integers(model):
         if args.split is not None:
             raise ValueError(f"--split: wanted an addition model; got {brief(args.model)}")

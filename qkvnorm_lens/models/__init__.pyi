@@ -19,6 +19,12 @@ from .bridge import (
     to_bridge as to_bridge,
     to_plain as to_plain,
 )
+from .cards import (
+    LoadError as LoadError,
+    read_card as read_card,
+    read_object as read_object,
+    write_card as write_card,
+)
 from .config import (
     ACTIVATIONS as ACTIVATIONS,
     ARCHITECTURE as ARCHITECTURE,
@@ -36,14 +42,9 @@ from .config import (
     named_config as named_config,
 )
 from .loading import (
-    LoadError as LoadError,
     Source as Source,
-    card_digest as card_digest,
     find as find,
     load_model as load_model,
-    read_card as read_card,
-    read_object as read_object,
-    write_card as write_card,
 )
 from .model import (
     Block as Block,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from safetensors.torch import load, save
+from torch import nn
 
 from hooks.reports import TensorFile, Unsound, with_words, write_whole
-from qkvnorm_lens.models.loading import LoadError, read_object
+from qkvnorm_lens.models.cards import LoadError, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,21 +103,24 @@ def made(path: Path, make: Callable[[], T]) -> T:
         raise LoadError(f"{path}: wanted what save_pretrained writes; got {said}") from error
 
 
-def check_fits(path: Path, config: QKVNormConfig, weights: Mapping[str, torch.Tensor]) -> None:
+def check_fits(
+    path: Path,
+    config: QKVNormConfig,
+    weights: Mapping[str, torch.Tensor],
+    kind: Callable[[QKVNormConfig], nn.Module],
+) -> None:
     """Refuse a configuration of a model far larger than its weights, before that model is made.
 
     Raises:
         LoadError: it is.
     """
-    from qkvnorm_lens.models.model import QKVNormTransformer
-
     layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
     if len(layers) != config.n_layers:  # modules cost memory without a weight too
         raise LoadError(
             f"{path}: wanted {config.n_layers} layers, as configured; got {len(layers)}"
         )
     with torch.device("meta"):
-        wanted = made(path.parent / CONFIG, lambda: QKVNormTransformer(config).state_dict())
+        wanted = made(path.parent / CONFIG, lambda: kind(config).state_dict())
     for name in sorted({*wanted, *weights}):
         if name not in weights or name not in wanted:
             got = "none" if name not in weights else "one that the configuration does not have"

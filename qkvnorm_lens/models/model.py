@@ -384,7 +384,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         config = files.made(
             folder / CONFIG, lambda: QKVNormConfig.from_json({**values, "init_weights": False})
         )
-        files.check_fits(folder / WEIGHTS, config, weights)
+        files.check_fits(folder / WEIGHTS, config, weights, cls)
         model = files.made(folder / CONFIG, lambda: cls(config))
         files.made(folder / WEIGHTS, lambda: model.load_state_dict(weights))
         model.cfg.init_weights = values.get("init_weights", True)  # it can make the start again

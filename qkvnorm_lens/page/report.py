@@ -19,14 +19,8 @@ from hooks.arguments import check_booleans, check_optional, check_path, check_te
 from qkvnorm_lens import __version__, tables
 from qkvnorm_lens.page import svg
 from qkvnorm_lens.page.template import environment, source as file_text
-from qkvnorm_lens.plots import (
-    SCALE,
-    check_report,
-    collapse_chart,
-    head_cells,
-    margins_chart,
-    name_of,
-)
+from qkvnorm_lens.plots import SCALE, collapse_chart, head_cells, margins_chart, name_of
+from qkvnorm_lens.plots.charts import check_report
 from qkvnorm_lens.plots.html import (
     LOADER,
     circuits,

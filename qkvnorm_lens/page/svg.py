@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from qkvnorm_lens.plots import Axis, Chart, HeadCells, Line, Number, ticks_between
+from qkvnorm_lens.plots import HeadCells
+from qkvnorm_lens.plots.charts import Axis, Chart, Line, Number, ticks_between
 
 if TYPE_CHECKING:
     from collections.abc import Callable

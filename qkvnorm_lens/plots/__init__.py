@@ -5,16 +5,21 @@ Nothing is shown and no global setting is read or changed: save a figure with
 ends with.
 """
 
-from qkvnorm_lens.plots.attention_views import SCALE, View, attention, attention_rows, fragile_text
-from qkvnorm_lens.plots.chart import Axis, Chart, Line, Number, check_report
+from qkvnorm_lens.plots.attention_views import (
+    SCALE as SCALE,
+    View,
+    attention,
+    attention_rows,
+    fragile_text,
+)
 from qkvnorm_lens.plots.collapse import (
-    collapse_chart,
+    collapse_chart as collapse_chart,
     collapse_curve,
-    margins_chart,
-    name_of,
+    margins_chart as margins_chart,
+    name_of as name_of,
     row_margins,
 )
-from qkvnorm_lens.plots.heads import HeadCells, head_cells, head_map
+from qkvnorm_lens.plots.heads import HeadCells as HeadCells, head_cells as head_cells, head_map
 from qkvnorm_lens.plots.measures import (
     accuracy_curve,
     rank_by_depth,
@@ -24,21 +29,8 @@ from qkvnorm_lens.plots.measures import (
     symmetry_by_depth,
     training_curves,
 )
-from qkvnorm_lens.plots.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    RUNS,
-    grid,
-    log_ticks,
-    new_figure,
-    plain,
-    ticks_between,
-)
 
 __all__ = [
-    # Figures.
     "collapse_curve",
     "head_map",
     "row_margins",
@@ -53,26 +45,4 @@ __all__ = [
     "spectrum_by_depth",
     "symmetry_by_depth",
     "training_curves",
-    # What other figures and pages are made of.
-    "SCALE",
-    "Axis",
-    "Chart",
-    "Line",
-    "Number",
-    "check_report",
-    "collapse_chart",
-    "margins_chart",
-    "name_of",
-    "HeadCells",
-    "head_cells",
-    "BLUE",
-    "GREEN",
-    "GREY",
-    "ORANGE",
-    "RUNS",
-    "grid",
-    "log_ticks",
-    "new_figure",
-    "plain",
-    "ticks_between",
 ]

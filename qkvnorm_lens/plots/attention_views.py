@@ -22,7 +22,15 @@ from hooks.arguments import (
     plain,
     read_list,
 )
-from qkvnorm_lens.plots.chart import axes_in, check_report
+from qkvnorm_lens.plots.charts import (
+    GREY,
+    ORANGE,
+    axes_in,
+    check_report,
+    new_figure,
+    printable,
+    top_figure,
+)
 from qkvnorm_lens.plots.collapse import name_of
 from qkvnorm_lens.plots.html import (
     LOADER,
@@ -37,7 +45,6 @@ from qkvnorm_lens.plots.html import (
     strip,
     visible,
 )
-from qkvnorm_lens.plots.style import GREY, ORANGE, new_figure, printable, top_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from hooks.arguments import check_booleans, check_choice
-from qkvnorm_lens.plots.chart import Axis, Backend, Chart, Line, Mark, check_backend, check_report
-from qkvnorm_lens.plots.drawing import draw
-from qkvnorm_lens.plots.style import BLUE, GREEN, GREY, ORANGE
+from qkvnorm_lens.plots.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Axis,
+    Backend,
+    Chart,
+    Line,
+    Mark,
+    check_backend,
+    check_report,
+    draw,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,7 +228,7 @@ def exact_line(report: CollapseReport) -> list[Line]:
 def _layer_lines(report: CollapseReport) -> list[Line]:
     from matplotlib.colors import Normalize, to_hex
 
-    from qkvnorm_lens.plots.matplotlib_backend import layer_colours
+    from qkvnorm_lens.plots.charts import layer_colours
 
     chosen = report.settings.layers
     colours = layer_colours()

@@ -10,9 +10,17 @@ import numpy as np
 import pandas as pd
 
 from hooks.arguments import check_integers
-from qkvnorm_lens.plots.chart import Backend, axes_in, check_backend, check_report
+from qkvnorm_lens.plots.charts import (
+    GREY,
+    Backend,
+    axes_in,
+    axes_of,
+    check_backend,
+    check_report,
+    log_ticks,
+    ticks_between,
+)
 from qkvnorm_lens.plots.collapse import title_of
-from qkvnorm_lens.plots.style import GREY, axes_of, log_ticks, ticks_between
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,7 +135,7 @@ def head_map(
 
 
 def _with_plotly(cells: HeadCells, size: tuple[float, float]) -> Any:
-    from qkvnorm_lens.plots.plotly_backend import graph_objects, lay_out
+    from qkvnorm_lens.plots.charts import graph_objects, lay_out
 
     go = graph_objects()
     values = cells.sigma

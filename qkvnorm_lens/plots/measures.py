@@ -11,7 +11,12 @@ import numpy as np
 import pandas as pd
 
 from hooks.arguments import brief, check_choice, check_path, naming
-from qkvnorm_lens.plots.chart import (
+from qkvnorm_lens.plots.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RUNS,
     Axis,
     Backend,
     Band,
@@ -21,12 +26,11 @@ from qkvnorm_lens.plots.chart import (
     axes_in,
     check_backend,
     check_report,
+    draw,
     named_reports,
     numbers,
 )
 from qkvnorm_lens.plots.collapse import SIGMA
-from qkvnorm_lens.plots.drawing import draw
-from qkvnorm_lens.plots.style import BLUE, GREEN, GREY, ORANGE, RUNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,23 +1,18 @@
 """Attention as a Markov chain over tokens: what a mask, a norm and a skip connection do to rank."""
 
 from qkvnorm_lens.theory.dynamics import (
-    FLOOR,
+    FLOOR as FLOOR,
     Dynamics,
     Fit,
-    Norm,
     Trajectory,
-    dobrushin,
     fit_decay,
     gaussian,
-    normalise,
     orthogonal,
     unit_tokens,
 )
-from qkvnorm_lens.theory.equilibria import HELD, Equilibrium, anchored, hold, two_tokens
+from qkvnorm_lens.theory.equilibria import Equilibrium, anchored, hold, two_tokens
 from qkvnorm_lens.theory.graphs import (
-    WIDEST,
     MaskGraph,
-    MaskLike,
     as_mask,
     causal_mask,
     complete_mask,
@@ -26,13 +21,8 @@ from qkvnorm_lens.theory.graphs import (
     window_mask,
 )
 from qkvnorm_lens.theory.markov import (
-    EPS,
-    VARIANCE,
-    AttentionKind,
-    Matrix,
     Recursion,
     Signal,
-    Stream,
     gradient_norms,
     propagate,
     random_markov,
@@ -42,33 +32,21 @@ from qkvnorm_lens.theory.markov import (
 )
 
 __all__ = [
-    "AttentionKind",
     "Dynamics",
-    "EPS",
     "Equilibrium",
-    "FLOOR",
     "Fit",
-    "HELD",
     "MaskGraph",
-    "MaskLike",
-    "Matrix",
-    "Norm",
     "Recursion",
     "Signal",
-    "Stream",
     "Trajectory",
-    "VARIANCE",
-    "WIDEST",
     "anchored",
     "as_mask",
     "causal_mask",
     "complete_mask",
-    "dobrushin",
     "fit_decay",
     "gaussian",
     "gradient_norms",
     "hold",
-    "normalise",
     "one_way_window_mask",
     "orthogonal",
     "propagate",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
-from qkvnorm_lens.plots import BLUE, GREEN, GREY, ORANGE, new_figure
+from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

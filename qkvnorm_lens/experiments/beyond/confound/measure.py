@@ -33,7 +33,7 @@ from qkvnorm_lens.experiments.core import (
     reading,
     trained,
 )
-from qkvnorm_lens.experiments.paper.accuracy import KINDS, measure as accuracies
+from qkvnorm_lens.experiments.paper.accuracy import KINDS, accuracies
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

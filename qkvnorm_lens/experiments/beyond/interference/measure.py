@@ -29,7 +29,7 @@ from qkvnorm_lens.experiments.core import (
     panels,
     reading,
 )
-from qkvnorm_lens.plots import GREY, RUNS, grid, plain
+from qkvnorm_lens.plots.charts import GREY, RUNS, grid, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

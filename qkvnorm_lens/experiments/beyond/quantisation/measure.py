@@ -228,7 +228,7 @@ def figure(table: pd.DataFrame) -> Figure:
 
 def _draw(ax: Axes, each: pd.DataFrame) -> None:
     """Points: the whole error; rings: the norm error alone, which lies near the diagonal."""
-    from qkvnorm_lens.plots import grid, plain
+    from qkvnorm_lens.plots.charts import grid, plain
 
     known = {"pre": "Pre-Norm", "qkv": "QKV-Norm", "none": "No-Norm", "": "language models"}
     for placement, name in known.items():

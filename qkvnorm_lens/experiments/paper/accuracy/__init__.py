@@ -1,3 +1,3 @@
-from qkvnorm_lens.experiments.paper.accuracy.measure import EXPERIMENT, KINDS, measure
+from qkvnorm_lens.experiments.paper.accuracy.measure import EXPERIMENT, KINDS, accuracies
 
-__all__ = ["EXPERIMENT", "KINDS", "measure"]
+__all__ = ["EXPERIMENT", "KINDS", "accuracies"]

@@ -37,7 +37,7 @@ PUBLISHED: Final = {
 }
 
 
-def measure(subject: Subject, sums: int) -> pd.DataFrame:
+def accuracies(subject: Subject, sums: int) -> pd.DataFrame:
     """Accuracy on freshly drawn sums of each kind, teacher forced."""
     from qkvnorm_lens.training import SPLITS, TEST_SEED, evaluate, tests_of
 
@@ -59,7 +59,7 @@ def measure(subject: Subject, sums: int) -> pd.DataFrame:
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
     sums = SUMS[size]
-    return [Part(s.name, partial(measure, s, sums), s, {"sums": sums}) for s in subjects]
+    return [Part(s.name, partial(accuracies, s, sums), s, {"sums": sums}) for s in subjects]
 
 
 def over_seeds(table: pd.DataFrame, group: str, kind: str, column: str = "per_token") -> Mean:

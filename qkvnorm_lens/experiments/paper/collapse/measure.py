@@ -28,7 +28,7 @@ from qkvnorm_lens.experiments.core import (
     panels,
     reading,
 )
-from qkvnorm_lens.plots import log_ticks, plain
+from qkvnorm_lens.plots.charts import log_ticks, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -48,7 +48,7 @@ from qkvnorm_lens.experiments.paper.noise.rows import (
     main_targets,
     telling,
 )
-from qkvnorm_lens.plots import RUNS, grid, log_ticks
+from qkvnorm_lens.plots.charts import RUNS, grid, log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

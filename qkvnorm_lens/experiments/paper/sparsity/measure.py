@@ -228,7 +228,7 @@ def _peak(bins: pd.DataFrame) -> float:
 
 def figure(table: pd.DataFrame) -> Figure:
     """Above: histograms of row maxima; below: attention of the head with most sparse rows."""
-    from qkvnorm_lens.plots import new_figure
+    from qkvnorm_lens.plots.charts import new_figure
 
     bins = table[table["what"] == "histogram"]
     kinds = _kinds_of_models(bins)
@@ -266,7 +266,7 @@ def _kinds_of_models(bins: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _draw_histograms(ax: Axes, bins: pd.DataFrame) -> None:
     """Share of rows by maximum; a group's models added up, sinks of language models apart."""
-    from qkvnorm_lens.plots import BLUE, ORANGE, grid, plain
+    from qkvnorm_lens.plots.charts import BLUE, ORANGE, grid, plain
 
     for group, mine in by_group(bins):
         apart = is_language(mine)

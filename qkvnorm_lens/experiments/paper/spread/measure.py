@@ -101,7 +101,7 @@ def _draw_group(ax: Axes, mine: pd.DataFrame) -> None:
     """Layers as broad bars, heads as thin ones beside each other, the first token as a cross."""
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
-    from qkvnorm_lens.plots import grid, plain
+    from qkvnorm_lens.plots.charts import grid, plain
 
     colour = COLOURS[placement_of(mine)]
     layers, heads = _of(mine, "stream", "layer"), _of(mine, "stream", "head")
@@ -142,7 +142,7 @@ def _draw_group(ax: Axes, mine: pd.DataFrame) -> None:
 
 def _draw_bands(ax: Axes, named: list[tuple[str, pd.DataFrame]]) -> None:
     """Half-width of the band of each group, for embeddings, keys and values."""
-    from qkvnorm_lens.plots import grid
+    from qkvnorm_lens.plots.charts import grid
 
     for row, (_, mine) in enumerate(named):
         for i, of in enumerate(VECTORS):

@@ -27,7 +27,7 @@ from qkvnorm_lens.experiments.core import (
     Subject,
     panels,
 )
-from qkvnorm_lens.plots import GREY, grid, plain
+from qkvnorm_lens.plots.charts import GREY, grid, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

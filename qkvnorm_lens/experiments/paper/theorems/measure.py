@@ -18,7 +18,7 @@ from qkvnorm_lens.experiments.core import (
     Subject,
     panels,
 )
-from qkvnorm_lens.plots import BLUE, GREEN, GREY, ORANGE, RUNS, grid, plain
+from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, RUNS, grid, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -31,8 +31,8 @@ from qkvnorm_lens.experiments.core import (
     reading,
     trained,
 )
-from qkvnorm_lens.experiments.paper.accuracy import KINDS, measure as accuracies
-from qkvnorm_lens.plots import BLUE, GREY, ORANGE, grid, log_ticks
+from qkvnorm_lens.experiments.paper.accuracy import KINDS, accuracies
+from qkvnorm_lens.plots.charts import BLUE, GREY, ORANGE, grid, log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

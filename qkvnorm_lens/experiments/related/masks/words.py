@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import Claim, Mean, markdown, mean, panels
-from qkvnorm_lens.plots import GREY, RUNS, grid
+from qkvnorm_lens.plots.charts import GREY, RUNS, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -31,7 +31,7 @@ from qkvnorm_lens.experiments.core import (
     panels,
     trained,
 )
-from qkvnorm_lens.plots import GREY, RUNS, grid
+from qkvnorm_lens.plots.charts import GREY, RUNS, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

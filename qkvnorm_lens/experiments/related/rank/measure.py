@@ -188,7 +188,7 @@ def _draw(ax: Axes, table: pd.DataFrame, measure: str) -> None:
     """Means over seeds: lines, dashed at random start; each seed's end as a dot."""
     from matplotlib.ticker import MaxNLocator
 
-    from qkvnorm_lens.plots import GREY, RUNS, grid
+    from qkvnorm_lens.plots.charts import GREY, RUNS, grid
 
     others = iter((RUNS[6], *RUNS[3:6], GREY))
     for group, mine in by_group(table):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import groups, panels
-from qkvnorm_lens.plots import BLUE, GREEN, GREY, ORANGE, RUNS, grid, log_ticks, plain
+from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, RUNS, grid, log_ticks, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

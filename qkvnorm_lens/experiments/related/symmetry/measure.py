@@ -28,7 +28,7 @@ from qkvnorm_lens.experiments.core import (
     panels,
     reading,
 )
-from qkvnorm_lens.plots import BLUE, GREEN, GREY, ORANGE, grid
+from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qkvnorm_lens.plots.chart import Backend, Chart, Number, axes_in, check_backend
+from qkvnorm_lens.plots.charts.chart import Backend, Chart, Number, axes_in, check_backend
 
 
 def draw(
@@ -29,11 +29,11 @@ def draw(
     """
     check_backend(backend, ax)
     if backend == "plotly":
-        from qkvnorm_lens.plots.plotly_backend import draw_charts
+        from qkvnorm_lens.plots.charts.plotly_backend import draw_charts
 
         return draw_charts(charts, size, together=together)
-    from qkvnorm_lens.plots.matplotlib_backend import draw_chart
-    from qkvnorm_lens.plots.style import new_figure, top_figure
+    from qkvnorm_lens.plots.charts.matplotlib_backend import draw_chart
+    from qkvnorm_lens.plots.charts.style import new_figure, top_figure
 
     if ax is None:
         figure = new_figure(size)

@@ -38,7 +38,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        from qkvnorm_lens.plots.figure import Figure
+        from qkvnorm_lens.plots.charts.figure import Figure
     except ImportError as error:
         raise ImportError(
             "figures want matplotlib, which is not installed: pip install 'qkvnorm-lens[plots]'"

@@ -1,6 +1,6 @@
 """Draw the training curves of the shipped models, with one command.
 
-    python -m qkvnorm_lens.training.checkpoints.curves --out docs/figures/training.png
+    python -m qkvnorm_lens.experiments.curves --out docs/figures/training.png
 
 Reads the logs that come with them; names pick some, in their order.
 """
@@ -17,7 +17,7 @@ from qkvnorm_lens.plots import training_curves
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the figure, in the form that the file's name asks for."""
-    parser = argparse.ArgumentParser(prog="python -m qkvnorm_lens.training.checkpoints.curves")
+    parser = argparse.ArgumentParser(prog="python -m qkvnorm_lens.experiments.curves")
     parser.add_argument("names", nargs="*", metavar="NAME", help="shipped models [all]")
     parser.add_argument("--out", type=Path, required=True, help="a .png, .svg or .pdf")
     options = parser.parse_args(arguments)

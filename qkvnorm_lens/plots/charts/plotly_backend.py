@@ -7,8 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from qkvnorm_lens.plots.chart import Axis, Band, Chart, Line
-from qkvnorm_lens.plots.style import GREY, GRID, INK, PUBLISHED, PUBLISHED_LABEL, ticks_between
+from qkvnorm_lens.plots.charts.chart import Axis, Band, Chart, Line
+from qkvnorm_lens.plots.charts.style import (
+    GREY,
+    GRID,
+    INK,
+    PUBLISHED,
+    PUBLISHED_LABEL,
+    ticks_between,
+)
 
 _DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
 _PIXELS = 110  # to an inch

@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkvnorm_lens.plots.chart import Axis, Chart, Line, Number
-from qkvnorm_lens.plots.style import GREY, INK, PUBLISHED, PUBLISHED_LABEL, grid, log_ticks, plain
+from qkvnorm_lens.plots.charts.chart import Axis, Chart, Line, Number
+from qkvnorm_lens.plots.charts.style import (
+    GREY,
+    INK,
+    PUBLISHED,
+    PUBLISHED_LABEL,
+    grid,
+    log_ticks,
+    plain,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,68 @@
+"""What a figure shows, apart from how it is drawn; and two libraries that draw it."""
+
+from qkvnorm_lens.plots.charts.chart import (
+    Axis,
+    Backend,
+    Band,
+    Bars,
+    Chart,
+    Line,
+    Mark,
+    Number,
+    axes_in,
+    check_backend,
+    check_report,
+    named_reports,
+    numbers,
+)
+from qkvnorm_lens.plots.charts.drawing import draw
+from qkvnorm_lens.plots.charts.matplotlib_backend import layer_colours
+from qkvnorm_lens.plots.charts.plotly_backend import graph_objects, lay_out
+from qkvnorm_lens.plots.charts.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RUNS,
+    axes_of,
+    grid,
+    log_ticks,
+    new_figure,
+    plain,
+    printable,
+    ticks_between,
+    top_figure,
+)
+
+__all__ = [
+    "Axis",
+    "BLUE",
+    "Backend",
+    "Band",
+    "Bars",
+    "Chart",
+    "GREEN",
+    "GREY",
+    "Line",
+    "Mark",
+    "Number",
+    "ORANGE",
+    "RUNS",
+    "axes_in",
+    "axes_of",
+    "check_backend",
+    "check_report",
+    "draw",
+    "graph_objects",
+    "grid",
+    "lay_out",
+    "layer_colours",
+    "log_ticks",
+    "named_reports",
+    "new_figure",
+    "numbers",
+    "plain",
+    "printable",
+    "ticks_between",
+    "top_figure",
+]
