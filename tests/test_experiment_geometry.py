@@ -18,7 +18,10 @@ import hooks
 from hooks import UnsupportedModelError
 from hooks.model.encoding import encode
 from hooks.sites.watch import observe
-from qkvnorm_lens.experiments.beyond.quantisation import measure as quantisation
+from qkvnorm_lens.experiments.beyond.quantisation import (
+    measure as quantisation,
+    words as quantisation_words,
+)
 from qkvnorm_lens.experiments.beyond.quantisation.errors import (
     CacheErrors,
     cache_hooks,
@@ -32,8 +35,8 @@ from qkvnorm_lens.experiments.core import base as _base, running as _run
 from qkvnorm_lens.experiments.core.base import Subject
 from qkvnorm_lens.experiments.core.read import UNSCORED, Amount, Reading, reading
 from qkvnorm_lens.experiments.core.subjects import find_subjects
-from qkvnorm_lens.experiments.paper.sparsity import measure as sparsity
-from qkvnorm_lens.experiments.paper.spread import measure as spread
+from qkvnorm_lens.experiments.paper.sparsity import measure as sparsity, words as sparsity_words
+from qkvnorm_lens.experiments.paper.spread import measure as spread, words as spread_words
 from tests import models
 from tests.watching import one_thread, tiny_gemma2
 
@@ -427,7 +430,7 @@ def test_maxima_are_those_of_the_patterns(model: Any, reads: Any) -> None:
         got = bins[bins["kind"] == kind]["rows"].to_numpy()
         assert got.sum() == counts[i].sum()
         assert np.abs(got - counts[i]).sum() <= 2  # a maximum on an edge of a bin may round
-    share = sparsity.shares(table).iloc[0]
+    share = sparsity_words.shares(table).iloc[0]
     assert share["sparse"] == pytest.approx(heads["sparse"].sum() / (8 * 3 * 16))
     assert share["sinks"] == pytest.approx(counts[1].sum() / counts.sum())
 
@@ -456,8 +459,8 @@ def test_the_peak_is_a_ratio_of_densities(top: int, beside: int) -> None:
     low = np.arange(sparsity.BINS) / sparsity.BINS
     rows = np.where(low >= 0.98, top, np.where(low >= 0.80, beside, 77))
     bins = pd.DataFrame({"low": low, "rows": rows})
-    assert sparsity._peak(bins) == pytest.approx(top / beside)
-    assert sparsity._peak(bins.sample(frac=1, random_state=0)) == pytest.approx(top / beside)
+    assert sparsity_words._peak(bins) == pytest.approx(top / beside)
+    assert sparsity_words._peak(bins.sample(frac=1, random_state=0)) == pytest.approx(top / beside)
 
 
 # -- the experiments as such --------------------------------------------------------------------
@@ -551,10 +554,10 @@ def test_whether_qkv_norm_is_wider_is_decided_over_seeds(
     (subject,) = find_subjects(["addition-pre"])
     table = spread.measure(subject, Amount(sums=8, windows=1))
     table = seeds(table, "band", {"pre": pre, "qkv": qkv})
-    (claim,) = [c for c in spread.claims(table) if "against" in c.what]
+    (claim,) = [c for c in spread_words.claims(table) if "against" in c.what]
     assert claim.same == verdict
     assert "3 seeds each" in claim.ours
-    text = spread.text(table)
+    text = spread_words.text(table)
     said = {"yes": "QKV-Norm is wider;", "no": "narrower;", "not decided": "not decided;"}
     assert said[verdict] in text
 
@@ -567,9 +570,9 @@ def test_heads_that_stand_a_format_are_named() -> None:
             "moved_share": [0.0, 0.041, 0.01],
         }
     )
-    assert quantisation._stand(own) == "2 of 3; not L0H1 (4.1%)"
-    assert quantisation._stand(own.iloc[[0, 2]]) == "2 of 2"
-    assert quantisation._stand(own.iloc[:0]) == "no head with enough sparse rows"
+    assert quantisation_words._stand(own) == "2 of 3; not L0H1 (4.1%)"
+    assert quantisation_words._stand(own.iloc[[0, 2]]) == "2 of 2"
+    assert quantisation_words._stand(own.iloc[:0]) == "no head with enough sparse rows"
 
 
 def test_sums_are_read_with_their_answers() -> None:

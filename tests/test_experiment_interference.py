@@ -12,7 +12,12 @@ import pandas as pd
 import pytest
 
 import hooks
-from qkvnorm_lens.experiments.beyond.interference import measure as experiment
+from qkvnorm_lens.experiments.beyond.interference import (
+    EXPERIMENT as EXPERIMENT,
+    figure as experiment_figure,
+    measure as experiment,
+    words as experiment_words,
+)
 from qkvnorm_lens.experiments.core import base as _base, running as _run
 from qkvnorm_lens.experiments.core.read import Amount, reading
 from qkvnorm_lens.experiments.core.subjects import find_subjects
@@ -79,20 +84,20 @@ def test_a_model_without_such_a_norm_is_named_and_not_dropped(table: pd.DataFram
     row = table[table["model"] == "addition-qkv"]
     assert len(row) == 1
     assert "none before q and k" in row["reason"].iloc[0]
-    assert "Not measured: addition-qkv (layer 0" in experiment.text(table)
-    alone = experiment.text(row)
+    assert "Not measured: addition-qkv (layer 0" in experiment_words.text(table)
+    alone = experiment_words.text(row)
     assert alone.startswith("Not measured: addition-qkv")
-    assert experiment.claims(row) == []
-    assert experiment.figure(row).axes
+    assert experiment_words.claims(row) == []
+    assert experiment_figure.figure(row).axes
 
 
 def test_words_and_figure_read_nothing_but_the_table(table: pd.DataFrame, tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text(table.to_csv(index=False))
     back = _run.read_table(tmp_path)
-    assert experiment.text(back) == experiment.text(table)
-    assert experiment.claims(back) == experiment.claims(table)
-    assert len(experiment.figure(back).axes) == 3
-    experiment.figure(back).savefig(io.BytesIO(), format="png")
+    assert experiment_words.text(back) == experiment_words.text(table)
+    assert experiment_words.claims(back) == experiment_words.claims(table)
+    assert len(experiment_figure.figure(back).axes) == 3
+    experiment_figure.figure(back).savefig(io.BytesIO(), format="png")
 
 
 def test_the_constant_changes_nothing_without_biases(table: pd.DataFrame) -> None:
@@ -100,7 +105,7 @@ def test_the_constant_changes_nothing_without_biases(table: pd.DataFrame) -> Non
     heads = mine[mine["by"] == "head"].groupby(["layer", "head"])["moved"]
     assert heads.nunique().max() == 1
     assert len(mine["constant"].unique()) == 5
-    assert "(0.25 to 4 times the median) changes no count" in experiment.text(table)
+    assert "(0.25 to 4 times the median) changes no count" in experiment_words.text(table)
 
 
 @pytest.mark.parametrize(
@@ -116,20 +121,20 @@ def test_the_verdict_follows_the_interval_over_seeds(
 ) -> None:
     table = three_seeds(moved, predicted)
     gaps = np.subtract(moved, predicted)
-    found = experiment.excess(experiment.of(table, "model"))
+    found = experiment_words.excess(experiment.of(table, "model"))
     assert found.value == pytest.approx(gaps.mean())
     assert found.half == pytest.approx(4.302653 * gaps.std(ddof=1) / math.sqrt(3), rel=1e-5)
-    assert says in experiment.text(table)
-    claims = experiment.claims(table)
+    assert says in experiment_words.text(table)
+    claims = experiment_words.claims(table)
     assert len(claims) == 2
     assert all(claim.same == "-" for claim in claims)
     assert f"{100 * np.mean(moved):.2f}" in claims[0].ours
-    experiment.figure(table).savefig(io.BytesIO(), format="png")
+    experiment_figure.figure(table).savefig(io.BytesIO(), format="png")
 
 
 def test_parts_name_what_they_depend_on() -> None:
     parts = experiment.parts((PRE, QKV), "smoke")
     assert [p.key for p in parts] == ["addition-pre", "addition-qkv"]
     assert parts[0].settings["sums"] == 16
-    assert experiment.EXPERIMENT.name == "interference"
-    assert set(experiment.EXPERIMENT.minutes) == {"smoke", "quick", "full"}
+    assert EXPERIMENT.name == "interference"
+    assert set(EXPERIMENT.minutes) == {"smoke", "quick", "full"}

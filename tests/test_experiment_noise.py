@@ -16,7 +16,12 @@ from qkvnorm_lens.experiments.core import base as _base
 from qkvnorm_lens.experiments.core.base import Subject
 from qkvnorm_lens.experiments.core.running import read_table, run_experiment
 from qkvnorm_lens.experiments.core.subjects import find_subjects
-from qkvnorm_lens.experiments.paper.noise import measure as noise
+from qkvnorm_lens.experiments.paper.noise import (
+    EXPERIMENT as NOISE,
+    figure as noise_figure,
+    measure as noise,
+    words as noise_words,
+)
 from qkvnorm_lens.training.addition import PAD, draw
 from qkvnorm_lens.training.trainer import evaluate
 from tests import models
@@ -39,9 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(noise.SCALES, "smoke", SMALL)
         with shape_checks_off():
-            outcome = run_experiment(
-                noise.EXPERIMENT, [PRE, QKV], out, size="smoke", progress=False
-            )
+            outcome = run_experiment(NOISE, [PRE, QKV], out, size="smoke", progress=False)
     return outcome.folder
 
 
@@ -135,9 +138,9 @@ def test_language_models(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table[table["sigma"] == 0]
     np.testing.assert_allclose(rows["loss"], float(loss), rtol=1e-5)
     assert (noisy["kl"] > 0.1).all()
-    assert "Next-token loss" in noise.text(table)
-    assert noise.claims(table) == []
-    assert len(noise.figure(table).axes) == 2
+    assert "Next-token loss" in noise_words.text(table)
+    assert noise_words.claims(table) == []
+    assert len(noise_figure.figure(table).axes) == 2
 
 
 # -- reading a table ------------------------------------------------------------------------
@@ -226,7 +229,7 @@ def whole(placement: str, every: list[float], sparse: list[float], other: list[f
 
 def test_claims_follow_the_table() -> None:
     def same(table: pd.DataFrame) -> list[str]:
-        return [claim.same for claim in noise.claims(table)]
+        return [claim.same for claim in noise_words.claims(table)]
 
     assert same(whole("pre", [1, 0.8, 0.2], [1, 1, 0.99], [1, 0.9, 0.3])) == ["yes", "yes"]
     assert same(whole("pre", [1, 0.99, 0.9], [1, 0.9, 0.3], [1, 1, 0.99])) == ["no", "no"]
@@ -234,7 +237,7 @@ def test_claims_follow_the_table() -> None:
     assert same(whole("pre", [1, 0.99, 0.9], level, level)) == ["no", "not decided"]
     assert same(whole("qkv", [1, 0.9, 0.3], level, level)) == ["in part"]
     assert same(whole("qkv", [1, 0.99, 0.98], level, level)) == ["yes"]
-    assert noise.claims(whole("none", [1, 0.9, 0.3], level, level)) == []
+    assert noise_words.claims(whole("none", [1, 0.9, 0.3], level, level)) == []
 
 
 def test_rows_are_compared_where_noise_on_all_of_them_tells() -> None:
@@ -250,9 +253,9 @@ def test_rows_are_compared_where_noise_on_all_of_them_tells() -> None:
 
 
 def test_words_and_figure_come_from_the_table(folder: Path, table: pd.DataFrame) -> None:
-    text = noise.text(table)
+    text = noise_words.text(table)
     assert text.rstrip() == (folder / "text.md").read_text().rstrip()
     for row in ("| addition-pre | 1 | with ] |", "| addition-qkv | 1 | without ] |"):
         assert row in text
     assert "Before the norm on q, k and v (noise removed there)" in text
-    assert len(noise.figure(table).axes) == 4
+    assert len(noise_figure.figure(table).axes) == 4

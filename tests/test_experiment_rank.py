@@ -18,8 +18,13 @@ from qkvnorm_lens.experiments.core.base import Subject
 from qkvnorm_lens.experiments.core.digest import digest_of
 from qkvnorm_lens.experiments.core.read import Amount, Reading, reading
 from qkvnorm_lens.experiments.core.subjects import find_subjects
-from qkvnorm_lens.experiments.related.masks import measure as masks, words
-from qkvnorm_lens.experiments.related.rank import measure as rank
+from qkvnorm_lens.experiments.related.masks import EXPERIMENT as MASKS, measure as masks, words
+from qkvnorm_lens.experiments.related.rank import (
+    EXPERIMENT as RANK,
+    figure as rank_figure,
+    measure as rank,
+    words as rank_words,
+)
 from qkvnorm_lens.models.bridge import from_pretrained
 from tests import models
 from tests.watching import one_thread
@@ -44,7 +49,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> _run.Outcome:
     patch.setitem(masks.SCALES, "smoke", masks.Scale((1, 2), 24, 40))
     out = tmp_path_factory.mktemp("masks")
     try:
-        return _run.run_experiment(masks.EXPERIMENT, [], out, size="smoke", progress=False)
+        return _run.run_experiment(MASKS, [], out, size="smoke", progress=False)
     finally:
         patch.undo()
 
@@ -180,18 +185,18 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_on_our_models_is_read_back_and_says_the_same(tmp_path: Path) -> None:
     names = ["addition-pre", "study-pre-1", "study-pre-2", "study-qkv-1", "study-qkv-2"]
     subjects = find_subjects(names)
-    outcome = _run.run_experiment(rank.EXPERIMENT, subjects, tmp_path, size="smoke", progress=False)
+    outcome = _run.run_experiment(RANK, subjects, tmp_path, size="smoke", progress=False)
     assert list(outcome.table.columns[:4]) == ["model", "group", "placement", "seed"]
     assert set(outcome.table["state"]) == set(rank.STATES)
     back = _run.read_table(outcome.folder)
-    assert rank.text(back) == outcome.text
-    assert rank.claims(back) == rank.claims(outcome.table) == []
+    assert rank_words.text(back) == outcome.text
+    assert rank_words.claims(back) == rank_words.claims(outcome.table) == []
     # One pair of placements, two measures, two states.
     assert "These are 4 comparisons at 95% each" in outcome.text
     assert "(Bonferroni, 98.75%)" in outcome.text
     assert "Pre-Norm minus QKV-Norm (study models, trained, 2 and 2 seeds)" in outcome.text
     assert "nan" not in outcome.text
-    rank.figure(back)
+    rank_figure.figure(back)
 
 
 @pytest.mark.usefixtures("little")
@@ -202,12 +207,12 @@ def test_a_model_without_a_directory_has_no_start_and_it_says_so(
     monkeypatch.setattr(Subject, "load", lambda self: model)
     monkeypatch.setattr(rank, "reading", lambda subject, amount: Reading(ids, ids))
     nobody = Subject("tiny", "language", None, "", "tiny", None, "0")
-    outcome = _run.run_experiment(rank.EXPERIMENT, [nobody], tmp_path, size="smoke", progress=False)
+    outcome = _run.run_experiment(RANK, [nobody], tmp_path, size="smoke", progress=False)
     back = _run.read_table(outcome.folder)
-    assert rank.text(back) == outcome.text
+    assert rank_words.text(back) == outcome.text
     assert rank.NOT_BUILT in outcome.text
-    assert [c.same for c in rank.claims(back)] == ["-"]
-    rank.figure(back)
+    assert [c.same for c in rank_words.claims(back)] == ["-"]
+    rank_figure.figure(back)
 
 
 def test_a_language_models_start_has_its_configuration(tmp_path: Path) -> None:

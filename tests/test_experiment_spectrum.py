@@ -19,8 +19,16 @@ from torch import Tensor
 from qkvnorm_lens.experiments import train
 from qkvnorm_lens.experiments.core import base as _base, running as _run
 from qkvnorm_lens.experiments.core.subjects import find_subjects
-from qkvnorm_lens.experiments.related.centring import measure as centring
-from qkvnorm_lens.experiments.related.spectrum import measure as spectrum, words
+from qkvnorm_lens.experiments.related.centring import (
+    EXPERIMENT as CENTRING,
+    measure as centring,
+    words as centring_words,
+)
+from qkvnorm_lens.experiments.related.spectrum import (
+    EXPERIMENT as SPECTRUM,
+    measure as spectrum,
+    words,
+)
 from qkvnorm_lens.theory.markov import (
     VARIANCE,
     Recursion,
@@ -283,7 +291,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with one_thread():
         subjects = find_subjects(["study-pre-1", "study-qkv-1"])
         out = tmp_path_factory.mktemp("spectrum")
-        return _run.run_experiment(spectrum.EXPERIMENT, subjects, out, size="smoke", progress=False)
+        return _run.run_experiment(SPECTRUM, subjects, out, size="smoke", progress=False)
 
 
 def test_it_reads_the_same_from_disk(outcome: Any) -> None:
@@ -461,9 +469,7 @@ def write_log(path: Path, losses: list[float]) -> None:
 
 
 def test_it_reads_the_logs(folder: Path, tmp_path: Path) -> None:
-    out = _run.run_experiment(
-        centring.EXPERIMENT, (), tmp_path / "out", size="smoke", progress=False
-    )
+    out = _run.run_experiment(CENTRING, (), tmp_path / "out", size="smoke", progress=False)
     table = out.table
     assert list(table["model"].unique()) == ["confound-pre-1", "centred-pre-1"]
     curve = table[(table["what"] == "curve") & (table["fix"] == 1)]
@@ -473,12 +479,12 @@ def test_it_reads_the_logs(folder: Path, tmp_path: Path) -> None:
     assert found.value == pytest.approx(-0.5)
     assert found.n == 1
     assert "final loss -0.500" in out.text
-    assert centring.claims(table)[0].same == "not decided"  # one seed decides nothing
+    assert centring_words.claims(table)[0].same == "not decided"  # one seed decides nothing
     # The same weights twice: what is measured on the models does not differ.
     for quantity in (*centring.SPECTRUM, "accuracy, in distribution"):
         assert centring.gain(table, "pre", quantity).value == pytest.approx(0)
     again = _run.read_table(out.folder)
-    assert centring.text(again) == out.text
+    assert centring_words.text(again) == out.text
 
 
 @given(
@@ -499,7 +505,7 @@ def test_differences_are_taken_within_a_seed(shift: list[float], gain: float) ->
     found = centring.gain(table, "pre", centring.FINAL)
     assert found.value == pytest.approx(gain + 0.001)
     assert found.n == 3
-    assert {c.same for c in centring.claims(table)} == {"yes" if gain < 0 else "no"}
+    assert {c.same for c in centring_words.claims(table)} == {"yes" if gain < 0 else "no"}
 
 
 def test_missing_runs_are_named_with_their_command(folder: Path) -> None:

@@ -11,7 +11,12 @@ import pandas as pd
 import pytest
 
 from qkvnorm_lens.experiments.core.running import read_table, run_experiment
-from qkvnorm_lens.experiments.paper.stability import measure as stability
+from qkvnorm_lens.experiments.paper.stability import (
+    EXPERIMENT as STABILITY,
+    figure as stability_figure,
+    measure as stability,
+    words as stability_words,
+)
 from tests.watching import one_thread, shape_checks_off
 
 KNOWN = 2.0
@@ -117,7 +122,7 @@ def test_least_failing_rate() -> None:
             ("none", 32, 1e-1, 2): 2.0,
         }
     )
-    rates = {p: stability.least_failing(table, p, 32) for p in ("pre", "qkv", "none")}
+    rates = {p: stability_words.least_failing(table, p, 32) for p in ("pre", "qkv", "none")}
     assert rates == {"pre": 1e-2, "qkv": math.inf, "none": 1e-2}
 
 
@@ -130,7 +135,7 @@ def test_where_neither_fails_they_do_not_fail_at_the_same_rate() -> None:
             for p, loss in zip(("pre", "qkv"), both, strict=True)
         }
     )
-    found = stability._compared(table, stability.least_failing)
+    found = stability_words._compared(table, stability_words.least_failing)
     assert found == {"lower": [64], "same": [128], "higher": [], "neither": [32]}
 
 
@@ -146,8 +151,8 @@ def test_half_gain_is_interpolated_in_the_logarithm() -> None:
             ("qkv", 32, 1e-1, 2): math.nan,
         }
     )
-    assert stability.half_gain(table, "pre", 32) == [pytest.approx(1e-2)]
-    first, second = stability.half_gain(table, "qkv", 32)
+    assert stability_words.half_gain(table, "pre", 32) == [pytest.approx(1e-2)]
+    first, second = stability_words.half_gain(table, "qkv", 32)
     assert first == math.inf
     assert 1e-3 < second < 1e-2  # a loss that is no number counts as twice the known one
 
@@ -166,13 +171,16 @@ def test_claims_follow_the_table() -> None:
         return made(grid)
 
     def same(pre: float, qkv: float) -> list[str]:
-        return [c.same for c in stability.claims(losses(pre, qkv))]
+        return [c.same for c in stability_words.claims(losses(pre, qkv))]
 
     assert same(1e-2, 1e-1) == ["no", "yes", "yes"]
     assert same(1e-1, 1e-2) == ["no", "no", "no"]
     assert same(1e-1, 1e-1) == ["no", "not decided", "not decided"]
     assert same(1e-3, 1e-1)[:2] == ["yes", "yes"]
-    assert "at lower rates than QKV-Norm at width 32, 64" in stability.text(losses(1e-2, 1e-1))
+    text = stability_words.text(losses(1e-2, 1e-1))
+    assert "at lower rates than QKV-Norm at width 32, 64" in text
+        losses(1e-2, 1e-1)
+    )
 
 
 @shape_checks_off()
@@ -180,13 +188,13 @@ def test_a_whole_run_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Monk
     """Table, figure and words from what was trained; a second time nothing is."""
     scale = stability.Scale((32,), (1e-3, 1.0), ("pre", "qkv"), (1,), 20)
     monkeypatch.setitem(stability.SCALES, "smoke", scale)
-    outcome = run_experiment(stability.EXPERIMENT, [], tmp_path, size="smoke", progress=False)
+    outcome = run_experiment(STABILITY, [], tmp_path, size="smoke", progress=False)
     table = read_table(outcome.folder)
     pd.testing.assert_frame_equal(table, outcome.table, check_exact=True, check_dtype=False)
     assert len(table) == 4
     assert (table["loss"] >= table["lowest"]).all()
-    assert stability.text(table) == outcome.text
-    assert len(stability.figure(table).axes) == 1
+    assert stability_words.text(table) == outcome.text
+    assert len(stability_figure.figure(table).axes) == 1
     monkeypatch.setattr(stability, "train_and_see", None)
-    again = run_experiment(stability.EXPERIMENT, [], tmp_path, size="smoke", progress=False)
+    again = run_experiment(STABILITY, [], tmp_path, size="smoke", progress=False)
     pd.testing.assert_frame_equal(again.table, outcome.table, check_exact=True)

@@ -15,8 +15,18 @@ from qkvnorm_lens.experiments.core.base import Subject
 from qkvnorm_lens.experiments.core.read import Amount
 from qkvnorm_lens.experiments.core.running import read_table, run_experiment
 from qkvnorm_lens.experiments.core.subjects import find_subjects
-from qkvnorm_lens.experiments.related.positions import measure as positions
-from qkvnorm_lens.experiments.related.symmetry import measure as symmetry
+from qkvnorm_lens.experiments.related.positions import (
+    EXPERIMENT as POSITIONS,
+    figure as positions_figure,
+    measure as positions,
+    words as positions_words,
+)
+from qkvnorm_lens.experiments.related.symmetry import (
+    EXPERIMENT as SYMMETRY,
+    figure as symmetry_figure,
+    measure as symmetry,
+    words as symmetry_words,
+)
 from qkvnorm_lens.training.addition import VOCAB
 from tests.watching import one_thread, shape_checks_off
 
@@ -51,24 +61,24 @@ def test_a_whole_run_and_its_table(
 ) -> None:
     """Random models do what must be; the words say no more than the table."""
     monkeypatch.setitem(symmetry.SCALES, "smoke", TINY)
-    outcome = run_experiment(symmetry.EXPERIMENT, [subject], tmp_path, size="smoke", progress=False)
+    outcome = run_experiment(SYMMETRY, [subject], tmp_path, size="smoke", progress=False)
     table = read_table(outcome.folder)
     pd.testing.assert_frame_equal(table, outcome.table, check_exact=True, check_dtype=False)
-    assert symmetry.text(table) == outcome.text
-    assert len(symmetry.figure(table).axes) == 4
+    assert symmetry_words.text(table) == outcome.text
+    assert len(symmetry_figure.figure(table).axes) == 4
     for n in symmetry.LAYERS:
         causal = symmetry.constructed(table, layers=n, variant="as is")
         free = symmetry.constructed(table, layers=n, variant="mask removed")
         assert len(causal) == len(free) == 6  # placements, with and without skips
         assert (causal["vanishes"] == int(n == 1)).all()
         assert (free["vanishes"] == 1).all()
-    same = {c.what: c.same for c in symmetry.claims(table)}
+    same = {c.what: c.same for c in symmetry_words.claims(table)}
     assert same["without positions and mask, the next token does not know the order"] == "yes"
     assert same["the causal mask breaks the symmetry"] == "in part"  # not in one layer
     mine = symmetry.trained(table)
     assert set(mine["variant"]) == set(symmetry.VARIANTS)
     assert (mine["positions"] == "removable").all()
-    assert symmetry.deepest(table) == "addition-pre"
+    assert symmetry_figure.deepest(table) == "addition-pre"
     assert "could not be removed" not in outcome.text
 
 
@@ -92,7 +102,7 @@ def cells(**changes: int) -> pd.DataFrame:
 
 def test_claims_follow_the_table() -> None:
     def same(**changes: int) -> list[str]:
-        return [c.same for c in symmetry.claims(cells(**changes))]
+        return [c.same for c in symmetry_words.claims(cells(**changes))]
 
     assert same() == ["yes", "in part", "yes", "yes"]  # no trained model, no claim about one
     assert same(l4_free_both=0)[0] == "no"
@@ -122,23 +132,23 @@ def near(shares: dict[str, list[float]]) -> pd.DataFrame:
 def test_every_group_of_models_is_said_and_judged() -> None:
     """None stands for the others; trained models are judged apart from random ones."""
     table = near({"one-none": [0.65], "two-pre": [0.49, 0.52], "three-qkv": [0.43]})
-    text = symmetry.text(table)
+    text = symmetry_words.text(table)
     assert "| one-none | 61% | 65% |" in text
     assert "| two-pre | 61/61% | 49/52% |" in text
     assert "| three-qkv | 61% | 43% |" in text
     assert "more than half in 2 of 4 models (43% to 65%)" in text
-    claims = {c.what: c for c in symmetry.claims(table)}
+    claims = {c.what: c for c in symmetry_words.claims(table)}
     (trained,) = (c for what, c in claims.items() if "trained" in what)
     assert "one-none 65%, two-pre 49/52%, three-qkv 43%" in trained.ours
     assert trained.same == "in part"
-    ax = symmetry.figure(table).axes[3]
+    ax = symmetry_figure.figure(table).axes[3]
     names = [tick.get_text() for tick in ax.get_yticklabels()]
     assert names[:3] == ["one-none", "two-pre", "three-qkv"]
     squares = [line for line in ax.lines if line.get_marker() == "s"]
     drawn = sorted(float(x) for line in squares for x in np.asarray(line.get_xdata()))
     assert drawn == pytest.approx([43, 49, 52, 65])
     for shares, same in (([0.6, 0.7], "yes"), ([0.4, 0.5], "no")):
-        (claim,) = (c for c in symmetry.claims(near({"a": shares})) if "trained" in c.what)
+        (claim,) = (c for c in symmetry_words.claims(near({"a": shares})) if "trained" in c.what)
         assert claim.same == same
 
 
@@ -146,7 +156,7 @@ def test_random_models_with_and_without_skips_are_said_apart() -> None:
     table = cells()
     rows = (table["by"] == "layer") & (table["variant"] == "as is") & (table["skip"] == "none")
     table.loc[rows, "nearer"] = 0.9
-    lines = symmetry.text(table).splitlines()
+    lines = symmetry_words.text(table).splitlines()
     assert any(x.startswith("- skip connections: 60% of pairs") for x in lines)
     assert any(x.startswith("- no skip connections: 90% of pairs") for x in lines)
 
@@ -155,12 +165,12 @@ def test_undecided_is_neither_a_gap_nor_none() -> None:
     table = cells()
     rows = (table["by"] == "variant") & (table["variant"] == "mask removed")
     table.loc[rows & (table["layers"] == 4), "vanishes"] = math.nan
-    (claim, *_) = symmetry.claims(table)
+    (claim, *_) = symmetry_words.claims(table)
     assert claim.same == "not decided"
     assert claim.ours == "no gap in 4 of 6 models, a gap in 0"
     table = near({"a": [0.5]})
     table.loc[(table["group"] == "a") & (table["by"] == "variant"), "vanishes"] = math.nan
-    assert "| a | 1 | 0.300 ? | 0.300 ? |" in symmetry.text(table)
+    assert "| a | 1 | 0.300 ? | 0.300 ? |" in symmetry_words.text(table)
 
 
 # -- positions --------------------------------------------------------------------------------
@@ -234,12 +244,12 @@ def test_the_verdict_on_skip_connections(
     exact: dict[str, list[float]], blind: str, same: str
 ) -> None:
     table = made(exact, blind=blind)
-    assert {c.what: c.same for c in positions.claims(table)}[
+    assert {c.what: c.same for c in positions_words.claims(table)}[
         "skip connections carry the order"
     ] == (same)
-    text = positions.text(table)
+    text = positions_words.text(table)
     assert "no definitive evidence" in text
-    assert len(positions.figure(table).axes) == 4
+    assert len(positions_figure.figure(table).axes) == 4
     if len(exact["nope"]) > 1 and "nope-no-skip" in exact:
         assert "with skip connections minus without any: " in text
 
@@ -247,7 +257,7 @@ def test_the_verdict_on_skip_connections(
 def test_runs_that_never_get_there_are_counted() -> None:
     table = made({"nope": GOOD})
     table.loc[(table["quantity"] == "steps to 0.1 nats") & (table["seed"] == 2), "value"] = math.inf
-    assert "never in 1 of 3" in positions.text(table)
+    assert "never in 1 of 3" in positions_words.text(table)
 
 
 def test_without_trained_models_the_command_is_named(
@@ -255,7 +265,7 @@ def test_without_trained_models_the_command_is_named(
 ) -> None:
     monkeypatch.setattr(positions, "trained", lambda prefix: {})
     with pytest.raises(ValueError, match=r"python -m qkvnorm_lens\.experiments\.train"):
-        run_experiment(positions.EXPERIMENT, [], tmp_path, size="smoke", progress=False)
+        run_experiment(POSITIONS, [], tmp_path, size="smoke", progress=False)
 
 
 def test_questions_and_swapped_operands() -> None:
@@ -277,9 +287,9 @@ def test_questions_and_swapped_operands() -> None:
 @shape_checks_off()
 def test_a_run_on_trained_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(positions.SUMS, "smoke", 100)
-    outcome = run_experiment(positions.EXPERIMENT, [], tmp_path, size="smoke", progress=False)
+    outcome = run_experiment(POSITIONS, [], tmp_path, size="smoke", progress=False)
     table = read_table(outcome.folder)
-    assert positions.text(table) == outcome.text
+    assert positions_words.text(table) == outcome.text
     rotary = table[table["group"] == "order-rotary"].set_index("quantity")["value"]
     assert rotary["exact"] > 0.9
     assert rotary["tv, both removed"] < 1e-4  # nothing is left that knows the order

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from qkvnorm_lens.experiments.core.running import read_table, run_experiment
-from qkvnorm_lens.experiments.paper.theorems import heads, measure as theorems, parts
+from qkvnorm_lens.experiments.paper.theorems import (
+    EXPERIMENT as THEOREMS,
+    figure as theorems_figure,
+    heads,
+    measure as theorems,
+    parts,
+    words as theorems_words,
+)
 from tests.watching import one_thread, shape_checks_off
 
 DRAWS = theorems.SCALES["smoke"].draws
@@ -29,7 +36,7 @@ def _one_thread() -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("theorems")
     with shape_checks_off():
-        return run_experiment(theorems.EXPERIMENT, [], out, size="smoke", progress=False).folder
+        return run_experiment(THEOREMS, [], out, size="smoke", progress=False).folder
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +191,10 @@ def test_bisect() -> None:
 
 
 def test_words_and_claims_come_from_the_table(folder: Path, table: pd.DataFrame) -> None:
-    assert theorems.text(table).rstrip() == (folder / "text.md").read_text().rstrip()
-    assert {c.same for c in theorems.claims(table)} == {"yes"}
+    assert theorems_words.text(table).rstrip() == (folder / "text.md").read_text().rstrip()
+    assert {c.same for c in theorems_words.claims(table)} == {"yes"}
     wrong = table.copy()  # a block that interferes, keys that query noise moves
     wrong.loc[wrong["series"] == "query noise", "value"] = 1.0
     wrong.loc[wrong["placement"] == "qkv", "value"] += 0.5
-    assert [c.same for c in theorems.claims(wrong)].count("no") >= 4
-    assert len(theorems.figure(table).axes) == 9
+    assert [c.same for c in theorems_words.claims(wrong)].count("no") >= 4
+    assert len(theorems_figure.figure(table).axes) == 9

@@ -26,8 +26,12 @@ from qkvnorm_lens.experiments.beyond.gauge import measure as gauge
 from qkvnorm_lens.experiments.core import base as _base, running as _run, stats as _stats
 from qkvnorm_lens.experiments.core.base import Claim, Experiment, Part, Subject
 from qkvnorm_lens.experiments.core.subjects import default_subjects, find_subjects
-from qkvnorm_lens.experiments.paper.accuracy import measure as accuracy
-from qkvnorm_lens.experiments.paper.collapse import measure as collapse
+from qkvnorm_lens.experiments.paper.accuracy import EXPERIMENT as ACCURACY, measure as accuracy
+from qkvnorm_lens.experiments.paper.collapse import (
+    EXPERIMENT as COLLAPSE,
+    measure as collapse,
+    words as collapse_words,
+)
 from qkvnorm_lens.training.addition import get_split
 from tests import models
 from tests.watching import one_thread, shape_checks_off
@@ -164,7 +168,7 @@ def test_two_parts_of_one_key_are_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_adds_nothing_is_refused_where_sums_are_wanted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="accuracy: wanted a model that adds integers; got"):
-        _run.run_experiment(accuracy.EXPERIMENT, [NOBODY], tmp_path, progress=False)
+        _run.run_experiment(ACCURACY, [NOBODY], tmp_path, progress=False)
 
 
 # -- means and intervals --------------------------------------------------------------------
@@ -272,13 +276,13 @@ def test_a_wrong_curve_would_be_seen() -> None:
     """The check that exact and sampled agree finds a curve that is off by a tenth."""
     (subject,) = find_subjects(["addition-pre"])
     table = collapse.measure(subject, "quick")
-    z = collapse.disagreement(table)
+    z = collapse_words.disagreement(table)
     assert len(z) == 16
     assert float(z["z"].abs().max()) < 4.5
     wrong = table.copy()
     exact = (wrong["quantity"] == "loose") & (wrong["layer"] == -1)
     wrong.loc[exact, "value"] *= 1.1
-    assert float(collapse.disagreement(wrong)["z"].abs().max()) > 4.5
+    assert float(collapse_words.disagreement(wrong)["z"].abs().max()) > 4.5
 
 
 # -- gauge ----------------------------------------------------------------------------------
@@ -380,8 +384,8 @@ def test_a_number_of_the_results_is_made_again() -> None:
     """One model's accuracies and collapse curve, computed anew, are those of the table."""
     (subject,) = find_subjects(["study-pre-1"])
     for experiment, columns, tolerance in (
-        (accuracy.EXPERIMENT, ["kind"], 2e-4),
-        (collapse.EXPERIMENT, ["quantity", "layer", "sigma"], 1e-5),
+        (ACCURACY, ["kind"], 2e-4),
+        (COLLAPSE, ["quantity", "layer", "sigma"], 1e-5),
     ):
         held = _run.read_table(RESULTS / "addition" / experiment.name)
         mine = held[held["model"] == subject.name].reset_index(drop=True)
@@ -399,7 +403,7 @@ def test_exact_and_sampled_agree_in_every_committed_curve() -> None:
     found = [path for path in _finished() if path.name == "collapse"]
     assert found
     for folder in found:
-        z = collapse.disagreement(_run.read_table(folder))["z"].abs()
+        z = collapse_words.disagreement(_run.read_table(folder))["z"].abs()
         assert float(z.max()) < 4.5, folder
         assert float((z > 2).mean()) < 0.2, folder
 
@@ -450,4 +454,4 @@ def test_all_on_a_foreign_model_names_what_it_leaves_out(tmp_path: Path) -> None
     rest = set(experiments.NAMES) - names
     own = {"stability", "theorems", "confound", "masks", "centring", "positions"}
     assert rest == {"accuracy"} | own
-    assert _run.fitting(accuracy.EXPERIMENT, [NOBODY]) == ()
+    assert _run.fitting(ACCURACY, [NOBODY]) == ()

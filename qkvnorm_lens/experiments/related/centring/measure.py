@@ -1,42 +1,25 @@
-"""Training with the spectral gap and without it (Naderi et al. 2024): the same run twice.
-
-Each seed of the small model is trained with A and with A - U, from the same weights on the same
-sums; everything else is equal, which is checked. Pre-Norm, and No-Norm, where nothing else holds
-the lengths of vectors.
-"""
+"""What is measured: a table for each part."""
 
 from __future__ import annotations
 
 import json
-import math
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
-import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
     AMOUNT,
-    PLACEMENT_NAMES,
-    Claim,
-    Experiment,
     Mean,
     Part,
     Size,
     Subject,
-    markdown,
     mean,
-    panels,
     reading,
     trained,
 )
-from qkvnorm_lens.experiments.paper.accuracy import KINDS, accuracies
-from qkvnorm_lens.plots.charts import BLUE, GREY, ORANGE, grid, log_ticks
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from qkvnorm_lens.experiments.paper.accuracy import accuracies
 
 SUMS: Final[dict[Size, int]] = {"smoke": 200, "quick": 2_000, "full": 20_000}
 PAIRS: Final = {"pre": ("confound-pre", "centred-pre")}
@@ -143,146 +126,3 @@ def gain(table: pd.DataFrame, placement: str, quantity: str) -> Mean:
 
 def _placements(table: pd.DataFrame) -> list[str]:
     return [p for p in PAIRS if p in set(table["placement"])]
-
-
-# -- figure ---------------------------------------------------------------------------------
-
-
-def figure(table: pd.DataFrame) -> Figure:
-    """Training loss with and without the fix; differences in accuracy, seed by seed."""
-    placements = _placements(table)
-    fig, axes = panels(1, len(placements) + 1, width=3.4, height=3.1)
-    for ax, placement in zip(axes, placements, strict=False):
-        _curves(ax, table, placement)
-    axes[0].set_ylabel("training loss (nats per token)")
-    axes[0].legend(fontsize=8, frameon=False)
-    _differences(axes[-1], table, placements)
-    for ax in axes:
-        grid(ax)
-    return fig
-
-
-def _curves(ax: Axes, table: pd.DataFrame, placement: str) -> None:
-    curves = table[(table["placement"] == placement) & (table["what"] == "curve")]
-    for fix, colour, name in ((0, BLUE, "A"), (1, ORANGE, "A - U (the fix)")):
-        mine = curves[curves["fix"] == fix]
-        for _, seed in mine.groupby("seed"):
-            ax.plot(seed["step"], seed["value"], color=colour, linewidth=0.6, alpha=0.5)
-        by = mine.groupby("step")["value"].mean()
-        ax.plot(by.index, by, color=colour, linewidth=1.8, label=name)
-    ax.set_yscale("log")
-    log_ticks(ax.yaxis)
-    ax.set_xlabel("step")
-    ax.set_title(PLACEMENT_NAMES[placement], fontsize=10)
-
-
-def _differences(ax: Axes, table: pd.DataFrame, placements: list[str]) -> None:
-    for i, placement in enumerate(placements):
-        marker = "os"[i % 2]
-        at = np.arange(len(KINDS)) + 0.24 * (i - (len(placements) - 1) / 2)
-        for x, kind in zip(at, KINDS, strict=True):
-            quantity = f"accuracy, {kind}"
-            found = gain(table, placement, quantity)
-            ax.errorbar(
-                x,
-                100 * found.value,
-                yerr=100 * np.nan_to_num(found.half),
-                fmt=marker,
-                color="k",
-                capsize=3,
-                label=PLACEMENT_NAMES[placement] if kind == KINDS[0] else None,
-            )
-            change = values(table, placement, 1, quantity) - values(table, placement, 0, quantity)
-            ax.plot([x + 0.08] * len(change), 100 * change, ".", color=GREY)
-    ax.axhline(0, color=GREY, linewidth=0.9)
-    ax.set_xticks(range(len(KINDS)), [k.replace(" ", "\n", 1) for k in KINDS], fontsize=8)
-    ax.set_ylabel("accuracy, fix minus none (points)")
-    ax.set_title("what the fix changes", fontsize=10)
-    ax.legend(fontsize=8, frameon=False)
-
-
-# -- words ----------------------------------------------------------------------------------
-
-
-def text(table: pd.DataFrame) -> str:
-    """Runs with and without the fix, and the differences seed by seed."""
-    head = ["", "fix", "seeds", FINAL, WHOLE, *KINDS, "gap", "stable rank of A", "A - U: s1"]
-    body = []
-    for placement in _placements(table):
-        for fix in (0, 1):
-            of = {
-                q: mean(values(table, placement, fix, q).tolist())
-                for q in (FINAL, WHOLE, *SPECTRUM, *(f"accuracy, {k}" for k in KINDS))
-            }
-            body.append(
-                [
-                    PLACEMENT_NAMES[placement],
-                    "A - U" if fix else "none",
-                    str(of[FINAL].n),
-                    *(_plain(of[q]) for q in (FINAL, WHOLE)),
-                    *(of[f"accuracy, {kind}"].percent() for kind in KINDS),
-                    *(f"{of[q].value:.2f}" for q in SPECTRUM),
-                ]
-            )
-    steps = int(table["step"].max())
-    lines = [
-        markdown(head, body),
-        "",
-        f"{steps:,} steps each; losses in nats per scored token (final: over the last {LAST} "
-        "entries of the log; mean: over the whole run); accuracy in percent; gap s1 - s2, stable "
-        "rank |A|_F²/s1² and s1 of A - U: of the trained patterns A, also where values are "
-        "averaged with A - U. 95% intervals over seeds.",
-    ]
-    for placement in _placements(table):
-        lines += [
-            f"- {PLACEMENT_NAMES[placement]}, fix minus none, seed by seed: final loss "
-            f"{_plain(gain(table, placement, FINAL))}, mean loss "
-            f"{_plain(gain(table, placement, WHOLE))}, accuracy "
-            + ", ".join(
-                f"{kind} {gain(table, placement, f'accuracy, {kind}').percent()}" for kind in KINDS
-            )
-            + " points."
-        ]
-    return "\n".join(lines)
-
-
-def _plain(m: Mean) -> str:
-    return f"{m.value:.3f}" if math.isnan(m.half) else f"{m.value:.3f} ± {m.half:.3f}"
-
-
-def claims(table: pd.DataFrame) -> list[Claim]:
-    """Does training gain from the fix?"""
-    out = []
-    for placement in _placements(table):
-        found = {q: gain(table, placement, q) for q in (FINAL, WHOLE)}
-        better = [m.excludes_zero and m.value < 0 for m in found.values()]
-        worse = [m.excludes_zero and m.value > 0 for m in found.values()]
-        same: Any = "not decided"
-        if any(better) or any(worse):
-            same = "in part" if any(better) and any(worse) else "yes" if any(better) else "no"
-        n = found[FINAL].n
-        out.append(
-            Claim(
-                f"training gains from the fix ({PLACEMENT_NAMES[placement]})",
-                "lower loss, faster (reviewers questioned it)",
-                "; ".join(f"{q} {_plain(m)}" for q, m in found.items())
-                + f" (fix minus none, {n} seed{'s' * (n != 1)})",
-                same,
-                "a causal model of 2 layers with skip connections, on sums of some 12 tokens: the "
-                "paper's gap is that of long, unmasked sequences",
-            )
-        )
-    return out
-
-
-EXPERIMENT: Final = Experiment(
-    name="centring",
-    title="Training with and without the spectral gap",
-    source="Naderi et al. 2024 (arXiv 2410.07799)",
-    models="none",
-    minutes={"smoke": 0.1, "quick": 0.3, "full": 2.5},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
-)

@@ -1,8 +1,4 @@
-"""Rank collapse of attention alone: masks, temperature, norm; equilibria (Wu et al. 2024).
-
-Random tokens of length 1 run through layers of attention with fresh random queries and keys, in
-float64; everything is drawn from fixed seeds.
-"""
+"""What is measured: a table for each part."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Experiment, Part, Size, Subject
+from qkvnorm_lens.experiments.core import Part, Size, Subject
 from qkvnorm_lens.experiments.related.masks.words import (
     EVEN_MOST,
     FEW,
@@ -26,9 +22,6 @@ from qkvnorm_lens.experiments.related.masks.words import (
     WITHOUT_CENTRE,
     D,
     N,
-    claims,
-    figure,
-    text,
 )
 
 if TYPE_CHECKING:
@@ -262,16 +255,3 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
         work = partial(measure, setting, masks, scale)
         out.append(Part(f"decay-{i}", work, None, {**settings, "setting": setting, "masks": masks}))
     return [*out, Part("equilibria", partial(held, scale), None, {"layers": scale.held})]
-
-
-EXPERIMENT: Final = Experiment(
-    name="masks",
-    title="Rank collapse of attention alone, by mask, temperature and norm",
-    source="Wu et al. 2024",
-    models="none",
-    minutes={"smoke": 0.1, "quick": 0.3, "full": 1.3},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
-)

@@ -1,3 +1,30 @@
-from qkvnorm_lens.experiments.related.positions.measure import EXPERIMENT
+"""Three-digit addition without positional encoding, with and without skip connections.
+
+Zuo & Guerzhoy 2024 (arXiv 2402.05969): a causal mask alone lets a transformer see order. Do skip
+connections carry it? Small models, several seeds, trained on sums of two positive integers of three
+digits: with rotary positions, without positions, and without positions and skip connections of
+attention alone, or of attention and feed-forward. What they learned, how fast, and whether the
+trained models see the order of a question's tokens.
+"""
+
+from typing import Final
+
+from qkvnorm_lens.experiments.core import Experiment
+from qkvnorm_lens.experiments.related.positions.figure import figure
+from qkvnorm_lens.experiments.related.positions.measure import parts
+from qkvnorm_lens.experiments.related.positions.words import claims, text
 
 __all__ = ["EXPERIMENT"]
+
+EXPERIMENT: Final = Experiment(
+    name="positions",
+    title="Three-digit addition without positions, with and without skip connections",
+    source="Zuo & Guerzhoy 2024, arXiv 2402.05969",
+    models="none",
+    minutes={"smoke": 0.1, "quick": 0.4, "full": 2.0},
+    version=2,
+    parts=parts,
+    figure=figure,
+    text=text,
+    claims=claims,
+)

@@ -1,8 +1,4 @@
-"""The spectral gap of attention, what it does to rank and gradients, and the fix (Naderi et al.).
-
-Constructed networks first: random Markov matrices and softmax of random keys and queries. Then the
-models, trained and at their random start, with and without their mask.
-"""
+"""What is measured: a table for each part."""
 
 from __future__ import annotations
 
@@ -16,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Amount, Experiment, Part, Size, Subject, reading
-from qkvnorm_lens.experiments.related.spectrum.figure import figure
-from qkvnorm_lens.experiments.related.spectrum.words import DEEP, claims, text
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading
+from qkvnorm_lens.experiments.related.spectrum.words import DEEP
 
 if TYPE_CHECKING:
     import torch
@@ -236,17 +231,3 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
         for s in subjects
     ]
     return made
-
-
-EXPERIMENT: Final = Experiment(
-    name="spectrum",
-    title="The spectral gap of attention, rank in width and depth, gradients, and the fix",
-    source="Naderi et al. 2024 (arXiv 2410.07799)",
-    models="any",
-    minutes={"smoke": 0.1, "quick": 0.4, "full": 2.0},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
-    version=2,
-)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian, jvp
 
-from qkvnorm_lens.experiments.paper.theorems.heads import (
+from qkvnorm_lens.experiments.paper.theorems.constructions import (
     DIM,
     F64,
     Seen,

@@ -1,0 +1,52 @@
+"""The experiment's figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from qkvnorm_lens.experiments.core import (
+    COLOURS,
+    groups,
+    mean,
+    panels,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+from qkvnorm_lens.experiments.beyond.confound.measure import CELLS, of
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """Cells against share of sparse rows and accuracy; dots: seeds, bars: 95% intervals."""
+    fig, axes = panels(1, 3, width=4.4, height=3.6)
+    names = groups(table)
+    ticks = [CELLS.get(name, name) for name in names]
+    shown = (
+        ("sparse share", "rows with a weight ≥ 0.95 (%)"),
+        ("accuracy, in distribution", "accuracy in distribution (%)"),
+        ("accuracy, extrapolation", "accuracy in extrapolation (%)"),
+    )
+    for ax, (quantity, title) in zip(axes, shown, strict=True):
+        for x, group in enumerate(names):
+            seeds = of(table, group, quantity)
+            m = mean(seeds)
+            placement = table[table["group"] == group]["placement"].iloc[0]
+            ax.errorbar(
+                x,
+                100 * m.value,
+                yerr=100 * np.nan_to_num(m.half),
+                fmt="o",
+                color=COLOURS[placement],
+                capsize=3,
+            )
+            ax.plot([x + 0.15] * len(seeds), [100 * s for s in seeds], ".", color="grey")
+        ax.set_xticks(range(len(names)), ticks, fontsize=7)
+        ax.set_title(title, fontsize=10)
+        ax.grid(visible=True, axis="y", linewidth=0.5, alpha=0.6)
+        low, high = ax.get_ylim()  # an interval of few seeds may reach beyond what a share can be
+        ax.set_ylim(max(low, 0), min(high, 100))
+    axes[0].set_ylim(bottom=0)
+    return fig

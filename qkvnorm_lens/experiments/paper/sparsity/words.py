@@ -1,0 +1,151 @@
+"""What the experiment found, in words and as claims."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from qkvnorm_lens.experiments.core import (
+    PLACEMENT_NAMES,
+    Claim,
+    by_group,
+    group_mean,
+    markdown,
+    placement_of,
+    study_difference,
+)
+from qkvnorm_lens.experiments.paper.sparsity.measure import BINS
+
+SHARP: Final = 3.0
+
+
+TOP, BESIDE = 0.98, 0.80  # a peak: maxima from 0.98 on, against those from 0.80 to 0.98
+
+
+def shares(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per model: shares of its rows, and how high the peak at 1 is.
+
+    Columns ``sparse``, ``non_sparse``: of all rows; ``sinks``: rows whose maximum is the first
+    token; ``sinks_of_sparse``: of the sparse ones; ``sparse_content``: sparse rows among those
+    whose maximum is another token; ``peak``: density of maxima from 0.98 on over that from 0.80 to
+    0.98, all rows; ``peak_content``: the same without sinks.
+    """
+    heads, bins = (table[table["what"] == what] for what in ("head", "histogram"))
+    out = []
+    for name, mine in heads.groupby("model", sort=False):
+        count = mine.groupby("kind")[["rows", "sparse", "non_sparse"]].sum()
+        rows, sparse = count["rows"], count["sparse"]
+        own = bins[bins["model"] == name]
+        out.append(
+            {
+                **{c: mine[c].iloc[0] for c in ("model", "group", "placement", "seed")},
+                "rows": int(rows.sum()),
+                "sparse": sparse.sum() / rows.sum(),
+                "non_sparse": count["non_sparse"].sum() / rows.sum(),
+                "sinks": rows["sink"] / rows.sum(),
+                "sinks_of_sparse": sparse["sink"] / sparse.sum() if sparse.sum() else np.nan,
+                "sparse_content": sparse["content"] / rows["content"]
+                if rows["content"]
+                else np.nan,
+                "peak": _peak(own),
+                "peak_content": _peak(own[own["kind"] == "content"]),
+            }
+        )
+    return pd.DataFrame(out)
+
+
+def _peak(bins: pd.DataFrame) -> float:
+    low = (bins["low"] + 0.5 / BINS).to_numpy()
+    rows = bins["rows"].to_numpy(dtype=float)
+    top = float(rows[low > TOP].sum()) / (1 - TOP)
+    beside = float(rows[(low > BESIDE) & (low < TOP)].sum()) / (TOP - BESIDE)
+    if not beside:
+        return np.inf if top else np.nan
+    return top / beside
+
+
+def text(table: pd.DataFrame) -> str:
+    """Shares of sparse and non-sparse rows by group, sinks apart, and the peak at 1."""
+    models = shares(table)
+    head = [
+        "models",
+        "seeds",
+        "max ≥ 0.95",
+        "max < 0.70",
+        "on the first token",
+        "of the sparse",
+        "max ≥ 0.95, first token apart",
+        "peak",
+        "peak, first token apart",
+    ]
+    percents = ("sparse", "non_sparse", "sinks", "sinks_of_sparse", "sparse_content")
+    rows = []
+    for group, mine in by_group(models):
+        cells = [group_mean(mine, column).percent() for column in percents]
+        peaks = [_number(mine, column) for column in ("peak", "peak_content")]
+        rows.append([group, str(len(mine)), *cells, *peaks])
+    lines = [
+        markdown(head, rows),
+        "",
+        "Shares of attention rows in percent, rows with one visible key left out, with 95% "
+        "intervals over seeds. On the first token: rows whose maximum is the first token (`[` in "
+        "addition, the attention sink in language models); then the same among the sparse rows; "
+        f"then sparse rows among all others. Peak: density of maxima from {TOP} on over that from "
+        f"{BESIDE} to {TOP}.",
+        "",
+    ]
+    for column, what in (("sparse", "sparse rows"), ("sparse_content", "the same, sinks apart")):
+        gap = study_difference(models, column)
+        if gap is not None:
+            lines.append(
+                f"Pre-Norm minus QKV-Norm (study models), {what}: {gap.percent()} points "
+                f"({gap.n} seeds each)."
+            )
+    lines.append(
+        "Published: Pre-Norm has a sharp peak at 1, QKV-Norm none; there the scores of both are "
+        "scaled to a standard deviation of 0.1 at the start, here by 1/sqrt(d_head) (see the "
+        "experiment `confound`)."
+    )
+    shown = table[(table["what"] == "map") & (table["rank"] == 0)]
+    named = [f"{group} {mine['label'].iloc[0]}" for group, mine in by_group(shown)]
+    lines.append(f"Shown as maps, the heads with most sparse rows: {', '.join(named)}.")
+    return "\n".join(lines)
+
+
+def _number(mine: pd.DataFrame, column: str) -> str:
+    found = group_mean(mine, column)
+    if np.isnan(found.value):
+        return "none"
+    return f"{found.value:.1f}" + ("" if np.isnan(found.half) else f" ± {found.half:.1f}")
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """Is there a peak at 1, under Pre-Norm and under QKV-Norm?"""
+    models = shares(table)
+    out = []
+    for group, mine in by_group(models):
+        placement = placement_of(mine)
+        if placement not in ("pre", "qkv"):
+            continue
+        peak, sparse = group_mean(mine, "peak"), group_mean(mine, "sparse")
+        half = np.nan_to_num(peak.half, nan=np.inf)  # one seed decides nothing
+        decided = peak.value - half > SHARP or peak.value + half < SHARP
+        sharp = peak.value > SHARP
+        same: Any = "yes" if sharp == (placement == "pre") else "no"
+        out.append(
+            Claim(
+                f"row maxima, {PLACEMENT_NAMES[placement]} ({group})",
+                {"pre": "a sharp peak at 1", "qkv": "no peak at 1"}[placement] + " (Fig. 25-27)",
+                f"{'a sharp' if sharp else 'no sharp'} peak: maxima from {TOP} on are "
+                f"{_number(mine, 'peak')} times as dense as those from {BESIDE} to {TOP}; "
+                f"{sparse.percent()}% of the rows are sparse ({peak.n} "
+                f"seed{'s' * (peak.n != 1)})",
+                same if decided else "not decided",
+                "scores scaled by 1/sqrt(d_head); the paper's start at a standard deviation of "
+                "0.1, from which a QKV-Norm head can hardly reach a maximum of 0.95; sharp: more "
+                f"than {SHARP:g} times",
+            )
+        )
+    return out

@@ -1,0 +1,239 @@
+"""What the experiment found, in words and as claims."""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+import pandas as pd
+
+from qkvnorm_lens.experiments.core import (
+    Claim,
+    Mean,
+    difference,
+    groups,
+    markdown,
+    mean,
+)
+from qkvnorm_lens.experiments.related.positions.measure import (
+    GAPS,
+    LEAST,
+    LOSSES,
+    SHARES,
+    _cell,
+    of,
+)
+
+
+def _steps(values: list[float]) -> str:
+    """A mean with its interval, or how many got there."""
+    reached = [v for v in values if math.isfinite(v)]
+    if not values:
+        return "-"
+    if len(reached) < len(values):
+        return f"never in {len(values) - len(reached)} of {len(values)}"
+    m = mean(reached)
+    return f"{m.value:.0f}" + ("" if math.isnan(m.half) else f" ± {m.half:.0f}")
+
+
+def text(table: pd.DataFrame) -> str:
+    """What was learned, how fast, what the trained models see of order, and the differences."""
+    head = ["model", "seeds", "per token (%)", "without `]`", "exact (%)"]
+    head += [f"steps to {x:g} nats" for x in LOSSES]
+    head += [f"TV, {name}" for name, _ in GAPS.values()]
+    rows = []
+    for group in groups(table):
+        gaps = [of(table, group, quantity) for quantity in GAPS]
+        rows.append(
+            [
+                _cell(group),
+                str(len(of(table, group, "exact"))),
+                mean(of(table, group, "per token")).percent(),
+                mean(of(table, group, "per token without ]")).percent(),
+                mean(of(table, group, "exact")).percent(),
+                *(_steps(of(table, group, f"steps to {x:g} nats")) for x in LOSSES),
+                *(f"{mean(g).value:.2g}" if g else "-" for g in gaps),
+            ]
+        )
+    last = int(table[table["quantity"] == "loss"]["at"].max())
+    between = of(table, groups(table)[0], "steps between measurements")[0]
+    lines = [
+        markdown(head, rows),
+        "",
+        f"Sums of two positive integers of three digits, Pre-Norm, {last:,} steps of 128 sums; "
+        "± half a 95% interval over seeds. Steps: until the loss, a mean over the steps between "
+        "two rows of the log, is so low. TV: total variation of the first answer digit's "
+        "distribution when the question's tokens between `[` and `=` are permuted, or the two "
+        "integers swapped, which leaves the answer as it is.",
+        "",
+        f"Tokens right, as measured every {between:.0f} steps: {_shares(table)}",
+        "",
+        *_differences(table),
+        *_order_words(table),
+    ]
+    return "\n".join(lines)
+
+
+def _shares(table: pd.DataFrame) -> str:
+    out = []
+    for group in groups(table):
+        said = []
+        for share in SHARES:
+            first = of(table, group, f"measured {share:.0%} of tokens")
+            got = [v for v in first if math.isfinite(v)]
+            if len(got) < len(first):
+                said.append(f"{share:.0%} in {len(got)} of {len(first)} runs")
+            else:
+                said.append(f"{share:.0%} by step {max(got):.0f}")
+        out.append(f"{_cell(group)}: {', '.join(said)}")
+    return "; ".join(out) + "."
+
+
+PAIRS: Final = (
+    ("order-rotary", "order-nope", "rotary positions minus none"),
+    ("order-nope", "order-nope-no-attn", "no positions: with the skip of attention minus without"),
+    ("order-nope", "order-nope-no-skip", "no positions: with skip connections minus without any"),
+    ("order-rotary", "order-rotary-no-skip", "rotary: with skip connections minus without any"),
+)
+
+
+def gap_between(table: pd.DataFrame, a: str, b: str, quantity: str) -> Mean | None:
+    """Mean of a minus mean of b with Welch's interval, where both have several seeds."""
+    x, y = of(table, a, quantity), of(table, b, quantity)
+    if min(len(x), len(y)) < 2 or not all(map(math.isfinite, [*x, *y])):
+        return None
+    return difference(x, y)
+
+
+def _differences(table: pd.DataFrame) -> list[str]:
+    out = []
+    for a, b, what in PAIRS:
+        per_token, exact = (gap_between(table, a, b, q) for q in ("per token", "exact"))
+        if per_token is None or exact is None:
+            continue
+        steps = gap_between(table, a, b, f"steps to {LOSSES[1]:g} nats")
+        line = f"- {what}: {per_token.percent()} points per token, {exact.percent()} exact"
+        if steps is not None:
+            line += f", {steps.value:+.0f} ± {steps.half:.0f} steps to {LOSSES[1]:g} nats"
+        out.append(f"{line} ({per_token.n} seeds each).")
+    return [*out, ""] if out else out
+
+
+def _order_words(table: pd.DataFrame) -> list[str]:
+    out = []
+    for group in groups(table):
+        none = of(table, group, "no gap, as is")
+        doubt = len(of(table, group, "exact")) - len(none)
+        swap, permuted = (of(table, group, q) for q in ("tv, operands swapped", "tv, as is"))
+        ratio = mean(swap).value / max(mean(permuted).value, LEAST)
+        out.append(
+            f"{_cell(group)}: {len(none) - int(sum(none))} of {len(none) + doubt} trained models "
+            f"see the order{f' ({doubt} undecided: rounding too large)' if doubt else ''}; "
+            f"swapping the integers changes the prediction {ratio:.2f} times as much as permuting "
+            "all tokens."
+        )
+    alike = [f"{_cell(group)}: {_nearer_words(table, group)}" for group in groups(table)]
+    out.append(
+        "Pairs of earlier positions of which the nearer is more alike (cosine, first token left "
+        f"out), by blocks passed: {'; '.join(alike)}."
+    )
+    out.append(
+        "Version 2 of the paper found no definitive evidence that skip connections are "
+        f"responsible. Here: {_verdict(table)[1]}."
+    )
+    return out
+
+
+def _nearer(table: pd.DataFrame, group: str) -> list[float]:
+    """Share of pairs in which the nearer position is more alike, by blocks passed; over seeds."""
+    rows = table[(table["group"] == group) & (table["quantity"] == "nearer")]
+    return [float(x) for x in rows.groupby("at")["value"].mean()]
+
+
+def _nearer_words(table: pd.DataFrame, group: str) -> str:
+    return ", ".join(f"{100 * x:.0f}%" for x in _nearer(table, group))
+
+
+def _verdict(table: pd.DataFrame) -> tuple[Literal["yes", "no", "in part", "not decided"], str]:
+    """Do models without positions learn addition without skip connections?"""
+    gaps = {b: gap_between(table, a, b, "exact") for a, b, _ in PAIRS if a == "order-nope"}
+    found = {b: g for b, g in gaps.items() if g is not None}
+    if not found:
+        return "not decided", "too few seeds are trained to say"
+    said = [
+        f"{_cell(b)}: exact answers {g.percent()} points fewer than with skip connections"
+        if g.excludes_zero and g.value > 0
+        else f"{_cell(b)}: no difference in exact answers that the seeds decide "
+        f"({g.percent()} points)"
+        for b, g in found.items()
+    ]
+    worse = [b for b, g in found.items() if g.excludes_zero and g.value > 0]
+    blind = [b for b in worse if sum(of(table, b, "no gap, as is")) > 0]
+    unsure = [b for b in worse if len(of(table, b, "no gap, as is")) < len(of(table, b, "exact"))]
+    words = "; ".join(said)
+    if not worse:
+        return "yes", words
+    control = gap_between(table, "order-rotary", "order-rotary-no-skip", "exact")
+    if blind:
+        words += f"; {', '.join(map(_cell, blind))}: some trained models do not see the order"
+        return "no", words
+    if unsure:
+        words += f"; {', '.join(map(_cell, unsure))}: rounding is too large to say whether all "
+        return "not decided", f"{words}trained models see the order"
+    words += "; yet every trained model sees the order, so that what is lacking is not the order"
+    if control is None:
+        words += ", and without a run that has positions and no skips, nothing more can be said"
+        return "not decided", words
+    if control.excludes_zero and control.value > 0:
+        return "yes", f"{words}: with rotary positions, models without skips are worse too"
+    least = min(found[b].value - found[b].half for b in worse)
+    if not control.value + control.half < least:
+        return "not decided", (
+            f"{words}: with rotary positions the seeds do not decide whether models without skips "
+            f"are worse ({control.percent()} points)"
+        )
+    return "in part", f"{words}, though models with rotary positions do without skips"
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """Can addition be learned without positions; do skip connections carry the order?"""
+    out = []
+    if of(table, "order-nope", "exact"):
+        exact, rotary = (mean(of(table, f"order-{c}", "exact")) for c in ("nope", "rotary"))
+        out.append(
+            Claim(
+                "three-digit addition without positional encoding",
+                "causal models without positional encoding see the order of tokens",
+                f"exact answers {exact.percent()}% without positions, {rotary.percent()}% with "
+                f"rotary ones ({exact.n} and {rotary.n} seeds)",
+                "yes" if exact.value > 0.5 else "no",
+                "no permutation of a sum's digits can be told apart without order; half of all "
+                "answers right is far above what the digits' set allows",
+            )
+        )
+        shares = _nearer(table, "order-nope")[1:]
+        more = sum(x > 0.5 for x in shares)
+        out.append(
+            Claim(
+                "nearby positions are alike in trained models without positional encoding",
+                "nearby embeddings are more similar than faraway ones (arXiv 2501.00073)",
+                "the nearer position is more alike in "
+                f"{', '.join(f'{100 * x:.0f}%' for x in shares)} of pairs behind the blocks "
+                f"({exact.n} seed{'s' * (exact.n != 1)})",
+                "yes" if more == len(shares) else "in part" if more else "no",
+                "questions of nine tokens, whose digits and + differ more by what they are than by "
+                "where they stand",
+            )
+        )
+    same, words = _verdict(table)
+    out.append(
+        Claim(
+            "skip connections carry the order",
+            "no definitive evidence that residual connections are responsible (version 2)",
+            words,
+            same,
+            "2 layers of width 64, one task, few seeds; a model without skips may fail to train "
+            "for other reasons than order",
+        )
+    )
+    return out

@@ -1,0 +1,178 @@
+"""What the experiment found, in words and as claims."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import pandas as pd
+
+from qkvnorm_lens.experiments.core import (
+    PLACEMENT_NAMES,
+    STUDY,
+    Claim,
+    Mean,
+    by_group,
+    difference,
+    group_mean,
+    is_language,
+    markdown,
+)
+from qkvnorm_lens.experiments.related.rank.measure import NOT_BUILT, SHOWN, STATES, ends, stream
+
+LEVEL: Final = 0.95  # of an interval
+
+
+def _number(found: Mean, digits: int = 2) -> str:
+    half = "" if math.isnan(found.half) else f" ± {found.half:.{digits}f}"
+    return f"{found.value:.{digits}f}{half}"
+
+
+def text(table: pd.DataFrame) -> str:
+    """The stream behind the embedding and behind the last block, by group and state."""
+    head = ["models", "state", "seeds", *("mu/‖X‖", "stable rank", "effective rank", "mean cosine")]
+    head += ["numerical rank", "least singular value, over the largest", "first token's share"]
+    rows = []
+    for group, mine in by_group(table):
+        for state in STATES:
+            some = stream(mine, state)
+            if some.empty:
+                rows.append([group, state, *[NOT_BUILT], *[""] * (len(head) - 3)])
+                continue
+            last, start = ends(mine, state), some[some["depth"] == 0]
+            cells = [
+                f"{_number(group_mean(start, name))} → {_number(group_mean(last, name))}"
+                for name in SHOWN
+            ]
+            least = math.log10(max(group_mean(last, "relative_least").value, 1e-300))
+            share = stream(mine, state, first=True).groupby("depth")["first_share"].mean()
+            rows.append(
+                [
+                    group,
+                    state,
+                    str(len(last)),
+                    *cells,
+                    f"{group_mean(start, 'rank').value:.1f} → {group_mean(last, 'rank').value:.1f}",
+                    f"10^{least:.1f}",
+                    f"{100 * share.max():.0f}%",
+                ]
+            )
+    tokens = table.groupby("group", sort=False)["tokens"].mean()
+    read = ", ".join(f"{group} {n:.0f}" for group, n in tokens.items())
+    lines = [
+        markdown(head, rows),
+        "",
+        "The residual stream behind the embedding → behind the last block, the first token left "
+        "out; per prompt, then means over prompts and seeds (95% intervals over seeds). Stable "
+        "rank: of X, ‖X‖_F²/‖X‖₂² (that of XXᵀ, with fourth powers, is in the experiment "
+        "spectrum). Effective rank: exp of the entropy of the normalised singular values (Roy and "
+        "Vetterli 2007); numerical rank: singular values above what rounding to the model's dtype "
+        "can make, eps/2 ‖X‖_F. Beside: the largest "
+        f"share of ‖X‖² that the first token has at any depth. Tokens of a prompt (mean): {read}. "
+        "Cosines without their sign. Random start: the same configuration before training (our "
+        "models: their own seed's weights).",
+        "",
+        *_findings(table),
+    ]
+    return "\n".join(lines)
+
+
+def _findings(table: pd.DataFrame) -> list[str]:
+    lines = []
+    for group, mine in by_group(table):
+        trained = ends(mine, "trained")
+        start = stream(mine, "trained")
+        begin = group_mean(start[start["depth"] == 0], "effective_rank").value
+        said = (
+            f"{group}: trained, the effective rank goes from {begin:.1f} to "
+            f"{group_mean(trained, 'effective_rank').value:.1f} of at most "
+            f"{mine['tokens'].mean() - 1:.0f}"
+        )
+        fresh = ends(mine, "random start") if not stream(mine, "random start").empty else None
+        if fresh is not None:
+            ratio = (
+                group_mean(trained, "relative_mu").value / group_mean(fresh, "relative_mu").value
+            )
+            said += (
+                f"; at random start to {group_mean(fresh, 'effective_rank').value:.1f}. Training "
+                f"leaves the tokens {'nearer to' if ratio < 1 else 'farther from'} their mean than "
+                f"the start does (mu/‖X‖ by a factor {ratio:.2f})"
+            )
+        with_first = ends(mine, "trained", first=True)
+        said += (
+            f". With the first token the stable rank at the end is "
+            f"{group_mean(with_first, 'stable_rank').value:.2f} instead of "
+            f"{group_mean(trained, 'stable_rank').value:.2f}."
+        )
+        lines.append(said)
+    lines += _placements(table)
+    return lines
+
+
+PAIRS: Final = (("pre", "qkv"), ("pre", "none"), ("qkv", "none"))
+
+
+COMPARED: Final = {"effective_rank": "effective rank", "mean_cosine": "mean cosine"}
+
+
+def _placements(table: pd.DataFrame) -> list[str]:
+    """Differences between the study models' placements at the end, where seeds allow."""
+    study = table[table["group"].str.startswith(STUDY)]
+    found = []
+    for state in STATES:
+        if study.empty or stream(study, state).empty:
+            continue
+        last = ends(study, state)
+        for pair in PAIRS:
+            a, b = (last[last["placement"] == p] for p in pair)
+            if min(len(a), len(b)) > 1:
+                found.append((state, pair, a, b))
+    if not found:
+        return []
+    tried, decided, corrected, lines = len(found) * len(COMPARED), 0, 0, []
+    level = 1 - (1 - LEVEL) / tried
+    for state, (one, other), a, b in found:
+        said = []
+        for name, what in COMPARED.items():
+            both = a[name].tolist(), b[name].tolist()
+            gap = difference(*both, level=LEVEL)
+            decided += gap.excludes_zero
+            corrected += difference(*both, level=level).excludes_zero
+            verdict = "" if gap.excludes_zero else ", not decided"
+            said.append(f"{what} {gap.value:+.2f} ± {gap.half:.2f}{verdict}")
+        lines.append(
+            f"{PLACEMENT_NAMES[one]} minus {PLACEMENT_NAMES[other]} "
+            f"(study models, {state}, {len(a)} and {len(b)} "
+            f"seeds), behind the last block: {'; '.join(said)}."
+        )
+    lines.append(
+        f"These are {tried} comparisons at {100 * LEVEL:.0f}% each, not corrected for their "
+        "number: where nothing differs one in twenty would still be decided, by chance. Decided: "
+        f"{decided}; at a level corrected for all of them (Bonferroni, {100 * level:.2f}%): "
+        f"{corrected}."
+    )
+    return lines
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """Language models by depth: what the paper plots, without a number here to hold it against."""
+    out = []
+    for group, mine in by_group(table):
+        if not is_language(mine):
+            continue
+        some = stream(mine, "trained")
+        last = ends(mine, "trained")
+        top = some.nlargest(1, "mean_cosine").iloc[0]
+        out.append(
+            Claim(
+                f"rank, least singular value and |cosine| by depth ({group})",
+                "plotted for pretrained models",
+                f"numerical rank {group_mean(last, 'rank').value:.0f} of "
+                f"{mine['tokens'].mean() - 1:.0f} tokens at the end; least singular value "
+                f"{group_mean(last, 'relative_least').value:.1e} of the largest; mean |cosine| at "
+                f"most {top['mean_cosine']:.2f} ({top['label']})",
+                "-",
+                "other models than the paper's; the first token left out",
+            )
+        )
+    return out

@@ -1,0 +1,264 @@
+"""What the experiment found, in words and as claims."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import numpy as np
+import pandas as pd
+
+from qkvnorm_lens.experiments.core import (
+    Claim,
+    by_group,
+    group_mean,
+    markdown,
+)
+from qkvnorm_lens.experiments.related.symmetry.measure import (
+    LAYERS,
+    LENGTH,
+    SKIPS,
+    VARIANTS,
+    _nearer,
+    constructed,
+    random_kinds,
+    trained,
+)
+
+
+def zero(rows: pd.DataFrame) -> int:
+    """Models without a gap; what rounding leaves undecided (NaN) is none of them."""
+    return int((rows["vanishes"] == 1).sum())
+
+
+def seen(rows: pd.DataFrame) -> int:
+    """Models with a gap that is clearly above rounding."""
+    return int((rows["vanishes"] == 0).sum())
+
+
+def text(table: pd.DataFrame) -> str:
+    """Gaps by group and variant, the random models, neighbours, and what could not be removed."""
+    head = [
+        "models",
+        "seeds",
+        *(f"TV, {v}" for v in VARIANTS),
+        "arg max moves, as is (%)",
+        "positions removed (%)",
+    ]
+    rows = []
+    for group, mine in by_group(trained(table)):
+        cells = []
+        for variant in VARIANTS:
+            of = mine[(mine["by"] == "variant") & (mine["variant"] == variant)]
+            cells.append(_gap(of))
+        moves = [
+            group_mean(mine[(mine["by"] == "variant") & (mine["variant"] == v)], "moved").percent(0)
+            if (mine["variant"] == v).any()
+            else "-"
+            for v in VARIANTS[:2]
+        ]
+        rows.append([group, str(mine["model"].nunique()), *cells, *moves])
+    lines = [
+        markdown(head, rows),
+        "",
+        "Total variation between the next token's distributions (0 to 1; mean over prompts and "
+        "permutations, with 95% intervals over seeds) when the tokens between the first and the "
+        "last are permuted; how often the arg max moves, as it is and without "
+        "positions. `0`: of no prompt a logit moves by ten times what rounding moves it, and "
+        "rounding is small; `?`: undecided, rounding too large. Of sums, the question up to `=` is "
+        "read: a permuted question has another answer, so that a model that adds must have a gap.",
+        "",
+        *_constructed_words(table),
+        *_neighbour_words(table),
+        *_left_words(table),
+    ]
+    return "\n".join(lines)
+
+
+def _gap(of: pd.DataFrame) -> str:
+    if not len(of):
+        return "-"
+    if zero(of) == len(of):
+        return f"0 (≤ {of['tv'].max():.0e})"
+    found = group_mean(of, "tv")
+    doubt = "" if zero(of) + seen(of) == len(of) else " ?"
+    half = "" if np.isnan(found.half) else f" ± {found.half:.3f}"
+    return f"{found.value:.3f}{half}{doubt}"
+
+
+def _constructed_words(table: pd.DataFrame) -> list[str]:
+    lines = [f"Random models without positions ({LENGTH} tokens, all but the last permuted):"]
+    for n in LAYERS:
+        causal = constructed(table, layers=n, variant="as is")
+        free = constructed(table, layers=n, variant="mask removed")
+        said = []
+        for rows, name in ((causal, "with the causal mask"), (free, "without")):
+            low, high = rows["tv"].min(), rows["tv"].max()
+            said.append(
+                f"{name} the gap is zero in {zero(rows)} of {len(rows)} models "
+                f"(total variation {low:.1e} to {high:.1e})"
+            )
+        lines.append(f"- {n} layer{'s' * (n > 1)}: {', '.join(said)}.")
+    deep = constructed(table, variant="as is")
+    deep = deep[deep["layers"] > 1]
+    means = {s: group_mean(deep[deep["skip"] == s], "tv").value for s in SKIPS}
+    lines.append(
+        f"Skip connections are not what breaks the symmetry: with two or more causal layers the "
+        f"mean total variation is {means['both']:.3f} with them and {means['none']:.3f} without."
+        if seen(deep) == len(deep)
+        else "With two or more causal layers the gap is zero in "
+        f"{zero(deep)} of {len(deep)} models."
+    )
+    return [*lines, ""]
+
+
+def _percents(shares: pd.Series[float]) -> str:
+    """Of each model, by seed."""
+    said = "/".join(f"{100 * x:.0f}" for x in shares)
+    return f"{said}%" if said else "-"
+
+
+def _neighbour_words(table: pd.DataFrame) -> list[str]:
+    lines = [
+        "Neighbours: of two earlier positions, how often is the nearer one more alike (cosine "
+        "behind the last block, distances up to 16, the first token left out; 50%: distance says "
+        "nothing)? Random models without positions:"
+    ]
+    for words, mine in random_kinds(table):
+        masked, free = (_nearer(mine, v) for v in ("as is", "mask removed"))
+        lines.append(
+            f"- {words}: {100 * masked.mean():.0f}% of pairs with the causal mask "
+            f"({100 * masked.min():.0f}% to {100 * masked.max():.0f}% by model), "
+            f"{100 * free.mean():.0f}% without it."
+        )
+    groups = by_group(trained(table))
+    if groups:
+        rows = [[group, *(_percents(_nearer(mine, v)) for v in VARIANTS)] for group, mine in groups]
+        lines += ["", "Models, a number for each seed:", ""]
+        lines.append(markdown(["models", *VARIANTS], rows))
+        shares = _nearer(trained(table), "positions removed")
+        if len(shares):
+            lines += [
+                "",
+                f"Where the mask alone is left (positions removed) it is more than half in "
+                f"{int((shares > 0.5).sum())} of {len(shares)} models "
+                f"({100 * shares.min():.0f}% to {100 * shares.max():.0f}%).",
+            ]
+    return [*lines, ""]
+
+
+def _left_words(table: pd.DataFrame) -> list[str]:
+    out = []
+    for group, mine in by_group(trained(table)):
+        for what in ("positions", "mask"):
+            if (mine[what] == "unremovable").any():
+                why = mine[f"why_{what}"].iloc[0]
+                out.append(f"{group}: the {what} could not be removed: {why}.")
+            elif (mine[what] == "absent").all():
+                out.append(f"{group}: has no {what}.")
+    return out
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """Invariance without mask and positions, what the mask breaks, skips, and neighbours."""
+    free = pd.concat(
+        [
+            constructed(table, variant="mask removed"),
+            trained(table)[lambda t: (t["by"] == "variant") & (t["variant"] == "both removed")],
+        ]
+    )
+    one = constructed(table, layers=1, variant="as is")
+    deep = constructed(table, variant="as is")
+    deep = deep[deep["layers"] > 1]
+    return [
+        Claim(
+            "without positions and mask, the next token does not know the order",
+            "the prediction is invariant to permutations of the earlier tokens",
+            f"no gap in {zero(free)} of {len(free)} models"
+            + (f", a gap in {seen(free)}" if zero(free) < len(free) else ""),
+            "yes" if zero(free) == len(free) else "no" if seen(free) else "not decided",
+            "sums over sets; what is left is rounding, which is measured beside it",
+        ),
+        Claim(
+            "the causal mask breaks the symmetry",
+            "without positions the order can be seen through the causal mask",
+            f"one layer: a gap in {seen(one)} of {len(one)} random models; two and four layers: in "
+            f"{seen(deep)} of {len(deep)}",
+            _breaks(one, deep),
+            "the last row of the first layer sees a set; only rows that saw prefixes, in the "
+            "second, tell of the order",
+        ),
+        _skip_claim(deep),
+        *_neighbour_claims(table),
+    ]
+
+
+def _breaks(one: pd.DataFrame, deep: pd.DataFrame) -> Literal["yes", "no", "in part"]:
+    if seen(deep) < len(deep):
+        return "in part" if seen(deep) else "no"
+    return "in part" if seen(one) < len(one) else "yes"
+
+
+def _skip_claim(deep: pd.DataFrame) -> Claim:
+    bare = deep[deep["skip"] == "none"]
+    return Claim(
+        "skip connections and the order of tokens",
+        "version 2 found no definitive evidence that residual connections are responsible",
+        f"random models of 2 and 4 causal layers without any skip connection: a gap in "
+        f"{seen(bare)} of {len(bare)}",
+        "yes" if seen(bare) else "no",
+        "they are not needed for the order to be seen; whether they help to learn from it is asked "
+        "in the experiment `positions`",
+    )
+
+
+_PUBLISHED_NEAR: Final = (
+    "nearby embeddings are more similar than faraway ones, in random and trained causal models "
+    "without positions (arXiv 2501.00073)"
+)
+
+
+def _neighbour_claims(table: pd.DataFrame) -> list[Claim]:
+    """Random models, with and without skips, and trained ones apart."""
+    said, both = [], []
+    for words, mine in random_kinds(table):
+        masked, free = (_nearer(mine, v) for v in ("as is", "mask removed"))
+        both.append(masked)
+        said.append(
+            f"{words}: {100 * masked.mean():.0f}% of pairs (more than half in "
+            f"{int((masked > 0.5).sum())} of {len(masked)} models), {100 * free.mean():.0f}% "
+            "without the mask"
+        )
+    out = [
+        Claim(
+            "nearby positions are alike in random models, where order comes from the mask alone",
+            _PUBLISHED_NEAR,
+            f"the nearer is more alike, {'; '.join(said)}",
+            _more_than_half(pd.concat(both)),
+            f"random tokens, {LENGTH} of them; rows that attend to almost the same prefix",
+        )
+    ]
+    bare = trained(table)
+    shares = _nearer(bare, "positions removed")
+    if len(shares):
+        by = [
+            f"{group} {_percents(_nearer(mine, 'positions removed'))}"
+            for group, mine in by_group(bare)
+            if len(_nearer(mine, "positions removed"))
+        ]
+        out.append(
+            Claim(
+                "nearby positions are alike in trained models whose positions are removed",
+                _PUBLISHED_NEAR,
+                f"the nearer is more alike in {', '.join(by)} of pairs (more than half in "
+                f"{int((shares > 0.5).sum())} of {len(shares)} models)",
+                _more_than_half(shares),
+                "these were trained with positions, which are taken out afterwards; models that "
+                "never had any are in the experiment `positions`",
+            )
+        )
+    return out
+
+
+def _more_than_half(shares: pd.Series[float]) -> Literal["yes", "no", "in part"]:
+    more = int((shares > 0.5).sum())
+    return "yes" if more == len(shares) else "in part" if more else "no"
