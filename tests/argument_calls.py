@@ -14,7 +14,7 @@ import torch
 
 import hooks
 from hooks.noise.laws import LAWS
-from qkvnorm_lens.models.config import _HONOURED
+from qkvnorm_lens.models.fields import HONOURED as _HONOURED
 from tests.arguments import Call
 
 IDS = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 1, 2, 3]]

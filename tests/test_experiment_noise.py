@@ -20,10 +20,11 @@ from qkvnorm_lens.experiments.paper.noise import (
     EXPERIMENT as NOISE,
     figure as noise_figure,
     measure as noise,
+    rows as noise_rows,
     words as noise_words,
 )
 from qkvnorm_lens.training.addition import PAD, draw
-from qkvnorm_lens.training.trainer import evaluate
+from qkvnorm_lens.training.run import evaluate
 from tests import models
 from tests.watching import one_thread, shape_checks_off
 
@@ -79,7 +80,7 @@ def test_noise_before_the_norm_is_taken_away(table: pd.DataFrame) -> None:
     before = noise.SHIELDED.of(table)
     assert set(before["model"]) == {QKV.name}
     assert before["kl"].max() < 1e-2
-    behind = noise.EVERY.of(table)
+    behind = noise_rows.EVERY.of(table)
     worst = behind[(behind["model"] == QKV.name) & (behind["sigma"] == 0.5)]
     assert worst["kl"].min() > 100 * before["kl"].max()
     shields = table.groupby("model")["shield"].unique().map(list).to_dict()
@@ -108,12 +109,12 @@ def test_shares_of_rows(table: pd.DataFrame) -> None:
 
 def test_rows_that_are_noised_and_those_that_are_not(table: pd.DataFrame) -> None:
     """Noise on fewer rows of the same factors moves the output less, at small sigma."""
-    mine = noise.main_targets(table)
+    mine = noise_rows.main_targets(table)
     mine = mine[mine["sigma"] == 0.01]
     kl = {c: c.of(mine).groupby("model")["kl"].first() for c in noise.ROWS}
     for name in (PRE.name, QKV.name):
-        assert 0 < kl[noise.SPARSE_ROWS][name] < kl[noise.ANY_ROWS][name]
-        assert 0 < kl[noise.OTHER_ROWS][name] < 2 * kl[noise.ANY_ROWS][name]
+        assert 0 < kl[noise_rows.SPARSE_ROWS][name] < kl[noise_rows.ANY_ROWS][name]
+        assert 0 < kl[noise_rows.OTHER_ROWS][name] < 2 * kl[noise_rows.ANY_ROWS][name]
 
 
 @pytest.mark.parametrize("build", [models.tiny_llama, models.tiny_qwen3])
@@ -129,7 +130,7 @@ def test_language_models(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(noise.SHIELDED.of(table)) == 3 * shielded
     assert set(table["shield"]) == {"removed" if shielded else "none"}
     assert (table["positions"] == 3 * 11).all()
-    noisy = noise.EVERY.of(table).query("sigma == 0.5")
+    noisy = noise_rows.EVERY.of(table).query("sigma == 0.5")
     with torch.no_grad():
         logits = model(torch.tensor(tokens))[:, :-1]
     loss = torch.nn.functional.cross_entropy(
@@ -187,23 +188,23 @@ def named(*curves: list[float]) -> dict[str, list[float]]:
 
 
 def test_kept_is_relative_with_an_interval_over_seeds_or_prompts() -> None:
-    every = noise.EVERY
+    every = noise_rows.EVERY
     one = pd.DataFrame(curve("study-pre", "pre", named([0.8, 0.4, 0.2]), every))
-    share = noise.kept_mean(one, 0.01)
+    share = noise_rows.kept_mean(one, 0.01)
     assert share.value == pytest.approx(0.5)
     assert share.half == pytest.approx(4.303 * 0.01 / 0.8, rel=1e-3)  # t of three prompts
     two = pd.DataFrame(curve("study-pre", "pre", named([0.8, 0.4, 0.2], [1.0, 0.7, 0.5]), every))
-    share = noise.kept_mean(two, 0.01)
+    share = noise_rows.kept_mean(two, 0.01)
     assert share.value == pytest.approx(0.6)
     assert share.half == pytest.approx(12.706 * 0.1, rel=1e-3)  # t of one degree of freedom
     assert share.n == 2
 
 
 def test_sigma_at_which_a_tenth_is_lost_is_a_mean_or_a_bound() -> None:
-    every = noise.EVERY
+    every = noise_rows.EVERY
 
     def said(*curves: list[float]) -> str:
-        return noise.lost_at(pd.DataFrame(curve("study-pre", "pre", named(*curves), every)))
+        return noise_rows.lost_at(pd.DataFrame(curve("study-pre", "pre", named(*curves), every)))
 
     assert said([1.0, 0.99, 0.95]) == "> 10"
     assert said([1.0, 0.8, 0.5]) == "1"
@@ -217,9 +218,9 @@ def whole(placement: str, every: list[float], sparse: list[float], other: list[f
     rows: list[dict[str, Any]] = []
     for condition, values in (
         *((c, every) for c in noise.VECTORS),
-        (noise.ANY_ROWS, [min(a, b) for a, b in zip(sparse, other, strict=True)]),
-        (noise.SPARSE_ROWS, sparse),
-        (noise.OTHER_ROWS, other),
+        (noise_rows.ANY_ROWS, [min(a, b) for a, b in zip(sparse, other, strict=True)]),
+        (noise_rows.SPARSE_ROWS, sparse),
+        (noise_rows.OTHER_ROWS, other),
         *(((noise.SHIELDED, [1.0, 1.0, 1.0]),) if placement == "qkv" else ()),
     ):
         falls = {f"{group}-{i}": [values[0], *(v - 1e-3 * i for v in values[1:])] for i in (1, 2)}
@@ -244,12 +245,12 @@ def test_rows_are_compared_where_noise_on_all_of_them_tells() -> None:
     """Where all rows together lose about a tenth; the largest sigma where nothing is lost."""
 
     def telling(*falls: float) -> float:
-        return noise.telling(whole("pre", [1, 0.8, 0.2], [1, 1, 1], [1, *falls]))
+        return noise_rows.telling(whole("pre", [1, 0.8, 0.2], [1, 1, 1], [1, *falls]))
 
     assert telling(0.89, 0.3) == 0.01
     assert telling(0.92, 0.3) == 0.01
     assert telling(0.99, 0.85) == 0.1
-    assert noise.telling(whole("pre", [1, 0.8, 0.2], [1, 0.95, 1.0], [1, 0.95, 1.0])) == 0.01
+    assert noise_rows.telling(whole("pre", [1, 0.8, 0.2], [1, 0.95, 1.0], [1, 0.95, 1.0])) == 0.01
 
 
 def test_words_and_figure_come_from_the_table(folder: Path, table: pd.DataFrame) -> None:

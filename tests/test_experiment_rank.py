@@ -18,7 +18,13 @@ from qkvnorm_lens.experiments.core.base import Subject
 from qkvnorm_lens.experiments.core.digest import digest_of
 from qkvnorm_lens.experiments.core.read import Amount, Reading, reading
 from qkvnorm_lens.experiments.core.subjects import find_subjects
-from qkvnorm_lens.experiments.related.masks import EXPERIMENT as MASKS, measure as masks, words
+from qkvnorm_lens.experiments.related.masks import (
+    EXPERIMENT as MASKS,
+    figure as masks_figure,
+    measure as masks,
+    words,
+    words as masks_words,
+)
 from qkvnorm_lens.experiments.related.rank import (
     EXPERIMENT as RANK,
     figure as rank_figure,
@@ -56,11 +62,11 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> _run.Outcome:
 
 def test_a_table_from_disk_says_the_same(outcome: _run.Outcome) -> None:
     back = _run.read_table(outcome.folder)
-    assert masks.text(back) == outcome.text
-    assert masks.claims(back) == masks.claims(outcome.table)
+    assert masks_words.text(back) == outcome.text
+    assert masks_words.claims(back) == masks_words.claims(outcome.table)
     assert "nan" not in outcome.text
     assert (outcome.folder / "figure.png").stat().st_size > 20_000
-    masks.figure(back)
+    masks_figure.figure(back)
 
 
 def test_no_run_exceeds_its_bound(outcome: _run.Outcome) -> None:

@@ -28,6 +28,7 @@ from qkvnorm_lens.experiments.related.spectrum import (
     EXPERIMENT as SPECTRUM,
     measure as spectrum,
     words,
+    words as spectrum_words,
 )
 from qkvnorm_lens.theory.markov import (
     VARIANCE,
@@ -297,8 +298,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_it_reads_the_same_from_disk(outcome: Any) -> None:
     again = _run.read_table(outcome.folder)
     assert list(again.columns) == list(spectrum.COLUMNS)
-    assert spectrum.text(again) == outcome.text
-    assert spectrum.claims(again) == spectrum.claims(outcome.table)
+    assert spectrum_words.text(again) == outcome.text
+    assert spectrum_words.claims(again) == spectrum_words.claims(outcome.table)
     assert (outcome.folder / "figure.png").stat().st_size > 10_000
 
 
@@ -345,10 +346,10 @@ def test_the_random_start_is_the_untrained_model() -> None:
 
 def test_claims_follow_the_numbers(outcome: Any) -> None:
     """Turn what the fix does around in the table, and the claims turn with it."""
-    said = {c.what[:30]: c.same for c in spectrum.claims(outcome.table)}
+    said = {c.what[:30]: c.same for c in spectrum_words.claims(outcome.table)}
     turned = outcome.table.copy()
     turned["fix"] = 1 - turned["fix"]
-    again = {c.what[:30]: c.same for c in spectrum.claims(turned)}
+    again = {c.what[:30]: c.same for c in spectrum_words.claims(turned)}
     width = next(k for k in said if k.startswith("with the fix the stable"))
     depth = next(k for k in said if k.startswith("the fix keeps rank in depth"))
     assert again[width] == "no"
@@ -373,16 +374,16 @@ def test_dead_seeds_are_counted(outcome: Any) -> None:
     """A seed with nothing left stands in the text, and no claim counts it as a gain."""
     table = outcome.table.copy()
     name = "softmax, causal, A - U, skip"
-    assert " of " not in line_of(spectrum.text(table), name)
+    assert " of " not in line_of(spectrum_words.text(table), name)
     last = int(table.loc[table["what"] == "depth", "layer"].max())
     table.loc[of_network(table, "depth", fix=1, layer=last, seed=0), "value"] = math.nan
     table.loc[of_network(table, "gradient", fix=1, layer=0, seed=0), "value"] = 0.0
-    line = line_of(spectrum.text(table), name)
+    line = line_of(spectrum_words.text(table), name)
     assert "(1 of 2 seeds; nothing left of the others)" in line
     assert "(1 of 2 seeds, 0 in the others)" in line
     table.loc[of_network(table, "depth", fix=1, layer=last), "value"] = math.nan
-    assert line_of(spectrum.text(table), name).startswith(f"| {name} | nothing left |")
-    spectrum.claims(table)
+    assert line_of(spectrum_words.text(table), name).startswith(f"| {name} | nothing left |")
+    spectrum_words.claims(table)
 
 
 @given(st.lists(st.floats(1e-12, 1e12), min_size=2, max_size=6), st.integers(0, 3))
@@ -413,7 +414,7 @@ def test_softmax_under_a_causal_mask_is_run_in_depth(outcome: Any) -> None:
     made = Recursion(attention="softmax", causal=True, centred=True, norm=True, skip=True)
     assert got == pytest.approx(stable_rank(propagate(made, 20, 3, seed=1).states[-1].detach()))
     depth, gradient = (
-        next(c for c in spectrum.claims(table) if c.what.startswith(start))
+        next(c for c in spectrum_words.claims(table) if c.what.startswith(start))
         for start in ("the fix keeps rank in depth", "the gap worsens")
     )
     assert "softmax, causal:" in depth.ours
@@ -424,8 +425,8 @@ def test_softmax_under_a_causal_mask_is_run_in_depth(outcome: Any) -> None:
     # A table that was made before it was run is read too.
     old = table[~((table["attention"] == "softmax") & (table["mask"] == "causal"))]
     old = pd.concat([old, table[table["what"].isin(["spectrum", "width"])]]).drop_duplicates()
-    assert "softmax, causal:" not in " ".join(c.ours for c in spectrum.claims(old))
-    assert "softmax, causal, A, neither" not in spectrum.text(old)
+    assert "softmax, causal:" not in " ".join(c.ours for c in spectrum_words.claims(old))
+    assert "softmax, causal, A, neither" not in spectrum_words.text(old)
 
 
 def test_each_stable_rank_is_named_and_defined(outcome: Any) -> None:
@@ -528,7 +529,7 @@ def test_runs_that_differ_in_more_than_the_fix_are_refused(folder: Path) -> None
 
 def test_the_runs_that_are_trained_are_such_pairs() -> None:
     """The command's own runs: equal but for the fix."""
-    from qkvnorm_lens.training.trainer import describe
+    from qkvnorm_lens.training.run import describe
 
     known = train.runs()
     for plain, fixed in centring.PAIRS.values():

@@ -179,8 +179,6 @@ def test_claims_follow_the_table() -> None:
     assert same(1e-3, 1e-1)[:2] == ["yes", "yes"]
     text = stability_words.text(losses(1e-2, 1e-1))
     assert "at lower rates than QKV-Norm at width 32, 64" in text
-        losses(1e-2, 1e-1)
-    )
 
 
 @shape_checks_off()

@@ -14,10 +14,10 @@ import torch
 from qkvnorm_lens.experiments.core.running import read_table, run_experiment
 from qkvnorm_lens.experiments.paper.theorems import (
     EXPERIMENT as THEOREMS,
+    checks as parts,
+    constructions as heads,
     figure as theorems_figure,
-    heads,
     measure as theorems,
-    parts,
     words as theorems_words,
 )
 from tests.watching import one_thread, shape_checks_off

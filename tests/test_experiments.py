@@ -23,7 +23,7 @@ from qkvnorm_lens import experiments
 from qkvnorm_lens.cli import main
 from qkvnorm_lens.experiments import train
 from qkvnorm_lens.experiments.beyond.gauge import measure as gauge
-from qkvnorm_lens.experiments.core import base as _base, running as _run, stats as _stats
+from qkvnorm_lens.experiments.core import base as _base, running as _run, stats as _stats, studies
 from qkvnorm_lens.experiments.core.base import Claim, Experiment, Part, Subject
 from qkvnorm_lens.experiments.core.subjects import default_subjects, find_subjects
 from qkvnorm_lens.experiments.paper.accuracy import EXPERIMENT as ACCURACY, measure as accuracy
@@ -215,10 +215,10 @@ def test_the_default_models_are_there_and_known_by_placement_and_seed() -> None:
 
 def test_trained_models_are_what_their_command_makes() -> None:
     """Card, configuration and run agree with `runs()`, for every model that comes along."""
-    from qkvnorm_lens.training.trainer import describe
+    from qkvnorm_lens.training.run import describe
 
     known = train.runs()
-    found = train.trained()
+    found = studies.trained()
     assert set(found) == set(known)
     for name, path in found.items():
         card = json.loads((path / "card.json").read_text())
@@ -232,7 +232,7 @@ def test_models_by_name_directory_and_hub() -> None:
     names = ["study", "addition-pre", str(train.MODELS / "study-qkv-2"), "gpt2"]
     found = find_subjects(names)
     assert [s.name for s in found][-2:] == ["addition-pre", "gpt2"]
-    assert len(found) == 2 + len(train.trained("study-"))
+    assert len(found) == 2 + len(studies.trained("study-"))
     assert found[-1].kind == "language"
     assert find_subjects(["study-qkv-2"])[0].group == "study-qkv"
 

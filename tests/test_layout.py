@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -122,6 +123,15 @@ def test_nobody_imports_past_a_face(name: str) -> None:
         if is_face(other) or "." not in theirs or mine == theirs:
             continue
         raise AssertionError(f"{name} imports {other}, past the face of {theirs}")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nobody_imports_a_private_name(package: str) -> None:
+    for name, path in EVERY[package].items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES:
+                private = [a.name for a in node.names if re.match("_[^_]", a.name)]
+                assert not private, f"{name} imports {private} of {node.module}"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

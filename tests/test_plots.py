@@ -19,10 +19,12 @@ from matplotlib.figure import Figure
 
 import hooks
 from qkvnorm_lens import plots
+from qkvnorm_lens.experiments import curves as training_page
 from qkvnorm_lens.models.config import named_config
-from qkvnorm_lens.models.shipped import checkpoint_path, checkpoints, curves
+from qkvnorm_lens.models.shipped import checkpoint_path, checkpoints
 from qkvnorm_lens.training.addition import get_split
-from qkvnorm_lens.training.trainer import Run, train
+from qkvnorm_lens.training.run import Run
+from qkvnorm_lens.training.trainer import train
 from tests import models
 from tests.watching import shape_checks_off
 
@@ -330,12 +332,12 @@ def test_the_figure_of_the_shipped_models(
 
     monkeypatch.setattr(curves, "training_curves", draw)
     out = tmp_path / "new" / "training.png"
-    assert curves.main(["--out", str(out)]) == 0
+    assert training_page.main(["--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     assert given == {name: checkpoint_path(name) / "log.csv" for name in checkpoints()}
     assert (ROOT / "docs/figures/training.png").stat().st_size < 150_000
     with pytest.raises(SystemExit):
-        curves.main(["no-such", "--out", str(tmp_path / "none.png")])
+        training_page.main(["no-such", "--out", str(tmp_path / "none.png")])
     assert "wanted one of ['addition" in capsys.readouterr().err
     assert not (tmp_path / "none.png").exists()
 

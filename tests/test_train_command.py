@@ -24,7 +24,8 @@ from qkvnorm_lens.models import loading
 from qkvnorm_lens.models.config import NAMED, NormSpec, named_config
 from qkvnorm_lens.training.addition import SPLITS, draw, get_split
 from qkvnorm_lens.training.recipes import RECIPES, get_recipe
-from qkvnorm_lens.training.trainer import TEST_SEED, Trainer, evaluate
+from qkvnorm_lens.training.run import TEST_SEED, evaluate
+from qkvnorm_lens.training.trainer import Trainer
 
 TINY: dict[str, Any] = {"n_layers": 1, "d_model": 16, "d_head": 8, "n_heads": 2, "d_mlp": 16}
 SMALL = [
@@ -93,7 +94,7 @@ def test_a_run_writes_state_log_model_and_card(command: Command, tmp_path: Path)
     assert training.adds_integers(bridge)
     assert training.trained_on(loading.find(str(folder / "model"))) == SPLITS["small-train"]
     assert bridge.cfg.placement == "qkv"
-    for kind, split in _train.tests_of("small-train", 32).items():
+    for kind, split in training.tests_of("small-train", 32).items():
         wanted = dataclasses.asdict(evaluate(bridge, split, rows=50))
         got = card["accuracy"][kind]
         assert {key: got[key] for key in wanted} == wanted, kind
@@ -297,7 +298,7 @@ def test_named_configurations_have_sums_recipe_and_budget(name: str) -> None:
     assert get_split(run.split).max_length <= run.config.n_ctx
     paper = name in ("baseline", "alternate", "large")
     assert (run.steps * get_recipe(run.recipe).batch_size > 109_000_000) == paper
-    kinds = _train.tests_of(run.split, run.config.n_ctx)
+    kinds = training.tests_of(run.split, run.config.n_ctx)
     assert list(kinds) == ["in distribution", "interpolation", "extrapolation"]
     counts = [set(SPLITS[split].counts) for split in kinds.values()]
     assert not set.intersection(*counts), "a kind of sums is of one count only"

@@ -22,12 +22,13 @@ from qkvnorm_lens.models.shipped import (
     checkpoint_path,
     checkpoints,
     load_checkpoint,
-    make,
 )
 from qkvnorm_lens.training import trainer as training
 from qkvnorm_lens.training.addition import VOCAB, draw
+from qkvnorm_lens.training.checkpoints import make
 from qkvnorm_lens.training.recipes import RECIPES, LearningRate, Recipe, make_optimizers
-from qkvnorm_lens.training.trainer import Run, Stopped, Trainer, evaluate, positions_for, train
+from qkvnorm_lens.training.run import Run, evaluate, positions_for
+from qkvnorm_lens.training.trainer import Stopped, Trainer, train
 
 
 @pytest.fixture(autouse=True)

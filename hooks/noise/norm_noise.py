@@ -66,10 +66,10 @@ NON_SPARSE = 0.70
 """A row is non-sparse where max_t a_t < 0.70 (Menary et al. 2024)."""
 
 # What a factor's stream is keyed by when it is shared: one stream for several sites.
-_STREAM = {"q": 0, "k": 1, "v": 2}
-_SHARED_KV_STREAM = 3
+STREAM = {"q": 0, "k": 1, "v": 2}
+SHARED_KV_STREAM = 3
 _FAR = 1 << 62
-_WORDS_PER_BLOCK = 4  # Philox gives its numbers in blocks of four
+WORDS_PER_BLOCK = 4  # Philox gives its numbers in blocks of four
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,13 +174,13 @@ class NormNoise:
     ) -> Float[np.ndarray, "pos head"]:
         """The same, of numbers that are known to be in order: a probe draws hundreds of rows."""
         together = self.shared in ("kv", "token") and role in ("k", "v")
-        stream = _SHARED_KV_STREAM if together else _STREAM[role]
+        stream = SHARED_KV_STREAM if together else STREAM[role]
         width = 1 if self.shared in ("heads", "token") else n_heads
         entropy = (self.seed, self.draw, layer, stream, prompt)
         key = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
-        blocks = -(-width // _WORDS_PER_BLOCK)
+        blocks = -(-width // WORDS_PER_BLOCK)
         bits = np.random.Philox(key=key, counter=start * blocks)
-        drawn = np.random.Generator(bits).random((n_pos, blocks * _WORDS_PER_BLOCK))[:, :width]
+        drawn = np.random.Generator(bits).random((n_pos, blocks * WORDS_PER_BLOCK))[:, :width]
         open_interval = np.maximum(drawn, 2.0**-54)
         return np.broadcast_to(open_interval, (n_pos, n_heads))
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt32, UInt64
 
 from hooks.model import Role
-from hooks.noise.norm_noise import _SHARED_KV_STREAM, _STREAM, _WORDS_PER_BLOCK, NormNoise
+from hooks.noise.norm_noise import SHARED_KV_STREAM, STREAM, WORDS_PER_BLOCK, NormNoise
 
 _LEAST = 2.0**-54  # what NormNoise.uniforms puts in the place of zero
 
@@ -58,7 +58,7 @@ def stream_keys(
     """
     together = noise.shared in ("kv", "token")
     streams = np.asarray(
-        [_SHARED_KV_STREAM if together and role in ("k", "v") else _STREAM[role] for role in roles]
+        [SHARED_KV_STREAM if together and role in ("k", "v") else STREAM[role] for role in roles]
     ).reshape(-1, *[1] * (prompts.ndim - 1))
     words = np.broadcast_arrays(draws, layers, streams, prompts)
     if all(word.max(initial=0) < 2**32 for word in words):
@@ -80,8 +80,8 @@ def numbers(
 ) -> Float[np.ndarray, "n pos width"]:
     """The numbers in (0, 1) of each stream from position ``start``; ``width`` as above."""
     width = 1 if noise.shared in ("heads", "token") else n_heads
-    blocks = -(-width // _WORDS_PER_BLOCK)
-    drawn = np.empty((len(keys), n_pos, blocks * _WORDS_PER_BLOCK))
+    blocks = -(-width // WORDS_PER_BLOCK)
+    drawn = np.empty((len(keys), n_pos, blocks * WORDS_PER_BLOCK))
     bits = np.random.Philox(key=0, counter=start * blocks)
     generator, fresh = np.random.Generator(bits), bits.state
     for key, out in zip(keys, drawn, strict=True):

@@ -26,10 +26,8 @@ from .cards import (
     write_card as write_card,
 )
 from .config import (
-    ACTIVATIONS as ACTIVATIONS,
     ARCHITECTURE as ARCHITECTURE,
     NAMED as NAMED,
-    POSITIONS as POSITIONS,
     Gains as Gains,
     NormKind as NormKind,
     NormOver as NormOver,
@@ -40,6 +38,10 @@ from .config import (
     Sinusoids as Sinusoids,
     Skip as Skip,
     named_config as named_config,
+)
+from .fields import (
+    ACTIVATIONS as ACTIVATIONS,
+    POSITIONS as POSITIONS,
 )
 from .loading import (
     Source as Source,

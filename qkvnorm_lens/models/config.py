@@ -7,10 +7,7 @@ placements, the appendix on training for the sizes.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
-from numbers import Integral
-from types import NoneType
 from typing import Any, Final, Literal, TypeVar, cast, get_args
 
 import numpy as np
@@ -20,14 +17,19 @@ from transformer_lens.config import TransformerBridgeConfig
 from hooks.arguments import (
     brief,
     check_booleans,
-    check_device,
     check_integers,
     check_kind,
     check_number,
-    check_text,
     near,
-    plain,
     read_list,
+)
+from qkvnorm_lens.models.fields import (
+    HONOURED,
+    MOST,
+    check_fields,
+    one_of,
+    refuse_unknown,
+    tl_defaults,
 )
 
 ARCHITECTURE: Final = "QKVNormTransformer"
@@ -38,60 +40,7 @@ NormOver = Literal["input", "head", "projection"]
 Gains = Literal["none", "shared", "separate"]
 ScoreScale = Literal["inv_sqrt", "none", "calibrated", "learned"]
 Skip = Literal["both", "attn", "mlp", "none"]
-ACTIVATIONS: Final = ("relu", "gelu", "gelu_new", "silu")
 _Spec = TypeVar("_Spec")
-POSITIONS: Final = ("standard", "sinusoidal", "rotary", "none")
-
-# What TransformerLens's own configuration lets one say and this architecture does (`device`,
-# `dtype`, names and tokenizer fields apart). Every other field must keep its default: accepting a
-# field and ignoring it would be a wrong model without a word.
-_HONOURED: Final = frozenset(
-    [
-        "d_model",
-        "d_head",
-        "n_layers",
-        "n_ctx",
-        "n_heads",
-        "d_vocab",
-        "d_vocab_out",
-        "d_mlp",
-        "n_key_value_heads",
-        "attn_only",
-        "act_fn",
-        "eps",
-        "normalization_type",
-        "attention_dir",
-        "window_size",
-        "positional_embedding_type",
-        "rotary_base",
-        "rotary_dim",
-        "rotary_adjacent_pairs",
-        "attn_implementation",
-        "seed",
-        "initializer_range",
-        "init_weights",
-        "dtype",
-        "device",
-        "model_name",
-        "default_prepend_bos",
-        "tokenizer_prepends_bos",
-        "tokenizer_appends_eos",
-        "default_padding_side",
-        "tokenizer_name",
-    ]
-)
-
-
-_OURS: Final = (
-    "placement", "norm", "score_scale", "calibrated", "attn_bias", "centred", "skip", "output_mlp",
-    "sinusoids",
-)  # fmt: skip
-
-
-def _one_of(name: str, value: object, valid: Sequence[object]) -> None:
-    if not isinstance(value, (str, NoneType)) or value not in valid:
-        got = f"{brief(value)}{near(value, valid)}"
-        raise ValueError(f"{name}: wanted one of {list(valid)}; got {got}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +63,10 @@ class NormSpec:
     on: str = "qkv"
 
     def __post_init__(self) -> None:
-        _one_of("NormSpec.kind", self.kind, get_args(NormKind))
-        _one_of("NormSpec.over", self.over, get_args(NormOver))
-        _one_of("NormSpec.gains", self.gains, get_args(Gains))
-        _one_of("NormSpec.on", self.on, ("q", "k", "v", "qk", "qv", "kv", "qkv"))
+        one_of("NormSpec.kind", self.kind, get_args(NormKind))
+        one_of("NormSpec.over", self.over, get_args(NormOver))
+        one_of("NormSpec.gains", self.gains, get_args(Gains))
+        one_of("NormSpec.on", self.on, ("q", "k", "v", "qk", "qv", "kv", "qkv"))
         if self.over == "input" and self.on != "qkv":
             raise ValueError(
                 f'NormSpec.on: a norm over the "input" wants on="qkv", for q, k and v read what it '
@@ -144,7 +93,7 @@ class Sinusoids:
     max_shift: int = 50
 
     def __post_init__(self) -> None:
-        n, max_shift = check_integers(n=(self.n, 1, _MOST), max_shift=(self.max_shift, 0, _MOST))
+        n, max_shift = check_integers(n=(self.n, 1, MOST), max_shift=(self.max_shift, 0, MOST))
         wanted = "two numbers, 0 < shortest <= longest"
         given = read_list("periods", self.periods, wanted)
         periods = tuple(check_number("periods", p, wanted, lambda x: 0 < x < np.inf) for p in given)
@@ -206,13 +155,13 @@ class QKVNormConfig(TransformerBridgeConfig):
         **fields: Any,
     ) -> None:
         # Types are wider than the choices, so that a wrong choice is answered here and by name.
-        _one_of("placement", placement, get_args(Placement))
+        one_of("placement", placement, get_args(Placement))
         if fields.setdefault("architecture", ARCHITECTURE) != ARCHITECTURE:
             raise ValueError(
                 f"architecture: wanted {ARCHITECTURE!r}; got {fields['architecture']!r}"
             )
-        _refuse_unknown(fields)
-        _check_fields(fields)
+        refuse_unknown(fields)
+        check_fields(fields)
         calibrated, attn_bias = check_booleans(calibrated=calibrated, attn_bias=attn_bias)
         if sinusoids is not None:
             check_kind("sinusoids", sinusoids, Sinusoids, "a Sinusoids or None")
@@ -225,7 +174,7 @@ class QKVNormConfig(TransformerBridgeConfig):
         self.attn_bias = attn_bias
         (self.centred,) = check_booleans(centred=centred)  # 1 == True
         self.skip = cast(Skip, skip)
-        self.output_mlp = tuple(check_integers(output_mlp=(w, 1, _MOST))[0] for w in widths)
+        self.output_mlp = tuple(check_integers(output_mlp=(w, 1, MOST))[0] for w in widths)
         self.sinusoids = sinusoids
         super().__init__(**fields)
         if self.positional_embedding_type == "sinusoidal" and sinusoids is None:
@@ -256,8 +205,8 @@ class QKVNormConfig(TransformerBridgeConfig):
             )
 
     def _check_choices(self) -> None:
-        _one_of("score_scale", self.score_scale, get_args(ScoreScale))
-        _one_of("skip", self.skip, get_args(Skip))
+        one_of("score_scale", self.score_scale, get_args(ScoreScale))
+        one_of("skip", self.skip, get_args(Skip))
         if self.sinusoids is not None:
             if self.positional_embedding_type != "sinusoidal":
                 raise ValueError(
@@ -309,10 +258,10 @@ class QKVNormConfig(TransformerBridgeConfig):
 
     def to_json(self) -> dict[str, Any]:
         """What the constructor needs to make this configuration again, JSON types only."""
-        defaults = _tl_defaults()
+        defaults = tl_defaults()
         fields = {
             k: _plain(getattr(self, k))
-            for k in sorted(_HONOURED - {"device", "dtype"})
+            for k in sorted(HONOURED - {"device", "dtype"})
             if getattr(self, k) != defaults.get(k)
         }
         return {
@@ -385,102 +334,6 @@ def _unless_default(*, centred: bool, skip: str) -> dict[str, Any]:
     return ({"centred": True} if centred else {}) | ({"skip": skip} if skip != "both" else {})
 
 
-def _tl_defaults() -> dict[str, Any]:
-    """Every field of TransformerLens's configuration, with its default."""
-    defaults: dict[str, Any] = {}
-    for cls in reversed(TransformerBridgeConfig.__mro__[:-1]):
-        for name, p in inspect.signature(cls).parameters.items():
-            if p.kind is not p.VAR_KEYWORD:
-                defaults[name] = None if p.default is p.empty else p.default
-    return defaults
-
-
-_MOST: Final = 1 << 31
-_CHOICES: Final[dict[str, tuple[str | None, ...]]] = {
-    "act_fn": ACTIVATIONS,
-    "normalization_type": ("LN", "RMS", None),
-    "positional_embedding_type": POSITIONS,
-    "attention_dir": ("causal", "bidirectional"),
-    "attn_implementation": ("eager", "sdpa"),
-}
-_INTEGERS: Final = {
-    **dict.fromkeys(("d_model", "d_head", "n_layers", "n_ctx", "d_mlp", "n_key_value_heads"), 1),
-    **dict.fromkeys(("n_heads", "d_vocab", "window_size", "rotary_dim"), 1),
-    "d_vocab_out": -1,
-}
-_BOOLEANS: Final = frozenset(
-    [
-        "attn_only",
-        "init_weights",
-        "default_prepend_bos",
-        "rotary_adjacent_pairs",
-        "tokenizer_prepends_bos",
-        "tokenizer_appends_eos",
-    ]
-)
-_TEXTS: Final = frozenset(["model_name", "tokenizer_name", "default_padding_side"])
-
-
-def _check_fields(fields: dict[str, Any]) -> None:
-    """TransformerLens's own fields as Python's numbers, before it works the others out of them.
-
-    Raises:
-        TypeError, ValueError: a field of another kind.
-    """
-    defaults = _tl_defaults()
-    if fields.get("d_model") is None:
-        raise ValueError("d_model: wanted an integer >= 1; got None")
-    for name, known in _CHOICES.items():
-        if name in fields and not (name == "attn_implementation" and fields[name] is None):
-            _one_of(name, fields[name], known)
-    for name, value in fields.items():
-        if value is None and (defaults[name] is None or name == "tokenizer_prepends_bos"):
-            continue
-        if name in _INTEGERS:
-            number = plain(value)
-            if not (type(number) is int and number == defaults[name] == -1):  # not said
-                (fields[name],) = check_integers(**{name: (value, _INTEGERS[name], _MOST)})
-        elif name == "seed":
-            (fields[name],) = check_integers(seed=(value, 0))
-        elif name in _BOOLEANS:
-            (fields[name],) = check_booleans(**{name: value})
-        elif name in _TEXTS:
-            fields[name] = check_text(name, value)
-        elif name in ("eps", "rotary_base"):
-            number = check_number(name, value, "a number > 0", lambda x: 0 < x < np.inf)
-            fields[name] = int(number) if isinstance(plain(value), Integral) else number
-        elif name == "initializer_range":
-            fields[name] = check_number(name, value, "a finite number", np.isfinite)
-        elif name == "device":
-            fields[name] = check_device(name, value)
-        elif name == "dtype":
-            check_kind(name, value, torch.dtype, "a dtype of torch")
-
-
-def _same(value: Any, default: Any) -> bool:
-    """Equal, of whatever kinds; an array is equal to nothing."""
-    try:
-        return bool(value == default)
-    except (ValueError, RuntimeError, TypeError):
-        return False
-
-
-def _refuse_unknown(fields: dict[str, Any]) -> None:
-    defaults = _tl_defaults()
-    for name, value in fields.items():
-        if name not in defaults:
-            known = sorted({*_HONOURED, *_OURS})
-            raise ValueError(
-                f"{name}: wanted one of the fields {sorted(_HONOURED)}; got no such field"
-                f"{near(name, known)}"
-            )
-        if name not in _HONOURED and name != "architecture" and not _same(value, defaults[name]):
-            raise ValueError(
-                f"{name}: wanted the default "
-                f"{defaults[name]!r}, as this architecture has no such feature; got {brief(value)}"
-            )
-
-
 _PAPER: Final[dict[str, Any]] = {
     "d_head": 64,
     "d_mlp": 512,
@@ -520,5 +373,5 @@ def named_config(name: str, placement: Placement | str, **changes: Any) -> QKVNo
         placement: where the attention's norm stands.
         **changes: fields to set otherwise.
     """
-    _one_of("name", name, sorted(NAMED))
+    one_of("name", name, sorted(NAMED))
     return QKVNormConfig(placement=placement, **{**NAMED[name], **changes})

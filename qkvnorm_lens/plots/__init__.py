@@ -20,15 +20,13 @@ from qkvnorm_lens.plots.collapse import (
     row_margins,
 )
 from qkvnorm_lens.plots.heads import HeadCells as HeadCells, head_cells as head_cells, head_map
-from qkvnorm_lens.plots.measures import (
-    accuracy_curve,
-    rank_by_depth,
-    sparsity_histogram,
-    spectrum_by_depth,
-    spread_bands,
-    symmetry_by_depth,
-    training_curves,
-)
+from qkvnorm_lens.plots.rank import rank_by_depth
+from qkvnorm_lens.plots.sparsity import sparsity_histogram
+from qkvnorm_lens.plots.spectrum import spectrum_by_depth
+from qkvnorm_lens.plots.spread import spread_bands
+from qkvnorm_lens.plots.sweep import accuracy_curve
+from qkvnorm_lens.plots.symmetry import symmetry_by_depth
+from qkvnorm_lens.plots.training import training_curves
 
 __all__ = [
     "collapse_curve",

@@ -22,18 +22,20 @@ from .recipes import (
     get_recipe as get_recipe,
     make_optimizers as make_optimizers,
 )
-from .run_files import (
-    RunFileError as RunFileError,
-)
-from .trainer import (
+from .run import (
     TEST_SEED as TEST_SEED,
     Run as Run,
-    Stopped as Stopped,
-    Trainer as Trainer,
     describe as describe,
     evaluate as evaluate,
     positions_for as positions_for,
     processes as processes,
     sequences as sequences,
+)
+from .run_files import (
+    RunFileError as RunFileError,
+)
+from .trainer import (
+    Stopped as Stopped,
+    Trainer as Trainer,
     train as train,
 )

@@ -13,7 +13,6 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
-import math
 import os
 import signal
 import threading
@@ -22,15 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
 from torch import nn
 from tqdm import tqdm
 
 from hooks.arguments import (
-    SEEDS,
     check_booleans,
     check_device,
     check_integers,
@@ -38,12 +34,12 @@ from hooks.arguments import (
     check_path,
     check_text,
 )
-from qkvnorm_lens.models import QKVNormConfig, QKVNormTransformer
-from qkvnorm_lens.training.addition import Accuracy, AccuracyCounter, Batch, Split, draw, get_split
-from qkvnorm_lens.training.recipes import LearningRate, Recipe, get_recipe, make_optimizers
+from qkvnorm_lens.models import QKVNormTransformer
+from qkvnorm_lens.training.addition import Batch, draw, get_split
+from qkvnorm_lens.training.recipes import LearningRate, get_recipe, make_optimizers
+from qkvnorm_lens.training.run import Run, describe, evaluate, positions_for
 from qkvnorm_lens.training.run_files import RunFileError, cut_log, note_log, read_state, write_state
 
-TEST_SEED: Final = 2406_17837
 _TRAIN_STREAM, _SHIFT_STREAM, _CALIBRATION_STREAM = 1, 2, 3
 _FIELDS: Final = (
     "step",
@@ -56,101 +52,6 @@ _FIELDS: Final = (
     "exact",
 )
 _STATE: Final = ("run", "model", "optimizers", "rate", "step", "seconds", "loss_sum", "losses")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training run, whole: the same run gives the same weights on the same machine.
-
-    Args:
-        config: the model.
-        split: which sums.
-        recipe: a name in ``RECIPES``, or a `Recipe`.
-        steps: how many.
-        seed: of the data (the weights' is ``config.seed``).
-        bf16: matrix products in bfloat16, weights and sums in float32.
-        length_parts: batches are cut into so many by length, which saves padding and changes
-            nothing else.
-        log_every: steps between rows of the log.
-        eval_every: steps between measurements of accuracy.
-        eval_rows: sums in each of them.
-    """
-
-    config: QKVNormConfig
-    split: str | Split
-    recipe: str | Recipe = "modern"
-    steps: int = 10_000
-    seed: int = 0
-    bf16: bool = False
-    length_parts: int = 2
-    log_every: int = 100
-    eval_every: int = 1000
-    eval_rows: int = 4000
-
-    def __post_init__(self) -> None:
-        check_kind("config", self.config, QKVNormConfig, "a QKVNormConfig")
-        recipe = get_recipe(self.recipe)
-        wanted = get_split(self.split).max_length
-        if self.config.n_ctx < wanted:
-            raise ValueError(
-                f"n_ctx: wanted at least {wanted} tokens for these sums; got {self.config.n_ctx}"
-            )
-        names = ("steps", "length_parts", "log_every", "eval_every", "eval_rows")
-        whole: dict[str, Any] = {name: (getattr(self, name), 1) for name in names}
-        whole["seed"] = (self.seed, 0, SEEDS)
-        for name, value in zip(whole, check_integers(**whole), strict=True):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "bf16", *check_booleans(bf16=self.bf16))
-        if recipe.batch_size < self.length_parts:
-            raise ValueError(
-                f"length_parts: wanted at most batch_size = {recipe.batch_size}; got "
-                f"{self.length_parts}"
-            )
-
-
-def positions_for(
-    config: QKVNormConfig, tokens: Int[torch.Tensor, "batch pos"], seed: tuple[int, ...]
-) -> Int[torch.Tensor, "#batch pos"]:
-    """0, 1, .., each row shifted by its own random integer where positions are sinusoids.
-
-    Menary et al. 2024, appendix on training.
-    """
-    positions = torch.arange(tokens.shape[1])[None]
-    spec = config.sinusoids
-    if spec is None or not spec.max_shift:
-        return positions
-    shift = np.random.default_rng(seed).integers(spec.max_shift + 1, size=(len(tokens), 1))
-    return positions + torch.from_numpy(shift)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    split: str | Split,
-    *,
-    rows: int = 4000,
-    seed: int | tuple[int, ...] = TEST_SEED,
-    batch_size: int = 1000,
-    device: str | torch.device = "cpu",
-) -> Accuracy:
-    """Teacher-forced accuracy on freshly drawn sums (Menary et al. 2024, Section 4).
-
-    Works on a bridge too. The model's training mode is put back.
-    """
-    check_kind("model", model, nn.Module, "a model of torch")
-    rows, batch_size = check_integers(rows=(rows, 1), batch_size=(batch_size, 1))
-    check_device("device", device)
-    was_training = model.training
-    model.eval()
-    try:
-        counter = AccuracyCounter()
-        whole = draw(split, rows, seed=seed)
-        for part in whole.by_length(math.ceil(rows / batch_size)):
-            batch = part.to(device)
-            counter.update(model(batch.tokens).float(), batch.targets)
-        return counter.result()
-    finally:
-        model.train(was_training)
 
 
 class Stopped(KeyboardInterrupt):
@@ -193,13 +94,6 @@ class _Signals:
         again, self.asked = bool(self.asked), number
         if again and not self.patient:
             raise KeyboardInterrupt
-
-
-def processes(device: str) -> int:
-    """How many processes share the work: 1, unless accelerate or torchrun started more."""
-    from accelerate import PartialState
-
-    return int(PartialState(cpu=torch.device(device).type == "cpu").num_processes)
 
 
 class Trainer:
@@ -422,25 +316,6 @@ class Trainer:
             ) from error
         self.step, self.seconds = state["step"], state["seconds"]
         self.loss_sum, self.losses = state["loss_sum"], state["losses"]
-
-
-def describe(run: Run, processes: int = 1) -> dict[str, Any]:
-    """What makes a run this run, in JSON types; a batch is each of the `processes`' own."""
-    return {
-        "config": run.config.to_json(),
-        "split": get_split(run.split).to_json(),
-        "recipe": dataclasses.asdict(get_recipe(run.recipe)),
-        "steps": run.steps,
-        "seed": run.seed,
-        "bf16": run.bf16,
-        "length_parts": run.length_parts,
-        "processes": processes,
-    }
-
-
-def sequences(run: Run, processes: int = 1) -> int:
-    """How many sums a run trains on."""
-    return run.steps * get_recipe(run.recipe).batch_size * processes
 
 
 def train(

@@ -19,7 +19,7 @@ from qkvnorm_lens.experiments.core import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.paper.spread.measure import VECTORS, _of
+from qkvnorm_lens.experiments.paper.spread.measure import VECTORS, rows_of
 
 MEANING: Final = {"stream": "embeddings", "k": "keys", "v": "values"}
 
@@ -59,7 +59,7 @@ def _draw_group(ax: Axes, mine: pd.DataFrame) -> None:
     from qkvnorm_lens.plots.charts import grid, plain
 
     colour = COLOURS[placement_of(mine)]
-    layers, heads = _of(mine, "stream", "layer"), _of(mine, "stream", "head")
+    layers, heads = rows_of(mine, "stream", "layer"), rows_of(mine, "stream", "head")
     depth = layers.groupby("layer")[["low", "high", "first_norm"]].mean()
     ax.bar(
         depth.index,
@@ -101,7 +101,7 @@ def _draw_bands(ax: Axes, named: list[tuple[str, pd.DataFrame]]) -> None:
 
     for row, (_, mine) in enumerate(named):
         for i, of in enumerate(VECTORS):
-            band = group_mean(_of(mine, of, "model"), "band")
+            band = group_mean(rows_of(mine, of, "model"), "band")
             ax.errorbar(
                 100 * band.value,
                 row + 0.22 * (i - 1),

@@ -49,5 +49,5 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     return [Part(s.name, partial(measure, s, amount), s, amount.settings(s)) for s in subjects]
 
 
-def _of(table: pd.DataFrame, of: str, by: str) -> pd.DataFrame:
+def rows_of(table: pd.DataFrame, of: str, by: str) -> pd.DataFrame:
     return table[(table["of"] == of) & (table["by"] == by)]

@@ -16,7 +16,7 @@ from qkvnorm_lens.experiments.core import (
     placement_of,
     study_difference,
 )
-from qkvnorm_lens.experiments.paper.spread.measure import VECTORS, _of
+from qkvnorm_lens.experiments.paper.spread.measure import VECTORS, rows_of
 
 
 def text(table: pd.DataFrame) -> str:
@@ -24,9 +24,9 @@ def text(table: pd.DataFrame) -> str:
     head = ["models", "seeds", "embeddings", "by layer", "keys", "values", "first: share", "norm"]
     rows = []
     for group, mine in by_group(table):
-        bands = {of: group_mean(_of(mine, of, "model"), "band") for of in VECTORS}
-        layers = _of(mine, "stream", "layer").groupby("layer")["band"].mean()
-        stream = _of(mine, "stream", "model")
+        bands = {of: group_mean(rows_of(mine, of, "model"), "band") for of in VECTORS}
+        layers = rows_of(mine, "stream", "layer").groupby("layer")["band"].mean()
+        stream = rows_of(mine, "stream", "model")
         rows.append(
             [
                 group,
@@ -54,10 +54,10 @@ def text(table: pd.DataFrame) -> str:
 
 
 def _findings(table: pd.DataFrame) -> list[str]:
-    models = _of(table, "stream", "model")
+    models = rows_of(table, "stream", "model")
     lines = []
     for group, mine in by_group(models):
-        layers = _of(table[table["group"] == group], "stream", "layer")
+        layers = rows_of(table[table["group"] == group], "stream", "layer")
         widest = layers.nlargest(1, "band").iloc[0]
         published = ""
         if placement_of(mine) == "pre":
@@ -85,7 +85,7 @@ def _findings(table: pd.DataFrame) -> list[str]:
 
 def claims(table: pd.DataFrame) -> list[Claim]:
     """The width of the band under Pre-Norm, and whether QKV-Norm's is wider."""
-    models = _of(table, "stream", "model")
+    models = rows_of(table, "stream", "model")
     out = []
     for group, mine in by_group(models):
         if placement_of(mine) != "pre":

@@ -17,12 +17,12 @@ from qkvnorm_lens.plots.charts import BLUE, GREY, ORANGE, grid, log_ticks
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.related.centring.measure import _placements, gain, values
+from qkvnorm_lens.experiments.related.centring.measure import gain, placements_in, values
 
 
 def figure(table: pd.DataFrame) -> Figure:
     """Training loss with and without the fix; differences in accuracy, seed by seed."""
-    placements = _placements(table)
+    placements = placements_in(table)
     fig, axes = panels(1, len(placements) + 1, width=3.4, height=3.1)
     for ax, placement in zip(axes, placements, strict=False):
         _curves(ax, table, placement)

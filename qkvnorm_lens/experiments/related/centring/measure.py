@@ -124,5 +124,5 @@ def gain(table: pd.DataFrame, placement: str, quantity: str) -> Mean:
     return mean(change.dropna().tolist())
 
 
-def _placements(table: pd.DataFrame) -> list[str]:
+def placements_in(table: pd.DataFrame) -> list[str]:
     return [p for p in PAIRS if p in set(table["placement"])]

@@ -20,8 +20,8 @@ from qkvnorm_lens.experiments.related.centring.measure import (
     LAST,
     SPECTRUM,
     WHOLE,
-    _placements,
     gain,
+    placements_in,
     values,
 )
 
@@ -30,7 +30,7 @@ def text(table: pd.DataFrame) -> str:
     """Runs with and without the fix, and the differences seed by seed."""
     head = ["", "fix", "seeds", FINAL, WHOLE, *KINDS, "gap", "stable rank of A", "A - U: s1"]
     body = []
-    for placement in _placements(table):
+    for placement in placements_in(table):
         for fix in (0, 1):
             of = {
                 q: mean(values(table, placement, fix, q).tolist())
@@ -55,7 +55,7 @@ def text(table: pd.DataFrame) -> str:
         "rank |A|_F²/s1² and s1 of A - U: of the trained patterns A, also where values are "
         "averaged with A - U. 95% intervals over seeds.",
     ]
-    for placement in _placements(table):
+    for placement in placements_in(table):
         lines += [
             f"- {PLACEMENT_NAMES[placement]}, fix minus none, seed by seed: final loss "
             f"{_plain(gain(table, placement, FINAL))}, mean loss "
@@ -75,7 +75,7 @@ def _plain(m: Mean) -> str:
 def claims(table: pd.DataFrame) -> list[Claim]:
     """Does training gain from the fix?"""
     out = []
-    for placement in _placements(table):
+    for placement in placements_in(table):
         found = {q: gain(table, placement, q) for q in (FINAL, WHOLE)}
         better = [m.excludes_zero and m.value < 0 for m in found.values()]
         worse = [m.excludes_zero and m.value > 0 for m in found.values()]

@@ -17,7 +17,7 @@ from qkvnorm_lens.plots.charts import GREY, RUNS, grid
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.related.positions.measure import CELLS, GAPS, LEAST, _cell, of
+from qkvnorm_lens.experiments.related.positions.measure import CELLS, GAPS, LEAST, cell_name, of
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -42,7 +42,7 @@ def _draw_curves(ax: Axes, table: pd.DataFrame, colours: dict[str, str]) -> None
         mine = losses[losses["group"] == group]
         for _, run in mine.groupby("model"):
             ax.plot(run["at"], run["value"].clip(lower=1e-5), color=colour, linewidth=0.9)
-        ax.plot([], [], color=colour, label=_cell(group))
+        ax.plot([], [], color=colour, label=cell_name(group))
     ax.set_yscale("log")
     ax.set_xlabel("training steps of 128 sums")
     ax.set_ylabel("loss (nats per token)")

@@ -177,5 +177,5 @@ def of(table: pd.DataFrame, group: str, quantity: str) -> list[float]:
     return [float(v) for v in chosen["value"] if not math.isnan(v)]
 
 
-def _cell(group: str) -> str:
+def cell_name(group: str) -> str:
     return CELLS.get(group, group).replace("\n", " ")

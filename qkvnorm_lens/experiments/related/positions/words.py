@@ -20,7 +20,7 @@ from qkvnorm_lens.experiments.related.positions.measure import (
     LEAST,
     LOSSES,
     SHARES,
-    _cell,
+    cell_name,
     of,
 )
 
@@ -46,7 +46,7 @@ def text(table: pd.DataFrame) -> str:
         gaps = [of(table, group, quantity) for quantity in GAPS]
         rows.append(
             [
-                _cell(group),
+                cell_name(group),
                 str(len(of(table, group, "exact"))),
                 mean(of(table, group, "per token")).percent(),
                 mean(of(table, group, "per token without ]")).percent(),
@@ -85,7 +85,7 @@ def _shares(table: pd.DataFrame) -> str:
                 said.append(f"{share:.0%} in {len(got)} of {len(first)} runs")
             else:
                 said.append(f"{share:.0%} by step {max(got):.0f}")
-        out.append(f"{_cell(group)}: {', '.join(said)}")
+        out.append(f"{cell_name(group)}: {', '.join(said)}")
     return "; ".join(out) + "."
 
 
@@ -127,12 +127,12 @@ def _order_words(table: pd.DataFrame) -> list[str]:
         swap, permuted = (of(table, group, q) for q in ("tv, operands swapped", "tv, as is"))
         ratio = mean(swap).value / max(mean(permuted).value, LEAST)
         out.append(
-            f"{_cell(group)}: {len(none) - int(sum(none))} of {len(none) + doubt} trained models "
+            f"{cell_name(group)}: {len(none) - int(sum(none))} of {len(none) + doubt} trained models "
             f"see the order{f' ({doubt} undecided: rounding too large)' if doubt else ''}; "
             f"swapping the integers changes the prediction {ratio:.2f} times as much as permuting "
             "all tokens."
         )
-    alike = [f"{_cell(group)}: {_nearer_words(table, group)}" for group in groups(table)]
+    alike = [f"{cell_name(group)}: {_nearer_words(table, group)}" for group in groups(table)]
     out.append(
         "Pairs of earlier positions of which the nearer is more alike (cosine, first token left "
         f"out), by blocks passed: {'; '.join(alike)}."
@@ -161,9 +161,9 @@ def _verdict(table: pd.DataFrame) -> tuple[Literal["yes", "no", "in part", "not 
     if not found:
         return "not decided", "too few seeds are trained to say"
     said = [
-        f"{_cell(b)}: exact answers {g.percent()} points fewer than with skip connections"
+        f"{cell_name(b)}: exact answers {g.percent()} points fewer than with skip connections"
         if g.excludes_zero and g.value > 0
-        else f"{_cell(b)}: no difference in exact answers that the seeds decide "
+        else f"{cell_name(b)}: no difference in exact answers that the seeds decide "
         f"({g.percent()} points)"
         for b, g in found.items()
     ]
@@ -175,10 +175,10 @@ def _verdict(table: pd.DataFrame) -> tuple[Literal["yes", "no", "in part", "not 
         return "yes", words
     control = gap_between(table, "order-rotary", "order-rotary-no-skip", "exact")
     if blind:
-        words += f"; {', '.join(map(_cell, blind))}: some trained models do not see the order"
+        words += f"; {', '.join(map(cell_name, blind))}: some trained models do not see the order"
         return "no", words
     if unsure:
-        words += f"; {', '.join(map(_cell, unsure))}: rounding is too large to say whether all "
+        words += f"; {', '.join(map(cell_name, unsure))}: rounding is too large to say whether all "
         return "not decided", f"{words}trained models see the order"
     words += "; yet every trained model sees the order, so that what is lacking is not the order"
     if control is None:

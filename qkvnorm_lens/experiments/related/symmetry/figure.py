@@ -21,8 +21,8 @@ from qkvnorm_lens.experiments.related.symmetry.measure import (
     PLACEMENTS,
     SKIPS,
     VARIANTS,
-    _nearer,
     constructed,
+    nearer_stream,
     random_kinds,
     trained,
 )
@@ -152,7 +152,7 @@ def _draw_neighbours(ax: Axes, table: pd.DataFrame) -> None:
     rows += [(f"random, {words}", mine) for words, mine in random_kinds(table)]
     for row, (_, mine) in enumerate(rows):
         for i, variant in enumerate(VARIANTS):
-            x = _nearer(mine, variant).dropna().to_numpy()
+            x = nearer_stream(mine, variant).dropna().to_numpy()
             y = np.full(len(x), row + 0.18 * (i - 1.5))
             ax.plot(100 * x, y, MARKERS[variant], color=COLOURS[variant], markersize=3.5)
     ax.axvline(50, color=GREY, linewidth=0.9, linestyle="--")

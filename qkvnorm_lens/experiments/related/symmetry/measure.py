@@ -164,7 +164,7 @@ def constructed(table: pd.DataFrame, **cell: Any) -> pd.DataFrame:
 # -- words ------------------------------------------------------------------------------------
 
 
-def _nearer(table: pd.DataFrame, variant: str) -> pd.Series[float]:
+def nearer_stream(table: pd.DataFrame, variant: str) -> pd.Series[float]:
     """Behind the last block of each model."""
     rows = table[(table["by"] == "layer") & (table["variant"] == variant)]
     return rows.sort_values("layer").groupby("model")["nearer"].last()

@@ -18,8 +18,8 @@ from qkvnorm_lens.experiments.related.symmetry.measure import (
     LENGTH,
     SKIPS,
     VARIANTS,
-    _nearer,
     constructed,
+    nearer_stream,
     random_kinds,
     trained,
 )
@@ -124,7 +124,7 @@ def _neighbour_words(table: pd.DataFrame) -> list[str]:
         "nothing)? Random models without positions:"
     ]
     for words, mine in random_kinds(table):
-        masked, free = (_nearer(mine, v) for v in ("as is", "mask removed"))
+        masked, free = (nearer_stream(mine, v) for v in ("as is", "mask removed"))
         lines.append(
             f"- {words}: {100 * masked.mean():.0f}% of pairs with the causal mask "
             f"({100 * masked.min():.0f}% to {100 * masked.max():.0f}% by model), "
@@ -132,10 +132,13 @@ def _neighbour_words(table: pd.DataFrame) -> list[str]:
         )
     groups = by_group(trained(table))
     if groups:
-        rows = [[group, *(_percents(_nearer(mine, v)) for v in VARIANTS)] for group, mine in groups]
+        rows = [
+            [group, *(_percents(nearer_stream(mine, v)) for v in VARIANTS)]
+            for group, mine in groups
+        ]
         lines += ["", "Models, a number for each seed:", ""]
         lines.append(markdown(["models", *VARIANTS], rows))
-        shares = _nearer(trained(table), "positions removed")
+        shares = nearer_stream(trained(table), "positions removed")
         if len(shares):
             lines += [
                 "",
@@ -221,7 +224,7 @@ def _neighbour_claims(table: pd.DataFrame) -> list[Claim]:
     """Random models, with and without skips, and trained ones apart."""
     said, both = [], []
     for words, mine in random_kinds(table):
-        masked, free = (_nearer(mine, v) for v in ("as is", "mask removed"))
+        masked, free = (nearer_stream(mine, v) for v in ("as is", "mask removed"))
         both.append(masked)
         said.append(
             f"{words}: {100 * masked.mean():.0f}% of pairs (more than half in "
@@ -238,12 +241,12 @@ def _neighbour_claims(table: pd.DataFrame) -> list[Claim]:
         )
     ]
     bare = trained(table)
-    shares = _nearer(bare, "positions removed")
+    shares = nearer_stream(bare, "positions removed")
     if len(shares):
         by = [
-            f"{group} {_percents(_nearer(mine, 'positions removed'))}"
+            f"{group} {_percents(nearer_stream(mine, 'positions removed'))}"
             for group, mine in by_group(bare)
-            if len(_nearer(mine, "positions removed"))
+            if len(nearer_stream(mine, "positions removed"))
         ]
         out.append(
             Claim(
