@@ -50,4 +50,5 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
 
 
 def rows_of(table: pd.DataFrame, of: str, by: str) -> pd.DataFrame:
+    """The table's rows of these vectors, added up so."""
     return table[(table["of"] == of) & (table["by"] == by)]

@@ -125,4 +125,5 @@ def gain(table: pd.DataFrame, placement: str, quantity: str) -> Mean:
 
 
 def placements_in(table: pd.DataFrame) -> list[str]:
+    """Placements with runs in the table."""
     return [p for p in PAIRS if p in set(table["placement"])]

@@ -178,4 +178,5 @@ def of(table: pd.DataFrame, group: str, quantity: str) -> list[float]:
 
 
 def cell_name(group: str) -> str:
+    """A group's name on one line."""
     return CELLS.get(group, group).replace("\n", " ")

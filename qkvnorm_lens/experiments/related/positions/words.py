@@ -127,8 +127,8 @@ def _order_words(table: pd.DataFrame) -> list[str]:
         swap, permuted = (of(table, group, q) for q in ("tv, operands swapped", "tv, as is"))
         ratio = mean(swap).value / max(mean(permuted).value, LEAST)
         out.append(
-            f"{cell_name(group)}: {len(none) - int(sum(none))} of {len(none) + doubt} trained models "
-            f"see the order{f' ({doubt} undecided: rounding too large)' if doubt else ''}; "
+            f"{cell_name(group)}: {len(none) - int(sum(none))} of {len(none) + doubt} trained "
+            f"models see the order{f' ({doubt} undecided: rounding too large)' if doubt else ''}; "
             f"swapping the integers changes the prediction {ratio:.2f} times as much as permuting "
             "all tokens."
         )
