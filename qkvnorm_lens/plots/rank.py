@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hooks import RankReport
-from qkvnorm_lens.plots.frames import check_columns, frames_of
+from qkvnorm_lens.plots.frames import check_columns, frames_of, layer_axis
 
 _RANKS: Final = {
     "relative_mu": ("distance from the tokens' mean, μ(X) / |X|", "log"),

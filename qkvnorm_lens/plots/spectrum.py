@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hooks import SpectrumReport
-from qkvnorm_lens.plots.frames import check_columns, frames_of
+from qkvnorm_lens.plots.frames import check_columns, frames_of, layer_axis
 
 _SPECTRUM: Final = (
     ("s1", "first singular value", BLUE, "-"),
