@@ -8,36 +8,39 @@ counts while its scores exist and is let go of.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks.arguments import MANY, brief, check_choice, check_integers, check_number, check_optional
 from hooks.collapse.report import CollapseReport
 from hooks.collapse.settings import ProbeSettings
 from hooks.collapse.tally import Tally
 from hooks.model import (
-    AttentionTap,
-    Finished,
     Fused,
     HookedModel,
     MaskLike,
-    Taken,
+    ModelInput,
     Tokens,
     encode,
-    evaluating,
-    hooked,
     measurement,
+    over_batches,
 )
 from hooks.noise import LAWS, SPARSE, NormNoise, Shared, read_sigmas
-from hooks.sites import LayerSites, attention_facts, choose_layers, qk_part, recheck, sites_for
+from hooks.sites import (
+    LayerSites,
+    SeenLayer,
+    attention_facts,
+    choose_layers,
+    qk_part,
+    sites_for,
+    watch_layers,
+)
 
 if TYPE_CHECKING:
-    from hooks.collapse.reduce import LayerReducer, Workers
+    from hooks.collapse.reduce import LayerReducer
 
 DEFAULT_SIGMAS = (
     0.01, 0.015, 0.02, 0.03, 0.04, 0.055, 0.075, 0.1, 0.11, 0.14, 0.17, 0.2, 0.25, 0.3, 0.4, 0.5,
@@ -128,7 +131,7 @@ def collapse_probe(
             law can't have, an unknown layer, site, law or method.
     """
     # Compiled code: whoever only injects noise needs none.
-    from hooks.collapse.reduce import Workers
+    from hooks.collapse.reduce import LayerReducer, Workers
     from hooks.kernels import LAW_CODES
 
     asked: Any = law
@@ -174,27 +177,16 @@ def collapse_probe(
         keep_rows=keep_rows,
     )
     tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
-    batches = prompts.batches(batch_size)
-    with (
-        evaluating(model),
-        Workers().open() as workers,
-        tqdm(
-            total=len(prompts),
-            desc="collapse probe",
-            unit="prompt",
-            disable=None if progress is None else not progress,
-            leave=False,
-        ) as bar,
-    ):
-        for indices, given in batches:
-            watch = _Watch(chosen, tally, noise, indices, workers, query_block)
-            with (
-                contextlib.suppress(Finished),
-                watch.tap or contextlib.nullcontext(),
-                hooked(model, watch.hooks()),
-            ):
-                given.run(model)
-            bar.update(len(indices))
+    with Workers().open() as workers:
+
+        def measure(indices: Sequence[int], given: ModelInput) -> None:
+            def on_seen(seen: SeenLayer) -> None:
+                reducer = LayerReducer(tally, seen.index, seen.sites, noise, indices, workers)
+                _reduce(seen, reducer, query_block)
+
+            watch_layers(model, given, chosen, on_seen)
+
+        over_batches(model, prompts, batch_size, measure, what="collapse probe", progress=progress)
     return tally.report(model=attention_facts(model, sites, chosen, prompts), prompts=prompts)
 
 
@@ -221,120 +213,41 @@ def check_sparse(sparse: float) -> float:
     return check_number("sparse", sparse, "a maximum in (0, 1]", lambda x: 0 < x <= 1)
 
 
-class _Watch:
-    """Hooks of one forward pass: each layer's scores meet their pattern and are reduced at once."""
+def _reduce(seen: SeenLayer, reducer: LayerReducer, query_block: int | None) -> None:
+    """Count one layer's rows; with q and k apart where a bias is added to their product."""
+    sites, fused = seen.sites, None if seen.taken is None else seen.taken.fused
+    vectors = None
+    if sites.has_bias:
+        of = seen.vectors(("q", "k"))
+        wide = torch.promote_types(of["q"].dtype, torch.float32)
+        vectors = of["q"].to(wide), of["k"].to(wide)
+    if fused is not None:
+        _in_blocks(reducer, sites, fused, vectors, query_block)
+        return
+    s = None if vectors is None else qk_part(sites, *vectors)
+    scores, pattern = seen.scores_and_pattern()
+    reducer.add(scores, pattern, s)
 
-    def __init__(
-        self,
-        layers: tuple[LayerSites, ...],
-        tally: Tally,
-        noise: NormNoise,
-        indices: Sequence[int],
-        workers: Workers,
-        query_block: int | None,
-    ) -> None:
-        self.layers = layers
-        self.tally = tally
-        self.noise = noise
-        self.indices = indices
-        self.workers = workers
-        self.query_block = query_block
-        self.tap = AttentionTap() if any(s.tapped for s in layers) else None
 
-    def hooks(self) -> list[tuple[str, Callable[..., None]]]:
-        entries: list[tuple[str, Callable[..., None]]] = []
-        for index, sites in enumerate(self.layers):
-            entries += self._layer_hooks(index, sites)
-        return entries
-
-    def _layer_hooks(self, index: int, sites: LayerSites) -> list[tuple[str, Callable[..., None]]]:
-        kept: dict[str, Tensor] = {}
-        entries: list[tuple[str, Callable[..., None]]] = []
-
-        def keep(name: str) -> Callable[..., None]:
-            def hook_fn(tensor: Tensor, hook: Any) -> None:
-                kept[name] = tensor
-
-            return hook_fn
-
-        def reducer() -> LayerReducer:
-            from hooks.collapse.reduce import LayerReducer
-
-            return LayerReducer(self.tally, index, sites, self.noise, self.indices, self.workers)
-
-        def q_and_k(taken: Taken | None = None) -> tuple[Tensor, Tensor] | None:
-            """The vectors that enter the dot product, where a bias is added to it."""
-            if not sites.has_bias:
-                return None
-            if sites.bare:
-                assert taken is not None
-                q, k = taken.vectors(sites.kv_leaders)["q"], taken.vectors(sites.kv_leaders)["k"]
-            else:
-                q, k = (sites.vector(r).dot.by_position(kept.pop(r)) for r in ("q", "k"))
-            wide = torch.promote_types(q.dtype, torch.float32)
-            return q.to(wide), k.to(wide)
-
-        def finish() -> None:
-            if index == len(self.layers) - 1:
-                raise Finished  # what follows, the unembedding above all, is not needed
-
-        def at_pattern(pattern: Tensor, hook: Any) -> None:
-            vectors = q_and_k()
-            s = None if vectors is None else qk_part(sites, *vectors)
-            scores = kept.pop("scores")
-            recheck(sites, scores, pattern)
-            reducer().add(scores, pattern, s)
-            finish()
-
-        def at_z(z: Tensor, hook: Any) -> None:
-            assert self.tap is not None
-            taken = self.tap.take(z.shape[0])
-            if taken is None:  # the self-check saw it happen
-                raise RuntimeError(f"layer {sites.layer}: no softmax was seen before {hook.name}")
-            reduce(taken)
-
-        def reduce(taken: Taken) -> None:
-            vectors = q_and_k(taken)
-            if taken.fused is not None:
-                self._in_blocks(reducer(), sites, taken.fused, vectors)
-            else:
-                s = None if vectors is None else qk_part(sites, *vectors)
-                reducer().add(taken.scores, taken.pattern, s)
-            finish()
-
-        def at_anchor(tensor: Tensor, hook: Any) -> None:
-            assert self.tap is not None
-            self.tap.expect(sites, tensor, show=reduce)
-
-        if sites.bare:
-            assert sites.anchor is not None
-            return [(sites.anchor.hook, at_anchor)]
-        if sites.has_bias:
-            entries += [(sites.vector(r).dot.hook, keep(r)) for r in ("q", "k")]
-        if sites.tapped:
-            assert sites.z is not None
-            return [*entries, (sites.z.hook, at_z)]
-        return [*entries, (sites.scores, keep("scores")), (sites.pattern, at_pattern)]
-
-    def _in_blocks(
-        self,
-        reducer: LayerReducer,
-        sites: LayerSites,
-        fused: Fused,
-        vectors: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """Some queries' scores at a time, so that no [query, key] matrix is ever made."""
-        batch, n_heads, n_query, n_key = fused.shape
-        fits = _BLOCK_BYTES // (4 * batch * n_heads * n_key)
-        block = max(1, fits) if self.query_block is None else self.query_block
-        square = fused.is_causal and n_query == n_key
-        for first in range(0, n_query, block):
-            end = min(first + block, n_query)
-            seen = end if square else n_key  # later keys are masked for all of these
-            s = None
-            if vectors is not None:
-                q, k = vectors
-                s = qk_part(sites, q[:, first:end], k[:, :seen])
-            scores = fused.scores(first, end, n_key=seen)
-            eps = torch.finfo(fused.query.dtype).eps
-            reducer.add(scores, None, s, first_query=first, n_query=n_query, n_key=n_key, eps=eps)
+def _in_blocks(
+    reducer: LayerReducer,
+    sites: LayerSites,
+    fused: Fused,
+    vectors: tuple[Tensor, Tensor] | None,
+    query_block: int | None,
+) -> None:
+    """Some queries' scores at a time, so that no [query, key] matrix is ever made."""
+    batch, n_heads, n_query, n_key = fused.shape
+    fits = _BLOCK_BYTES // (4 * batch * n_heads * n_key)
+    block = max(1, fits) if query_block is None else query_block
+    square = fused.is_causal and n_query == n_key
+    for first in range(0, n_query, block):
+        end = min(first + block, n_query)
+        seen = end if square else n_key  # later keys are masked for all of these
+        s = None
+        if vectors is not None:
+            q, k = vectors
+            s = qk_part(sites, q[:, first:end], k[:, :seen])
+        scores = fused.scores(first, end, n_key=seen)
+        eps = torch.finfo(fused.query.dtype).eps
+        reducer.add(scores, None, s, first_query=first, n_query=n_query, n_key=n_key, eps=eps)

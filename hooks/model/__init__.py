@@ -28,6 +28,7 @@ from hooks.model.inputs import (
 from hooks.model.known_wrong import refuse_known_wrong
 from hooks.model.prompts import Prompts, example_of
 from hooks.model.protocol import ROLES, HookedModel, Role
+from hooks.model.running import checked_logits, counting, over_batches, run_with
 from hooks.model.standing import Standing, names, resting, users
 from hooks.model.state import (
     Finished,
@@ -45,6 +46,10 @@ from hooks.model.tap import AttentionTap, Fused, Taken
 from hooks.model.threads import TapOfThreads, hooked, intervening, standing_hooks
 
 __all__ = [
+    "run_with",
+    "over_batches",
+    "counting",
+    "checked_logits",
     "AttentionTap",
     "Finished",
     "Fused",

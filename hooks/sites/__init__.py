@@ -6,9 +6,19 @@ from hooks.sites.norm import CHECK, InnerNorm, inner_norms
 from hooks.sites.scores import ScoreParts, expand_factors, qk_part, recheck, split, visible
 from hooks.sites.selfcheck import attention_sites, sites_for
 from hooks.sites.types import AttentionSites, LayerSites, Site, Stream, VectorSite, choose_layers
-from hooks.sites.watch import Hook, LayerView, observe, refuse_several_streams, stream_hook
+from hooks.sites.watch import (
+    Hook,
+    LayerView,
+    SeenLayer,
+    observe,
+    refuse_several_streams,
+    stream_hook,
+    watch_layers,
+)
 
 __all__ = [
+    "watch_layers",
+    "SeenLayer",
     "AttentionSites",
     "CHECK",
     "Hook",

@@ -9,7 +9,6 @@ norm's real output, there and on every prompt that is measured.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import UnsupportedModelError
-from hooks.model import Finished, HookedModel, ModelInput, Role, hooked
+from hooks.model import Finished, HookedModel, ModelInput, Role, run_with
 from hooks.sites.types import LayerSites
 from hooks.sites.watch import Hook, stream_hook
 
@@ -286,8 +285,7 @@ class _Finder:
         return hook_fn
 
     def _run(self, entries: Sequence[Hook]) -> None:
-        with contextlib.suppress(Finished), hooked(self.model, entries):
-            self.example.run(self.model)
+        run_with(self.model, self.example, entries)
 
 
 def _projection(sites: LayerSites, role: Role) -> str:

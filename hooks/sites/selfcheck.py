@@ -21,7 +21,6 @@ What neither decides is refused.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 import weakref
 from collections import OrderedDict
@@ -48,7 +47,6 @@ from hooks.model import (
     checking,
     encode,
     evaluating,
-    hooked,
     key_of,
     measurement,
     names,
@@ -56,6 +54,7 @@ from hooks.model import (
     refuse_known_wrong,
     refuse_unreadable,
     resting,
+    run_with,
     short_input,
     shorten,
     states,
@@ -383,15 +382,10 @@ def _check_some(
         copies[-1].last = True
     elif last.z is not None:
         fwd_hooks.append((last.z.hook, _finish))  # nothing later is looked at
-    with (
-        warnings.catch_warnings(),
-        contextlib.suppress(Finished),
-        tap if any(sites.tapped for sites in layers) else contextlib.nullcontext(),
-        hooked(model, fwd_hooks),
-    ):
+    with warnings.catch_warnings():
         # TransformerLens warns where an edit of the scores is discarded: that is what we test.
         warnings.filterwarnings("ignore", message=".*has already consumed the original values")
-        given.run(model)
+        run_with(model, given, fwd_hooks, tap if any(s.tapped for s in layers) else None)
     return [LayerCheck(layer) for layer in copies]
 
 

@@ -6,8 +6,7 @@ a layer: what the caller wants to keep it reduces in ``on_layer``.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,18 +14,18 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks.errors import UnsupportedModelError
 from hooks.model import (
     AttentionTap,
     Finished,
     HookedModel,
+    ModelInput,
     Prompts,
     Role,
     Taken,
-    evaluating,
-    hooked,
+    over_batches,
+    run_with,
 )
 from hooks.sites.scores import ScoreParts, recheck, split, visible
 from hooks.sites.types import LayerSites
@@ -105,113 +104,162 @@ def observe(
     Raises:
         UnsupportedModelError: a stream that the model has no hook for; keys beside the tokens'.
     """
-    with (
-        evaluating(model),
-        tqdm(
-            total=len(prompts),
-            desc=what,
-            unit="prompt",
-            disable=None if progress is None else not progress,
-            leave=False,
-        ) as bar,
-    ):
-        for indices, given in prompts.batches(batch_size):
-            tap = AttentionTap() if any(s.tapped for s in layers) else None
-            watch = _Watch(layers, indices, on_layer, tuple(vectors), stream, tap, beside)
-            entries = [*hooks, *watch.hooks(model)]
-            with (
-                contextlib.suppress(Finished),
-                tap or contextlib.nullcontext(),
-                hooked(model, entries),
-            ):
-                given.run(model)
-            bar.update(len(indices))
+    on_seen = _Showing(tuple(vectors), stream, beside, on_layer)
+    streams = [stream_hook(model, sites) for sites in layers] if stream else []
+
+    def measure(indices: Sequence[int], given: ModelInput) -> None:
+        watch_layers(
+            model,
+            given,
+            layers,
+            lambda seen: on_seen(seen, indices),
+            roles=vectors,
+            streams=streams,
+            hooks=hooks,
+        )
+
+    over_batches(model, prompts, batch_size, measure, what=what, progress=progress)
 
 
-class _Watch:
-    """Hooks of one forward pass."""
+@dataclass(frozen=True)
+class SeenLayer:
+    """What a pass shows of one attention layer at its end.
 
-    def __init__(
-        self,
-        layers: Sequence[LayerSites],
-        indices: Sequence[int],
-        on_layer: Callable[[LayerView], None],
-        vectors: tuple[Role, ...],
-        stream: bool,
-        tap: AttentionTap | None,
-        beside: bool,
-    ) -> None:
-        self.beside = beside
-        self.layers = layers
-        self.indices = indices
-        self.on_layer = on_layer
-        self.vectors = vectors
-        self.stream = stream
-        self.tap = tap
+    Attributes:
+        index: of the layer among those watched.
+        sites: its hook points.
+        taken: the softmax that the model took itself, where no hook shows one.
+    """
 
-    def hooks(self, model: HookedModel) -> list[Hook]:
-        entries: list[Hook] = []
-        for index, sites in enumerate(self.layers):
-            entries += self._of_layer(model, index, sites)
-        return entries
+    index: int
+    sites: LayerSites
+    taken: Taken | None
+    _kept: dict[str, Tensor]
 
-    def _of_layer(self, model: HookedModel, index: int, sites: LayerSites) -> list[Hook]:
-        kept: dict[str, Tensor] = {}
-        entries: list[Hook] = []
-        roles: set[Role] = {*self.vectors}
-        if sites.has_bias:
-            roles |= {"q", "k"}
+    def scores_and_pattern(self) -> tuple[Tensor, Tensor]:
+        """What goes into the softmax and what comes out, held against each other."""
+        if self.taken is not None:
+            return self.taken.scores, self.taken.pattern
+        scores, pattern = self._kept.pop("scores"), self._kept.pop("pattern")
+        recheck(self.sites, scores, pattern)
+        return scores, pattern
+
+    def vectors(self, roles: Collection[Role]) -> dict[Role, Tensor]:
+        """Those of q, k and v that were asked for, ``[batch, pos, head, d_head]``."""
+        if self.sites.bare:
+            assert self.taken is not None
+            taken = self.taken.vectors(self.sites.kv_leaders)
+            return {role: taken[role] for role in sorted(roles)}
+        dots = {role: self.sites.vector(role).dot for role in sorted(roles)}
+        return {role: dot.by_position(self._kept.pop(role)) for role, dot in dots.items()}
+
+    def stream(self) -> Tensor:
+        """The residual stream at the block's input."""
+        return self._kept.pop("stream")
+
+
+def watch_layers(
+    model: HookedModel,
+    given: ModelInput,
+    layers: Sequence[LayerSites],
+    on_seen: Callable[[SeenLayer], None],
+    *,
+    roles: Collection[Role] = (),
+    streams: Sequence[str] = (),
+    hooks: Sequence[Hook] = (),
+) -> None:
+    """One forward pass that hands each layer over while it exists, and ends after the last.
+
+    Args:
+        model: in eval mode.
+        given: its input.
+        layers: in the order in which they run.
+        on_seen: takes each.
+        roles: which of q, k and v to keep for it; q and k are kept where a bias is added.
+        streams: for each layer the hook of the residual stream to keep, if any.
+        hooks: run before those that look on.
+    """
+    tap = AttentionTap() if any(s.tapped for s in layers) else None
+    entries = list(hooks)
+    for index, sites in enumerate(layers):
+        keeping: set[Role] = {*roles, "q", "k"} if sites.has_bias else {*roles}
+        points: dict[str, str] = {"stream": streams[index]} if streams else {}
         if not sites.bare:
-            entries += [(sites.vector(r).dot.hook, _keep(kept, r)) for r in sorted(roles)]
-        if self.stream:
-            entries.append((stream_hook(model, sites), _keep(kept, "stream")))
+            points |= {role: sites.vector(role).dot.hook for role in sorted(keeping)}
+        entries += _layer_hooks(index, sites, points, tap, on_seen, index == len(layers) - 1)
+    run_with(model, given, entries, tap)
 
-        def show(scores: Tensor, pattern: Tensor, taken: Taken | None = None) -> None:
-            if not self.beside:
-                _refuse_keys_beside(sites, scores)
-            if self.stream:
-                refuse_several_streams(kept["stream"], sites)
-            wide = torch.promote_types(scores.dtype, torch.float32)
-            if taken is not None:
-                vectors = {r: x for r, x in taken.vectors(sites.kv_leaders).items() if r in roles}
-            else:
-                vectors = {r: sites.vector(r).dot.by_position(kept.pop(r)) for r in sorted(roles)}
-            view = LayerView(
-                index=index,
-                sites=sites,
-                prompts=self.indices,
-                scores=scores.to(wide),
-                pattern=pattern.to(wide),
-                vectors=vectors,
-                stream=kept.pop("stream", None),
-            )
-            self.on_layer(view)
-            if index == len(self.layers) - 1:
-                raise Finished
 
-        def at_pattern(pattern: Tensor, hook: Any) -> None:
-            scores = kept.pop("scores")
-            recheck(sites, scores, pattern)
-            show(scores, pattern)
+def _layer_hooks(
+    index: int,
+    sites: LayerSites,
+    points: Mapping[str, str],
+    tap: AttentionTap | None,
+    on_seen: Callable[[SeenLayer], None],
+    last: bool,
+) -> list[Hook]:
+    kept: dict[str, Tensor] = {}
 
-        def at_z(z: Tensor, hook: Any) -> None:
-            assert self.tap is not None
-            taken = self.tap.take(z.shape[0])
-            if taken is None:  # the self-check saw it happen
-                raise RuntimeError(f"layer {sites.layer}: no softmax was seen before {hook.name}")
-            show(taken.scores, taken.pattern)
+    def show(taken: Taken | None = None) -> None:
+        on_seen(SeenLayer(index, sites, taken, kept))
+        kept.clear()
+        if last:
+            raise Finished  # what follows, the unembedding above all, is not needed
 
-        def at_anchor(tensor: Tensor, hook: Any) -> None:
-            assert self.tap is not None
-            self.tap.expect(sites, tensor, show=lambda t: show(t.scores, t.pattern, t))
+    def at_pattern(pattern: Tensor, hook: Any) -> None:
+        kept["pattern"] = pattern
+        show()
 
-        if sites.bare:
-            assert sites.anchor is not None
-            return [*entries, (sites.anchor.hook, at_anchor)]
-        if sites.tapped:
-            assert sites.z is not None
-            return [*entries, (sites.z.hook, at_z)]
-        return [*entries, (sites.scores, _keep(kept, "scores")), (sites.pattern, at_pattern)]
+    def at_z(z: Tensor, hook: Any) -> None:
+        assert tap is not None
+        taken = tap.take(z.shape[0])
+        if taken is None:  # the self-check saw it happen
+            raise RuntimeError(f"layer {sites.layer}: no softmax was seen before {hook.name}")
+        show(taken)
+
+    def at_anchor(tensor: Tensor, hook: Any) -> None:
+        assert tap is not None
+        tap.expect(sites, tensor, show=show)
+
+    entries: list[Hook] = [(hook, _keep(kept, name)) for name, hook in points.items()]
+    if sites.bare:
+        assert sites.anchor is not None
+        return [*entries, (sites.anchor.hook, at_anchor)]
+    if sites.tapped:
+        assert sites.z is not None
+        return [*entries, (sites.z.hook, at_z)]
+    return [*entries, (sites.scores, _keep(kept, "scores")), (sites.pattern, at_pattern)]
+
+
+@dataclass(frozen=True)
+class _Showing:
+    """Makes a view of what a pass shows."""
+
+    roles: tuple[Role, ...]
+    stream: bool
+    beside: bool
+    on_layer: Callable[[LayerView], None]
+
+    def __call__(self, seen: SeenLayer, indices: Sequence[int]) -> None:
+        sites = seen.sites
+        scores, pattern = seen.scores_and_pattern()
+        if not self.beside:
+            _refuse_keys_beside(sites, scores)
+        stream = seen.stream() if self.stream else None
+        if stream is not None:
+            refuse_several_streams(stream, sites)
+        roles: set[Role] = {*self.roles, "q", "k"} if sites.has_bias else {*self.roles}
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        view = LayerView(
+            index=seen.index,
+            sites=sites,
+            prompts=indices,
+            scores=scores.to(wide),
+            pattern=pattern.to(wide),
+            vectors=seen.vectors(roles),
+            stream=stream,
+        )
+        self.on_layer(view)
 
 
 def _refuse_keys_beside(sites: LayerSites, scores: Tensor) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks.arguments import (
     MANY,
@@ -56,6 +55,7 @@ from hooks.model import (
     MaskLike,
     Prompts,
     Tokens,
+    counting,
     encode,
     evaluating,
     example_of,
@@ -176,13 +176,7 @@ def interference(
         run = _Run(model, chosen, norms, settings, prompts.starts, first_prompt, end)
         batches = [indices for indices, _ in prompts.batches(batch_size)]
         passes = 1 + len(chosen) * len(settings.constants) * (len(settings.on) + output)
-        with tqdm(
-            total=len(batches) * passes,
-            desc="interference",
-            unit="pass",
-            disable=None if progress is None else not progress,
-            leave=False,
-        ) as bar:
+        with counting(len(batches) * passes, "interference", "pass", progress) as bar:
             for indices in batches:
                 run.batch(prompts.some(indices), indices, bar.update)
     return run.report(attention_facts(model, sites, chosen, prompts), prompts)

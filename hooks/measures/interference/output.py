@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.errors import UnsupportedModelError
 from hooks.measures.sweep import UNSCORED, given_targets, has_next_token, next_tokens
-from hooks.model import HookedModel, ModelInput, Prompts, hooked
+from hooks.model import HookedModel, ModelInput, Prompts, checked_logits, run_with
 from hooks.sites import Hook
 
 
@@ -70,17 +69,11 @@ class Output:
 
     def _run(self, prompts: Prompts, hooks: Sequence[Hook]) -> Float[Tensor, "batch pos d_vocab"]:
         given = prompts.batch(range(len(prompts)))
-        with torch.no_grad(), hooked(self.model, hooks):
-            logits = given.run(self.model)
-        if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
-            raise UnsupportedModelError(
-                "logits to compare",
-                wanted="a tensor [batch, pos, d_vocab]",
-                got=type(logits).__name__,
-            )
+        with torch.no_grad():
+            logits = checked_logits(run_with(self.model, given, hooks))
         if not bool(torch.isfinite(logits).all()):
             raise ValueError("logits: wanted finite numbers; got NaN or inf")
-        return logits[:, None] if logits.ndim == 2 else logits  # a classifier has one position
+        return logits
 
     def _places(self, index: int, n_pos: int) -> tuple[Tensor, Tensor | None]:
         """Scored positions of a prompt, and their targets."""

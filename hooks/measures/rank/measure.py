@@ -5,14 +5,12 @@ Source: Wu et al. 2024.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks.arguments import brief, check_integers, check_layers, check_optional
 from hooks.errors import UnsupportedModelError
@@ -23,13 +21,14 @@ from hooks.model import (
     Finished,
     HookedModel,
     MaskLike,
+    ModelInput,
     Prompts,
     Tokens,
     encode,
-    evaluating,
-    hooked,
     measurement,
+    over_batches,
     pass_dtype,
+    run_with,
 )
 from hooks.sites import check_masks, model_facts
 
@@ -100,25 +99,13 @@ def rank_profile(
     )
     check_masks(model, prompts)
     gathered = _Gathered(torch.finfo(pass_dtype(model)).eps / 2)
-    with (
-        evaluating(model),
-        tqdm(
-            total=len(prompts),
-            desc="rank",
-            unit="prompt",
-            disable=None if progress is None else not progress,
-            leave=False,
-        ) as bar,
-    ):
-        for indices, given in prompts.batches(batch_size):
-            watch = _Watch(stacks, chosen, indices, gathered)
-            with (
-                contextlib.suppress(Finished),
-                hooked(model, watch.hooks(model)),
-            ):
-                given.run(model)
-            watch.close()
-            bar.update(len(indices))
+
+    def measure(indices: Sequence[int], given: ModelInput) -> None:
+        watch = _Watch(stacks, chosen, indices, gathered)
+        run_with(model, given, watch.hooks(model))
+        watch.close()
+
+    over_batches(model, prompts, batch_size, measure, what="rank", progress=progress)
     return gathered.report(asked, model_facts(model, prompts), prompts)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks.errors import UnsupportedModelError
 from hooks.measures.sweep.factors import Grid, RowFactors
 from hooks.model import (
     AttentionTap,
@@ -24,10 +23,11 @@ from hooks.model import (
     HookedModel,
     ModelInput,
     Prompts,
-    hooked,
+    checked_logits,
     input_device,
     model_pass,
     paused_in_checks,
+    run_with,
     standing_hooks,
 )
 from hooks.noise import HookList, NormNoise
@@ -151,8 +151,8 @@ class Runner:
         def enlarge(_: Tensor, hook: Any) -> Tensor:
             return hidden
 
-        with hooked(self.model, [(_UNEMBED, enlarge)]):
-            seen = self._call(example)
+        self.tap.reset()
+        seen = run_with(self.model, example, [(_UNEMBED, enlarge)])
         if not isinstance(seen, Tensor) or seen.shape != expected.shape:
             return False
         within = 16 * torch.finfo(expected.dtype).eps * _LARGE
@@ -161,8 +161,7 @@ class Runner:
     def _until_unembedding(self, given: ModelInput) -> Tensor | None:
         self._caught, self._ending = None, True
         try:
-            with contextlib.suppress(Finished):
-                self._call(given)
+            self._call(given)
         finally:
             self._ending = False
         caught, self._caught = self._caught, None
@@ -170,7 +169,7 @@ class Runner:
 
     def _call(self, given: ModelInput) -> Any:
         self.tap.reset()  # one that was only tried may have been broken off
-        return given.run(self.model)
+        return run_with(self.model, given, ())
 
     def _unembedded(self, states: Tensor) -> Tensor:
         with model_pass():
@@ -195,12 +194,7 @@ class Runner:
         if not self._spreading:
             given = given.rows([i for i in range(given.batch) for _ in range(n)])
         states = self._until_unembedding(given) if self.early else self._call(given)
-        if not isinstance(states, Tensor) or states.ndim not in (2, 3):
-            got = list(states.shape) if isinstance(states, Tensor) else type(states).__name__
-            raise UnsupportedModelError(
-                "logits to compare", wanted="a tensor [batch, pos, d_vocab]", got=f"{got}"
-            )
-        return states[:, None] if states.ndim == 2 else states  # a classifier has one position
+        return checked_logits(states)
 
     @contextlib.contextmanager
     def spreading(self) -> Iterator[None]:

@@ -25,11 +25,11 @@ from hooks.model import (
     TapOfThreads,
     checking,
     evaluating,
-    hooked,
     intervening,
     measurement,
     pass_dtype,
     paused_in_checks,
+    run_with,
     short_input,
 )
 from hooks.noise import refuse_cache
@@ -285,13 +285,8 @@ def _check_landing(model: HookedModel, layers: Sequence[LayerSites]) -> None:
         entries += layer.hooks(_copies_of_z(layer))
         entries.append((_output_hook(model, sites), _keep_output(written, sites)))
     given = short_input(model, _COPIES, counts | {_COPIES})
-    with (
-        evaluating(model),
-        checking(),
-        hooked(model, entries),
-        tap or contextlib.nullcontext(),
-    ):
-        given.run(model)
+    with evaluating(model), checking():
+        run_with(model, given, entries, tap)
     for sites in layers:
         _judge(model, sites, written.get(sites.layer))
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks.arguments import (
     SEEDS,
@@ -33,18 +32,20 @@ from hooks.measures.symmetry.report import FLOORS, REACH, SymmetryReport, Symmet
 from hooks.model import (
     HookedModel,
     MaskLike,
+    ModelInput,
     Prompts,
     Tokens,
     check_model,
+    checked_logits,
+    counting,
     encode,
     evaluating,
     has_decoder,
-    hooked,
     input_device,
     measurement,
     model_dtype,
-    model_pass,
     refuse_other_inputs,
+    run_with,
     without_cache,
 )
 from hooks.sites import (
@@ -141,16 +142,8 @@ def symmetry_gap(
     variants = removals.variants(positions, mask)
     rows = _Rows(prompts, orders)
     measured = []
-    with (
-        evaluating(model),
-        tqdm(
-            total=len(variants) * len(prompts),
-            desc="symmetry",
-            unit="prompt",
-            disable=None if progress is None else not progress,
-            leave=False,
-        ) as bar,
-    ):
+    total = len(variants) * len(prompts)
+    with evaluating(model), counting(total, "symmetry", "prompt", progress) as bar:
         for variant in variants:
             run = _Run(model, chosen, partial(removals.arguments, variant))
             measured.append(_measure(run, rows, batch_size, seed, bar))
@@ -276,8 +269,8 @@ class _Run:
             for name, value in self.arguments(ids.shape[1], dtype).items()
         }
         kept: dict[str, Tensor] = {}
-        with hooked(self.model, self._hooks(kept, tried)), model_pass():
-            logits = self.model(ids.to(device), **{**self.options, **named})
+        given = ModelInput(ids, {**self.options, **named})
+        logits = checked_logits(run_with(self.model, given, self._hooks(kept, tried)), len(ids))
         for sites, name in zip(self.layers, self.ends, strict=True):
             if name not in kept or not bool(torch.isfinite(kept[name]).all()):
                 raise UnsupportedModelError(
@@ -287,7 +280,7 @@ class _Run:
                     layer=sites.layer,
                 )
             refuse_several_streams(kept[name], sites)
-        logits = _checked_logits(logits, len(ids))
+        last = _finite(logits)
         whole = [kept[self.starts[0]], *(kept[name] for name in self.ends)]
         starts, ends = (
             torch.stack([kept[n][:, -1] for n in names], 1).double().cpu()
@@ -297,7 +290,7 @@ class _Run:
         out = []
         for row, is_clean in enumerate(clean):
             alike = neighbours([x[row] for x in whole]) if is_clean else None
-            out.append(_Shown(logits[row], points[row], ends[row] - starts[row], alike))
+            out.append(_Shown(last[row], points[row], ends[row] - starts[row], alike))
         return out
 
     def _hooks(
@@ -341,12 +334,8 @@ def end_hook(model: HookedModel, sites: LayerSites) -> str:
     )
 
 
-def _checked_logits(logits: Any, rows: int) -> Float[Tensor, "row d_vocab"]:
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[0] != rows:
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UnsupportedModelError(
-            "symmetry gap", wanted="logits [batch, pos, d_vocab]", got=f"{shape}"
-        )
+def _finite(logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, "row d_vocab"]:
+    """The last position's, float64."""
     last = logits[:, -1].double().cpu()
     if not bool(torch.isfinite(last).all()):
         raise UnsupportedModelError(

@@ -1,0 +1,82 @@
+"""The engine of every measurement: batches, one pass, its hooks, its end and its output."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks.errors import UnsupportedModelError
+from hooks.model.inputs import ModelInput
+from hooks.model.prompts import Prompts
+from hooks.model.protocol import HookedModel
+from hooks.model.state import Finished, evaluating
+from hooks.model.tap import AttentionTap
+from hooks.model.threads import Entries, hooked
+
+
+def run_with(
+    model: HookedModel, given: ModelInput, entries: Entries, tap: AttentionTap | None = None
+) -> Any:
+    """What one forward pass returns with these hooks on; None if one of them ended it.
+
+    A hook that raises `Finished` ends the pass: what follows isn't computed.
+    """
+    with contextlib.suppress(Finished), tap or contextlib.nullcontext(), hooked(model, entries):
+        return given.run(model)
+    return None
+
+
+def over_batches(
+    model: HookedModel,
+    prompts: Prompts,
+    batch_size: int,
+    measure: Callable[[Sequence[int], ModelInput], None],
+    *,
+    what: str,
+    progress: bool | None,
+) -> None:
+    """Call ``measure`` for each batch of prompts of one length, in eval mode, without gradients.
+
+    Args:
+        model: left as found.
+        prompts: what it is given.
+        batch_size: prompts of a batch, at most.
+        measure: takes the prompts' indices and the model's input.
+        what: title of the progress bar.
+        progress: show it; None: in a terminal or a notebook.
+    """
+    with evaluating(model), counting(len(prompts), what, "prompt", progress) as bar:
+        for indices, given in prompts.batches(batch_size):
+            measure(indices, given)
+            bar.update(len(indices))
+
+
+@contextlib.contextmanager
+def counting(total: int, what: str, unit: str, progress: bool | None) -> Iterator[Any]:
+    """A progress bar that disappears at its end."""
+    disable = None if progress is None else not progress
+    with tqdm(total=total, desc=what, unit=unit, disable=disable, leave=False) as bar:
+        yield bar
+
+
+def checked_logits(logits: Any, rows: int | None = None) -> Float[Tensor, "batch pos d_vocab"]:
+    """A pass's output as logits; a classifier's have one position.
+
+    Raises:
+        UnsupportedModelError: it is something else.
+    """
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if (
+        not isinstance(logits, Tensor)
+        or logits.ndim not in (2, 3)
+        or (rows is not None and logits.shape[0] != rows)
+    ):
+        raise UnsupportedModelError(
+            "logits to compare", wanted="a tensor [batch, pos, d_vocab]", got=f"{shape}"
+        )
+    return logits[:, None] if logits.ndim == 2 else logits
