@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hooks import collapse_probability, critical_half_width
+from hooks import collapse_probability, critical_half_width, kernels
 from hooks.kernels import integrals as _integrals
 from hooks.kernels.row import (
     UNDECIDED,
@@ -23,6 +23,7 @@ from hooks.kernels.row import (
     sparse_by_nearest,
 )
 from hooks.noise.laws import LAWS, get_law
+from hooks.sites import uncapped
 from tests import reference
 from tests.test_probability import ROWS, Row, biased_rows, probability
 
@@ -252,3 +253,14 @@ def test_what_is_no_number_is_told_apart_and_ends_every_search() -> None:
     assert first_of_largest(row) == 0
     for x, wrong in ((np.nan, True), (np.inf, True), (-np.inf, False), (-3e38, False)):
         assert has_no_number(np.array([0.5, x, 1.0], np.float32)) == wrong
+
+
+@given(st.floats(-1, 1), st.floats(0.5, 100), st.sampled_from([torch.float16, torch.float32]))
+def test_compiled_code_and_torch_undo_a_soft_cap_alike(
+    share: float, soft_cap: float, dtype: torch.dtype
+) -> None:
+    eps = torch.finfo(dtype).eps
+    capped = share * soft_cap
+    wide = uncapped(torch.tensor([capped], dtype=torch.float64), soft_cap, eps)
+    assert kernels.uncapped(capped, soft_cap, eps) == pytest.approx(float(wide), rel=1e-12)
+    assert soft_cap * math.tanh(float(wide) / soft_cap) == pytest.approx(capped, rel=2 * eps)

@@ -20,7 +20,7 @@ from hooks.collapse.settings import ProbeSettings
 from hooks.kernels import MASKED
 from hooks.model import ROLES, Role
 from hooks.noise import Law, NormNoise, get_law, numbers, stream_keys
-from hooks.sites import LayerSites, ScoreParts
+from hooks.sites import LayerSites, ScoreParts, uncapped
 
 if TYPE_CHECKING:
     from hooks.kernels import Layer, Table
@@ -167,9 +167,8 @@ class _Noising:
         self.streams = streams
         self.mask = held.scores > MASKED
         w = np.where(self.mask, held.scores, 0.0)
-        if sites.soft_cap > 0:  # as in `hooks.scores.split`
-            edge = 1 - held.eps
-            w = sites.soft_cap * np.arctanh(np.clip(w / sites.soft_cap, -edge, edge))
+        if sites.soft_cap > 0:
+            w = uncapped(torch.from_numpy(w), sites.soft_cap, held.eps).numpy()
         self.s = w if held.qk is None else np.where(self.mask, held.qk, 0.0)
         self.bias = w - self.s
 

@@ -20,6 +20,7 @@ from hooks.kernels.row import (
     lowest_able,
     sort_descending,
     table_rates,
+    uncapped,
     visible_sum,
 )
 from hooks.kernels.types import BEYOND, MASKED, Draws, Ints, Layer, Rule, Sums, Table
@@ -54,5 +55,6 @@ __all__ = [
     "scratch",
     "sort_descending",
     "table_rates",
+    "uncapped",
     "visible_sum",
 ]

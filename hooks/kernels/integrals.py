@@ -73,6 +73,17 @@ def normal_cdf(z: float) -> float:
 
 
 @compiled
+def drawn_factor(law: int, base: float, sigma: float) -> float:
+    """The factor 1 + kappa of a drawn number: uniform in (-1, 1), or standard normal."""
+    if law == UNIFORM:
+        return 1 + math.sqrt(3.0) * sigma * base
+    if law == LOGNORMAL:
+        s = math.sqrt(math.log1p(sigma * sigma))
+        return math.exp(s * base - s * s / 2)
+    return 1 + sigma * base
+
+
+@compiled
 def factor_cdf(law: int, f: float, sigma: float) -> float:
     """P(1 + kappa <= f)."""
     if law == UNIFORM:
@@ -373,15 +384,6 @@ def _normal_rule(step: float, z: float) -> float:
 
 
 @compiled
-def _factor_at(law: int, z: float, sigma: float) -> float:
-    """The gaussian or lognormal factor at the normal variable z."""
-    if law == GAUSSIAN:
-        return 1 + sigma * z
-    s = math.sqrt(math.log1p(sigma * sigma))
-    return math.exp(s * z - s * s / 2)
-
-
-@compiled
 def _not_winning(law: int, threshold: float, s: float, sigma: float) -> float:
     """P(f s <= threshold)."""
     if s > 0:
@@ -399,7 +401,7 @@ def _smooth(
     total = 0.0
     for i in range(int(2 * _Z_END / _Z_STEP) + 1):
         z = -_Z_END + i * _Z_STEP
-        own = _factor_at(law, z, sigma) * s_star
+        own = drawn_factor(law, z, sigma) * s_star
         stays = 1.0
         for t in range(n):
             shift = beta[t] / f_q if biased else 0.0
@@ -450,7 +452,7 @@ def biased(
     if law != UNIFORM:
         for i in range(int(2 * _Z_END / _Z_STEP) + 1):
             z = -_Z_END + i * _Z_STEP
-            f_q = _factor_at(law, z, sigma)
+            f_q = drawn_factor(law, z, sigma)
             if f_q > 0:
                 p = _smooth(law, s_star, s, beta, True, f_q, n, sigma)
                 total += _normal_rule(_Z_STEP, z) * p

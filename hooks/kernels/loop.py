@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from hooks.kernels.compile import compiled
-from hooks.kernels.integrals import GRID, LOGNORMAL, UNIFORM
+from hooks.kernels.integrals import GRID, LOGNORMAL, UNIFORM, drawn_factor
 from hooks.kernels.row import (
     ABLE,
     BROKEN,
@@ -22,7 +22,6 @@ from hooks.kernels.row import (
     at_least_two,
     collect_plain,
     count_above,
-    drawn_factor,
     exact_biased,
     exact_plain,
     first_of_largest,
@@ -39,6 +38,7 @@ from hooks.kernels.row import (
     sparse_again,
     sparse_by_nearest,
     tied,
+    uncapped,
     visible_sum,
 )
 from hooks.kernels.types import BEYOND, MASKED, Draws, Floats, Layer, Rule, Scratch, Sums, Table
@@ -235,9 +235,7 @@ def _unpacked_row(
         if w <= MASKED:
             continue
         if rule.soft_cap > 0:
-            # A saturated score has lost its q.k part: the dtype can't tell it from the cap.
-            edge = 1 - rule.eps
-            w = rule.soft_cap * math.atanh(min(edge, max(-edge, w / rule.soft_cap)))
+            w = uncapped(w, rule.soft_cap, rule.eps)
         use.s[n] = layer.qk[m, q, k] if layer.qk.size else w
         use.bias[n] = w - use.s[n]
         use.visible[n] = k

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from hooks.kernels.compile import compiled, compiled_without_nan
-from hooks.kernels.integrals import GRID, LOGNORMAL, UNIFORM, biased, plain
+from hooks.kernels.integrals import GRID, LOGNORMAL, UNIFORM, biased, drawn_factor, plain
 from hooks.kernels.types import MASKED, Array, Floats, Ints
 
 TIE = 2.0  # scores closer than this many eps of their size differ by rounding alone
@@ -276,18 +276,17 @@ def exact_biased(
             sums[i] += biased(law, s_star, s, beta, count, sigma, on_q, on_k, work, grid)
 
 
-# -- draws --------------------------------------------------------------------------------------
+# -- scores and factors ---------------------------------------------------------------------------
 
 
 @compiled
-def drawn_factor(law: int, base: float, sigma: float) -> float:
-    """The factor behind a drawn number: uniform in (-1, 1), or standard normal."""
-    if law == UNIFORM:
-        return 1 + math.sqrt(3.0) * sigma * base
-    if law == LOGNORMAL:
-        s = math.sqrt(math.log1p(sigma * sigma))
-        return math.exp(s * base - s * s / 2)
-    return 1 + sigma * base
+def uncapped(w: float, soft_cap: float, eps: float) -> float:
+    """A score before its soft cap; what the dtype can't tell from the cap ties just below it."""
+    edge = 1 - eps
+    return soft_cap * math.atanh(min(edge, max(-edge, w / soft_cap)))
+
+
+# -- draws --------------------------------------------------------------------------------------
 
 
 @compiled

@@ -3,7 +3,15 @@
 from hooks.sites.facts import attention_facts, model_facts
 from hooks.sites.masks import check_masks
 from hooks.sites.norm import CHECK, InnerNorm, inner_norms
-from hooks.sites.scores import ScoreParts, expand_factors, qk_part, recheck, split, visible
+from hooks.sites.scores import (
+    ScoreParts,
+    expand_factors,
+    qk_part,
+    recheck,
+    split,
+    uncapped,
+    visible,
+)
 from hooks.sites.selfcheck import attention_sites, sites_for
 from hooks.sites.types import AttentionSites, LayerSites, Site, Stream, VectorSite, choose_layers
 from hooks.sites.watch import (
@@ -17,6 +25,7 @@ from hooks.sites.watch import (
 )
 
 __all__ = [
+    "uncapped",
     "watch_layers",
     "SeenLayer",
     "AttentionSites",

@@ -114,6 +114,16 @@ def recheck(sites: LayerSites, scores: Scores, pattern: Scores) -> None:
         )
 
 
+def uncapped(w: Float[Tensor, "*any"], soft_cap: float, eps: float) -> Float[Tensor, "*any"]:
+    """Scores before their soft cap: c atanh(w / c).
+
+    A saturated score has lost its q.k part: what the model's own dtype (with machine epsilon
+    ``eps``) can't tell from the cap ties just below it. Compiled code has `hooks.kernels.uncapped`.
+    """
+    edge = 1 - eps
+    return soft_cap * torch.atanh((w / soft_cap).clamp(-edge, edge))
+
+
 def split(
     sites: LayerSites,
     scores: Scores,
@@ -151,10 +161,7 @@ def split(
         sink = w.new_tensor(sites.sink) if sites.sink else None
         return ScoreParts(w, None, mask, 0.0, sink)
     if sites.soft_cap > 0:
-        # A saturated score has lost its q.k part: what the model's own dtype can't tell from the
-        # cap ties just below it.
-        edge = 1 - torch.finfo(scores.dtype).eps
-        w = sites.soft_cap * torch.atanh((w / sites.soft_cap).clamp(-edge, edge))
+        w = uncapped(w, sites.soft_cap, torch.finfo(scores.dtype).eps)
     sink = w.new_tensor(sites.sink) if sites.sink else None
     if not sites.has_bias:
         return ScoreParts(w, None, mask, sites.soft_cap, sink)
