@@ -23,8 +23,8 @@ from numba import njit
 
 from hooks.collapse import DEFAULT_SIGMAS
 from hooks.kernels import (
-    GRID,
     MASKED,
+    Rule,
     collect_plain,
     count_above,
     exact_plain,
@@ -33,6 +33,7 @@ from hooks.kernels import (
     largest,
     last_seen,
     lowest_able,
+    scratch,
     sort_descending,
     visible_sum,
 )
@@ -52,7 +53,7 @@ REACH = float(np.sqrt(3) * DEFAULT_SIGMAS[-1])
 
 @njit(nogil=True, error_model="numpy")
 def stages(  # type: ignore[no-untyped-def]
-    scores, pattern, upto, sigmas, key, near, place, spare, at, work, grid, out
+    scores, pattern, upto, rule, use, out
 ):
     """The probe's loop, ended after some stages; returns how many rows were sparse."""
     found = 0
@@ -72,18 +73,18 @@ def stages(  # type: ignore[no-untyped-def]
             if upto < 2:
                 continue
             bar = min(lowest_able(top, REACH), mean + lowest_able(top - mean, REACH))
-            n = collect_plain(row, star, bar, key, place)
+            n = collect_plain(row, star, bar, use.key, use.place)
             if upto < 3:
                 continue
-            sort_descending(key, near, place, n, spare, at)
+            sort_descending(use.key, use.near, use.place, n, use.spare, use.at)
             if upto < 4:
                 continue
-            near[:n] = key[:n]
-            exact_plain(0, top, near, n, sigmas, out[0], spare[0], work, grid)
+            use.near[:n] = use.key[:n]
+            exact_plain(rule, use, n, top, out[0])
             if upto < 5:
                 continue
-            near[:n] -= mean
-            exact_plain(0, top - mean, near, n, sigmas, out[1], spare[0], work, grid)
+            use.near[:n] -= mean
+            exact_plain(rule, use, n, top - mean, out[1])
     return found
 
 
@@ -96,18 +97,39 @@ def layer(batch: int, pos: int) -> tuple[np.ndarray, np.ndarray]:
     return scores.numpy(), scores.softmax(-1).numpy()
 
 
+def every_row(sigmas: np.ndarray) -> Rule:
+    """Uniform noise on q and k, exact; no bias, no soft cap, no sink."""
+    return Rule(
+        law=0,
+        sigmas=sigmas,
+        on_q=True,
+        on_k=True,
+        exact=True,
+        sparse=0.95,
+        room=1 / 0.95 - 1,
+        cutoff=1.0,
+        n_heads=1,
+        first_matrix=0,
+        first_query=0,
+        eps=float(np.finfo(np.float32).eps),
+        soft_cap=0.0,
+        sink=np.full(1, -np.inf),
+        kv_head=np.zeros(1, np.int64),
+        first=np.zeros((1, 1), np.float32),
+    )
+
+
 def measure(batch: int, pos: int, repeats: int) -> list[dict[str, Any]]:
     scores, pattern = layer(batch, pos)
     sigmas = np.array(DEFAULT_SIGMAS)
-    room = [np.empty(pos), np.empty(pos), np.empty(pos, np.int64), np.empty((2, pos))]
-    room += [np.empty(pos, np.int64), np.empty((3, pos)), np.empty(GRID)]
+    rule, use = every_row(sigmas), scratch(pos)
     times: list[list[float]] = [[] for _ in STAGES]
     found = 0
     for repeat in range(repeats + 1):
         for upto in range(len(STAGES)):
             out = np.zeros((2, len(sigmas)))
             begin = time.process_time()
-            found = stages(scores, pattern, upto, sigmas, *room, out)
+            found = stages(scores, pattern, upto, rule, use, out)
             if repeat:  # the first one compiles
                 times[upto].append(1e3 * (time.process_time() - begin))
     check(scores, pattern, out[0] / found)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from benchmarks.kernel import every_row
 from hooks import collapse_probability, critical_half_width, kernels
 from hooks.kernels import integrals as _integrals
 from hooks.kernels.row import (
@@ -22,6 +23,7 @@ from hooks.kernels.row import (
     sort_descending,
     sparse_by_nearest,
 )
+from hooks.kernels.types import Drawn
 from hooks.noise.laws import LAWS, get_law
 from hooks.sites import uncapped
 from tests import reference
@@ -238,9 +240,10 @@ def test_the_nearest_decide_as_all_keys_do(
     s = s_star - np.sort(gaps)
     base = np.random.default_rng(seed).uniform(-1, 1, len(s) + 1)
     near = int((s > -0.3 * s_star).sum())  # the others lie below them, and are not told of
-    verdict = sparse_by_nearest(
-        s_star, s, np.arange(1, len(s) + 1), near, sigma, f_q, base[0], base, 1 / 0.95 - 1
-    )
+    use = kernels.scratch(len(s))
+    use.near[:], use.place[:] = s, np.arange(1, len(s) + 1)
+    drawn = Drawn(sigma, f_q, base[0], base)
+    verdict = sparse_by_nearest(every_row(np.array([sigma])), use, near, s_star, drawn)
     w = f_q * (1 + math.sqrt(3) * sigma * base) * np.r_[s_star, s]
     top = float(torch.softmax(torch.from_numpy(w), -1).max())
     if verdict != UNDECIDED and abs(top - 0.95) > 1e-9:

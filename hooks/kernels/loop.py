@@ -41,7 +41,19 @@ from hooks.kernels.row import (
     uncapped,
     visible_sum,
 )
-from hooks.kernels.types import BEYOND, MASKED, Draws, Floats, Layer, Rule, Scratch, Sums, Table
+from hooks.kernels.types import (
+    BEYOND,
+    MASKED,
+    Drawn,
+    Draws,
+    Floats,
+    Layer,
+    Place,
+    Rule,
+    Scratch,
+    Sums,
+    Table,
+)
 
 
 def scratch(n_key: int) -> Scratch:
@@ -74,7 +86,6 @@ def scan(
     """
     n_matrices, n_query, n_key = layer.scores.shape
     n_rows: int = n_matrices * n_query
-    reach = math.sqrt(3.0) * rule.sigmas[-1] if rule.law == UNIFORM else 1.0
     for at in range(first, n_rows):
         if table.used[0] == len(table.s_star) or table.used[1] + n_key > len(table.s):
             return at
@@ -101,32 +112,30 @@ def scan(
         # Under a causal mask, what comes after the query's own key need not be looked at again.
         row = row[: last_seen(row, n_key - n_query + q + 1)]
         if layer.qk.size or rule.soft_cap > 0:
-            _unpacked_row(rule, layer, draws, sums, table, use, m, q, reach)
+            _unpacked_row(rule, layer, draws, sums, table, use, m, q)
         else:
-            _plain_row(rule, row, draws, sums, table, use, m, q, reach)
+            _plain_row(rule, row, draws, sums, table, use, m, q)
     return n_rows
 
 
 @compiled
-def _kind(rule: Rule, m: int, star: int) -> int:
-    """1 for a row that attends to a first token, else 0."""
-    return int(rule.first[(m + rule.first_matrix) // rule.n_heads, star])
+def _reach(rule: Rule) -> float:
+    """The half-width within which a competitor can win at the largest sigma."""
+    return math.sqrt(3.0) * rule.sigmas[-1] if rule.law == UNIFORM else 1.0
+
+
+@compiled
+def _place(rule: Rule, m: int, q: int, star: int) -> Place:
+    first = rule.first[(m + rule.first_matrix) // rule.n_heads, star]
+    return Place(m, q, star, int(first))
 
 
 @compiled
 def _plain_row(
-    rule: Rule,
-    row: Floats,
-    draws: Draws,
-    sums: Sums,
-    table: Table,
-    use: Scratch,
-    m: int,
-    q: int,
-    reach: float,
+    rule: Rule, row: Floats, draws: Draws, sums: Sums, table: Table, use: Scratch, m: int, q: int
 ) -> None:
     """A row whose scores are its q.k parts: nothing is copied but competitors."""
-    top, star = largest(row), first_of_largest(row)
+    top, star, reach = largest(row), first_of_largest(row), _reach(rule)
     if (not rule.on_k or top == 0) and tied(row, star, rule.eps):
         sums.counts[TIES, m] += 1
         return
@@ -141,61 +150,31 @@ def _plain_row(
         if n and use.key[0] >= top - TIE * rule.eps * abs(top):
             sums.counts[TIES, m] += 1
             return
-    kind = _kind(rule, m, star)
-    sums.rows[m, kind] += 1
-    sums.level[m, kind] += top
+    at = _place(rule, m, q, star)
+    sums.rows[m, at.kind] += 1
+    sums.level[m, at.kind] += top
     if not rule.on_k:
         return
     if top != 0:  # those of its sign, itself among them
-        sums.counts[ABLE + kind, m] += (count_above(row, 0.0) if top > 0 else n_visible) - 1
+        sums.counts[ABLE + at.kind, m] += (count_above(row, 0.0) if top > 0 else n_visible) - 1
     for t in range(n):
         use.near[t], use.beta[t] = use.key[t], 0.0
-    _list_plain(rule, use, n, float(top), m, q, star, table)
+        use.a[t] = half_width(top, use.near[t], 0.0, rule.on_q, rule.on_k)
+    _list(rule, use, n, float(top), at, table)
     if rule.exact:
-        exact_plain(
-            rule.law,
-            top,
-            use.near,
-            n,
-            rule.sigmas,
-            sums.loose[:, m, kind],
-            use.a,
-            use.work,
-            use.grid,
-        )
+        exact_plain(rule, use, n, top, sums.loose[:, m, at.kind])
     if draws.k.shape[0]:
-        _draw(rule, row, draws, sums, use, n, m, q, star, float(top), 0, False)
+        _draw(rule, row, draws, sums, use, n, at, float(top), 0, 0)
     for t in range(n):
         use.near[t] -= mean
     if rule.exact:
-        exact_plain(
-            rule.law,
-            top - mean,
-            use.near,
-            n,
-            rule.sigmas,
-            sums.centred[:, m, kind],
-            use.a,
-            use.work,
-            use.grid,
-        )
+        exact_plain(rule, use, n, top - mean, sums.centred[:, m, at.kind])
     elif draws.k.shape[0]:
-        _draw(rule, row, draws, sums, use, n, m, q, star, top - mean, 1, False)
+        _draw(rule, row, draws, sums, use, n, at, top - mean, 1, 0)
 
 
 @compiled
-def _list_plain(
-    rule: Rule, use: Scratch, n: int, s_star: float, m: int, q: int, star: int, table: Table
-) -> None:
-    for t in range(n):
-        use.a[t] = half_width(s_star, use.near[t], 0.0, rule.on_q, rule.on_k)
-    _list(rule, use, n, s_star, m, q, star, table)
-
-
-@compiled
-def _list(
-    rule: Rule, use: Scratch, n: int, s_star: float, m: int, q: int, star: int, table: Table
-) -> None:
+def _list(rule: Rule, use: Scratch, n: int, s_star: float, at: Place, table: Table) -> None:
     """Put the row into the table, with its competitors below the cutoff, nearest first."""
     begin = table.used[1]
     end = begin
@@ -208,26 +187,16 @@ def _list(
     if end == begin:
         return
     r = table.used[0]
-    table.row[r, 0], table.row[r, 1] = m + rule.first_matrix, q + rule.first_query
-    table.row[r, 2], table.row[r, 3] = star, use.place[0]
+    table.row[r, 0], table.row[r, 1] = at.matrix + rule.first_matrix, at.query + rule.first_query
+    table.row[r, 2], table.row[r, 3] = at.star, use.place[0]
     table.row[r, 4] = end - begin
     table.s_star[r] = s_star
     table.used[0], table.used[1] = r + 1, end
 
 
 @compiled
-def _unpacked_row(
-    rule: Rule,
-    layer: Layer,
-    draws: Draws,
-    sums: Sums,
-    table: Table,
-    use: Scratch,
-    m: int,
-    q: int,
-    reach: float,
-) -> None:
-    """A row with a bias or under a soft cap: q.k parts and biases are told apart first."""
+def _unpack(rule: Rule, layer: Layer, use: Scratch, m: int, q: int) -> tuple[int, int]:
+    """Tell q.k parts and biases apart; how many keys are visible, and which of them is attended."""
     row = layer.scores[m, q]
     n, star, top = 0, -1, -math.inf
     for k in range(len(row)):
@@ -242,6 +211,16 @@ def _unpacked_row(
         if w > top:
             top, star = w, n
         n += 1
+    return n, star
+
+
+@compiled
+def _unpacked_row(
+    rule: Rule, layer: Layer, draws: Draws, sums: Sums, table: Table, use: Scratch, m: int, q: int
+) -> None:
+    """A row with a bias or under a soft cap."""
+    n, star = _unpack(rule, layer, use, m, q)
+    top = use.s[star] + use.bias[star]
     bar, close, mean = top - TIE * rule.eps * abs(top), 0, 0.0
     for i in range(n):
         close += use.s[i] + use.bias[i] >= bar
@@ -249,45 +228,27 @@ def _unpacked_row(
     if close > 1:
         sums.counts[TIES, m] += 1
         return
-    kind = _kind(rule, m, use.visible[star])
-    sums.rows[m, kind] += 1
-    sums.level[m, kind] += use.s[star]
+    at = _place(rule, m, q, int(use.visible[star]))
+    sums.rows[m, at.kind] += 1
+    sums.level[m, at.kind] += use.s[star]
     if not (rule.on_q or rule.on_k):
         return
-    biased = layer.qk.size > 0
-    wanted = max(reach, rule.cutoff)
+    biased, reach = layer.qk.size > 0, _reach(rule)
     for gauge in range(2):
         shift = mean if gauge else 0.0
         s_star = use.s[star] - shift
-        count, able = _competitors(
-            rule, use, n, star, shift, biased, wanted if not gauge else reach
-        )
+        wanted = reach if gauge else max(reach, rule.cutoff)
+        count, able = _competitors(rule, use, n, star, shift, biased, wanted)
         if not gauge:
-            sums.counts[ABLE + kind, m] += able
-            _list(rule, use, count, s_star, m, q, int(use.visible[star]), table)
-        out = sums.centred[:, m, kind] if gauge else sums.loose[:, m, kind]
+            sums.counts[ABLE + at.kind, m] += able
+            _list(rule, use, count, s_star, at, table)
+        out = sums.centred[:, m, at.kind] if gauge else sums.loose[:, m, at.kind]
         if rule.exact and biased:
-            exact_biased(
-                rule.law,
-                s_star,
-                use.near,
-                use.beta,
-                use.a,
-                count,
-                rule.sigmas,
-                rule.on_q,
-                rule.on_k,
-                out,
-                use.work,
-                use.grid,
-            )
+            exact_biased(rule, use, count, s_star, out)
         elif rule.exact:
-            exact_plain(
-                rule.law, s_star, use.near, count, rule.sigmas, out, use.key, use.work, use.grid
-            )
+            exact_plain(rule, use, count, s_star, out)
         if draws.k.shape[0] and (gauge == 0 or not rule.exact):
-            key = int(use.visible[star])
-            _draw(rule, row, draws, sums, use, count, m, q, key, s_star, gauge, True, n)
+            _draw(rule, layer.scores[m, q], draws, sums, use, count, at, s_star, gauge, n)
 
 
 @compiled
@@ -328,25 +289,24 @@ def _draw(
     sums: Sums,
     use: Scratch,
     count: int,
-    m: int,
-    q: int,
-    star: int,
+    at: Place,
     s_star: float,
     gauge: int,
-    unpacked: bool,
-    n_visible: int = 0,
+    n_visible: int,
 ) -> None:
-    """Draw the row's noise: the loose rate where it is sampled, the strict rate always."""
+    """Draw the row's noise: the loose rate where it is sampled, the strict rate always.
+
+    ``n_visible`` is 0 for a row that was not unpacked.
+    """
     if count == 0:
         return
-    matrix, kind = m + rule.first_matrix, _kind(rule, m, star)
+    m, matrix, unpacked = at.matrix, at.matrix + rule.first_matrix, n_visible > 0
     head, batch = matrix % rule.n_heads, matrix // rule.n_heads
     simple = rule.law != LOGNORMAL and not unpacked and rule.on_k
     near = simple and rule.law == UNIFORM and s_star > 0 and rule.sink[head] == -math.inf
-    ready = unpacked
     for d in range(draws.k.shape[0]):
         base = draws.k[d, batch, rule.kv_head[head]]
-        at_q, own = draws.q[d, batch, head, q], base[star]
+        at_q, own = draws.q[d, batch, head, at.query], base[at.star]
         first = 0.0
         if simple:
             first = first_sigma(rule.law, s_star, use.near, use.place, count, own, base)
@@ -355,51 +315,23 @@ def _draw(
             if sigma <= first and (simple or sigma == 0.0):
                 continue
             f_q = drawn_factor(rule.law, at_q, sigma) if rule.on_q else 1.0
-            if (not simple or f_q <= 0) and not moves(
-                rule.law,
-                sigma,
-                s_star,
-                use.near,
-                use.beta,
-                use.place,
-                count,
-                f_q,
-                own,
-                base,
-                rule.on_k,
-            ):
+            drawn = Drawn(sigma, f_q, own, base)
+            if (not simple or f_q <= 0) and not moves(rule, use, count, s_star, drawn):
                 continue
             if not rule.exact:
                 out = sums.centred_draws if gauge else sums.loose_draws
-                out[i, d, m, kind] += 1
+                out[i, d, m, at.kind] += 1
             if gauge:
                 continue
             if near:
-                verdict = sparse_by_nearest(
-                    s_star, use.near, use.place, count, sigma, f_q, own, base, rule.room
-                )
+                verdict = sparse_by_nearest(rule, use, count, s_star, drawn)
                 if verdict != UNDECIDED:
-                    sums.strict_draws[i, d, m, kind] += verdict
+                    sums.strict_draws[i, d, m, at.kind] += verdict
                     continue
-            if not ready:
+            if n_visible == 0:
                 n_visible = _visible(row, use)
-                ready = True
-            if sparse_again(
-                use.s,
-                use.bias,
-                use.visible,
-                n_visible,
-                rule.law,
-                sigma,
-                f_q,
-                base,
-                rule.on_k,
-                rule.soft_cap,
-                rule.sink[head],
-                rule.room,
-                use.key,
-            ):
-                sums.strict_draws[i, d, m, kind] += 1
+            if sparse_again(rule, use, n_visible, drawn, rule.sink[head]):
+                sums.strict_draws[i, d, m, at.kind] += 1
 
 
 @compiled

@@ -13,7 +13,7 @@ import numpy as np
 
 from hooks.kernels.compile import compiled, compiled_without_nan
 from hooks.kernels.integrals import GRID, LOGNORMAL, UNIFORM, biased, drawn_factor, plain
-from hooks.kernels.types import MASKED, Array, Floats, Ints
+from hooks.kernels.types import MASKED, Array, Drawn, Floats, Ints, Rule, Scratch
 
 TIE = 2.0  # scores closer than this many eps of their size differ by rounding alone
 _BUCKETS = 64
@@ -212,32 +212,23 @@ def collect_plain(row: Floats, star: int, bar: float, key: Array, index: Ints) -
 
 
 @compiled
-def exact_plain(
-    law: int,
-    s_star: float,
-    s: Array,
-    n: int,
-    sigmas: Array,
-    sums: Array,
-    inverse: Array,
-    work: Array,
-    grid: Array,
-) -> None:
-    """Add the row's probability at each sigma; competitors descend."""
+def exact_plain(rule: Rule, use: Scratch, n: int, s_star: float, sums: Array) -> None:
+    """Add the row's probability at each sigma; its competitors descend in ``use.near``."""
+    s, inverse = use.near, use.key
     if n == 0 or s_star == 0.0 or (s[0] > 0) != (s_star > 0):
         return
     for t in range(n):
         inverse[t] = 1 / s[t] if s[t] != 0 else 0.0
     nearest = (s_star - s[0]) / (abs(s_star) + abs(s[0]))
-    for i in range(len(sigmas)):
-        sigma, count = sigmas[i], n
-        if sigma == 0.0 or (law == UNIFORM and nearest >= math.sqrt(3.0) * sigma):
+    for i in range(len(rule.sigmas)):
+        sigma, count = rule.sigmas[i], n
+        if sigma == 0.0 or (rule.law == UNIFORM and nearest >= math.sqrt(3.0) * sigma):
             continue
-        if law != UNIFORM:
+        if rule.law != UNIFORM:
             count = 0  # beyond it a competitor wins with less than 1e-13
-            while count < n and within_tails(law, s_star, s[count], sigma):
+            while count < n and within_tails(rule.law, s_star, s[count], sigma):
                 count += 1
-        sums[i] += plain(law, s_star, s, inverse, count, sigma, work, grid)
+        sums[i] += plain(rule.law, s_star, s, inverse, count, sigma, use.work, use.grid)
 
 
 @compiled
@@ -251,29 +242,19 @@ def within_tails(law: int, s_star: float, s: float, sigma: float) -> bool:
 
 
 @compiled
-def exact_biased(
-    law: int,
-    s_star: float,
-    s: Array,
-    beta: Array,
-    a: Array,
-    n: int,
-    sigmas: Array,
-    on_q: bool,
-    on_k: bool,
-    sums: Array,
-    work: Array,
-    grid: Array,
-) -> None:
-    """The same with biases; competitors nearest first, at half-widths a."""
-    for i in range(len(sigmas)):
-        sigma, count = sigmas[i], n
-        if law == UNIFORM:
+def exact_biased(rule: Rule, use: Scratch, n: int, s_star: float, sums: Array) -> None:
+    """Add the row's probability where biases are added; competitors nearest first."""
+    for i in range(len(rule.sigmas)):
+        sigma, count = rule.sigmas[i], n
+        if rule.law == UNIFORM:
             count = 0
-            while count < n and a[count] < math.sqrt(3.0) * sigma:
+            while count < n and use.a[count] < math.sqrt(3.0) * sigma:
                 count += 1
         if count and sigma > 0:
-            sums[i] += biased(law, s_star, s, beta, count, sigma, on_q, on_k, work, grid)
+            sums[i] += biased(
+                rule.law, s_star, use.near, use.beta, count, sigma, rule.on_q, rule.on_k, use.work,
+                use.grid,
+            )  # fmt: skip
 
 
 # -- scores and factors ---------------------------------------------------------------------------
@@ -304,51 +285,27 @@ def first_sigma(
 
 
 @compiled
-def moves(
-    law: int,
-    sigma: float,
-    s_star: float,
-    s: Array,
-    beta: Array,
-    index: Ints,
-    n: int,
-    f_q: float,
-    own: float,
-    base: Array,
-    on_k: bool,
-) -> bool:
+def moves(rule: Rule, use: Scratch, n: int, s_star: float, drawn: Drawn) -> bool:
     """Whether this draw moves the row's arg max."""
-    f_star = drawn_factor(law, own, sigma) if on_k else 1.0
+    law, sigma, f_q = rule.law, drawn.sigma, drawn.f_q
+    f_star = drawn_factor(law, drawn.own, sigma) if rule.on_k else 1.0
     for t in range(n):
-        f = drawn_factor(law, base[index[t]], sigma) if on_k else 1.0
-        if f_q * (f * s[t] - f_star * s_star) > beta[t]:
+        f = drawn_factor(law, drawn.base[use.place[t]], sigma) if rule.on_k else 1.0
+        if f_q * (f * use.near[t] - f_star * s_star) > use.beta[t]:
             return True
     return False
 
 
 @compiled
-def sparse_again(
-    s: Array,
-    bias: Array,
-    visible: Ints,
-    n: int,
-    law: int,
-    sigma: float,
-    f_q: float,
-    base: Array,
-    on_k: bool,
-    soft_cap: float,
-    sink: float,
-    room: float,
-    w: Array,
-) -> bool:
-    """Whether the noised row is sparse again (:func:`is_sparse`); s, bias of visible keys."""
+def sparse_again(rule: Rule, use: Scratch, n: int, drawn: Drawn, sink: float) -> bool:
+    """Whether the noised row is sparse again (:func:`is_sparse`), from its n visible keys."""
+    law, sigma, w, room = rule.law, drawn.sigma, use.key, rule.room
     top, second = -math.inf, sink
     for i in range(n):
-        f = drawn_factor(law, base[visible[i]], sigma) if on_k else 1.0
-        x = f_q * f * s[i] + bias[i]
-        if soft_cap > 0:
-            x = soft_cap * math.tanh(x / soft_cap)
+        f = drawn_factor(law, drawn.base[use.visible[i]], sigma) if rule.on_k else 1.0
+        x = drawn.f_q * f * use.s[i] + use.bias[i]
+        if rule.soft_cap > 0:
+            x = rule.soft_cap * math.tanh(x / rule.soft_cap)
         w[i] = x
         if x > top:
             top, second = x, max(top, second)
@@ -369,23 +326,14 @@ UNDECIDED, NOT_SPARSE, SPARSE = -1, 0, 1
 
 
 @compiled
-def sparse_by_nearest(
-    s_star: float,
-    s: Array,
-    place: Ints,
-    n: int,
-    sigma: float,
-    f_q: float,
-    own: float,
-    base: Array,
-    room: float,
-) -> int:
+def sparse_by_nearest(rule: Rule, use: Scratch, n: int, s_star: float, drawn: Drawn) -> int:
     """:func:`sparse_again` from the competitors alone, where all other keys are out of reach.
 
     Without a bias, under uniform noise; competitors descend, and no other key lies above them. A
     key more than exp(45) below the maximum, at its longest, adds nothing to the sum.
     """
-    a = math.sqrt(3.0) * sigma
+    s, place, room = use.near, use.place, rule.room
+    f_q, own, base, a = drawn.f_q, drawn.own, drawn.base, math.sqrt(3.0) * drawn.sigma
     top, second = (1 + a * own) * s_star, -math.inf
     count, reached = 0, True
     while count < n:

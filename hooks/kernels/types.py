@@ -94,3 +94,21 @@ class Scratch(NamedTuple):
     at: Ints
     work: Array
     grid: Array
+
+
+class Drawn(NamedTuple):
+    """The numbers behind one draw of one row's factors, at one sigma."""
+
+    sigma: float
+    f_q: float  # the query's factor
+    own: float  # of the attended key
+    base: Array  # of every key
+
+
+class Place(NamedTuple):
+    """A row of the layer's scores."""
+
+    matrix: int
+    query: int
+    star: int  # the key it attends to
+    kind: int  # 1 for a row that attends to a first token, else 0
