@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.measures.sweep import UNSCORED, given_targets, has_next_token, next_tokens
+from hooks.measures.sweep import UNSCORED, scored_targets
 from hooks.model import HookedModel, ModelInput, Prompts, checked_logits, run_with
 from hooks.sites import Hook
 
@@ -26,11 +26,7 @@ class Output:
         example: ModelInput,
     ) -> None:
         self.model = model
-        if targets is not None:
-            self.wanted = given_targets(model, targets, prompts)
-        else:
-            known = bool(prompts.decoder) or has_next_token(model, example)
-            self.wanted = next_tokens(prompts, known)
+        self.wanted = scored_targets(model, prompts, targets, example)
         n = len(prompts)
         self.positions = np.zeros(n, np.int64)
         self.targets = np.zeros(n, np.int64)

@@ -15,25 +15,24 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks.arguments import MANY, brief, check_integers, check_layers, check_optional
 from hooks.measures.sweep.factors import Grid
-from hooks.measures.sweep.passes import Pass, Runner, has_next_token, passes
+from hooks.measures.sweep.passes import Pass, Runner, passes
 from hooks.measures.sweep.report import SweepReport, SweepSettings
 from hooks.measures.sweep.score import UNSCORED, score
+from hooks.measures.sweep.targets import scored_targets
 from hooks.model import (
     HookedModel,
     MaskLike,
     Prompts,
     Tokens,
+    counting,
     encode,
     evaluating,
     example_of,
     hooked,
     measurement,
-    shorten,
-    tensor_of,
 )
 from hooks.noise import At, NormNoise, Rows, Shared, read_sigmas
 from hooks.sites import attention_facts, choose_layers, sites_for
@@ -124,23 +123,12 @@ def sweep(
     grid = Grid(values, replicates)
     with evaluating(model):
         example = example_of(model, prompts)
-        if targets is not None:
-            wanted = given_targets(model, targets, prompts)
-        else:
-            known = bool(prompts.decoder) or has_next_token(model, example)
-            wanted = next_tokens(prompts, known)
-        tally = _Tally(prompts, wanted, grid)
+        tally = _Tally(prompts, scored_targets(model, prompts, targets, example), grid)
         runner = Runner(model, noise, sites, chosen, grid)
         with (
             hooked(model, runner.hooks()),
             runner.tap if runner.tap.needed else contextlib.nullcontext(),
-            tqdm(
-                total=len(prompts) * len(grid),
-                desc="sweep",
-                unit="row",
-                disable=None if progress is None else not progress,
-                leave=False,
-            ) as bar,
+            counting(len(prompts) * len(grid), "sweep", "row", progress) as bar,
         ):
             runner.try_on(example)
             # One row for the clean blocks pays where a prompt fills a pass by itself.
@@ -177,75 +165,6 @@ def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
 
 
 # -- what is scored -------------------------------------------------------------------------
-
-
-def next_tokens(prompts: Prompts, known: bool) -> list[Tensor | None]:
-    """Targets of each prompt: its next tokens; None for a model without such a thing.
-
-    A packed document's last token has none: what follows it is another document's.
-    """
-    if not known:
-        return [None] * len(prompts)
-    rows = prompts.decoder or prompts.first
-    out: list[Tensor | None] = []
-    for index, row in enumerate(rows):
-        wanted = torch.cat([row[1:].cpu(), torch.tensor([UNSCORED])])
-        if not prompts.decoder and prompts.starts:
-            wanted[[start - 1 for start in prompts.starts[index] if start]] = UNSCORED
-        out.append(wanted)
-    return out
-
-
-def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Tensor | None]:
-    """Targets of each prompt, cut where the tokens were that they are of.
-
-    Raises:
-        ValueError: other shapes than the tokens', or an id outside the vocabulary.
-    """
-    spans, width = prompts.spans, prompts.width
-    if prompts.decoder:
-        spans, width = prompts.decoder_spans, prompts.decoder_width
-    given = _rows_of(targets)
-    if len(given) != len(prompts):
-        raise ValueError(
-            f"targets: wanted one row for each of {len(prompts)} prompts; got {len(given)}"
-        )
-    rows = prompts.decoder or prompts.first
-    cut = []
-    for index, (row, ids, (first, end)) in enumerate(zip(given, rows, spans, strict=True)):
-        of_tokens = len(ids) if ids.ndim == 1 else len(row)
-        ragged = not prompts.decoder and not prompts.padding[index]  # the caller padded nothing
-        fits = row.ndim == 1 and len(row) in (width or of_tokens, of_tokens if ragged else -1)
-        if row.is_floating_point() or row.dtype == torch.bool or not fits:
-            raise ValueError(
-                f"targets: prompt {index}: wanted {width or of_tokens} integer ids, one for each "
-                f"token, padding included; got {row.dtype} of shape {list(row.shape)}"
-            )
-        mine = (row[first:end] if len(row) == width else row).cpu().long()
-        real = mine[mine != UNSCORED]
-        vocabulary = int(model.cfg.d_vocab)
-        if len(real) and not 0 <= int(real.min()) <= int(real.max()) < vocabulary:
-            raise ValueError(
-                f"targets: prompt {index}: wanted ids from 0 to {vocabulary - 1}, or {UNSCORED} "
-                f"where nothing is scored; got {int(real.min())} to {int(real.max())}"
-            )
-        cut.append(mine)
-    return list(cut)
-
-
-def _rows_of(targets: Any) -> list[Tensor]:
-    """A row for each prompt; one prompt's own may stand alone.
-
-    Raises:
-        TypeError: no integers.
-    """
-    try:
-        given = [tensor_of(row) for row in targets]
-        return [torch.stack(given)] if given and given[0].ndim == 0 else given
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"targets: wanted integer ids [batch, pos]; got {shorten(targets)}"
-        ) from None
 
 
 class _Tally:

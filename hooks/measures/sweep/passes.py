@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -219,21 +219,3 @@ def _bare(points: Mapping[str, Any], prefix: str) -> bool:
     """Whether nobody else's hooks are on these points."""
     mine = (point for name, point in points.items() if name.startswith(prefix))
     return not any(standing_hooks(point) for point in mine)
-
-
-def has_next_token(model: HookedModel, example: ModelInput) -> bool:
-    """Whether a position's logits hang on no later token, so that the next token is its target."""
-    ids = example.first
-    if ids.is_floating_point() or ids.ndim != 2 or ids.shape[1] < 2:
-        return False
-    other = ids.clone()
-    other[:, -1] = (other[:, -1] + 1) % int(model.cfg.d_vocab)
-    both = [replace(example, first=x).run(model) for x in (ids, other)]
-    if not all(isinstance(z, Tensor) and z.ndim == 3 for z in both):
-        return False
-    a, b = (z[:, :-1].double() for z in both)
-    if not a.shape[1]:
-        return False
-    # Equal to the last bit in most models; experts that are sent other rows round otherwise.
-    within = max(4 * torch.finfo(both[0].dtype).eps, 1e-5) * float(a.abs().max())
-    return float((a - b).abs().max()) <= within
