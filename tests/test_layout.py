@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -41,6 +42,7 @@ FLOORS = {
     "qkvnorm_lens.experiments": ("core", "paper", "beyond", "related", "train", "curves"),
 }
 MOST_LINES = 500
+MOST_OF_A_FUNCTION = 60
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -149,3 +151,19 @@ def test_no_underscore_and_no_long_file(package: str) -> None:
         if name.count(".") > 1 and path.name != "__init__.py":
             assert not path.name.startswith("_"), path
         assert len(path.read_text().splitlines()) <= MOST_LINES, path
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_long_function(package: str) -> None:
+    """Signature and docstring apart."""
+    for name, path in EVERY[package].items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+                assert lines <= MOST_OF_A_FUNCTION, f"{name}.{node.name}: {lines}"
+
+
+def test_most_files_are_short() -> None:
+    lengths = [len(p.read_text().splitlines()) for found in EVERY.values() for p in found.values()]
+    assert statistics.median(lengths) <= 150
