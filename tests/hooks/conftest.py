@@ -44,3 +44,13 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
         tokenizer_object=inner, pad_token="[PAD]", bos_token="[BOS]", unk_token="[UNK]"
     ).save_pretrained(path)
     return AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Any:
+    return models.tiny_gpt2()
+
+
+@pytest.fixture(scope="module")
+def bloom() -> Any:
+    return models.tiny_bloom()

@@ -79,3 +79,10 @@ def make(seed: int = 0, **options: Any) -> QKVNormTransformer:
 
 def tokens(batch: int = 3, pos: int = 11, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 16, (batch, pos), generator=torch.Generator().manual_seed(seed))
+
+
+PLACEMENTS = ("none", "pre", "qkv")
+
+
+def far(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a - b).abs().max().item() > 1e-3

@@ -34,11 +34,6 @@ def model(request: pytest.FixtureRequest) -> Any:
     return models.TINY[request.param]()
 
 
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return models.tiny_llama()
-
-
 def probe(model: Any, tokens: Any = ids, **options: Any) -> CollapseReport:
     return collapse_probe(
         model, tokens, progress=False, **({"draws": 0, "sigmas": SIGMAS} | options)

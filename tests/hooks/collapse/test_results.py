@@ -38,11 +38,6 @@ def report(model: Any) -> CollapseReport:
     return probe(model)
 
 
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return models.tiny_llama()
-
-
 def probe(model: Any, tokens: Any = ids, **options: Any) -> CollapseReport:
     return collapse_probe(
         model, tokens, progress=False, **({"draws": 3, "sigmas": SIGMAS} | options)

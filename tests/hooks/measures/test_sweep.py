@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,11 @@ from hooks.measures.sweep.score import UNSCORED, argmax, score
 from hooks.noise.streams import draw_uniforms, philox_keys
 from tests.support import models
 from tests.support.marks import slowly
-from tests.support.watching import Found, shape_checks_off, tiny_gemma2
+from tests.support.watching import Found, tiny_gemma2
 
 SIGMAS = (0.05, 0.2)
 ids = models.tokens(3, 17)
 METRICS = ("accuracy", "loss", "kl", "top1_agreement")
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    with shape_checks_off():
-        yield
 
 
 def double(model: Any) -> Any:
