@@ -96,7 +96,7 @@ class _Tap(TorchFunctionMode):
     ) -> Any:
         named, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if name in ("grouped_mm", "_grouped_mm"):
-            return reference._grouped_mm(*args, **named)
+            return reference.grouped_mm(*args, **named)
         if name in _PRODUCTS:
             return self._multiply(func, list(args), named)
         if name != "softmax":

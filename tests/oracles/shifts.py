@@ -195,7 +195,7 @@ class _Watch(TorchFunctionMode):
         elif name == "scaled_dot_product_attention":
             return self._sdpa(*args, **named)
         elif name in ("grouped_mm", "_grouped_mm"):
-            return _grouped_mm(*args, **named)
+            return grouped_mm(*args, **named)
         return func(*args, **named)
 
     # --- products: which, and the noise on their operands
@@ -333,7 +333,7 @@ def _fits(shape: torch.Size, rows: int, queries: int, keys: int) -> bool:
     return shape[-2:] == (queries, keys) and shape[:-2].numel() == rows
 
 
-def _grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, **_: Any) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, **_: Any) -> Tensor:
     """Each expert's rows times its matrix: torch's own knows no float64."""
     out = x.new_zeros(len(x), weight.shape[-1])
     start = 0

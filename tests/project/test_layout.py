@@ -150,3 +150,19 @@ def test_no_underscore_and_no_long_file(package: str) -> None:
         if name.count(".") > 1 and path.name != "__init__.py":
             assert not path.name.startswith("_"), path
         assert len(path.read_text().splitlines()) <= MOST_LINES, path
+
+
+def test_no_test_names_a_private_helper() -> None:
+    """What tests need has a name that others may say: imports, and names of imported modules."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        tree, ours = ast.parse(path.read_text()), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES:
+                for alias in node.names:
+                    assert not re.match("_[^_]", alias.name), f"{path} imports {alias.name}"
+                    if f"{node.module}.{alias.name}" in KNOWN:
+                        ours.add(alias.asname or alias.name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                private = re.match("_[^_]", node.attr) and node.value.id in ours
+                assert not private, f"{path} names {node.value.id}.{node.attr}"

@@ -34,22 +34,22 @@ N_CTX = 64
 
 def tiny_gpt2(**options: Any) -> TransformerBridge:
     """Learned positions, LayerNorm, biases: 2 layers of 4 heads of 8."""
-    return _bridge(GPT2LMHeadModel, tiny_gpt2_config(**options), **options)
+    return bridge(GPT2LMHeadModel, tiny_gpt2_config(**options), **options)
 
 
 def tiny_llama(**options: Any) -> TransformerBridge:
     """Rotary, RMSNorm, grouped-query attention: 2 layers of 4 query and 2 key/value heads of 8."""
-    return _bridge(LlamaForCausalLM, tiny_llama_config(**options), **options)
+    return bridge(LlamaForCausalLM, tiny_llama_config(**options), **options)
 
 
 def tiny_bloom(**options: Any) -> TransformerBridge:
     """ALiBi, LayerNorm, biases: 2 layers of 4 heads of 8."""
-    return _bridge(BloomForCausalLM, tiny_bloom_config(**options), **options)
+    return bridge(BloomForCausalLM, tiny_bloom_config(**options), **options)
 
 
 def tiny_qwen3(**options: Any) -> TransformerBridge:
     """QK-norm before rotary, grouped-query attention: 2 layers of 4 query and 2 kv heads of 8."""
-    return _bridge(Qwen3ForCausalLM, tiny_qwen3_config(**options), **options)
+    return bridge(Qwen3ForCausalLM, tiny_qwen3_config(**options), **options)
 
 
 TINY = {"gpt2": tiny_gpt2, "llama": tiny_llama, "bloom": tiny_bloom, "qwen3": tiny_qwen3}
@@ -80,11 +80,11 @@ def tiny_gpt2_config(**options: Any) -> GPT2Config:
 
 
 def tiny_llama_config(**options: Any) -> LlamaConfig:
-    return LlamaConfig(**_llama_like(options))
+    return LlamaConfig(**llama_like(options))
 
 
 def tiny_qwen3_config(**options: Any) -> Qwen3Config:
-    return Qwen3Config(**_llama_like(options))
+    return Qwen3Config(**llama_like(options))
 
 
 def tiny_bloom_config(**options: Any) -> BloomConfig:
@@ -99,7 +99,7 @@ def tiny_bloom_config(**options: Any) -> BloomConfig:
     )
 
 
-def _llama_like(options: dict[str, Any]) -> dict[str, Any]:
+def llama_like(options: dict[str, Any]) -> dict[str, Any]:
     return {
         "vocab_size": _vocab(options),
         "hidden_size": 32,
@@ -119,7 +119,7 @@ def _vocab(options: dict[str, Any]) -> int:
     return VOCAB if tokenizer is None else len(tokenizer)
 
 
-def _bridge(
+def bridge(
     cls: type[PreTrainedModel],
     config: PretrainedConfig,
     *,
@@ -130,10 +130,8 @@ def _bridge(
 ) -> TransformerBridge:
     hf = tiny_hf(cls, config, seed=seed, qk_scale=qk_scale)
     with torch.random.fork_rng(devices=[]):  # splitting a fused qkv draws weights
-        bridge = build_bridge_from_module(
-            hf, cls.__name__, hf_config=hf.config, tokenizer=tokenizer
-        )
-    return bridge.eval()  # the bridge's own modules start in training mode, dropout and all
+        built = build_bridge_from_module(hf, cls.__name__, hf_config=hf.config, tokenizer=tokenizer)
+    return built.eval()  # the bridge's own modules start in training mode, dropout and all
 
 
 def tiny_hf(

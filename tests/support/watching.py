@@ -51,12 +51,12 @@ def attn(layer: int, name: str) -> str:
 def tiny_gemma2(**options: Any) -> TransformerBridge:
     """Soft-capped scores, and a sliding window in every second layer."""
     config = Gemma2Config(
-        **models._llama_like(options),
+        **models.llama_like(options),
         attn_logit_softcapping=20.0,
         sliding_window=8,
         query_pre_attn_scalar=8,
     )
-    return models._bridge(Gemma2ForCausalLM, config, **options)
+    return models.bridge(Gemma2ForCausalLM, config, **options)
 
 
 def tiny_opt() -> TransformerBridge:
@@ -70,13 +70,13 @@ def tiny_opt() -> TransformerBridge:
         num_attention_heads=4,
         max_position_embeddings=models.N_CTX,
     )
-    return models._bridge(OPTForCausalLM, config)
+    return models.bridge(OPTForCausalLM, config)
 
 
 def tiny_mamba() -> TransformerBridge:
     """No attention."""
     config = MambaConfig(vocab_size=models.VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
-    return models._bridge(MambaForCausalLM, config)
+    return models.bridge(MambaForCausalLM, config)
 
 
 RENAMED = tuple(int(part) for part in version("transformers").split(".")[:2]) >= (5, 24)

@@ -453,7 +453,7 @@ def test_a_piece_is_cut_as_far_as_it_was_looked_for() -> None:
     """A piece scanned before another thread lowered the cutoff still holds what lies beyond it."""
 
     def piece(a: list[float]) -> Any:
-        room = reduce._room(8, 8, False)
+        room = reduce.empty_piece(8, 8, False)
         room.row[0] = (0, 5, 1, 2, len(a))
         room.s_star[0], room.used[:] = 9.0, (1, len(a))
         room.s[: len(a)], room.a[: len(a)] = 8.0, a

@@ -46,11 +46,11 @@ def tiny_bert() -> Any:
         intermediate_size=64,
         max_position_embeddings=models.N_CTX,
     )
-    return models._bridge(BertForMaskedLM, config)
+    return models.bridge(BertForMaskedLM, config)
 
 
 def tiny_olmo2() -> Any:
-    return models._bridge(Olmo2ForCausalLM, Olmo2Config(**models._llama_like({})))
+    return models.bridge(Olmo2ForCausalLM, Olmo2Config(**models.llama_like({})))
 
 
 def random_of(placement: str) -> Any:

@@ -52,7 +52,7 @@ def bert() -> Any:
         intermediate_size=64,
         max_position_embeddings=models.N_CTX,
     )
-    return double(models._bridge(BertForMaskedLM, config))
+    return double(models.bridge(BertForMaskedLM, config))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def t5() -> Any:
         decoder_start_token_id=0,
         pad_token_id=0,
     )
-    return double(models._bridge(T5ForConditionalGeneration, config))
+    return double(models.bridge(T5ForConditionalGeneration, config))
 
 
 def logits(model: Any, tokens: Tensor, noise: NormNoise | None, **options: Any) -> Tensor:

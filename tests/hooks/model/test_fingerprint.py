@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hooks import NormNoise, attention_sites, collapse_probe, interference, sweep
-from hooks.model.hashing import _elsewhere, hash_tensor
+from hooks.model.hashing import hash_elsewhere, hash_tensor
 from hooks.model.identity import fingerprint
 from hooks.model.words import digest
 from hooks.sites import selfcheck
@@ -127,8 +127,8 @@ def test_a_change_of_the_model_is_noticed(name: str) -> None:
 def test_a_change_taken_back_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is done once for each state of a model, and not once more for one that is known."""
     checks: list[Any] = []
-    real = selfcheck._verify
-    monkeypatch.setattr(selfcheck, "_verify", lambda *a: checks.append(a) or real(*a))
+    real = selfcheck.verify
+    monkeypatch.setattr(selfcheck, "verify", lambda *a: checks.append(a) or real(*a))
     model, kept = tiny_llama(), {}
     attention_sites(model)
     x = named(model, "q_proj")
@@ -409,8 +409,8 @@ def test_a_hook_that_keeps_a_log_makes_no_new_model_of_each_pass(
 ) -> None:
     """As notebooks do to look at activations: checked once, and parts merge."""
     checks: list[Any] = []
-    real = selfcheck._verify
-    monkeypatch.setattr(selfcheck, "_verify", lambda *a: checks.append(a) or real(*a))
+    real = selfcheck.verify
+    monkeypatch.setattr(selfcheck, "verify", lambda *a: checks.append(a) or real(*a))
     model, kept = tiny_llama(), []
     mine: Any = getattr(_Counter(), kind, lambda z, hook: kept.append(z.sum().item()))
     model.add_hook("blocks.0.attn.hook_z", mine)
@@ -496,5 +496,5 @@ def test_a_head_turned_round_is_another() -> None:
 def test_the_hash_is_the_same_on_every_device() -> None:
     for n in (1, 4095, 4096, 4097, 20_000):
         x = torch.randn(n, generator=torch.Generator().manual_seed(n))
-        on_device = int(_elsewhere(x.view(torch.int32))) & ((1 << 64) - 1)
+        on_device = int(hash_elsewhere(x.view(torch.int32))) & ((1 << 64) - 1)
         assert on_device == hash_tensor(x)

@@ -357,8 +357,9 @@ def test_rows_that_two_threads_keep_stay_apart() -> None:
     model = models.tiny_bloom()  # a bias: its rows are made of q and k again
     site = attention_sites(model).layer(0)
     noise = NormNoise(sigma=0.5, on="k", rows="non-sparse", layers=(0,))
-    q, k, scores = (hook_fn for _, hook_fn in noise._layer_hooks(site, Clock(0, {}), None))
     names = (site.q.dot.hook, site.k.dot.hook, site.scores)
+    hook_fns = dict(noise.hooks(model))
+    q, k, scores = (hook_fns[name] for name in names)
     long, short = (watch(model, ids, names) for ids in (IDS, IDS[:, :5]))
 
     def run(seen: dict[str, Tensor], between: Any = None) -> Tensor:

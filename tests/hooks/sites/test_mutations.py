@@ -64,11 +64,11 @@ def model_of(kind: str, dtype: str) -> Any:
 
 def judged(model: Any, inputs: Tensor | None = None) -> AttentionSites:
     """The verdict, made afresh."""
-    selfcheck._remembered.pop(model, None)
+    selfcheck.remembered.pop(model, None)
     try:
         return attention_sites(model, inputs)
     finally:
-        selfcheck._remembered.pop(model, None)
+        selfcheck.remembered.pop(model, None)
 
 
 # -- ways to break the library ----------------------------------------------------------------
@@ -494,7 +494,7 @@ def test_wrong_hooks_of_a_tapped_layer_are_not_used(kind: str, monkeypatch: Patc
     for role in ("q", "k"):
         with pytest.raises(UnsupportedModelError, match=f"noise on {role}"):
             NormNoise(sigma=0.1, on=role).hooks(model)
-    selfcheck._remembered.pop(model, None)
+    selfcheck.remembered.pop(model, None)
 
 
 def test_heads_taken_for_positions_are_caught(monkeypatch: Patch) -> None:

@@ -22,7 +22,7 @@ from qkvnorm_lens.cli import main
 from qkvnorm_lens.experiments import train
 from qkvnorm_lens.experiments.beyond.gauge import measure as gauge
 from qkvnorm_lens.experiments.core import running, stats as core_stats, studies
-from qkvnorm_lens.experiments.core.base import Claim, Experiment
+from qkvnorm_lens.experiments.core.base import Claim, Experiment, Part
 from qkvnorm_lens.experiments.core.subjects import default_subjects, find_subjects
 from qkvnorm_lens.experiments.paper.accuracy import EXPERIMENT as ACCURACY, measure as accuracy
 from qkvnorm_lens.experiments.paper.collapse import (
@@ -106,9 +106,15 @@ def test_a_small_run_does_not_replace_a_large_one(tmp_path: Path) -> None:
     assert not small.worked
 
 
-def test_a_column_of_nothing_but_nan_stays_one_of_numbers() -> None:
-    held = {"columns": ["a", "b"], "rows": [["x", None], ["y", None]]}
-    assert running._frame(held)["b"].dtype == float
+def test_a_column_of_nothing_but_nan_stays_one_of_numbers(tmp_path: Path) -> None:
+    """In the table of a run, in the one that its parts make again, and on disk."""
+    frame = pd.DataFrame({"a": ["x", "y"], "b": [math.nan, math.nan]})
+    part = Part("only", lambda: frame, NOBODY, {})
+    experiment = dataclasses.replace(Counting().experiment(), parts=lambda subjects, size: [part])
+    for _ in range(2):
+        outcome = running.run_experiment(experiment, [NOBODY], tmp_path, progress=False)
+        assert outcome.table["b"].dtype == float
+    assert running.read_table(outcome.folder)["b"].dtype == float
 
 
 def test_two_parts_of_one_key_are_refused(tmp_path: Path) -> None:

@@ -461,8 +461,10 @@ def test_the_peak_is_a_ratio_of_densities(top: int, beside: int) -> None:
     low = np.arange(sparsity.BINS) / sparsity.BINS
     rows = np.where(low >= 0.98, top, np.where(low >= 0.80, beside, 77))
     bins = pd.DataFrame({"low": low, "rows": rows})
-    assert sparsity_words._peak(bins) == pytest.approx(top / beside)
-    assert sparsity_words._peak(bins.sample(frac=1, random_state=0)) == pytest.approx(top / beside)
+    assert sparsity_words.peak_of(bins) == pytest.approx(top / beside)
+    assert sparsity_words.peak_of(bins.sample(frac=1, random_state=0)) == pytest.approx(
+        top / beside
+    )
 
 
 # -- the experiments as such --------------------------------------------------------------------
@@ -568,9 +570,9 @@ def test_heads_that_stand_a_format_are_named() -> None:
             "moved_share": [0.0, 0.041, 0.01],
         }
     )
-    assert quantisation_words._stand(own) == "2 of 3; not L0H1 (4.1%)"
-    assert quantisation_words._stand(own.iloc[[0, 2]]) == "2 of 2"
-    assert quantisation_words._stand(own.iloc[:0]) == "no head with enough sparse rows"
+    assert quantisation_words.which_stand(own) == "2 of 3; not L0H1 (4.1%)"
+    assert quantisation_words.which_stand(own.iloc[[0, 2]]) == "2 of 2"
+    assert quantisation_words.which_stand(own.iloc[:0]) == "no head with enough sparse rows"
 
 
 def test_sums_are_read_with_their_answers() -> None:

@@ -114,7 +114,7 @@ def test_language_models(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     tokens = models.tokens(3, 12).tolist()
     monkeypatch.setattr(Subject, "load", lambda self: model)
-    monkeypatch.setattr(noise, "_prompts", lambda *given: (tokens, {noise.NEXT: None}))
+    monkeypatch.setattr(noise, "prompts_of", lambda *given: (tokens, {noise.NEXT: None}))
     subject = Subject("tiny", "language", None, "", "tiny", None, "0")
     table = pd.concat([noise.of_vectors(subject, SMALL), noise.of_rows(subject, SMALL)])
     shielded = build is models.tiny_qwen3

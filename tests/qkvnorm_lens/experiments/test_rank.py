@@ -127,15 +127,15 @@ def test_a_rate_is_given_only_where_the_line_fits() -> None:
     fits = synthetic([0.5, 0.51, 0.52], [1e-9] * 3, off=0.1)
     bent = fits.assign(off=[0.1, 0.1, 4.1])  # one seed is enough
     fast = fits.assign(rate=math.nan, off=math.nan)
-    assert words._rate(fits, "attention", "causal").startswith("0.51 ± ")
+    assert words.speed(fits, "attention", "causal").startswith("0.51 ± ")
     for table in (bent, fast):
-        assert words._rate(table, "attention", "causal") == "not exponential"
+        assert words.speed(table, "attention", "causal") == "not exponential"
         assert words.collapses(table, "attention", "causal") == "yes"  # gone, which is not the same
-    said = words._count(bent, "attention", ["causal"])
+    said = words.counts(bent, "attention", ["causal"])
     assert "1 of 1 masks collapse, not exponential: causal" in said
     assert "(off a line by up to 4.1 nats, gone after 5 layers)" in said
-    assert "too fast for a line" in words._count(fast, "attention", ["causal"])
-    assert "not exponential" not in words._count(fits, "attention", ["causal"])
+    assert "too fast for a line" in words.counts(fast, "attention", ["causal"])
+    assert "not exponential" not in words.counts(fits, "attention", ["causal"])
 
 
 # -- rank -------------------------------------------------------------------------------------

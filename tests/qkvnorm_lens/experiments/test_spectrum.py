@@ -395,7 +395,7 @@ def test_the_size_that_gradients_are_held_by_is_one_layers(outcome: Any) -> None
         wanted = [
             gradient_norms(propagate(made, 20, 1, seed=s), probes=400)[0] for s in range(20, 26)
         ]
-        got = words._one_layer(outcome.table, attention, mask, 20)
+        got = words.of_one_layer(outcome.table, attention, mask, 20)
         assert got == pytest.approx(np.mean(wanted), rel=0.15)
 
 

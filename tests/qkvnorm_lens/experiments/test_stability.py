@@ -128,7 +128,7 @@ def test_where_neither_fails_they_do_not_fail_at_the_same_rate() -> None:
             for p, loss in zip(("pre", "qkv"), both, strict=True)
         }
     )
-    found = stability_words._compared(table, stability_words.least_failing)
+    found = stability_words.compared(table, stability_words.least_failing)
     assert found == {"lower": [64], "same": [128], "higher": [], "neither": [32]}
 
 
