@@ -291,13 +291,13 @@ def test_the_check_is_made_once_and_again_when_the_model_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = []
-    verdict = cache_check._Trial.verdict
+    verdict = cache_check.Trial.verdict
 
     def counted(self: Any) -> Any:
         made.append(self)
         return verdict(self)
 
-    monkeypatch.setattr(cache_check._Trial, "verdict", counted)
+    monkeypatch.setattr(cache_check.Trial, "verdict", counted)
     model = Stepper("ours")
     for _ in range(2):
         with NOISE.applied(model.bridge):

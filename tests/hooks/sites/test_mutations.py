@@ -287,7 +287,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "bias not measured": Mutation(
         measured(
-            "_measure_bias",
+            "measure_bias",
             lambda f: lambda *args: replace(f(*args), has_bias=False),
         ),
         ("bloom", "t5"),
@@ -366,10 +366,10 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "noise behind the soft cap": Mutation(cap_last, ("gemma2",), Q_NOISE),
     "sink dropped": Mutation(
-        measured("_measure_sink", lambda f: lambda *args: ()), ("gpt-oss",), SOFTMAX
+        measured("measure_sink", lambda f: lambda *args: ()), ("gpt-oss",), SOFTMAX
     ),
     "sink invented": Mutation(
-        measured("_measure_sink", lambda f: lambda self, clean, p: (0.0,) * p.shape[1]),
+        measured("measure_sink", lambda f: lambda self, clean, p: (0.0,) * p.shape[1]),
         ("gpt2", "llama", "bloom", "opt", "bert"),
         SOFTMAX,
     ),
@@ -515,7 +515,7 @@ HARMLESS: dict[str, tuple[Callable[[Patch], None], str]] = {
     # a rotation leaves lengths alone
     "noise before the rotary": (each_layer(at_projection), "llama"),
     "a bias of zero": (
-        measured("_measure_bias", lambda f: lambda *args: replace(f(*args), has_bias=True)),
+        measured("measure_bias", lambda f: lambda *args: replace(f(*args), has_bias=True)),
         "llama",
     ),
     "a soft cap far above the scores": (
@@ -523,7 +523,7 @@ HARMLESS: dict[str, tuple[Callable[[Patch], None], str]] = {
         "gpt2",
     ),
     "a sink far below the scores": (
-        measured("_measure_sink", lambda f: lambda self, clean, p: (-1e3,) * p.shape[1]),
+        measured("measure_sink", lambda f: lambda self, clean, p: (-1e3,) * p.shape[1]),
         "gpt2",
     ),
 }

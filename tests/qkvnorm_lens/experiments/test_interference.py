@@ -45,7 +45,7 @@ def three_seeds(moved: list[float], predicted: list[float]) -> pd.DataFrame:
     for seed, (real, noise) in enumerate(zip(moved, predicted, strict=True)):
         for first in experiment.SPARED.values():
             for by in experiment.BY:
-                numbers = dict.fromkeys(experiment._NUMBERS, 0.5)
+                numbers = dict.fromkeys(experiment.NUMBERS, 0.5)
                 numbers |= {"rows": 200.0, "sinks": 20.0, "kl": math.nan, "to_first": 0.0}
                 numbers |= {"moved": real, "moved_content": real, "predicted_content": noise}
                 facts = {"by": by, "first": first, "on": "k", "constant": 1.0}
@@ -72,7 +72,7 @@ def test_the_table_holds_the_report(table: pd.DataFrame) -> None:
         wanted = report.to_frame(by)
         mine = experiment.of(table[table["model"] == "addition-pre"], by, on="qk")
         assert len(mine) == len(wanted) > 0
-        for name in experiment._NUMBERS:
+        for name in experiment.NUMBERS:
             values = wanted[name] if name in wanted else np.full(len(wanted), math.nan)
             np.testing.assert_allclose(mine[name], values, rtol=1e-12, err_msg=name)
     scored = sum(t != -100 for row in read.targets for t in row)

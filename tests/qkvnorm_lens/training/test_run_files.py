@@ -142,7 +142,7 @@ def test_a_state_of_the_build_before_is_gone_on_from(
     assert goes_on(cut, whole, "without a digest")
 
 
-@pytest.mark.parametrize("field", training._STATE)
+@pytest.mark.parametrize("field", training.STATE)
 def test_a_whole_archive_that_is_no_state_is_refused(field: str, cut: Path) -> None:
     undigested(cut)
     state = torch.load(cut / "state.pt", weights_only=True)
