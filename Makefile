@@ -69,7 +69,8 @@ $(LEGACY)/installed: pyproject.toml constraints-legacy.txt
 
 # A later transformers than pyproject.toml allows: what is refused there is refused by name.
 # Everything that `make test` runs, with NEWEST_TESTS=tests.
-NEWEST_TESTS ?= tests/test_caches.py tests/test_noise.py tests/test_tap.py tests/test_sites.py
+NEWEST_TESTS ?= tests/hooks/noise/test_caches.py tests/hooks/noise/test_noise.py \
+	tests/hooks/model/test_tap.py tests/hooks/sites/test_sites.py
 test-newest: $(NEWEST)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest $(NEWEST_TESTS) \
 		-m "not slow and not long and not matrix and not browser and not notebooks" $(ARGS)
@@ -91,7 +92,7 @@ long: real-model
 smoke: real-model
 	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens experiment all --smoke --out runs/smoke
 	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens experiment all --smoke --out runs/smoke/smollm2 \
-		--model "$$($(BIN)/python -c 'from tests.real_models import *; print(smollm2_path())')"
+		--model "$$($(BIN)/python -c 'from tests.support.real_models import *; print(smollm2_path())')"
 
 lint: $(SETUP)
 	$(BIN)/ruff check
@@ -103,7 +104,7 @@ format: $(SETUP)
 	$(BIN)/ruff format
 
 real-model: $(SETUP)
-	$(BIN)/python -m tests.real_models
+	$(BIN)/python -m tests.support.real_models
 
 benchmarks: real-model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)

@@ -230,8 +230,8 @@ def smollm2(batch: int, pos: int) -> Case:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tests.models import shakespeare
-    from tests.real_models import smollm2_path
+    from tests.support.models import shakespeare
+    from tests.support.real_models import smollm2_path
 
     if not smollm2_path().exists():
         raise SystemExit("SmolLM2: wanted the model that `make real-model` builds")

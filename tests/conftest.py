@@ -8,7 +8,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tests import shape_checks
+from tests.support import shape_checks
 
 shape_checks.install()
 
@@ -20,7 +20,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import models, real_models
+from tests.support import models, real_models
+from tests.support.watching import one_thread
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -36,16 +37,23 @@ settings.register_profile("explore", parent=settings.get_profile("default"), der
 settings.load_profile("default")  # others with --hypothesis-profile
 
 
-def _built(path: Path) -> Path:
+def built(path: Path) -> Path:
     if not path.exists():
         pytest.fail(f"{path} is missing: `make real-model` builds it", pytrace=False)
     return path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Whatever a test before it set."""
+    with one_thread():
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The directory of SmolLM2-135M-Instruct."""
-    return _built(real_models.smollm2_path())
+    return built(real_models.smollm2_path())
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +75,7 @@ def smollm2(_smollm2: TransformerBridge) -> Iterator[TransformerBridge]:
 @pytest.fixture(scope="session")
 def gpt2_hub_cache() -> Path:
     """A directory for `HF_HUB_CACHE` in which "gpt2" is a random model with the real tokenizer."""
-    return _built(real_models.gpt2_hub_path())
+    return built(real_models.gpt2_hub_path())
 
 
 @pytest.fixture

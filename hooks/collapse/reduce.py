@@ -194,7 +194,7 @@ class LayerReducer:
         n_matrices, n_query, n_key = layer.scores.shape
         own = self._sums(n_matrices)  # whole arrays: each layout would be compiled for itself
         use = scratch(n_key)
-        table = _room(_ROWS, max(_ENTRIES, 2 * n_key), self.tally.biased)
+        table = empty_piece(_ROWS, max(_ENTRIES, 2 * n_key), self.tally.biased)
         at = 0
         while at < n_matrices * n_query:
             table.used[:] = 0
@@ -332,7 +332,7 @@ def _copies_to_the_cpu(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
     return arrive
 
 
-def _room(n_rows: int, n_entries: int, biased: bool) -> Table:
+def empty_piece(n_rows: int, n_entries: int, biased: bool) -> Table:
     """An empty piece of the table for the compiled loop to fill."""
     return Table(
         row=np.empty((n_rows, 5), np.int64),

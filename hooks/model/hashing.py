@@ -56,10 +56,10 @@ def hash_tensor(x: Tensor) -> int | Tensor:
     words = x.view(torch.int32 if size >= 4 else torch.int16 if size == 2 else torch.int8)
     if x.device.type == "cpu":
         return int(_hash_words(words.numpy(), _table())) & _MASK
-    return _elsewhere(words)
+    return hash_elsewhere(words)
 
 
-def _elsewhere(words: Tensor) -> Tensor:
+def hash_elsewhere(words: Tensor) -> Tensor:
     """The same in plain torch."""
     table = torch.from_numpy(_table().view(np.int64)).to(words.device)
     total = torch.zeros((), dtype=torch.int64, device=words.device)

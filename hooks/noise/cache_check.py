@@ -62,7 +62,7 @@ def cached_steps(
     with warnings.catch_warnings(), evaluating(model), checking():
         warnings.simplefilter("ignore")
         try:
-            verdict = _Trial(model, noising).verdict()
+            verdict = Trial(model, noising).verdict()
         except Exception as error:  # a model of its own kind; none of this matters without a cache
             verdict = CachedSteps(
                 f"the check of its cache failed ({type(error).__name__}: {error})"
@@ -71,7 +71,7 @@ def cached_steps(
     return verdict
 
 
-class _Trial:
+class Trial:
     """The same tokens at once and in steps."""
 
     def __init__(

@@ -48,9 +48,9 @@ class LayerCheck(Evidence):
         q, k = self.seen.double("q"), self.seen.double("k")
         self._refuse_pattern_as_scores(scores)
         self._refuse_scores_as_masks(scores)
-        sites = self._measure_bias(scores, q, k)
+        sites = self.measure_bias(scores, q, k)
         clean = split(sites, scores[:1], q[:1], k[:1], dtype=torch.float64)
-        sink = self._measure_sink(clean, pattern[:1])
+        sink = self.measure_sink(clean, pattern[:1])
         sites = replace(sites, sink=sink)
         clean = replace(clean, sink=clean.s.new_tensor(sink) if sink else None)
         tolerance = self._score_tolerance(clean, q, k, sites)
@@ -150,7 +150,7 @@ class LayerCheck(Evidence):
                 layer=self.sites.layer,
             )
 
-    def _measure_bias(self, scores: Tensor, q: Tensor, k: Tensor) -> LayerSites:
+    def measure_bias(self, scores: Tensor, q: Tensor, k: Tensor) -> LayerSites:
         """What is left of the scores with q at zero is what noise does not scale."""
         shown = visible(scores)
         plain = replace(self.sites, has_bias=False, sink=())
@@ -169,7 +169,7 @@ class LayerCheck(Evidence):
         known = tuple(scale.tolist()) if same or has_bias else ()
         return replace(self.sites, has_bias=has_bias, score_scale=known)
 
-    def _measure_sink(self, clean: ScoreParts, pattern: Tensor) -> tuple[float, ...]:
+    def measure_sink(self, clean: ScoreParts, pattern: Tensor) -> tuple[float, ...]:
         """Score of each head's sink: what its rows lack in weight, e^sink / (e^sink + sum_t e^w_t).
 
         Read from the row where it weighs neither nothing nor everything.

@@ -73,7 +73,7 @@ _LONGEST = 128  # tokens of a prompt of the caller's that a check runs copies of
 _KEPT = 4  # states of one model whose check is remembered
 
 _Remembered = OrderedDict[tuple[Any, ...], AttentionSites]
-_remembered: weakref.WeakKeyDictionary[Any, _Remembered] = weakref.WeakKeyDictionary()
+remembered: weakref.WeakKeyDictionary[Any, _Remembered] = weakref.WeakKeyDictionary()
 
 
 @measurement
@@ -132,7 +132,7 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
             "readable weights", wanted="floating-point weights in memory", got=unreadable
         )
     refuse_known_wrong(model)
-    key, known = key_of(model), _remembered.setdefault(model, OrderedDict())
+    key, known = key_of(model), remembered.setdefault(model, OrderedDict())
     kinds = () if prompts is None else _unusual(prompts)
     if not asked and (*key, kinds) in known:
         return known[(*key, kinds)]
@@ -172,12 +172,12 @@ def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> 
     """
     standing = users(model)
     try:
-        sites = _verify(model, examples)
+        sites = verify(model, examples)
     except Exception as error:  # a hook of the user's may raise what it likes
         if not standing:
             raise
         with resting(standing):
-            sites = _verify(model, examples)
+            sites = verify(model, examples)
         edits = _on_scores(model, sites, standing)
         if edits:
             raise _naming(error, edits) from error
@@ -288,7 +288,7 @@ class _Example:
         return given.rows([0] * batch)
 
 
-def _verify(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
+def verify(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
     """Find the attentions and judge them, on other prompts while one decides nothing."""
     cfg = model.cfg
     counts = {int(cfg.n_heads), int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)}

@@ -51,7 +51,7 @@ _FIELDS: Final = (
     "per_token_without_end",
     "exact",
 )
-_STATE: Final = ("run", "model", "optimizers", "rate", "step", "seconds", "loss_sum", "losses")
+STATE: Final = ("run", "model", "optimizers", "rate", "step", "seconds", "loss_sum", "losses")
 
 
 class Stopped(KeyboardInterrupt):
@@ -277,7 +277,7 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         try:
-            state = read_state(path, self.device, _STATE)
+            state = read_state(path, self.device, STATE)
             self._take(state, path)
         except RunFileError as error:
             raise RunFileError(path, f"{error.message}; {self._way_on(path)}") from error
@@ -290,7 +290,7 @@ class Trainer:
         again = "delete it and start the same run again"
         if path == self.state_path and self.earlier_path.exists():
             with contextlib.suppress(RunFileError, OSError):
-                step = read_state(self.earlier_path, self.device, _STATE)["step"]
+                step = read_state(self.earlier_path, self.device, STATE)["step"]
                 earlier = f"{self.earlier_path.name} (step {step})"
                 return f"{again}: it goes on from {earlier}, which is whole"
         return f"{again}: there is no other state, and it begins at step 0"

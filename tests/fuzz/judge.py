@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 import hooks
-from tests.fuzz import oracle, zoo
+from tests.fuzz import zoo
 from tests.fuzz.around import Wrong, changes, hooks_of, left_as_found, mode, torch_as_it_is
 from tests.fuzz.cases import Case, Given, given
 from tests.fuzz.truth import Truth, noise_edits
+from tests.oracles import forward as oracle
 from tests.support.families import N_HEADS
 
 

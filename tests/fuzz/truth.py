@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import hooks
-from tests.fuzz import oracle, zoo
+from tests.fuzz import zoo
 from tests.fuzz.around import cached_v, torch_as_it_is, torch_hook, with_column, with_head
 from tests.fuzz.cases import LONG, Case, Given
+from tests.oracles import forward as oracle
 from tests.support.families import N_HEADS
 
 

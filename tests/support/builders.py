@@ -4,7 +4,7 @@
     args, kwargs = built.inputs(batch=3, pos=13)
     logits = built.model(*args, **kwargs)
 
-As in `tests/models.py` queries and keys are enlarged so that sparse attention rows exist, and
+As in `models.py` queries and keys are enlarged so that sparse attention rows exist, and
 everything that has a weight has a random one, so that nothing is a no-op by accident.
 `families.py` has the numbers.
 """

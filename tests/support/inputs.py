@@ -19,8 +19,8 @@ import torch
 
 import hooks
 from hooks.sites.types import AttentionSites
+from tests.oracles.recompute import POS, Disagreement, Truth, compare, probe, truth
 from tests.support import builders
-from tests.support.recompute import POS, Disagreement, Truth, compare, probe, truth
 
 GAP, AT = 20, 8  # positions that are left out, and before which token
 PAD = 3

@@ -1,8 +1,8 @@
 """The support matrix: what this library says of each architecture, and whether that is true.
 
 A row is made by the library's own self-check and then by recomputation: arg max shifts of sparse
-rows under drawn noise, counted by `hooks` on the bridge and by `reference.py` on the model as its
-authors wrote it, must be the same for every head.
+rows under drawn noise, counted by `hooks` on the bridge and by `oracles/shifts.py` on the model
+as its authors wrote it, must be the same for every head.
 
     python -m tests.support.matrix            # print the table
     python -m tests.support.matrix --write    # and write docs/support.json and docs/support.md
@@ -18,7 +18,6 @@ import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +26,12 @@ from tqdm import tqdm
 import hooks
 from hooks.model.protocol import ROLES
 from hooks.sites.types import AttentionSites
+from tests.oracles.recompute import POS, Disagreement, recompute, truth
 from tests.support import builders
 from tests.support.inputs import check_inputs
-from tests.support.recompute import POS, Disagreement, recompute, truth
+from tests.support.paths import ROOT
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = ROOT / "docs"
 ORDER = ("verified", "limited", "refused", "not tried")
 
 

@@ -98,16 +98,16 @@ class Subject:
         Raises:
             ValueError: the directory holds another model than when this subject was made.
         """
-        if _latest.get("key") != (self.source, self.digest):
+        if latest.get("key") != (self.source, self.digest):
             from qkvnorm_lens.models import load_model
 
-            _latest.clear()  # before the next one needs the room
+            latest.clear()  # before the next one needs the room
             self._check_unchanged()
             loaded = load_model(self.source)
             self._check_unchanged()  # while it was read
             loaded.cfg.model_name = self.name
-            _latest.update(key=(self.source, self.digest), model=loaded)
-        model: TransformerBridge = _latest["model"]
+            latest.update(key=(self.source, self.digest), model=loaded)
+        model: TransformerBridge = latest["model"]
         return model
 
     def _check_unchanged(self) -> None:
@@ -123,7 +123,7 @@ class Subject:
             )
 
 
-_latest: dict[str, Any] = {}
+latest: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)

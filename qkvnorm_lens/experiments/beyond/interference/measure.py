@@ -31,7 +31,7 @@ _FACTS: Final = ("by", "first", "on", "constant", "layer", "head", "label")
 
 
 _BOTH: Final = ("", "_content")
-_NUMBERS: Final = (
+NUMBERS: Final = (
     "rows",
     "sinks",
     "moved",
@@ -101,10 +101,10 @@ def measure(subject: Subject, amount: Amount, *, few_layers: bool = False) -> pd
         rows[name] = rows[name].fillna(none) if name in rows else none
     rows[["layer", "head"]] = rows[["layer", "head"]].astype(int)
     rows = rows.assign(**subject.columns, reason=reason)
-    for name in _NUMBERS:
+    for name in NUMBERS:
         if name not in rows:
             rows[name] = math.nan
-    return rows[[*subject.columns, "reason", *_FACTS, *_NUMBERS]]
+    return rows[[*subject.columns, "reason", *_FACTS, *NUMBERS]]
 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:

@@ -90,7 +90,7 @@ def _heads_table(table: pd.DataFrame) -> str:
         for scheme in schemes(each):
             own = mine[mine["scheme"] == scheme]
             fits = len(own) > 0
-            cells.append(_stand(own[own["rows"] >= LEAST_ROWS]) if fits else "no such format")
+            cells.append(which_stand(own[own["rows"] >= LEAST_ROWS]) if fits else "no such format")
         rows.append([str(name), *cells])
     return markdown(["model", *schemes(each)], rows)
 
@@ -109,7 +109,7 @@ def _left_out(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def _stand(own: pd.DataFrame) -> str:
+def which_stand(own: pd.DataFrame) -> str:
     """``30 of 36; not L2H1 (4.1%)``."""
     if not len(own):
         return "no head with enough sparse rows"

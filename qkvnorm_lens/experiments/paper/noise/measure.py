@@ -72,7 +72,7 @@ def _measure(subject: Subject, scale: Scale, conditions: tuple[Condition, ...]) 
     from hooks import sweep
 
     model = subject.load()
-    tokens, target_sets = _prompts(subject, model, scale)
+    tokens, target_sets = prompts_of(subject, model, scale)
     shares, shield = _shares(model, tokens), _shield(model)
     frames = []
     for condition in conditions:
@@ -129,7 +129,7 @@ def _curve_rows(about: dict[str, Any], report: SweepReport) -> pd.DataFrame:
     ].rename(columns={"se_accuracy": "se_draws", "se_prompts_accuracy_change": "se_prompts"})
 
 
-def _prompts(
+def prompts_of(
     subject: Subject, model: TransformerBridge, scale: Scale
 ) -> tuple[Any, dict[str, Any]]:
     """Tokens, and the sets of targets by name (None for the next token)."""

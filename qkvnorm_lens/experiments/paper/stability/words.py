@@ -91,7 +91,7 @@ def text(table: pd.DataFrame) -> str:
             f"{f' ({kinds})' if kinds else ''}; the lowest loss is {best['loss']:.3f} at the rate "
             f"{best['rate']:g} and width {best['width']}."
         )
-    lines += ["", *(_verdict(_compared(table, m), does) for m, does in _MEASURES)]
+    lines += ["", *(_verdict(compared(table, m), does) for m, does in _MEASURES)]
     return "\n".join(lines)
 
 
@@ -112,7 +112,7 @@ def _half(table: pd.DataFrame, placement: str, width: int) -> float:
     return float(np.exp(np.log(half_gain(table, placement, width)).mean()))
 
 
-def _compared(table: pd.DataFrame, measure: Measure) -> dict[str, list[int]]:
+def compared(table: pd.DataFrame, measure: Measure) -> dict[str, list[int]]:
     """Widths at which Pre-Norm has a lower, the same and a higher rate than QKV-Norm, or none."""
     out: dict[str, list[int]] = {"lower": [], "same": [], "higher": [], "neither": []}
     for width in sorted(table["width"].unique().tolist()):
@@ -168,7 +168,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         )
     ]
     for measure, does in _MEASURES:
-        found = _compared(table, measure)
+        found = compared(table, measure)
         out.append(
             Claim(
                 f"Pre-Norm {does} at lower learning rates than QKV-Norm",

@@ -86,7 +86,7 @@ def _together(verdicts: Sequence[Verdict]) -> Literal["yes", "no", "in part", "n
     return "not decided" if "not decided" in verdicts else "yes"
 
 
-def _count(table: pd.DataFrame, setting: str, masks: Sequence[str]) -> str:
+def counts(table: pd.DataFrame, setting: str, masks: Sequence[str]) -> str:
     """``3 of 4 masks collapse (window 4: not decided), not exponential: complete (..., ...)``."""
     found = {mask: collapses(table, setting, mask) for mask in masks}
     said = {"no": "not in every seed", "not decided": "not decided"}
@@ -122,7 +122,7 @@ def masks_of(table: pd.DataFrame, setting: str) -> list[str]:
 # -- words ------------------------------------------------------------------------------------
 
 
-def _rate(table: pd.DataFrame, setting: str, mask: str) -> str:
+def speed(table: pd.DataFrame, setting: str, mask: str) -> str:
     """The rate where there is one."""
     if not exponential(table, setting, mask):
         return "not exponential"
@@ -173,7 +173,7 @@ def _mask_rows(table: pd.DataFrame) -> list[list[str]]:
             [
                 mask,
                 f"{radius:.0f}" if math.isfinite(radius) else "none",
-                _rate(table, "attention", mask),
+                speed(table, "attention", mask),
                 _even(mine),
                 _layers(mine),
                 f"{bound:.1e}" if math.isfinite(bound) else "none",
@@ -190,7 +190,7 @@ def _even(mine: pd.DataFrame) -> str:
 def _setting_rows(table: pd.DataFrame) -> list[list[str]]:
     return [
         [setting]
-        + [f"{_rate(table, setting, mask)} ({_layers(runs(table, setting, mask))})" for mask in FEW]
+        + [f"{speed(table, setting, mask)} ({_layers(runs(table, setting, mask))})" for mask in FEW]
         for setting in SETTINGS
     ]
 
@@ -213,7 +213,7 @@ def _findings(table: pd.DataFrame) -> list[str]:
     parts_ = runs(table, "attention", WITHOUT_CENTRE)
     violated = table[table["row"] == "run"]["violated"].astype(float)
     lines = [
-        f"With a centre: {_count(table, 'attention', with_centre)}. Without one (two parts that do "
+        f"With a centre: {counts(table, 'attention', with_centre)}. Without one (two parts that do "
         f"not see each other): mu/||X||_F {parts_['start'].mean():.2f} at the start, "
         f"{parts_['end'].mean():.2f} at the end. The bound was exceeded in {violated.sum():.0f} "
         f"layers of {violated.count()} runs for which there is one; it is far from tight.",
@@ -229,7 +229,7 @@ def _findings(table: pd.DataFrame) -> list[str]:
         ("Residual and MLP", ("residual", "MLP", "residual, MLP")),
     ):
         said = "; ".join(
-            f"{'temperature 1' if s == 'attention' else s}: {_count(table, s, FEW)}"
+            f"{'temperature 1' if s == 'attention' else s}: {counts(table, s, FEW)}"
             for s in settings
         )
         lines.append(f"{group}: {said}.")
@@ -247,7 +247,7 @@ def _across(table: pd.DataFrame) -> str:
     slower = two if rates[0].value < rates[1].value else one
     larger = two if radii[0] > radii[1] else one
     agrees = "as the radius says" if slower == larger else "although its radius is the smaller one"
-    said = [_rate(table, "attention", m) for m in (two, one)]
+    said = [speed(table, "attention", m) for m in (two, one)]
     return (
         f"Across kinds: {two} (radius {radii[0]:.0f}) has the rate {said[0]}, {one} "
         f"(radius {radii[1]:.0f}) {said[1]}: {slower} is slower, {agrees}. (One way, the "
@@ -309,7 +309,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         Claim(
             "mu falls, at least exponentially, for every mask with a centre",
             "exponentially, for every mask whose graph has a node from which all are reached",
-            f"{_count(table, 'attention', with_centre)}; without a centre it "
+            f"{counts(table, 'attention', with_centre)}; without a centre it "
             f"{'stays' if stays else 'falls too'}",
             _together(verdicts) if stays else "in part",
             f"{how}; here every token sees itself (the bound wants it of a centre). Where no line "
@@ -328,7 +328,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         Claim(
             "a norm with orthogonal values",
             "LayerNorm does not prevent the exponential collapse",
-            "; ".join(f"{s}: {_count(table, s, FEW)}" for s in ("RMSNorm", "LayerNorm")),
+            "; ".join(f"{s}: {counts(table, s, FEW)}" for s in ("RMSNorm", "LayerNorm")),
             _together(normed_verdicts),
             how,
         ),

@@ -402,7 +402,7 @@ def _gradients(table: pd.DataFrame) -> Claim:
         mine = pick(rows, attention=attention, mask=mask, layer=0)
         if not len(mine):  # a table of version 1
             continue
-        of, single = [], _one_layer(table, attention, mask, n)
+        of, single = [], of_one_layer(table, attention, mask, n)
         for part, (norm, skip) in PARTS.items():
             one, other = (
                 sizes(pick(mine, norm=norm, skip=skip, fix=fix)["value"]) for fix in (0, 1)
@@ -423,7 +423,7 @@ def _gradients(table: pd.DataFrame) -> Claim:
     )
 
 
-def _one_layer(table: pd.DataFrame, attention: str, mask: str, n: int) -> float:
+def of_one_layer(table: pd.DataFrame, attention: str, mask: str, n: int) -> float:
     """|dX_1/dW_0|_F = T |A - U|_F of T orthogonal tokens: the size that gradients are held by."""
     rows = pick(table, what="spectrum", attention=attention, mask=mask, tokens=n)
     edge = over_seeds(rows, quantity="edge_left").value  # 2 |A - U|_F / sqrt(T)
