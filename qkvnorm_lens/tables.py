@@ -77,7 +77,8 @@ def _rates(report: CollapseReport) -> str:
         "Share of sparse rows whose arg max moves, by noise (RMS):\n"
         + table(["sigma", "collapse", "sinks left out", "centred gauge", "strict"], rows, left=())
         + f"\n± is one standard error: of collapse over {error}, of strict (onto another sparse "
-        f"maximum) over {report.settings.draws} draws."
+        f"maximum) over {report.settings.draws} draws.\nA row is one head's attention from one token. "
+        "In the centred gauge, each row's mean q.k score is subtracted first."
     )
 
 
@@ -125,7 +126,8 @@ def _heads(report: CollapseReport, n: int, content: bool) -> str:
     names = ["head", "1% at sigma", "sinks left out", "sparse rows", "sinks", "score level"]
     return (
         f"Heads, most fragile first ({len(ranked)} of {len(frame)} have {MIN_ROWS} sparse rows or "
-        f"more{', sinks left out' if content else ''}):\n{table(names, rows)}"
+        f"more{', sinks left out' if content else ''}):\n{table(names, rows)}\n1% at sigma: the noise "
+        "at which 1% of sparse rows collapse. Score level: mean q.k score of the attended tokens."
     )
 
 
