@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with every command."""
     parser = _Parser(
         prog=PROG,
-        description="How much of what an attention head does hangs on the length of its vectors?",
+        description="How much of what an attention head does depends on the length of its vectors?",
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
