@@ -18,7 +18,7 @@ _MIN_ROWS = 20  # a head with fewer sparse rows is not named
 
 @runtime_checkable
 class Measured(Protocol):
-    """What of a report is put into words."""
+    """The parts of a report that are put into words."""
 
     @property
     def settings(self) -> ProbeSettings:
@@ -129,7 +129,7 @@ def _one_percent(report: Measured, rate: str) -> str:
 
 
 def _first_head(report: Measured) -> str:
-    """The head whose sparse rows go first, among those with enough of them."""
+    """The most fragile head, among those with enough sparse rows."""
     if not {"k", "q"} & set(report.settings.on) or not len(report.table):
         return ""
     try:

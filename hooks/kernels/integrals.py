@@ -170,9 +170,9 @@ def _kink(theta: float, value: float, rise: float) -> float:
 def _sharp_kinks(
     g: Array, d: Array, start: int, stop: int, step: float, h: Array, cell: int
 ) -> float:
-    """The same for one cell in which H turns much: a broken line through its two grid values.
+    """What kinks add in one cell where H bends sharply: a broken line through its two grid values.
 
-    All its kinks together say with which slope it sets out.
+    All its kinks together give the line's first slope.
     """
     per = 1.0 / step
     # Value and slope as (constant, coefficient of the first slope).
@@ -344,7 +344,7 @@ def _uniform_shifted(
 
 @compiled
 def _turning_points(s_star: float, s: Array, beta: Array, n: int, a: float, edges: Array) -> int:
-    """Factors of the query between which P is smooth, ascending in ``edges``; returns how many.
+    """Fill ``edges`` with query factors between which P is smooth, ascending; returns how many.
 
     A grid, and where the nearest competitors become able, or certain, to win.
     """

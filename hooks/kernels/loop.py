@@ -1,6 +1,6 @@
 """Compiled: the loop over a layer's rows.
 
-:mod:`hooks.kernels.row` has what is done with one of them.
+:mod:`hooks.kernels.row` handles one row.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from hooks.kernels.types import BEYOND, MASKED, Draws, Floats, Layer, Rule, Scra
 
 
 def scratch(n_key: int) -> Scratch:
-    """Working memory for rows of that many keys."""
+    """Working memory for rows of this many keys."""
     floats = [np.empty(n_key) for _ in range(6)]
     ints = [np.empty(n_key, np.int64) for _ in range(3)]
     return Scratch(
@@ -70,7 +70,7 @@ def scan(
 ) -> int:
     """Add rows to ``sums`` and ``table`` from row ``first`` on, until the table may be full.
 
-    Returns the row to go on with, ``matrices * queries`` at the end.
+    Returns the row to continue with, ``matrices * queries`` at the end.
     """
     n_matrices, n_query, n_key = layer.scores.shape
     n_rows: int = n_matrices * n_query
@@ -125,7 +125,7 @@ def _plain_row(
     q: int,
     reach: float,
 ) -> None:
-    """A row whose scores are its q.k parts: nothing is copied but competitors."""
+    """A row whose scores are its q.k parts: only competitors are copied."""
     top, star = largest(row), first_of_largest(row)
     if (not rule.on_k or top == 0) and tied(row, star, rule.eps):
         sums.counts[TIES, m] += 1
@@ -227,7 +227,7 @@ def _unpacked_row(
     q: int,
     reach: float,
 ) -> None:
-    """A row with a bias or under a soft cap: q.k parts and biases are told apart first."""
+    """A row with a bias or under a soft cap: q.k parts and biases are separated first."""
     row = layer.scores[m, q]
     n, star, top = 0, -1, -math.inf
     for k in range(len(row)):
@@ -296,7 +296,7 @@ def _unpacked_row(
 def _competitors(
     rule: Rule, use: Scratch, n: int, star: int, shift: float, biased: bool, wanted: float
 ) -> tuple[int, int]:
-    """Nearest first, those within half-width ``wanted``; and how many are able to win at all."""
+    """Competitors within half-width ``wanted``, nearest first; and how many can win at all."""
     count, able = 0, 0
     # A half-width never exceeds 1, but the factors of an unbounded law may exceed 2.
     everyone = biased and rule.law != UNIFORM

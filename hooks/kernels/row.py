@@ -1,8 +1,8 @@
 """Compiled: one pass over a layer's rows of scores, from which all sums of a probe come.
 
-A row is looked at once: is it sparse, which competitors could take its arg max at the largest
-sigma, with which probability at each. Nothing is kept but sums, and, for the table, the competitors
-that are near enough.
+Each row is read once: is it sparse, which competitors could take its arg max at the largest sigma,
+with which probability at each. Only sums are kept and, for the table, the competitors that are near
+enough.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def at_least_two(row: Floats) -> int:
 def holds_sparse(weights: Floats, sparse: float) -> bool:
     """Whether one of a row's attention weights is at least ``sparse``.
 
-    They sum to one at most: where smaller ones already take more than it leaves, none can be.
+    The weights sum to at most one: where smaller ones already exceed 1 - ``sparse``, none can be.
     """
     room = 1.01 - sparse  # 0.01 more than it leaves, for rounding
     for x in weights:
@@ -119,7 +119,7 @@ def half_width(s_star: float, s: float, beta: float, on_q: bool, on_k: bool) -> 
 
 @compiled
 def sort_descending(key: Array, value: Array, index: Ints, n: int, spare: Array, at: Ints) -> None:
-    """By key, in place, value and index with it; buckets first, as rows can be long."""
+    """Sort by key, in place, with value and index; buckets first, as rows can be long."""
     if n > 24:
         low, high = key[0], key[0]
         for i in range(n):
@@ -177,7 +177,7 @@ def count_above(row: Floats, bar: float) -> int:
 
 @compiled
 def last_seen(row: Floats, guess: int) -> int:
-    """One past the last visible key, or the row's length: ``guess``, if it is right, is enough."""
+    """One past the last visible key, or the row's length; ``guess`` is returned if it is right."""
     if 0 < guess < len(row) and largest(row[guess:]) <= MASKED:
         return guess
     return len(row)
@@ -185,7 +185,7 @@ def last_seen(row: Floats, guess: int) -> int:
 
 @compiled
 def tied(row: Floats, star: int, eps: float) -> bool:
-    """Whether rounding of the model's dtype can't tell another key from the attended one."""
+    """Whether another key's score equals the attended one's up to the dtype's rounding."""
     bar = row[star] - TIE * eps * abs(row[star])
     close = 0
     for x in row:
@@ -203,7 +203,7 @@ def lowest_able(s_star: float, a: float) -> float:
 
 @compiled
 def collect_plain(row: Floats, star: int, bar: float, key: Array, index: Ints) -> int:
-    """Competitors above ``bar``, as they come."""
+    """Competitors above ``bar``, unsorted."""
     n, bar = 0, max(bar, MASKED)
     for k in range(len(row)):
         key[n], index[n] = row[k], k  # without a branch: the next one takes its place
@@ -265,7 +265,7 @@ def exact_biased(
     work: Array,
     grid: Array,
 ) -> None:
-    """The same with biases; competitors nearest first, at half-widths a."""
+    """Add the row's probability at each sigma, with biases; competitors nearest first, at a."""
     for i in range(len(sigmas)):
         sigma, count = sigmas[i], n
         if law == UNIFORM:
@@ -281,7 +281,7 @@ def exact_biased(
 
 @compiled
 def drawn_factor(law: int, base: float, sigma: float) -> float:
-    """The factor behind a drawn number: uniform in (-1, 1), or standard normal."""
+    """The factor for a drawn number: uniform in (-1, 1), or standard normal."""
     if law == UNIFORM:
         return 1 + math.sqrt(3.0) * sigma * base
     if law == LOGNORMAL:
@@ -294,7 +294,7 @@ def drawn_factor(law: int, base: float, sigma: float) -> float:
 def first_sigma(
     law: int, s_star: float, s: Array, index: Ints, n: int, own: float, base: Array
 ) -> float:
-    """Without a bias and for factors linear in sigma: from which sigma on this draw moves it."""
+    """The sigma from which this draw moves the row, without a bias, for factors linear in sigma."""
     scale = math.sqrt(3.0) if law == UNIFORM else 1.0
     first = math.inf
     for t in range(n):
@@ -384,7 +384,7 @@ def sparse_by_nearest(
     """:func:`sparse_again` from the competitors alone, where all other keys are out of reach.
 
     Without a bias, under uniform noise; competitors descend, and no other key lies above them. A
-    key more than exp(45) below the maximum, at its longest, adds nothing to the sum.
+    key more than exp(45) below the maximum, at its largest factor, adds nothing to the sum.
     """
     a = math.sqrt(3.0) * sigma
     top, second = (1 + a * own) * s_star, -math.inf
