@@ -1,7 +1,7 @@
-"""Which of a block's tensors are its residual stream, and which stand behind a norm.
+"""Which of a block's tensors are its residual stream, and which come after a norm.
 
-Found on the tensors of the pass itself, not on the names: a norm that attention reads takes in what
-the block took in, the stream between attention and MLP is the input plus what attention adds.
+Found on the tensors of the pass itself, not by name: the input of the norm that attention reads is
+the block's input; the stream between attention and MLP is the input plus what attention adds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Block:
     Attributes:
         stack, layer, prefix: ``blocks``, 3, ``blocks.3``.
         input, output: hooks of the stream.
-        inner: others that tell its sites apart.
+        inner: other hooks that identify its sites.
     """
 
     stack: str
@@ -114,14 +114,14 @@ def _inner(model: HookedModel, prefix: str) -> tuple[str, ...]:
 
 
 def final_norm(model: HookedModel, stack: str) -> str | None:
-    """Name of the norm behind a stack, if hooks show what it reads and gives."""
+    """Name of the norm after a stack, if hooks show its input and output."""
     name = f"{stack.removesuffix('blocks')}ln_final"
     both = all(f"{name}.{end}" in model.hook_dict for end in ("hook_in", "hook_out"))
     return name if both else None
 
 
 def resolve(block: Block, kept: Mapping[str, Tensor]) -> tuple[list[Found], list[str]]:
-    """Sites of a block in the order of its pass, and what is said of those that are missing.
+    """Sites of a block in the order of its pass, and notes on those that are missing.
 
     Args:
         block: its hooks.
@@ -145,7 +145,7 @@ def _found(block: Block, site: str, hook: str, tensor: Tensor) -> Found:
 def _streams(
     block: Block, kept: Mapping[str, Tensor]
 ) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
-    """The stream at the input, and between the branches: where sums of it and branches say so."""
+    """The stream at the input and between the branches, as sums of it and the branches show."""
 
     def get(name: str) -> Tensor | None:
         return kept.get(f"{block.prefix}.{name}")
@@ -176,7 +176,7 @@ def _streams(
 def _behind_a_norm(
     block: Block, kept: Mapping[str, Tensor], streams: dict[str, tuple[str, Tensor]]
 ) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
-    """Post-norm: the norms stand behind the sums, and the stream is what they give."""
+    """Post-norm: the norms follow the sums, and their outputs are the stream."""
     read = _reads(block, kept, _MLP)
     behind = {name: kept[f"{name}.hook_out"] for name in _norm_names(block, kept)}
     of_mlp = [n for n, x in behind.items() if read is not None and torch.equal(x, read)]
@@ -195,7 +195,7 @@ def _behind_a_norm(
 def _norms(
     block: Block, kept: Mapping[str, Tensor], streams: Mapping[str, tuple[str, Tensor]]
 ) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
-    """What stands behind the norm of each branch's input."""
+    """The output of the norm of each branch's input."""
     branches = {"attn": _ATTENTION, "mixer": ("mixer",), "cross": _CROSS, "mlp": _MLP}
     found: dict[str, tuple[str, Tensor]] = {}
     notes = []
@@ -226,7 +226,7 @@ def _norms(
 
 
 def _norm_names(block: Block, kept: Mapping[str, Tensor]) -> list[str]:
-    """Norms of which both ends were seen."""
+    """Norms whose input and output were both seen."""
     ends = [name.removesuffix(".hook_out") for name in block.inner if name.endswith(".hook_out")]
     return [n for n in ends if f"{n}.hook_in" in kept and f"{n}.hook_out" in kept]
 
@@ -237,7 +237,7 @@ def _reads(block: Block, kept: Mapping[str, Tensor], children: tuple[str, ...]) 
 
 
 def _is_sum(whole: Tensor, *parts: Tensor) -> bool:
-    """Whether a tensor is the sum of these, token by token, to the rounding of its dtype."""
+    """Whether a tensor is the sum of these, token by token, up to its dtype's rounding."""
     if any(part.shape != whole.shape for part in parts):
         return False
     wide = [x.float() if x.device.type == "mps" else x.double() for x in (whole, *parts)]

@@ -76,7 +76,8 @@ def sweep(
         tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
         targets: what should follow ``tokens[b, : p + 1]`` (in an encoder-decoder: the decoder's
             tokens), -100 where nothing is scored; padded like the tokens. Default: the next token.
-            A model without one (BERT) has KL and agreement at all positions, and no accuracy.
+            A model that predicts no next token (BERT) has KL and agreement at all positions, and no
+            accuracy.
         sigmas: RMS of the relative change of a norm; default: 8 from 1% to 30%, as far as the law
             goes. Sigma = 0 is always measured: it is the clean row.
         replicates: draws per sigma.
@@ -180,7 +181,7 @@ def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
 
 
 def next_tokens(prompts: Prompts, known: bool) -> list[Tensor | None]:
-    """Targets of each prompt: its next tokens; None for a model without such a thing.
+    """Targets of each prompt: its next tokens; None for a model that predicts none.
 
     A packed document's last token has none: what follows it is another document's.
     """
@@ -197,10 +198,10 @@ def next_tokens(prompts: Prompts, known: bool) -> list[Tensor | None]:
 
 
 def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Tensor | None]:
-    """Targets of each prompt, cut where the tokens were that they are of.
+    """Targets of each prompt, cut like its tokens.
 
     Raises:
-        ValueError: other shapes than the tokens', or an id outside the vocabulary.
+        ValueError: a shape other than the tokens', or an id outside the vocabulary.
     """
     spans, width = prompts.spans, prompts.width
     if prompts.decoder:
@@ -234,10 +235,10 @@ def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Te
 
 
 def _rows_of(targets: Any) -> list[Tensor]:
-    """A row for each prompt; one prompt's own may stand alone.
+    """A row for each prompt; a single prompt may be given alone.
 
     Raises:
-        TypeError: no integers.
+        TypeError: not integers.
     """
     try:
         given = [tensor_of(row) for row in targets]
@@ -265,7 +266,7 @@ class _Tally:
         self._clean: Tensor | None = None
 
     def run(self, runner: Runner, part: Pass, first_prompt: int, alone: bool) -> None:
-        """One pass, summed up."""
+        """Run one pass and add its sums."""
         some = [i for i in part.prompts if self._scored(i)]
         if not some:
             return
@@ -321,7 +322,7 @@ class _Tally:
     def report(
         self, settings: SweepSettings, model: dict[str, Any], first_prompt: int
     ) -> SweepReport:
-        """Everything summed up, as [sigma, draw, prompt]."""
+        """All sums, as [sigma, draw, prompt]."""
         n = len(self.prompts)
         known = self.targets[0] is not None
         correct, agree, loss, kl = self.sums

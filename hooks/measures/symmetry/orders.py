@@ -1,4 +1,4 @@
-"""The orders that a prompt's tokens are put in."""
+"""The orders into which a prompt's tokens are put."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hooks.model import Prompts
 
 
 def asked_orders(permutations: Any) -> int | list[np.ndarray]:
-    """How many permutations, or these.
+    """Read the argument: how many permutations, or the permutations themselves.
 
     Raises:
         ValueError: neither.
@@ -75,7 +75,7 @@ def _drawn(
 ) -> list[np.ndarray]:
     """Permutations of positions first .. n - 2 that change the ids.
 
-    Where two ids differ at least half of all permutations do.
+    Where two ids differ, at least half of all permutations change the ids.
     """
     out: list[np.ndarray] = []
     identity = np.arange(len(ids))
