@@ -301,7 +301,7 @@ def _noise(settings: ProbeSettings, sigma: float, draw: int) -> NormNoise:
 
 
 def _factor_of(law: Law, base: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """Log-normal factors of each draw's own sigma (see :class:`hooks.laws.LogNormal`)."""
+    """Log-normal factors of each draw's own sigma (see :class:`hooks.LogNormal`)."""
     assert law.name == "lognormal"
     s = np.sqrt(np.log1p(sigma * sigma))[:, None]
     return np.asarray(np.exp(s * base - s * s / 2))

@@ -1,7 +1,7 @@
 """Compiled: the probability that a row's arg max moves under norm noise.
 
 A competitor's noised score is a random variable X_t = f_t s_t - beta_t / f_q, the attended one's
-X_* = f_* s_* (see :mod:`hooks.probability`), so that
+X_* = f_* s_* (see :mod:`hooks.noise.probability`), so that
 
     P = P(max_t X_t > X_*) = E_{X_*}[ 1 - H(X_*) ],        H(x) = prod_t P(X_t <= x).
 

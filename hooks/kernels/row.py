@@ -97,7 +97,7 @@ def is_sparse(row: Floats, top: float, room: float) -> bool:
 def half_width(s_star: float, s: float, beta: float, on_q: bool, on_k: bool) -> float:
     """Smallest a such that factors in [1 - a, 1 + a] move the row; inf above 1.
 
-    See :func:`hooks.probability.critical_half_width`, whose cases these are.
+    See :func:`hooks.critical_half_width`, whose cases these are.
     """
     gap, reach = s - s_star, abs(s) + abs(s_star)
     a = math.inf
