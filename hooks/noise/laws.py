@@ -36,7 +36,7 @@ class Law(Protocol):
         ...
 
     def base(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The number from which a factor is made, independent of sigma: the same draw at every sigma."""
+        """The number from which a factor is made: the same draw at every sigma."""
         ...
 
     def cdf(
@@ -212,7 +212,7 @@ def check_sigma(sigma: float, law: Law, name: str = "sigma") -> float:
 
 
 def read_sigmas(sigmas: Any, law: str, default: tuple[float, ...]) -> list[float]:
-    """Sigmas as floats that the law can have; None means the default ones that it can.
+    """Sigmas that the law can have, as floats; None means the default ones that it can.
 
     Raises:
         TypeError: not a list of numbers.

@@ -64,7 +64,7 @@ class LayerView:
 
     @cached_property
     def parts(self) -> ScoreParts:
-        """The scores split into their parts; where a bias is added, q and k must have been requested."""
+        """The scores split into parts; where a bias is added, q and k must have been requested."""
         q, k = (self.vectors.get(role) for role in ("q", "k"))
         wide = self.scores.dtype
         q, k = (None if x is None else x.to(wide) for x in (q, k))

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Run what was asked for; returns the texts."""
+    """Run the requested experiments; returns their texts."""
     if args.name == "list":
         return _listed()
     if args.name == "report":
@@ -122,7 +122,7 @@ def _one(
 
 
 def _command(name: str, size: Size, args: argparse.Namespace) -> str:
-    """How to get these results again; directories of models by their last name only."""
+    """The command that gives these results again; directories of models by their last part only."""
     models = [m if not os.path.isdir(m) else Path(m).name for m in args.model or ()]
     words = ["qkvnorm-lens", "experiment", name]
     words += [] if size == "quick" else [f"--{size}"]

@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _folder(out: Path | None) -> Iterator[None]:
-    """The directory ``--out``, made early, and gone again if nothing came into it."""
+    """The directory ``--out``, made early, and removed again if it stays empty."""
     new = out is not None and not out.exists()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``qkvnorm-lens report``: the page of a probe that was saved."""
+"""``qkvnorm-lens report``: the page of a saved probe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``qkvnorm-lens train``: train a model on addition, or go on with a run that was stopped."""
+"""``qkvnorm-lens train``: train a model on addition, or resume a stopped run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ examples:
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """What a named configuration is trained on, and how, unless told otherwise."""
+    """What a named configuration is trained on, and how, by default."""
 
     split: str
     recipe: str
@@ -171,7 +171,7 @@ def plan(args: argparse.Namespace) -> Run:
     """The run that the options ask for.
 
     Raises:
-        ValueError: options that do not fit each other, or unknown names.
+        ValueError: incompatible options, or unknown names.
     """
     from qkvnorm_lens.training import Run
 
@@ -310,7 +310,7 @@ def _differences(wanted: dict[str, Any], got: dict[str, Any], at: str = "") -> l
 def finish(
     args: argparse.Namespace, run: Run, model: QKVNormTransformer, processes: int
 ) -> dict[str, Any]:
-    """Measure a trained model, and write it with its card and log; gives back the card."""
+    """Measure a trained model, and write it with its card and log; returns the card."""
     from qkvnorm_lens.models import save_pretrained, write_card
     from qkvnorm_lens.training import (
         TEST_SEED,

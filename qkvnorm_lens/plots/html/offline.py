@@ -1,4 +1,4 @@
-"""circuitsvis offline: its script inline, once a page, with data that can't leave its element."""
+"""circuitsvis offline: its script inline, once per page, with data that can't leave its element."""
 
 from __future__ import annotations
 
