@@ -127,8 +127,8 @@ def _heads(report: CollapseReport, n: int, content: bool) -> str:
     return (
         f"Heads, most fragile first ({len(ranked)} of {len(frame)} have {MIN_ROWS} sparse rows or "
         f"more{', sinks left out' if content else ''}):\n{table(names, rows)}\n1% at sigma: the "
-        "noise at which 1% of its sparse rows collapse. Score level: mean q.k score of the tokens "
-        "that they attend to."
+        "noise at which 1% of the head's sparse rows collapse. Score level: mean q.k score of the "
+        "attended tokens."
     )
 
 

@@ -587,7 +587,7 @@ def test_a_report_says_in_a_line_what_the_model_was_given() -> None:
     model = tiny_llama()
     assert collapse_probe(model, IDS, draws=0).model["given"] == []
     report = collapse_probe(model, {"input_ids": IDS, "labels": IDS}, draws=0)
-    assert "labels are no part of the pass" in report.summary()
+    assert "labels are not part of the pass" in report.summary()
     assert hooks.rank_profile(model, {"input_ids": IDS, "labels": IDS}).model["given"]
 
 
@@ -680,7 +680,7 @@ def test_a_text_with_its_own_last_token_gets_no_second(reader: Any, begins: str,
     found = encode(reader, given)
     assert found.first[0].tolist() == ids == [2, 5, 6, 7, 3]
     notes = " ".join(found.notes)
-    assert ("got no BOS" in notes, "got none behind it" in notes) == (bool(begins), bool(ends))
+    assert ("got no BOS" in notes, "got none after it" in notes) == (bool(begins), bool(ends))
     whole = windows(reader, given, length=8)
     assert whole.ids == [ids]
     first, *later = windows(reader, given, length=4).ids

@@ -279,7 +279,7 @@ def test_a_blocks_output_is_the_next_ones_input() -> None:
 SITES = {
     "GPTNeoXForCausalLM": ("in attn_norm mlp_norm out", "read the same stream"),
     "GPTJForCausalLM": ("in attn_norm out", "read one norm"),
-    "BertForMaskedLM": ("in mid out", "stand behind the sums"),
+    "BertForMaskedLM": ("in mid out", "follow the sums"),
     "Olmo2ForCausalLM": ("in mid out", "no norm in front of mlp"),
     "GraniteForCausalLM": ("in attn_norm mid mlp_norm out", ""),
     "MambaForCausalLM": ("in mixer_norm out", "no stream between attention and MLP"),

@@ -78,7 +78,7 @@ def with_decoder(
         if given is None:
             given, notes = (
                 _from_labels(model, labels),
-                ("the decoder's tokens are the labels, moved on by one",),
+                ("the decoder's tokens are the labels, shifted by one",),
             )
         if mask is None and isinstance(given, Tensor) and given.shape == labels.shape:
             moved = torch.nn.functional.pad(labels[:, :-1] != IGNORED, (1, 0), value=True)
@@ -142,7 +142,7 @@ def _from_labels(model: Any, labels: Tensor) -> Tensor:
     if not callable(moved):
         raise ValueError(
             "labels: wanted decoder_input_ids beside them, as the model does not say how it makes "
-            "them of labels; got labels alone"
+            "them of labels; got only labels"
         )
     out: Tensor = moved(labels=labels)
     return out

@@ -70,7 +70,7 @@ def encode(
         decoder_mask = values.pop("decoder_attention_mask", None)
         labels = values.pop(LABELS, None)
         if given.left_out:
-            notes.append(f"no part of what is measured, and left out: {', '.join(given.left_out)}")
+            notes.append(f"not part of what is measured, and left out: {', '.join(given.left_out)}")
         tokens = values.pop(first_name(model))
         if isinstance(tokens, Tensor):
             refuse_bos(prepend_bos)
@@ -110,7 +110,7 @@ def encode(
             "without a decoder of its own"
         )
     if labels is not None:
-        prompts = replace(prompts, notes=(*prompts.notes, "labels are no part of the pass"))
+        prompts = replace(prompts, notes=(*prompts.notes, "labels are not part of the pass"))
     return prompts
 
 

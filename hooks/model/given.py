@@ -298,7 +298,7 @@ def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, s
         notes.append(f"text that begins with {tokenizer.decode(bare[:1])!r} got no BOS before it")
         before = []
     if after and bare and after[0] == bare[-1]:
-        notes.append(f"text that ends with {tokenizer.decode(bare[-1:])!r} got none behind it")
+        notes.append(f"text that ends with {tokenizer.decode(bare[-1:])!r} got none after it")
         after = []
     whole = [*before, *bare, *after]
     return torch.tensor(whole, dtype=ids.dtype), "; ".join(notes)

@@ -102,7 +102,7 @@ class _Expected:
         anchor = self.sites.anchor
         assert anchor is not None
         return RuntimeError(
-            f"layer {self.sites.layer}: wanted the attention that the self-check saw behind "
+            f"layer {self.sites.layer}: wanted the attention that the self-check saw after "
             f"{anchor.hook}; got {what}"
         )
 

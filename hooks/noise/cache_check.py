@@ -96,7 +96,7 @@ class _Trial:
         whole = self.run((self.length,), Clock(0, {}))
         stepped = self.run(self.steps, Clock(0, {}))
         if stepped is None:
-            return CachedSteps("this model gives back no cache that says how much it holds")
+            return CachedSteps("this model returns no cache that says how much it holds")
         if self.held != self.steps[0]:
             return CachedSteps(f"{self._versions()}: {self._held()}")
         blind = Clock(0, {})

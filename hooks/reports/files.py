@@ -241,7 +241,7 @@ def read_json(text: str | bytes, field: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError("a name that stands there twice")
+            raise ValueError("a name that occurs twice")
         return found
 
     try:

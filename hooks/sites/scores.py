@@ -108,7 +108,7 @@ def recheck(sites: LayerSites, scores: Scores, pattern: Scores) -> None:
         raise UnsupportedModelError(
             "pattern = softmax(scores)",
             wanted=f"a difference of at most {float(room.max()):.2g}",
-            got=f"{float(error.max()):.2g}: a hook of yours edits the pattern behind its scores, "
+            got=f"{float(error.max()):.2g}: a hook of yours edits the pattern after its scores, "
             "so that no noise on them says what it does; measure without it",
             layer=sites.layer,
         )

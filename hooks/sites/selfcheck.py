@@ -148,7 +148,7 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
     if moved:
         note = (
             f"Hooks or modules of yours ({', '.join(moved[:3])}) change some of what they hold in "
-            "each pass: they are told apart by the rest."
+            "each pass: they are identified by the rest."
         )
         sites, key = replace(sites, notes=(*sites.notes, note)), key_of(model)
     known[(*key, kinds)] = sites

@@ -329,10 +329,10 @@ _SHIELD_TEXT: dict[Shield, str] = {
     "unseen": "Whether norm noise on {} at the projection reaches the attention is not known{}: no "
     "hook is there, and a norm may follow.",
     "removed": "Norm noise on {} at the projection is removed by a norm over each head{}: the "
-    "curve is for the vectors behind that norm.",
+    "curve is for the vectors after that norm.",
     "mixed": "Norm noise on {} at the projection passes a norm over all heads{}, which removes "
     "their common factor and leaks one head's noise into the others: the curve is for the "
-    "vectors behind that norm.",
+    "vectors after that norm.",
 }
 
 
@@ -353,7 +353,7 @@ _FACTS: tuple[tuple[Callable[[LayerSites], bool], str], ...] = (
     (lambda s: s.averaging == "gated", "The average of v is gated{}."),
     (
         lambda s: s.averaging == "centred",
-        "From the average of v the mean over the visible keys is taken away{}.",
+        "The mean over the visible keys is subtracted from the average of v{}.",
     ),
     (
         lambda s: s.averaging == "unverified",

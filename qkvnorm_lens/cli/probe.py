@@ -404,7 +404,7 @@ def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompt
 
     write_html(report, folder / "report.html", source=read_in_words(prompts), content=content)
     if importlib.util.find_spec("matplotlib") is None:
-        _say("no figures: they want matplotlib, pip install 'qkvnorm-lens[plots]'")
+        _say("no figures: they need matplotlib, pip install 'qkvnorm-lens[plots]'")
         return
     from qkvnorm_lens import plots
     from qkvnorm_lens.plots.html import shown_rows

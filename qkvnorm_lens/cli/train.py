@@ -103,7 +103,7 @@ def _model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--placement",
         choices=("none", "pre", "qkv"),
-        help="where the attention's norm stands [pre; a file's own]",
+        help="where the attention's norm is [pre; a file's own]",
     )
 
 

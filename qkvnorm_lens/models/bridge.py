@@ -122,7 +122,7 @@ class QKVNormArchitectureAdapter(ArchitectureAdapter):
     def __init__(self, cfg: Any) -> None:
         if int(version("transformer-lens").split(".")[0]) < 4:
             raise ImportError(
-                f"a TransformerBridge of {ARCHITECTURE} wants transformer-lens 4 (tested with 4.0 "
+                f"a TransformerBridge of {ARCHITECTURE} needs transformer-lens 4 (tested with 4.0 "
                 f"to 4.3), got {version('transformer-lens')}; on 3.9 make a HookedTransformer: "
                 "qkvnorm_lens.models.to_hooked_transformer"
             )

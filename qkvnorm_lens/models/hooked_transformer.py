@@ -288,7 +288,7 @@ _SAME_FIELDS: Final = (
 def _need_3_9() -> None:
     if not AVAILABLE:
         raise ImportError(
-            "a HookedTransformer wants transformer-lens 3.9, the last release that has one, got "
+            "a HookedTransformer needs transformer-lens 3.9, the last release that has one, got "
             f"{version('transformer-lens')}; there, use qkvnorm_lens.to_bridge or from_pretrained, "
             "which give a TransformerBridge"
         )

@@ -176,7 +176,7 @@ def _tiles(report: CollapseReport) -> list[tuple[str, str]]:
     return [
         (_sigma_at(report), "RMS noise at which 1% of sparse rows collapse"),
         (_sigma_at(report, content=True), "the same with attention sinks left out"),
-        (f"{n:,}", f"sparse rows, of {examined:,} looked at"),
+        (f"{n:,}", f"sparse rows, of {examined:,} examined"),
         (tables.percent(sinks / n) if n else "-", "of them attend to the first token (sinks)"),
         ("-" if math.isnan(level) else f"{level:.3g}", "mean score level of sparse rows"),
     ]
@@ -193,8 +193,8 @@ def caveats(report: CollapseReport) -> list[str]:
     if removed:
         said.append(
             f"This model normalises {' and '.join(removed)} after the projection (QK-norm or "
-            "QKV-Norm): noise in front of that norm is taken away in whole or part. The numbers "
-            "here are for the vectors that enter the dot product, behind the norm; they do not say "
+            "QKV-Norm): that norm removes noise before it, in whole or part. The numbers "
+            "here are for the vectors that enter the dot product, after the norm; they do not say "
             "that the model would feel noise in front of it."
         )
     if n:
@@ -217,7 +217,7 @@ def caveats(report: CollapseReport) -> list[str]:
     said.append(
         "Independent noise on every vector is a worst case that is injected, not observed: what "
         "really disturbs a norm is often common to a token's heads. Each layer is noised on its "
-        "own, on clean inputs; keys' noise is shared by all rows of a head, so that rows are no "
+        "own, on clean inputs; keys' noise is shared by all rows of a head, so rows are not "
         "independent draws."
     )
     if settings.method == "sample":
@@ -419,7 +419,7 @@ def _method(report: CollapseReport, source: str) -> list[tuple[str, str]]:
         ("Read", f"{source + '; ' if source else ''}{n:,} prompts, {tokens:,} tokens"),
         (
             "Rows",
-            f"{int(report.examined.sum()):,} looked at, {report.n_sparse:,} sparse, {sinks:,} of "
+            f"{int(report.examined.sum()):,} examined, {report.n_sparse:,} sparse, {sinks:,} of "
             f"them on the first token; left out: {alone:,} with one visible key, {ties:,} ties",
         ),
         (

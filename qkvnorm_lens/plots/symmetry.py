@@ -86,7 +86,7 @@ def _symmetry_chart(name: str, report: SymmetryReport) -> Chart:
         lines.append(Line(x, floor, f"{variant}: rounding", colour, dash="--", width=0.8))
     labels = frame[frame["variant"] == frame["variant"].iloc[0]]["label"].astype(str).tolist()
     return Chart(
-        x=layer_axis(labels, "behind the block of layer (embed: before the first)"),
+        x=layer_axis(labels, "after the block of layer (embed: before the first)"),
         y=Axis("change of the stream, |y − y′| / |y|", "log"),
         lines=lines,
         title=name or str(report.model["name"]),

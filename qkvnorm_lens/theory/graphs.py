@@ -90,7 +90,7 @@ class MaskGraph:
             from scipy.sparse import csgraph
         except ImportError as error:
             raise ImportError(
-                "graphs want scipy, which is not installed: pip install 'qkvnorm-lens[experiments]'"
+                "graphs need scipy, which is not installed: pip install 'qkvnorm-lens[experiments]'"
             ) from error
         flow = self.mask.T.numpy().astype(np.int8)
         found: np.ndarray = csgraph.shortest_path(flow, method="D", directed=True, unweighted=True)

@@ -268,7 +268,7 @@ class _Watch:
         """The norm after a stack."""
         name = final_norm(model, stack)
         if name is None:
-            self.gathered.note(["no hook behind a norm of its output"], last.label)
+            self.gathered.note(["no hook after a norm of its output"], last.label)
             return []
         read: dict[str, bool] = {}
 
@@ -277,7 +277,7 @@ class _Watch:
 
         def at_out(tensor: Any, hook: Any) -> None:
             if not read.get("stream"):
-                note = f"the norm {name} reads something else than its output, and is left out"
+                note = f"the norm {name} reads something other than its output, and is left out"
                 self.gathered.note([note], last.label)
                 return
             site = RankSite(
@@ -309,7 +309,7 @@ class _Watch:
         if before is not None and not _same(before, stream):
             raise UnsupportedModelError(
                 f"the stream at {block.input}",
-                wanted="what the block before it gave out",
+                wanted="the output of the block before it",
                 got="something else",
                 layer=block.layer,
             )

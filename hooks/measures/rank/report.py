@@ -21,14 +21,14 @@ WITH: Final = ("all", "without first")  # the axis of tokens
 LETTERS: Final = {"encoder_blocks": "E", "decoder_blocks": "D"}
 MEANING: Final = {
     "in": "the stream at the block's input",
-    "attn_norm": "behind the norm that attention reads",
+    "attn_norm": "after the norm that attention reads",
     "mid": "the stream between attention and MLP",
-    "cross_norm": "behind the norm that cross-attention reads",
+    "cross_norm": "after the norm that cross-attention reads",
     "mid2": "the stream between cross-attention and MLP",
-    "mlp_norm": "behind the norm that the MLP reads",
-    "mixer_norm": "behind the norm that the block's mixer reads",
+    "mlp_norm": "after the norm that the MLP reads",
+    "mixer_norm": "after the norm that the block's mixer reads",
     "out": "the stream at the block's output",
-    "final_norm": "behind the norm of the last block's output",
+    "final_norm": "after the norm of the last block's output",
 }
 """Sites, in the order of the forward pass."""
 _STREAM: Final = ("in", "mid", "mid2", "out")

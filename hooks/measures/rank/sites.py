@@ -159,7 +159,7 @@ def _streams(
         )
         why = "attention and MLP read the same stream" if parallel else "no hook shows it"
         if attn is None and mlp is None:
-            why = "no attention and MLP one behind the other"
+            why = "no attention followed by an MLP"
         return streams, [f"no stream between attention and MLP ({why})"]
     second = (kept["out"], mid, mlp) if mid2 is None else (mid2, mid, cross)
     sums = [(mid, kept["in"], attn), second]
@@ -185,7 +185,7 @@ def _behind_a_norm(
         crosses = _reads(block, kept, _CROSS) is not None
         streams["mid2" if crosses else "mid"] = (f"{of_mlp[0]}.hook_out", behind[of_mlp[0]])
         names = " and ".join(name.rsplit(".", 1)[-1] for name in (of_mlp[0], of_out[0]))
-        return streams, [f"its norms {names} stand behind the sums: the stream is what they give"]
+        return streams, [f"its norms {names} follow the sums: the stream is their output"]
     return streams, [
         "no stream between attention and MLP (the hook of that name is not the input plus what "
         "attention adds)"
@@ -218,7 +218,7 @@ def _norms(
             else:
                 notes.append(f"no norm in front of {branch}")
     if not any(_reads(block, kept, c) is not None for c in branches.values()):
-        notes.append("no hook shows what stands behind its norms")
+        notes.append("no hook shows the output of its norms")
     if "attn_norm" in found and found["attn_norm"] == found.get("mlp_norm"):
         del found["mlp_norm"]
         notes.append("attention and MLP read one norm")

@@ -296,7 +296,7 @@ def _projected(shields: Mapping[str, list[str]], on: str) -> str:
     if not shielded:
         return "The noise is at the projection's output, and no norm follows before the attention."
     return (
-        f"The noise is at the projection's output; a norm that follows takes it from "
+        f"The noise is at the projection's output; a norm that follows removes it from "
         f"{', '.join(shielded)} in part or whole: this curve shows the norm's work, not what the "
         "attention tolerates (at='dot')."
     )

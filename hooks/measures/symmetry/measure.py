@@ -335,7 +335,7 @@ def end_hook(model: HookedModel, sites: LayerSites) -> str:
         if name in model.hook_dict:
             return name
     raise UnsupportedModelError(
-        "the residual stream behind a block",
+        "the residual stream after a block",
         wanted=f"a hook {block}.hook_out or {block}.hook_resid_post",
         got="neither",
         layer=sites.layer,

@@ -59,7 +59,7 @@ def orders_of(
         if (ids[first : n - 1] == ids[first]).all():
             raise ValueError(
                 f"prompt {index}: wanted different tokens before the last"
-                f"{' and behind the first' if first else ''}, so that a permutation changes the "
+                f"{' and after the first' if first else ''}, so that a permutation changes the "
                 f"prompt; got {n - 1 - first} times the id {ids[first]}"
             )
         if isinstance(permutations, int):

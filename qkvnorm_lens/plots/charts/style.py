@@ -41,7 +41,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
         from qkvnorm_lens.plots.charts.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "figures want matplotlib, which is not installed: pip install 'qkvnorm-lens[plots]'"
+            "figures need matplotlib, which is not installed: pip install 'qkvnorm-lens[plots]'"
         ) from error
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)

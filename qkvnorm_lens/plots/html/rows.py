@@ -60,7 +60,7 @@ class ShownRow:
 
     def _words(self, kind: type[_Text], quote: Callable[[str], _Text]) -> _Text:
         query, key = quote(self.query_token), quote(self.key_token(self.key))
-        said = kind("{}, row {} at {}: looks at {} at {}")
+        said = kind("{}, row {} at {}: attends to {} at {}")
         if not self.moved:
             said = kind(said + "; none of the draws moves it")
             return kind(said.format(self.label, query, self.query, key, self.key))
