@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 SEEDS = 2**128 - 1
-"""The largest seed: numpy's own have so many bits."""
+"""The largest seed: numpy's have as many bits."""
 MANY = 1_000_000
 """Draws, replicates or permutations beyond this are a mistake: their arrays would fill memory."""
 _MOST_ENTRIES = 1_000_000  # of a list: an endless generator ends here
@@ -92,7 +92,7 @@ def check_integers(**given: tuple[Any, int] | tuple[Any, int, int | float]) -> t
         number, end = plain(value), most[0] if most else _LARGEST
         whole = isinstance(number, Integral) and not isinstance(number, bool)
         if not whole or not least <= number <= end:
-            bounded = end < MANY or (whole and number > end)  # a far end is told to who met it
+            bounded = end < MANY or (whole and number > end)  # a far end is named if exceeded
             wanted = f"from {least} to {end}" if bounded else f">= {least}"
             raise ValueError(f"{name}: wanted an integer {wanted}; got {brief(value)}")
         out.append(int(number))

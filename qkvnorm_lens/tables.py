@@ -154,7 +154,7 @@ def _rows(report: CollapseReport, n: int, content: bool) -> str:
     ]
     names = ["from sigma", "head", "token", "attends to", "jumps to", "in"]
     return (
-        f"Rows that go first{', sinks left out' if content else ''}, and the smallest uniform "
+        f"Most fragile rows{', sinks left out' if content else ''}, and the smallest uniform "
         f"noise that can move them:\n{table(names, rows, left=(1, 2, 3, 4, 5))}"
     )
 

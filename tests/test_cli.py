@@ -374,7 +374,7 @@ def test_probe_prints_tables(printed: str, wanted: hooks.CollapseReport) -> None
         _tables.percent(first["sigma_at"]),
     ]
     row = wanted.fragile(1).iloc[0]
-    listed = rest.split("Rows that go first")[1].splitlines()[2]
+    listed = rest.split("Most fragile rows")[1].splitlines()[2]
     assert listed.split()[0] == _tables.percent(row["sigma"])
     assert f'{row["jump_pos"]} "{row["jump_token"]}"' in listed
     assert "".join(wanted.tokens[row["prompt"]][: row["query_pos"] + 1]) in listed
@@ -610,8 +610,8 @@ def test_the_built_in_passage_is_long_enough_and_named(run: Run, gpt2_dir: str) 
     code, out, err = run("probe", gpt2_dir, *QUICK, "--prompts", "2", "--no-sinks")
     assert code == 0
     assert "of the built-in passage (Pride and Prejudice, chapter 1)" in out
-    assert "sinks left out" in out.split("Rows that go first")[1].splitlines()[0]
-    assert " sink " not in out.split("Rows that go first")[1]
+    assert "sinks left out" in out.split("Most fragile rows")[1].splitlines()[0]
+    assert " sink " not in out.split("Most fragile rows")[1]
     assert len(text.passage().split()) > 800
     assert "left out" in err
 

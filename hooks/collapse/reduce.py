@@ -36,7 +36,7 @@ from hooks.kernels import (
 from hooks.noise import NormNoise, draw_uniforms, get_law
 from hooks.sites import LayerSites
 
-_WAITING = 2  # layers that may lie copied and not yet reduced
+_WAITING = 2  # layers that may be copied but not yet reduced
 _ROWS, _ENTRIES = 1 << 13, 1 << 15  # of one part's piece of the table
 
 
@@ -289,7 +289,7 @@ class LayerReducer:
             tally.draws[name][:, :, self.index, :heads] += by_head
 
     def _drawn(self, n_query: int, n_key: int) -> Draws:
-        """The numbers behind the factors of NormNoise with the same seed, uniform or normal."""
+        """The numbers from which NormNoise with this seed makes its factors, uniform or normal."""
         if self._draws is None:
             n_d = self.settings.draws
             self._draws = Draws(

@@ -64,7 +64,7 @@ class CollapseReport(CorpusReport):
         starts: positions of each prompt's first tokens: 0, and where a packed document begins;
             empty in reports of earlier versions, meaning only 0.
         decoder_tokens: tokens of an encoder-decoder's decoder as strings; empty for other models.
-        examined: rows looked at (two or more visible keys), sparse or not.
+        examined: rows examined (two or more visible keys), sparse or not.
         single_key, ties: rows left out: with one visible key; sparse, with a maximum that two keys
             share.
         padding: padding positions of each prompt, left out.
@@ -489,5 +489,5 @@ _FORM = Form(
 
 
 def _token(tokens: tuple[str, ...], position: int) -> str:
-    """A token as a string; its position where the input is no text."""
+    """A token as a string; its position where the input is not text."""
     return tokens[position] if position < len(tokens) else str(position)

@@ -220,7 +220,7 @@ class _Noising:
         return factor
 
     def _base(self) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers behind the draws' factors: of the query ``[draw]``, of the keys."""
+        """Numbers that give the draws' factors: of the query ``[draw]``, of the keys."""
         n, sites, on = len(self.s), self.sites, self.settings.on
         q, k = np.full((2, DRAWS), 0.5), np.full((DRAWS, n), 0.5)
         if "q" in on:

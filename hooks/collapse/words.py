@@ -144,6 +144,6 @@ def _first_head(report: Measured) -> str:
     layer, head = np.unravel_index(int(np.nanargmin(values)), values.shape)
     name = f"{report.model['labels'][layer]}H{head}"
     return (
-        f"First head (of those with {_MIN_ROWS} sparse rows or more): {name}, 1% of its "
+        f"Most fragile head (of those with {_MIN_ROWS} sparse rows or more): {name}, 1% of its "
         f"{int(counts[layer, head])} at sigma = {percent(float(values[layer, head]))}."
     )

@@ -29,7 +29,7 @@ _BLOCK = 8  # what the grids' sizes are multiples of, for the vector units
 GRID, _COARSE = 56, 32  # points of the trapezoidal grid: at most, and where H falls little
 _SLIGHT = 0.04  # turn of log H in one cell below which its kinks can be taken one by one
 _DEEP = 15.0  # H < exp(-15), and less beyond: what is cut off is below 1e-7
-_Z_END, _Z_STEP = 8.5, 0.125  # normal variable behind a factor; 1e-17 of the mass lies beyond
+_Z_END, _Z_STEP = 8.5, 0.125  # normal variable of a factor; 1e-17 of the mass lies beyond
 _Q_NODES = 8  # nodes per panel of the outer integral over f_q, under uniform noise
 # Panels, finer towards small f_q (by which the bias is divided), further split where the nearest
 # competitors turn.

@@ -81,7 +81,7 @@ def scan(
         m, q = at // n_query, at % n_query
         row = layer.scores[m, q]
         seen = at_least_two(row)
-        if layer.pattern.size:  # one score that is no number spoils all of a row's weights
+        if layer.pattern.size:  # one NaN score spoils all of a row's weights
             broken = has_no_number(layer.pattern[m, q, :1])
         else:
             broken = has_no_number(row)
@@ -98,7 +98,7 @@ def scan(
         sums.counts[EXAMINED, m] += 1
         if not sparse:
             continue
-        # Under a causal mask, what comes after the query's own key need not be looked at again.
+        # Under a causal mask, keys after the query's own need not be read again.
         row = row[: last_seen(row, n_key - n_query + q + 1)]
         if layer.qk.size or rule.soft_cap > 0:
             _unpacked_row(rule, layer, draws, sums, table, use, m, q, reach)

@@ -18,9 +18,9 @@ from hooks.kernels.types import MASKED, Array, Floats, Ints
 TIE = 2.0  # scores closer than this many eps of their size differ by rounding alone
 _BUCKETS = 64
 
-# Rows of the counts: looked at; one visible key; two keys that share the maximum; competitors able
+# Rows of the counts: examined; one visible key; two keys that share the maximum; competitors able
 # to win at all, of rows that attend to content and of those that attend to the first token; rows
-# in which something is no finite number.
+# in which something is not finite.
 EXAMINED, SINGLE, TIES, ABLE, BROKEN = 0, 1, 2, 3, 5
 N_COUNTS = 6
 

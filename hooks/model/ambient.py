@@ -35,7 +35,7 @@ class _Here(threading.local):
 
 _here = _Here()
 OF_THREADS = "_hooks_of_threads"
-"""Marks what stands in a compiled call's place while threads share a model."""
+"""Marks what replaces a compiled call while threads share a model."""
 
 
 def measurement(call: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -43,7 +43,7 @@ _CACHES = frozenset(
     {"past_key_values", "cache", "cache_params", "cache_position", "layer_past", "encoder_outputs"}
 )
 LABELS = "labels"
-# Named inputs of a pass over tokens alone: a few random tokens can stand for them in a check.
+# Named inputs of a pass over tokens alone: a few random tokens can replace them in a check.
 TOKENS_ALONE = frozenset(
     {"attention_mask", "position_ids", "token_type_ids", "decoder_input_ids", "use_cache"}
     | {"decoder_attention_mask", LABELS}

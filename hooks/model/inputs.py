@@ -20,7 +20,7 @@ from hooks.model.standing import names, raised_by, raised_in, resting, users
 _LENGTHS = (5, 7, 11, 13, 17, 3, 4, 2)  # few tokens only where the context has no room for more
 
 
-# Inputs that stand beside any tokens.
+# Inputs that may accompany any tokens.
 _OF_TOKENS = {"attention_mask", "decoder_input_ids", "decoder_attention_mask"}
 
 
@@ -158,7 +158,7 @@ def short_input(model: HookedModel, batch: int, avoid: set[int], attempt: int = 
     row = torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)
     if not has_decoder(model):
         return ModelInput(_copies(row, batch))
-    # Another length, so that the axes of cross-attention can be told apart.
+    # Another length, so that the axes of cross-attention can be distinguished.
     other = next((p for p in lengths if p != length), length)
     ids = torch.randint(0, int(model.cfg.d_vocab), (1, other), generator=generator)
     return ModelInput(_copies(row, batch), {"decoder_input_ids": _copies(ids, batch)})

@@ -157,7 +157,7 @@ class AttentionTap(TorchFunctionMode):
         try:
             with self:
                 yield
-                if module is not None:  # a pass that was broken off is the user's business
+                if module is not None:  # an aborted pass is the user's business
                     self.reset()
         finally:
             self.reset()
@@ -294,7 +294,7 @@ class AttentionTap(TorchFunctionMode):
             if scores.ndim >= 4 and self.on_softmax is not None:
                 self.on_softmax(tuple(scores.shape))
             return
-        n_key = product.k.shape[2]  # a sink's score may stand beside them
+        n_key = product.k.shape[2]  # a sink's score may follow them
         if scores.shape[-1] > n_key:
             scores, pattern = scores[..., :n_key], pattern[..., :n_key]
         expected, self._product = self._expected, None

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 _Plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _DEEP = 6  # containers within containers that are followed
-_SPLIT = 5  # of which parts are told apart
+_SPLIT = 5  # levels whose parts are digested separately
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 CALLS = (*FUNCTIONS, types.MethodType, functools.partial)
-# Libraries whose functions are told by name, and whose objects mostly say too much.
+# Libraries whose functions go by name, and whose objects mostly hold too much.
 _LIBRARIES = (
     "builtins",
     "torch",
@@ -39,7 +39,7 @@ _LIBRARIES = (
     "datasets",
 )
 INTERNAL = frozenset(nn.Module().__dict__) | {"training"}
-# Where a model came from and where it lies say nothing of what it computes.
+# Where a model came from and where it is stored say nothing about what it computes.
 PLACES = frozenset(
     {
         "_name_or_path",

@@ -36,7 +36,7 @@ from hooks.sites import AttentionSites
 
 HookList = list[tuple[str, Callable[..., Any]]]
 
-_LAST_STEPS = (1, 2)  # new tokens of the steps behind the first one
+_LAST_STEPS = (1, 2)  # new tokens of the steps after the first one
 _TOLERANCE = 0.1  # of what wrong positions do
 _NAMES = ("cache", "past_key_values", "layer_past")
 

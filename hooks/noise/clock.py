@@ -169,7 +169,7 @@ class Clock:
         self.now = _Pass()
         self.follows = False  # whether it is told what the cache holds
         self.guarded = False  # whether a pattern will show that there is a cache
-        self.blind = False  # takes every pass for a whole one: what a check holds itself against
+        self.blind = False  # takes every pass for a whole one: the reference of a check
         self.module: nn.Module | None = None  # whose call would show a cache
         self.steps: CachedSteps | None = None  # what was found of cached steps on this model
         self.advice = "Use NormNoise.applied(model) around generate"

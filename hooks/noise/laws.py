@@ -26,7 +26,7 @@ class Law(Protocol):
 
     name: str
     limit: float
-    """``sigma`` must lie below this (at or below, where ``limit_included``)."""
+    """``sigma`` must be below this (at or below, where ``limit_included``)."""
     limit_included: bool
     reason: str
     """Why larger values are refused."""

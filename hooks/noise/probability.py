@@ -26,7 +26,7 @@ from hooks.arguments import brief, check_booleans, check_kind, check_tensor
 from hooks.noise.laws import Law, check_sigma
 
 _NODES = 10  # Gauss-Legendre nodes per panel: exact for polynomials of degree 19
-_MANY = 16  # up to so many linear factors a panel's rule is exact, beyond it panels get finer
+_MANY = 16  # up to this many linear factors a panel's rule is exact; beyond, panels get finer
 _SMOOTH = ("gaussian", "lognormal")  # their knots are no corners, but steps of a grid
 _TURNS = 96  # nearest competitors whose turns split panels, where there are many
 _DYADIC = 12  # extra panels towards an end where many competitors together fall steeply

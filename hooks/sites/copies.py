@@ -20,7 +20,7 @@ from hooks.sites.types import LayerSites, Site, VectorSite
 KINDS = ("q", "k", "v", "zero")
 """A layer's own copies of the prompt: noise on q; on k; on v, and scores edited; q set to zero."""
 
-HALF_WIDTH = 0.5  # of the check's own noise: large, so that its effect stands above rounding
+HALF_WIDTH = 0.5  # of the check's own noise: large, so that its effect exceeds rounding
 
 
 class _Seen:
@@ -77,7 +77,7 @@ class LayerCopies:
         self.seen = _Seen()
         self.factor: dict[Role, Tensor] = {}
         self.miswritten: UnsupportedModelError | None = None
-        self.last = False  # whether nothing later is looked at
+        self.last = False  # whether nothing later is read
 
     def hooks(self) -> list[tuple[str, Any]]:
         """Hooks that noise this layer's copies and record what its hook points show."""
@@ -192,7 +192,7 @@ class LayerCopies:
 
     def _at_scores(self, tensor: Tensor, hook: Any) -> Tensor:
         self.seen.keep("scores", tensor[self.rows])
-        # Turned upside down where visible: no softmax can miss that.
+        # Negated where visible: that changes any softmax.
         edited = tensor.clone()
         row = tensor[self.copy["v"]]
         edited[self.copy["v"]] = torch.where(visible(row), -row, row)

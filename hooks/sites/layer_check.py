@@ -162,7 +162,7 @@ class LayerCheck(Evidence):
         squares = (x * x).sum((0, 2, 3))
         scale = (x * y).sum((0, 2, 3)) / squares.where(squares > 0, torch.ones_like(squares))
         level = float(y.abs().max())
-        # Where positions are rotated in behind the sites, q.k there is not the scores'.
+        # Where positions are rotated after the sites, q.k there is not the scores'.
         same = (y - scale[:, None, None] * x).abs().max() <= _SAME_PRODUCT * level
         largest = float(bias.abs().max())
         has_bias = largest > 8 * self.eps * max(level, largest)

@@ -68,7 +68,7 @@ class InnerNorm:
         z = _centre(x, self.centred)
         unit = z / self.scale(x)[..., None]
         gain, bias = self.gain.to(y.device), self.bias.to(y.device)
-        # Sums round by the vector's size, and what a mean takes away was there to be rounded.
+        # Sums round by the vector's size, including what the mean's subtraction removes.
         taken = (x.double() - z).abs() / self.scale(x)[..., None]
         made_of = gain.abs() * (1 + unit.abs() + taken)
         room = torch.finfo(y.dtype).eps * (made_of + bias.abs() + y.double().abs())

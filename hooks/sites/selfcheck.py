@@ -332,7 +332,7 @@ def _check_all(
             try:
                 verified.append(check.judge())
             except Unpredicted:
-                # A norm that no hook shows may stand behind these hooks: try at the operands.
+                # A norm that no hook shows may follow these hooks: try at the operands.
                 seen = check.sites.anchor is not None and not check.sites.bare
                 if not may_strip or not check.sites.tapped or not seen:
                     raise
@@ -382,7 +382,7 @@ def _check_some(
     if last.bare:
         copies[-1].last = True
     elif last.z is not None:
-        fwd_hooks.append((last.z.hook, _finish))  # nothing later is looked at
+        fwd_hooks.append((last.z.hook, _finish))  # nothing later is read
     with (
         warnings.catch_warnings(),
         contextlib.suppress(Finished),

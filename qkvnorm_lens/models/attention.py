@@ -25,7 +25,7 @@ from qkvnorm_lens.models.config import QKVNormConfig
 from qkvnorm_lens.models.norms import Calibrated, Gain, Norm
 
 Tap = Callable[[str, torch.Tensor], torch.Tensor]
-"""Is shown each intermediate value under its hook's name, and says what to go on with."""
+"""Receives each intermediate value under its hook's name, and returns the one to use."""
 
 
 def no_tap(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -233,7 +233,7 @@ class Attention(nn.Module):
         v: Float[torch.Tensor, "batch head key d_head"],
         visible: Bool[torch.Tensor, "#batch 1 pos key"] | None,
     ) -> Float[torch.Tensor, "batch head pos d_head"]:
-        q = self.score_scale(q)  # the scale belongs to the scores, and q is what it can be given to
+        q = self.score_scale(q)  # the scale belongs to the scores, but can be applied to q
         if visible is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
         blind = ~visible.any(-1, keepdim=True)

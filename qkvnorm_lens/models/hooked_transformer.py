@@ -140,7 +140,7 @@ if AVAILABLE:
         def load_and_process_state_dict(self, *args: Any, **kwargs: Any) -> None:
             """Refused: folding assumes norms in other places, and would change the model."""
             raise NotImplementedError(
-                "weight processing assumes a norm in front of each block's readers and none behind "
+                "weight processing assumes a norm before each block's readers and none after "
                 f"a projection; wanted a plain load_state_dict for placement "
                 f"{self.qkvnorm_cfg.placement!r}, got load_and_process_state_dict (which "
                 "process_weights_ calls)"

@@ -195,7 +195,7 @@ def caveats(report: CollapseReport) -> list[str]:
             f"This model normalises {' and '.join(removed)} after the projection (QK-norm or "
             "QKV-Norm): that norm removes noise before it, in whole or part. The numbers "
             "here are for the vectors that enter the dot product, after the norm; they do not say "
-            "that the model would feel noise in front of it."
+            "that the model would feel noise before it."
         )
     if n:
         share = tables.percent(sinks / n)

@@ -238,9 +238,9 @@ class InterferenceReport(CorpusReport):
         whole = self.to_frame("model")
         # The constant nearest to the default, and k alone where it was measured.
         near = whole.iloc[(np.log(whole["constant"])).abs().argsort(kind="stable")].iloc[0]
-        first = ", the first token's own scale left to it" if s.spare_first else ""
+        first = ", but the first token keeps its own" if s.spare_first else ""
         parts = [
-            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}; the scale of the norm in front of "
+            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}; the scale of the norm before "
             f"{len(s.layers)} attention layer{'s' * (len(s.layers) != 1)} frozen at "
             f"{_times(near['constant'])}each prompt's median, one layer at a time{first}, for "
             f"{' and '.join(near['on'])}."

@@ -210,7 +210,7 @@ class _Watch:
         self.out: dict[str, Tensor] = {}  # of the latest block of each stack
         last = [b.prefix for blocks in stacks.values() for b in blocks if b.layer in chosen]
         ends = {blocks[-1].prefix for blocks in stacks.values()}
-        # Past the last block of a stack stands its norm: only before it can a pass be cut short.
+        # A stack's norm follows its last block: a pass can be cut short only before it.
         self.stop = last[-1] if not ends & set(last) else ""
 
     def hooks(self, model: HookedModel) -> list[tuple[str, Any]]:

@@ -31,7 +31,7 @@ def distance_to_mean(x: Float[Tensor, "*batch token d"]) -> Float[Tensor, "*batc
 
     Source: Wu et al. 2024.
     """
-    # The first row taken away first: what all rows share leaves no rounding behind.
+    # The first row is subtracted first: what all rows share then leaves no rounding.
     apart = x - x[..., :1, :]
     mu: Tensor = torch.linalg.matrix_norm(apart - apart.mean(-2, keepdim=True))
     return mu

@@ -209,7 +209,7 @@ def _depth(report: RankReport, stack: str, *, without_first: bool) -> str:
 
 
 def _change(name: str, first: float, last: float) -> str:
-    """ "From one number to the other", with NaN in words."""
+    """A change as "from one number to the other", with NaN in words."""
     if math.isnan(first) and math.isnan(last):
         few = "no two tokens of a length above 0 to compare"
         return f"no {name} ({few if 'cosine' in name else 'tokens of zeros'})"

@@ -208,7 +208,7 @@ def _norms(
             if not torch.equal(y, read) or not any(torch.equal(x, s) for _, s in streams.values()):
                 continue
             if torch.equal(x, y):
-                notes.append(f"no norm in front of {branch}: {name.rsplit('.', 1)[-1]} is none")
+                notes.append(f"no norm before {branch}: {name.rsplit('.', 1)[-1]} is none")
                 break
             found[f"{branch}_norm"] = (f"{name}.hook_out", y)
             break
@@ -216,7 +216,7 @@ def _norms(
             if not any(torch.equal(read, s) for _, s in streams.values()):
                 notes.append(f"no hook shows what {branch} reads as the norm of a stream")
             else:
-                notes.append(f"no norm in front of {branch}")
+                notes.append(f"no norm before {branch}")
     if not any(_reads(block, kept, c) is not None for c in branches.values()):
         notes.append("no hook shows the output of its norms")
     if "attn_norm" in found and found["attn_norm"] == found.get("mlp_norm"):

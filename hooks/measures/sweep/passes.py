@@ -34,7 +34,7 @@ from hooks.noise import HookList, NormNoise
 from hooks.sites import AttentionSites, LayerSites
 
 _UNEMBED = "unembed.hook_in"
-_LARGE = 1000.0  # logits at which a soft cap or a scale behind the unembedding shows
+_LARGE = 1000.0  # logits at which a soft cap or a scale after the unembedding shows
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Runner:
         return caught
 
     def _call(self, given: ModelInput) -> Any:
-        self.tap.reset()  # one that was only tried may have been broken off
+        self.tap.reset()  # one that was only tried may have been aborted
         return given.run(self.model)
 
     def _unembedded(self, states: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ HookList = list[tuple[str, Callable[..., Any]]]
 
 _ROUNDING, _ROUNDING_HALF = 64.0, 4.0  # eps of the sizes added up
 _HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
-_MARGIN = 4.0  # the edit must show so many times above rounding
+_MARGIN = 4.0  # the edit must exceed rounding this many times
 _COPIES = 4
 _ADVICE = "Pass use_past_kv_cache=False to generate"
 _CENTRED = "_hooks_centred"  # on the hooks at z, by which a second one is seen

@@ -17,8 +17,8 @@ from hooks.reports import Form, SavedReport, Unsound, check_numbers, per_layer
 SymmetryBy = Literal["variant", "layer", "permutation", "distance"]
 FLOORS = 2  # how often each prompt is run again with the last digit of its stream changed
 REACH = 16  # the greatest distance of positions that are compared
-CLEAR = 10.0  # a gap is clear that is so many times what rounding does
-SMALL = 0.01  # of total variation and stream: what is no gap where rounding lets it be seen
+CLEAR = 10.0  # a gap is clear from this many times what rounding does
+SMALL = 0.01  # of total variation and stream: below, there is no gap
 Verdict = Literal["gap", "none", "undecided"]
 _MEASURES = ("kl", "tv", "logits", "moved")
 

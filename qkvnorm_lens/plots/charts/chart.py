@@ -92,7 +92,7 @@ class Chart:
     bars: Sequence[Bars] = ()
     marks: Sequence[Mark] = ()
     levels: Sequence[tuple[Number, str]] = ()  # horizontal lines: height, colour
-    note: str = ""  # said in the middle where there is nothing to draw
+    note: str = ""  # shown in the middle where there is nothing to draw
     legend: Legend | None = "best"
     scale: tuple[Number, Number, str] | None = None  # a colour bar in the legend's place
     extra: dict[str, Any] = field(default_factory=dict)

@@ -133,7 +133,7 @@ def _chosen(clean: np.ndarray, noisy: np.ndarray, row: Mapping[Any, Any]) -> lis
         if weight[at] < _LEAST_WEIGHT or len(chosen | near) > MOST_TOKENS:
             break
         chosen |= near
-    for step in range(1, 4):  # a little of what stands around, where there is room
+    for step in range(1, 4):  # some neighbours, where there is room
         more = {at + by for at in musts for by in (-step, step)} & set(range(n))
         chosen |= more if len(chosen | more) <= MOST_TOKENS else set()
     return sorted(chosen)
