@@ -22,27 +22,27 @@ class Measured(Protocol):
 
     @property
     def settings(self) -> ProbeSettings:
-        """As in the report."""
+        """How the probe was run."""
 
     @property
     def model(self) -> Mapping[str, Any]:
-        """As in the report."""
+        """Facts of the model."""
 
     @property
     def tokens(self) -> Sequence[Sequence[str]]:
-        """As in the report."""
+        """Each prompt's tokens as strings."""
 
     @property
     def examined(self) -> np.ndarray:
-        """As in the report."""
+        """Counts of rows with two or more visible keys."""
 
     @property
     def rows(self) -> np.ndarray:
-        """As in the report."""
+        """Counts of sparse rows."""
 
     @property
     def table(self) -> RowTable:
-        """As in the report."""
+        """The rows that can collapse."""
 
     def to_frame(self, by: Any = "head") -> pd.DataFrame:
         """Rates."""

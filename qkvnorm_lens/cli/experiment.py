@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 HELP = "make a figure or table of the paper, on any model"
 DESCRIPTION = """\
-Run one experiment, or all, and write DIR/NAME/table.csv, about.json, figure.png and text.md. What
-is done is kept part by part: a run that was stopped goes on where it was. NAME is one of
+Run one experiment, or all, and write DIR/NAME/table.csv, about.json, figure.png and text.md.
+Finished parts are kept: a stopped run resumes where it was. NAME is one of
 
   {names}
 
-`list` shows what each is; `report` writes a page of all results under DIR beside the published
-ones. Without --model: small models trained on addition that come with the package."""
+`list` describes each; `report` writes a page that compares all results under DIR with the
+published ones. Without --model: small models trained on addition that come with the package."""
 EPILOG = """\
 examples:
   qkvnorm-lens experiment list

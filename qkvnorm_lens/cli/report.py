@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qkvnorm_lens.arguments import file, some_path
 
-HELP = "make the page to open of a saved probe"
+HELP = "make the HTML page of a saved probe"
 DESCRIPTION = """\
 Write report.html, one file that opens anywhere and loads nothing, from what `probe --out DIR`
 saved: summary, curve, map of heads, the most fragile rows before and after noise, tables, and

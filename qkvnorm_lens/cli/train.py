@@ -112,7 +112,7 @@ def _training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--recipe",
         metavar="NAME",
-        help="paper, modern (Muon, cosine), study (the same, faster) or modern-adamw [the "
+        help="paper, modern (Muon, cosine), study (modern at 0.01) or modern-adamw [the "
         "configuration's; a file: modern]",
     )
     group.add_argument("--steps", type=positive, metavar="N", help="[the configuration's]")
