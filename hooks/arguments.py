@@ -1,7 +1,7 @@
-"""Arguments that public calls take, and what they say of a wrong one: ``name: wanted X; got Y``.
+"""Checks of the arguments of public calls; a wrong one raises ``name: wanted X; got Y``.
 
-Numbers of numpy's and torch's (scalars, arrays without an axis) are numbers; what is kept of them
-is Python's own, so that settings compare and go into JSON.
+Numbers may be numpy's or torch's (scalars, arrays without an axis); they are stored as Python's
+own, so that settings compare and go into JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 SEEDS = 2**128 - 1
-"""The largest seed: numpy's own have so many bits."""
+"""The largest seed: numpy's have as many bits."""
 MANY = 1_000_000
 """Draws, replicates or permutations beyond this are a mistake: their arrays would fill memory."""
 _MOST_ENTRIES = 1_000_000  # of a list: an endless generator ends here
@@ -35,14 +35,14 @@ _LARGEST = 1 << 62  # of a count or an index: what arrays of integers can hold
 
 
 class OutOfRangeError(ValueError, IndexError):
-    """An index outside: a ValueError as of every wrong argument, an IndexError as of a list."""
+    """An index out of range: a ValueError as for wrong arguments, an IndexError as for lists."""
 
 
 # -- what a message says ----------------------------------------------------------------------
 
 
 def brief(value: Any) -> str:
-    """A value for a message: on one line, and not longer than one."""
+    """A value for a message, shortened to one line."""
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim:
         kind = "tensor" if isinstance(value, Tensor) else "array"
         return f"{kind} of shape {list(value.shape)}, {value.dtype}"
@@ -57,7 +57,7 @@ def brief(value: Any) -> str:
 
 
 def near(value: Any, known: Iterable[Any]) -> str:
-    """``, did you mean 'uniform'?``, where a known name is near to what was given."""
+    """``, did you mean 'uniform'?``, where a known name is similar to the one given."""
     names = [name for name in known if isinstance(name, str)]
     if not isinstance(value, str):
         return ""
@@ -80,19 +80,19 @@ def plain(value: Any) -> Any:
 
 
 def check_integers(**given: tuple[Any, int] | tuple[Any, int, int | float]) -> tuple[int, ...]:
-    """Integers as Python's own; each is given with its least value, and perhaps its greatest.
+    """Integers as Python's own, each given with its least and perhaps its greatest value.
 
     Without one it must fit into an array of integers.
 
     Raises:
-        ValueError: no integer, or one outside.
+        ValueError: not an integer, or one out of range.
     """
     out = []
     for name, (value, least, *most) in given.items():
         number, end = plain(value), most[0] if most else _LARGEST
         whole = isinstance(number, Integral) and not isinstance(number, bool)
         if not whole or not least <= number <= end:
-            bounded = end < MANY or (whole and number > end)  # a far end is told to who met it
+            bounded = end < MANY or (whole and number > end)  # a far end is named if exceeded
             wanted = f"from {least} to {end}" if bounded else f">= {least}"
             raise ValueError(f"{name}: wanted an integer {wanted}; got {brief(value)}")
         out.append(int(number))
@@ -103,7 +103,7 @@ def check_index(name: str, value: Any, n: int, what: str) -> int:
     """An index into ``n`` things.
 
     Raises:
-        TypeError: no integer.
+        TypeError: not an integer.
         OutOfRangeError: there is no such thing.
     """
     number = plain(value)
@@ -146,8 +146,8 @@ def check_number(name: str, value: Any, wanted: str, fits: Callable[[float], boo
     """A number for which ``fits`` says yes, as Python's own.
 
     Raises:
-        TypeError: no number.
-        ValueError: another number; NaN fits nothing.
+        TypeError: not a number.
+        ValueError: another number; NaN never fits.
     """
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, Real):
@@ -165,7 +165,7 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
     """One of some names.
 
     Raises:
-        ValueError: anything else; a name that is near is suggested.
+        ValueError: anything else; the message suggests a similar name.
     """
     names, text = list(known), plain(value)
     if not isinstance(text, str) or text not in names:
@@ -197,10 +197,10 @@ def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: st
 
 
 def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], wanted: str) -> None:
-    """Refuse what is no tensor of floating-point numbers of this shape; None is any length.
+    """Refuse anything but a floating-point tensor of this shape; None is any length.
 
     Raises:
-        TypeError: no such tensor.
+        TypeError: not such a tensor.
         ValueError: another shape.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -262,7 +262,7 @@ def check_dtype(name: str, value: Any) -> Any:
 
 @contextmanager
 def naming(name: str, wanted: str, path: Path) -> Iterator[None]:
-    """What the system says of a file is said with the argument's name.
+    """Put the argument's name before what the system reports about a file.
 
     Raises:
         OSError: of the same kind.
@@ -282,8 +282,8 @@ def read_list(name: str, value: Any, wanted: str) -> list[Any]:
     """The entries of a list, a tuple, an array or anything else that has some, read once.
 
     Raises:
-        TypeError: a text, a mapping, or nothing that has entries.
-        ValueError: no end of entries.
+        TypeError: a text, a mapping, or something without entries.
+        ValueError: endless entries.
     """
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
         try:
@@ -298,7 +298,7 @@ def read_list(name: str, value: Any, wanted: str) -> list[Any]:
 
 
 def read_array(name: str, value: Any, kinds: str, wanted: str) -> np.ndarray:
-    """Numbers as an array of numpy's, whose kind is one of ``kinds``.
+    """Numbers as a numpy array whose kind is one of ``kinds``.
 
     Raises:
         TypeError: anything else, lists of unequal lengths among them.
@@ -324,7 +324,7 @@ def check_layers(layers: Any) -> tuple[int, ...]:
     """Layer indices as a tuple of ints.
 
     Raises:
-        ValueError: none, one twice, or something that is no integer.
+        ValueError: none, one twice, or something that is not an integer.
     """
     wanted = "one or more indices in a list, each once"
     try:

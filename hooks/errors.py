@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class UnsupportedModelError(ValueError):
-    """A model for which no number can be trusted.
+    """A model for which no number would be trustworthy.
 
     Raised instead of a result when the self-check of :func:`hooks.attention_sites` fails on a
     model, or cannot decide. The message names the layer, the check, what was wanted and what
@@ -16,7 +16,7 @@ class UnsupportedModelError(ValueError):
         check: the check that failed, for example ``"k-noise predicted from clean scores"``.
         wanted: what a supported model does.
         got: what this model did.
-        layer: block index, or None where the whole model is meant.
+        layer: block index, or None for the whole model.
     """
 
     def __init__(self, check: str, *, wanted: str, got: str, layer: int | None = None) -> None:
@@ -33,14 +33,14 @@ class UnsupportedModelError(ValueError):
 
 
 class ReportFileError(ValueError):
-    """A file that is no whole report of the kind that was asked for.
+    """A file that is not a whole report of the requested kind.
 
-    Raised by every report's ``load``: the file is none, was cut or changed, is of another kind or
-    version, or its arrays do not fit its settings. Nothing is loaded then.
+    Raised by every report's ``load``: the file is not a report, was cut or changed, is of another
+    kind or version, or its arrays do not fit its settings. Then nothing is loaded.
 
     Args:
         path: the file.
-        field: what of it: ``header``, ``settings.sigmas``, ``table.start``, ``digest``, ...
+        field: which part: ``header``, ``settings.sigmas``, ``table.start``, ``digest``, ...
         wanted: what a whole report has there.
         got: what this file has.
     """

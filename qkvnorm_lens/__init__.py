@@ -1,7 +1,7 @@
 """Transformers with No-Norm, Pre-Norm and QKV-Norm attention, and what norm noise does to models.
 
 Importing this package imports neither torch nor TransformerLens: each name of ``__init__.pyi`` is
-fetched from its module when it is first asked for.
+fetched from its module at first use.
 """
 
 import lazy_loader

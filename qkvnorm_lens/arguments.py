@@ -1,4 +1,4 @@
-"""Values on the command line, and names: what each takes, and what it says of anything else.
+"""Values on the command line, and names: what is accepted, and the error for anything else.
 
 Nothing here imports torch: what can fail early fails early.
 """
@@ -14,14 +14,14 @@ from pathlib import Path
 
 
 def near(given: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'probe'?)``, where a known name is near to what was given."""
+    """`` (did you mean 'probe'?)``, where a known name is similar to the one given."""
     lower = {name.lower(): name for name in known}
     found = difflib.get_close_matches(given.lower()[:200], lower, n=1, cutoff=0.6)
     return f" (did you mean {lower[found[0]]!r}?)" if found else ""
 
 
 def brief(value: object) -> str:
-    """A value for a message: on one line, and not longer than one."""
+    """A value for a message, shortened to one line."""
     try:
         text = " ".join(repr(value)[:1000].split())
     except Exception:  # a repr of somebody's own, or an integer of ten thousand digits
@@ -33,7 +33,7 @@ def check_name(name: str, given: object, known: Iterable[str]) -> str:
     """One of some names.
 
     Raises:
-        ValueError: anything else; a name that is near is suggested.
+        ValueError: anything else; the message suggests a similar name.
     """
     names = list(known)
     if not isinstance(given, str) or given not in names:
@@ -43,10 +43,10 @@ def check_name(name: str, given: object, known: Iterable[str]) -> str:
 
 
 def directory(name: str, path: Path) -> None:
-    """Refuse what can't become a directory that is written to.
+    """Refuse what can't become a writable directory.
 
     Raises:
-        OSError: a file in its place, or no leave to write.
+        OSError: a file in its place, or no permission to write.
     """
     for there in (path, *path.parents):
         if there.exists() or there.is_symlink():
@@ -62,7 +62,8 @@ def file(name: str, path: Path) -> None:
     """Refuse what can't become a file.
 
     Raises:
-        OSError: a directory in its place or a file in that of its directory, or no leave to write.
+        OSError: a directory in its place, a file in place of its directory, or no permission to
+            write.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{name}: wanted a file's name; got the directory {path}")

@@ -20,7 +20,7 @@ _TOKEN, _CONTEXT = 24, 32  # characters shown
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Columns under their names, right-aligned but for those in ``left``."""
+    """Columns under their names, right-aligned except those in ``left``."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
@@ -49,7 +49,7 @@ def share(x: float, error: float = math.nan) -> str:
 
 
 def render(report: CollapseReport, prompts: Prompts, *, fragile: int, content: bool = False) -> str:
-    """Summary, rates by sigma, the most fragile heads, the rows that go first."""
+    """Summary, rates by sigma, the most fragile heads and rows."""
     read = f"Read: {prompts.source}{'; ' if prompts.left_out else ''}{prompts.left_out}."
     parts = [f"{report.summary()}\n{read}"]
     if report.n_sparse:
@@ -77,7 +77,8 @@ def _rates(report: CollapseReport) -> str:
         "Share of sparse rows whose arg max moves, by noise (RMS):\n"
         + table(["sigma", "collapse", "sinks left out", "centred gauge", "strict"], rows, left=())
         + f"\n± is one standard error: of collapse over {error}, of strict (onto another sparse "
-        f"maximum) over {report.settings.draws} draws."
+        f"maximum) over {report.settings.draws} draws.\nA row is one head's attention from one "
+        "token. In the centred gauge, each row's mean q.k score is subtracted first."
     )
 
 
@@ -85,7 +86,7 @@ def heads(report: CollapseReport) -> pd.DataFrame:
     """One row per head: sparse rows, sinks, score level, sigma at 1% with and without sinks.
 
     Raises:
-        ValueError: the report keeps too little for ``sigma_at``.
+        ValueError: the report's table is too small for ``sigma_at``.
     """
     import pandas as pd
 
@@ -125,12 +126,14 @@ def _heads(report: CollapseReport, n: int, content: bool) -> str:
     names = ["head", "1% at sigma", "sinks left out", "sparse rows", "sinks", "score level"]
     return (
         f"Heads, most fragile first ({len(ranked)} of {len(frame)} have {MIN_ROWS} sparse rows or "
-        f"more{', sinks left out' if content else ''}):\n{table(names, rows)}"
+        f"more{', sinks left out' if content else ''}):\n{table(names, rows)}\n1% at sigma: the "
+        "noise at which 1% of the head's sparse rows collapse. Score level: mean q.k score of the "
+        "attended tokens."
     )
 
 
 def _rows(report: CollapseReport, n: int, content: bool) -> str:
-    """The rows that go first; equal ones (prompts that begin alike) are counted, not repeated."""
+    """The most fragile rows; equal ones (prompts that begin alike) are counted, not repeated."""
     everything = report.fragile(len(report.table), content=content)
     same = [column for column in everything.columns if column != "prompt"]
     times = everything.groupby(same, sort=False)["prompt"].agg(["first", "size"]).reset_index()
@@ -151,13 +154,13 @@ def _rows(report: CollapseReport, n: int, content: bool) -> str:
     ]
     names = ["from sigma", "head", "token", "attends to", "jumps to", "in"]
     return (
-        f"Rows that go first{', sinks left out' if content else ''}, and the smallest uniform "
+        f"Most fragile rows{', sinks left out' if content else ''}, and the smallest uniform "
         f"noise that can move them:\n{table(names, rows, left=(1, 2, 3, 4, 5))}"
     )
 
 
 def quoted(token: str) -> str:
-    """A token in quotes, what can't be printed escaped."""
+    """A token in quotes, with unprintable characters escaped."""
     shown = _visible(token)
     shown = shown if len(shown) <= _TOKEN else f"{shown[: _TOKEN - 1]}…"
     return f"'{shown}'" if '"' in shown else f'"{shown}"'
@@ -176,7 +179,7 @@ def _visible(text: str) -> str:
 def as_json(
     report: CollapseReport, prompts: Prompts, *, fragile: int, content: bool = False
 ) -> str:
-    """The report for machines; ``null`` stands for no rows and for a rate never reached."""
+    """The report for machines; ``null`` means no rows, or a rate that is never reached."""
     thresholds: dict[str, Any] = {"rate": RATE, "model": None, "content": None, "refused": None}
     by_head: list[dict[str, Any]] = []
     try:

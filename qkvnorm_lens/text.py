@@ -1,4 +1,4 @@
-"""What a model is to read: windows of a text, lines of sums, or sums drawn for it."""
+"""What a model reads: windows of a text, lines of sums, or sums drawn for it."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def windows(
 ) -> Prompts:
     """Cut a text into windows of tokens; each begins as the model's prompts do (bos).
 
-    A bos that the text itself begins with is that of the first window, and not a second one; text
-    that begins as the tokenizer's chat template does gets none.
+    If the text begins with a bos, the first window uses it and gets no second one; text that begins
+    like the tokenizer's chat template gets none.
 
     Args:
         model: its tokenizer reads the text.
         text: any length.
         length: tokens of a window, bos included; default: 128, or the context where that is
             shorter. The last window may be shorter.
-        limit: at most so many windows.
-        prepend_bos: True or False: in any case, or in none.
+        limit: most windows.
+        prepend_bos: True: always; False: never.
 
     Raises:
         ValueError: empty text, a length outside the context, or no tokenizer.
@@ -97,7 +97,7 @@ def conversations(model: TransformerBridge, messages: Any, *, limit: int) -> Pro
     Args:
         model: its tokenizer has the template.
         messages: one conversation, or a list of them.
-        limit: at most so many.
+        limit: most conversations.
 
     Raises:
         ValueError: no messages, or no template.
@@ -119,7 +119,7 @@ def conversations(model: TransformerBridge, messages: Any, *, limit: int) -> Pro
 def _tokens(
     model: TransformerBridge, text: str, prepend_bos: bool | None
 ) -> tuple[list[int], list[int], str]:
-    """(bos or nothing, the text's own ids, what is to be said), however long the text is."""
+    """(bos or nothing, the text's own ids, notes), however long the text is."""
     from hooks.model import added, text_ids
 
     tokenizer = model.tokenizer
@@ -145,7 +145,7 @@ def _tokens(
 
 
 def lines(model: TransformerBridge, text: str, *, limit: int) -> Prompts:
-    """Each line a sum such as ``[12+N3=9``, one token per character.
+    """One sum per line, such as ``[12+N3=9``, one token per character.
 
     Raises:
         ValueError: no line, a character that is not in the vocabulary, a sum that does not begin

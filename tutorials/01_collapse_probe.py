@@ -131,7 +131,7 @@ print(report)
 # 2. **How many rows are sparse.** Only these are followed. *Sinks* are sparse rows that look at
 #    the first token of the prompt. In a language model that may be nearly all of them.
 # 3. **1% of sparse rows collapse at sigma = ...** The headline. More is more robust.
-# 4. **First head.** The head whose rows go first.
+# 4. **Most fragile head.** The head whose rows collapse first.
 # 5. **In the centred gauge.** A control. Softmax ignores a constant added to all scores of a row,
 #    but the collapse rate does not ([why](../docs/concepts/score-level.md)). So the report gives
 #    the *score level*, the mean score of the attended tokens, and a second rate, with each row's

@@ -284,7 +284,7 @@ assert not SMOL or never[12:].sum() > 5 * never[:12].sum()
 enough[["on content", "sigma at 1%"]].round(3)
 
 # %% [markdown]
-# The rows that go first, without sinks:
+# The most fragile rows, without sinks:
 
 # %%
 columns = ["label", "prompt", "query_token", "key_token", "jump_token", "sigma"]

@@ -24,13 +24,14 @@ class KeptRows:
 
     ``layer`` (an index into the report's layers), ``head``, ``prompt``, ``query``, ``key``,
     ``rival`` and ``half_width`` are those of :class:`hooks.RowTable`. Row i's attention is
-    ``clean[start[i] : start[i + 1]]`` over the keys up to its last visible one, and ``noisy`` the
-    same under :class:`hooks.NormNoise` with the report's settings, ``sigma[i]`` and ``draw[i]``.
+    ``clean[start[i] : start[i + 1]]`` over the keys up to its last visible one, and ``noisy`` is
+        this attention under :class:`hooks.NormNoise` with the report's settings, ``sigma[i]`` and
+        ``draw[i]``.
 
-    Which noise: of the seed's draws 0 to 15, the one under which the row's arg max moves at the
-    least sigma (the earlier one of two), at 1.1 times that sigma; or at 1.01 or 1.001 times where
-    1.1 would be beyond the law or the arg max is back by then. Where none of them moves the row,
-    ``sigma`` and ``noisy`` are NaN and ``draw`` is -1.
+    The noise is that of the seed's draws 0 to 15 under which the row's arg max moves at the least
+    sigma (of two equal ones the earlier), at 1.1 times that sigma; or at 1.01 or 1.001 times where
+    1.1 would be beyond the law or the arg max has moved back by then. Where none of them moves the
+    row, ``sigma`` and ``noisy`` are NaN and ``draw`` is -1.
     """
 
     layer: Int[np.ndarray, "row"]
@@ -54,7 +55,7 @@ class KeptRows:
 
         Raises:
             IndexError (a ValueError, too): no such row.
-            TypeError: no index.
+            TypeError: not an index.
         """
         row = check_index("row", row, len(self), "kept rows")
         where = slice(int(self.start[row]), int(self.start[row + 1]))
@@ -62,18 +63,18 @@ class KeptRows:
 
     @property
     def lands(self) -> Int[np.ndarray, "row"]:
-        """Position of each row's arg max after the noise; -1 where no noise is shown."""
+        """Position of each row's arg max under the noise; -1 where no noise is shown."""
         at = [int(np.argmax(self.weights(i)[1])) for i in range(len(self))]
         return np.where(self.draw >= 0, np.asarray(at, np.int32), np.int32(-1)).astype(np.int32)
 
 
 def no_rows() -> KeptRows:
-    """What a report keeps that was asked for none, or was written before rows were kept."""
+    """Kept rows of a report that was asked for none, or was written before rows were kept."""
     return from_parts([])
 
 
 def from_parts(parts: Sequence[dict[str, Any]]) -> KeptRows:
-    """Kept rows of a dict per row, with numbers and the arrays ``clean`` and ``noisy``."""
+    """Kept rows from a dict per row, with numbers and the arrays ``clean`` and ``noisy``."""
     whole: dict[str, Any] = {n: np.array([p[n] for p in parts], np.int32) for n in (*_ROW, "draw")}
     whole["half_width"] = np.array([p["half_width"] for p in parts], np.float32)
     whole["sigma"] = np.array([p["sigma"] for p in parts], np.float64)
@@ -87,7 +88,7 @@ def from_parts(parts: Sequence[dict[str, Any]]) -> KeptRows:
 def join_kept(
     first: KeptRows, later: KeptRows, *, prompts: int, keep: int, cutoff: float
 ) -> KeptRows:
-    """The ``keep`` most fragile of both below ``cutoff``; ``prompts`` come before the later's."""
+    """The ``keep`` most fragile rows of both below ``cutoff``; ``prompts`` precede the later's."""
     moved = replace(later, prompt=later.prompt + np.int32(prompts))
     parts = [_part(kept, i) for kept in (first, moved) for i in range(len(kept))]
     parts = [part for part in parts if part["half_width"] < np.float32(cutoff)]
@@ -101,6 +102,6 @@ def _part(kept: KeptRows, row: int) -> dict[str, Any]:
 
 
 def _order(part: dict[str, Any]) -> tuple[float, ...]:
-    """The order of ``fragile``: the table's own where two rows are as fragile."""
+    """The order of ``fragile``: the table's own where two rows are equally fragile."""
     names = ("half_width", "layer", "head", "prompt", "query")
     return tuple(float(part[name]) for name in names)

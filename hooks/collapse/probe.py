@@ -3,7 +3,7 @@
 Protocol of Menary et al. 2024, Fig. 3: noise in each layer on its own, on clean inputs; a row whose
 clean maximum is at least 0.95 collapses when its arg max moves. Clean inputs make the noisy scores
 a function of the clean ones, so one forward pass holds every answer: each layer is reduced to its
-counts while its scores exist and is let go of.
+counts while its scores exist, then freed.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def collapse_probe(
         tokens: a text, several texts, token ids ``[pos]`` or ``[batch, pos]``, or a list of ids;
             pixel values or wave forms where the model reads those; or named inputs, such as
             ``{"input_ids": ..., "pixel_values": ...}``.
-        decoder_tokens: what an encoder-decoder's decoder is given, one for each prompt; default:
+        decoder_tokens: what an encoder-decoder's decoder reads, one for each prompt; default:
             its start token and the prompt itself, as in denoising.
         sigmas: RMS of the relative change of a norm; default: 16 from 1% to 50%, as far as the law
             goes.
@@ -112,12 +112,12 @@ def collapse_probe(
         prepend_bos: passed on to ``model.to_tokens``; with text only.
         batch_size: prompts per forward pass; only prompts of one length share a pass, so that
             nothing is ever padded.
-        keep: competitors, those nearest to winning, that the report's table has room for; from them
-            come ``sigma_at`` and ``fragile``.
-        keep_rows: rows, the most fragile ones, whose attention the report keeps for showing, before
+        keep: how many competitors the report's table holds, those nearest to winning; ``sigma_at``
+            and ``fragile`` are computed from them.
+        keep_rows: how many of the most fragile rows the report keeps with their attention before
             and after noise (:class:`hooks.KeptRows`).
-        query_block: where a fused attention makes no scores, they are made for so many queries at
-            a time and never as one [query, key] matrix; default: as many as fit into 16 MiB.
+        query_block: where a fused attention makes no scores, they are made for this many queries at
+            a time, never as one [query, key] matrix; default: as many as fit into 16 MiB.
         first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
             which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
         progress: show a progress bar; default: in a terminal or a notebook.
@@ -191,10 +191,11 @@ def collapse_probe(
 
 
 def read_grid(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
-    """The sigmas of a probe, one at least.
+    """The sigmas of a probe, at least one.
 
     Raises:
-        TypeError, ValueError: no list of numbers, none, or one that the law can't have.
+        TypeError, ValueError: not a list of numbers, an empty one, or a sigma that the law can't
+            have.
     """
     values = read_sigmas(sigmas, law, DEFAULT_SIGMAS)
     if not values:
@@ -208,7 +209,7 @@ def check_sparse(sparse: float) -> float:
     """The maximum from which a row counts as sparse.
 
     Raises:
-        ValueError: none in (0, 1].
+        ValueError: not in (0, 1].
     """
     return check_number("sparse", sparse, "a maximum in (0, 1]", lambda x: 0 < x <= 1)
 
@@ -236,7 +237,7 @@ def _in_blocks(
     vectors: tuple[Tensor, Tensor] | None,
     query_block: int | None,
 ) -> None:
-    """Some queries' scores at a time, so that no [query, key] matrix is ever made."""
+    """Scores in blocks of queries, so that no [query, key] matrix is ever made."""
     batch, n_heads, n_query, n_key = fused.shape
     fits = _BLOCK_BYTES // (4 * batch * n_heads * n_key)
     block = max(1, fits) if query_block is None else query_block

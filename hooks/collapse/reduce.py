@@ -1,4 +1,4 @@
-"""One layer's scores and pattern to sums: sparse rows, their competitors, their probabilities."""
+"""Reduces a layer's scores and pattern to sums: sparse rows, competitors, probabilities."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from hooks.kernels import (
 from hooks.noise import NormNoise, draw_uniforms, get_law
 from hooks.sites import LayerSites
 
-_WAITING = 2  # layers that may lie copied and not yet reduced
+_WAITING = 2  # layers that may be copied but not yet reduced
 _ROWS, _ENTRIES = 1 << 13, 1 << 15  # of one part's piece of the table
 
 
 class Workers:
     """Threads over the matrices of a layer: the compiled loop holds no lock.
 
-    What comes from an accelerator is copied while the model goes on, and reduced behind its back,
-    layer after layer: the model's thread waits for no copy.
+    Scores on an accelerator are copied and reduced, layer after layer, while the model runs on: the
+    model's thread waits for no copy.
     """
 
     def __init__(self) -> None:
@@ -68,14 +68,14 @@ class Workers:
                 self._pool, self._behind = None, None
 
     def later(self, job: Callable[[], None]) -> None:
-        """Do it behind the model's back, the jobs in their order; few wait at a time."""
+        """Queue a job to run beside the model, in order; few wait at a time."""
         assert self._behind is not None
         self._waiting.append(self._behind.submit(job))
         while len(self._waiting) > _WAITING:  # bounds the memory of what was copied
             self._waiting.popleft().result()
 
     def finish(self) -> None:
-        """Wait for what is under way; raises what a job raised."""
+        """Wait for running jobs; raises what a job raised."""
         while self._waiting:
             self._waiting.popleft().result()
 
@@ -128,9 +128,9 @@ class LayerReducer:
 
         Args:
             scores: pre-softmax scores, masked ones -inf or the dtype's least number.
-            pattern: the model's own softmax of them; None: taken of the scores.
-            s: the q.k part, where the layer adds a bias; None where it is the scores.
-            first_query: index of the first row, where these are not all of the layer.
+            pattern: the model's own softmax of them; None: computed from the scores.
+            s: the q.k part, where the layer adds a bias; None where the scores are the q.k part.
+            first_query: index of the first row, where these are not all rows of the layer.
             n_query, n_key: queries and keys of the layer, all blocks together (default: these).
             eps: rounding of the dtype that the scores were made in (default: theirs).
         """
@@ -147,7 +147,7 @@ class LayerReducer:
     def _reduce(
         self, given: list[Tensor], has: tuple[bool, bool], rows: tuple[int, int, int], eps: float
     ) -> None:
-        """Count rows that lie in the CPU's memory: scores, and the pattern and s where given."""
+        """Count rows in the CPU's memory: scores, and the pattern and s where given."""
         (has_pattern, has_s), (first_query, n_query, n_key) = has, rows
         batch, n_heads, queries, _ = given[0].shape
         draws = self._drawn(n_query, n_key)
@@ -261,11 +261,11 @@ class LayerReducer:
         )
 
     def _take(self, sums: Sums, batch: int) -> None:
-        """Add a layer's sums to the tally, matrices told apart as prompts and heads."""
+        """Add a layer's sums to the tally, matrices split into prompts and heads."""
         tally, heads, mine = self.tally, self.sites.n_heads, self.prompts
 
         def add(to: np.ndarray, matrices: np.ndarray, axis: int) -> None:
-            """``to`` has the axes (head, prompt) where ``matrices`` has (prompt, head) as one."""
+            """Add ``matrices``, on the axis (prompt, head), to ``to``, on axes (head, prompt)."""
             shape = (*matrices.shape[:axis], batch, heads, *matrices.shape[axis + 1 :])
             apart = np.swapaxes(matrices.reshape(shape), axis, axis + 1)
             of_heads = to[(slice(None),) * axis + (slice(heads),)]
@@ -289,7 +289,7 @@ class LayerReducer:
             tally.draws[name][:, :, self.index, :heads] += by_head
 
     def _drawn(self, n_query: int, n_key: int) -> Draws:
-        """The numbers behind the factors of NormNoise with the same seed, uniform or normal."""
+        """The numbers from which NormNoise with this seed makes its factors, uniform or normal."""
         if self._draws is None:
             n_d = self.settings.draws
             self._draws = Draws(

@@ -50,7 +50,7 @@ from hooks.reports import (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CollapseReport(CorpusReport):
-    """The collapse of sparse attention under norm noise: rates, errors and the rows that go first.
+    """The collapse of sparse attention under norm noise: rates, errors and the most fragile rows.
 
     Counts and sums have the axes sigma, draw, layer, head, prompt, and last the kind of row: 0 for
     rows that attend to content, 1 for rows that attend to a first token (attention sinks): the
@@ -59,22 +59,23 @@ class CollapseReport(CorpusReport):
     Attributes:
         settings: how the probe was run.
         model: facts of the model and what noise means there (``sites``), versions.
-        first_prompt: index of the first prompt, where this is a part of a corpus.
+        first_prompt: index of the first prompt, where this is part of a corpus.
         tokens: each prompt's tokens as strings; none for images and sound.
         starts: positions of each prompt's first tokens: 0, and where a packed document begins;
-            empty in reports of earlier versions, for 0 alone.
-        decoder_tokens: the same of an encoder-decoder's decoder; empty for other models.
-        examined: rows looked at (two or more visible keys), sparse or not.
-        single_key, ties: rows left out: one visible key; sparse ones whose maximum two keys share.
+            empty in reports of earlier versions, meaning only 0.
+        decoder_tokens: tokens of an encoder-decoder's decoder as strings; empty for other models.
+        examined: rows examined (two or more visible keys), sparse or not.
+        single_key, ties: rows left out: with one visible key; sparse, with a maximum that two keys
+            share.
         padding: padding positions of each prompt, left out.
         rows: sparse rows.
         able: competitors able to win at all (by factors between 0 and 2), over these rows.
         level: sum over sparse rows of the attended score's q.k part.
         loose, strict, centred: sums over rows of the probability that the arg max moves; that it
             moves to a new maximum that is sparse again; that it moves when each row's mean visible
-            q.k part is taken away first (the centred gauge, a control).
-        loose_draws, strict_draws, centred_draws: the same per draw, where they were sampled.
-        table: the rows that go first.
+            q.k part is subtracted first (the centred gauge, a control).
+        loose_draws, strict_draws, centred_draws: these sums per draw, where they were sampled.
+        table: the rows that collapse first.
         kept: the very first of them, with their attention before and after noise.
     """
 
@@ -124,7 +125,7 @@ class CollapseReport(CorpusReport):
             loose_centred: the loose share in the centred gauge.
             score_level: mean q.k part of the attended score.
             se, se_strict: standard error over draws of ``loose`` (0: exact) and of ``strict``.
-            se_prompts: bootstrap standard error of ``loose`` over prompts (NaN for one prompt).
+            se_prompts: standard error of ``loose`` over prompts (NaN for one prompt).
 
         Rates are NaN where there are no rows.
         """
@@ -199,11 +200,11 @@ class CollapseReport(CorpusReport):
         return (self.decoder_tokens if decoded else self.tokens)[prompt]
 
     def key_token(self, label: str, prompt: int, position: int) -> str:
-        """What a layer's key stands for, by the layer's label; a number for images and sound.
+        """The token of a layer's key, by the layer's label; a number for images and sound.
 
-        A decoder's queries look at its own tokens, those of cross-attention at the encoder's. Where
-        one attention has both, the encoder's follow; what follows the last is no token (compressed
-        keys).
+        A decoder's queries attend to its own tokens, those of cross-attention to the encoder's.
+        Where one attention has both, the encoder's come second; keys after the last token are none
+        (compressed keys).
         """
         decoder = self.decoder_tokens[prompt] if label[0] == "D" and self.decoder_tokens else ()
         known = decoder + self.tokens[prompt]
@@ -229,8 +230,8 @@ class CollapseReport(CorpusReport):
             inf where the law never reaches the rate, NaN where there are no rows.
 
         Raises:
-            ValueError: a rate outside (0, 1), or one at which competitors matter that the table
-                had no room for.
+            ValueError: a rate outside (0, 1), or one at which competitors matter that did not fit
+                into the table.
         """
         rate = check_number("rate", rate, "a share between 0 and 1", lambda x: 0 < x < 1)
         (content,) = check_booleans(content=content)
@@ -271,7 +272,7 @@ class CollapseReport(CorpusReport):
         return pd.DataFrame(sigma.reshape(n_layers, n_heads), index=layers, columns=heads)
 
     def fragile(self, n: int = 10, *, content: bool = False) -> pd.DataFrame:
-        """The n rows that go first, with the token they attend to and the one they jump to.
+        """The n rows that collapse first, with the token they attend to and the one they jump to.
 
         ``half_width`` is the smallest a such that factors in [1 - a, 1 + a] can move the row, from
         clean scores alone; ``sigma`` = a / sqrt(3) is the RMS of uniform noise of that half-width.
@@ -316,7 +317,7 @@ class CollapseReport(CorpusReport):
         """The noise under which ``kept`` shows a row, in that row's layer alone.
 
         A forward pass of the same prompts under ``noise.applied(model,
-        first_prompt=report.first_prompt)`` has that row of attention.
+        first_prompt=report.first_prompt)`` reproduces that row of attention.
 
         Raises:
             IndexError (a ValueError, too): no such row.
@@ -372,7 +373,7 @@ class CollapseReport(CorpusReport):
         )
 
     def _beside(self, later: CollapseReport) -> dict[str, Any]:
-        """Of a merged report: the rows of both, as many as are kept."""
+        """The kept rows of a merged report: the most fragile of both, as many as are kept."""
         before, settings = len(self.tokens), self.settings
         moved = replace(later.table, prompt=later.table.prompt + np.int32(before))
         table = join(self.table, moved, settings.keep)
@@ -401,7 +402,8 @@ class CollapseReport(CorpusReport):
         sqrt(3) sigma is at most the table's ``cutoff``; else a lower bound.
 
         Raises:
-            TypeError, ValueError: rows that the table does not have, or a sigma that the law can't.
+            TypeError, ValueError: rows that the table does not have, or a sigma that the law can't
+                have.
         """
         at, each = self._check_rate(sigma, rows)
         return rate_of_rows(self.table, self.settings, each, at)
@@ -487,5 +489,5 @@ _FORM = Form(
 
 
 def _token(tokens: tuple[str, ...], position: int) -> str:
-    """A token as a string; its position where the input is no text."""
+    """A token as a string; its position where the input is not text."""
     return tokens[position] if position < len(tokens) else str(position)

@@ -1,4 +1,4 @@
-"""Rows of a collapse report's file: do they lie in the report, and where their entries say?"""
+"""Checks that the rows of a collapse report's file lie within the report, as their entries say."""
 
 from __future__ import annotations
 

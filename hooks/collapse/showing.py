@@ -1,4 +1,4 @@
-"""Picks the most fragile rows while a probe runs, and noises them when it is done.
+"""Picks the most fragile rows while a probe runs, and noises them at its end.
 
 No more than the wanted rows are held at any time, each with one row of scores.
 """
@@ -73,7 +73,7 @@ class Showing:
             layer: the scores they were read from.
             index, n_heads: of the layer.
             prompts: index of each prompt of the batch.
-            first: index in the whole layer of these scores' first matrix and query.
+            first: index of these scores' first matrix and query in the whole layer.
             eps: rounding of the dtype that the scores were made in.
         """
         n_rows = int(piece.used[0])
@@ -104,7 +104,7 @@ class Showing:
             self._held = both[: self.keep]
 
     def _worst(self) -> float:
-        """Half-width beyond which no row is kept any more."""
+        """Half-width beyond which no further row is kept."""
         with self._lock:
             return self._held[-1].order[0] if len(self._held) == self.keep else 1.0
 
@@ -219,7 +219,7 @@ class _Noising:
         return factor
 
     def _base(self) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers behind the draws' factors: of the query ``[draw]``, of the keys."""
+        """Numbers that give the draws' factors: of the query ``[draw]``, of the keys."""
         n, sites, on = len(self.s), self.sites, self.settings.on
         q, k = np.full((2, DRAWS), 0.5), np.full((DRAWS, n), 0.5)
         if "q" in on:
@@ -264,7 +264,7 @@ class _Noising:
         return least
 
     def _searched(self, q: np.ndarray, k: np.ndarray) -> Float[np.ndarray, "draw"]:
-        """The same for any law, on a ladder of sigmas and by bisection between two of its steps."""
+        """Least sigma that moves the row, by draw, for any law: a ladder, then bisection."""
         end = self.law.limit if math.isfinite(self.law.limit) else _UNBOUNDED
         ladder = np.geomspace(self.held.order[0] / 20, end, _LADDER)
         first = np.full(len(q), _LADDER)
@@ -300,7 +300,7 @@ def _noise(settings: ProbeSettings, sigma: float, draw: int) -> NormNoise:
 
 
 def _factor_of(law: Law, base: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """Log-normal factors of each draw's own sigma (see :class:`hooks.laws.LogNormal`)."""
+    """Log-normal factors of each draw's own sigma (see :class:`hooks.LogNormal`)."""
     assert law.name == "lognormal"
     s = np.sqrt(np.log1p(sigma * sigma))[:, None]
     return np.asarray(np.exp(s * base - s * s / 2))

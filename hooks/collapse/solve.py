@@ -1,4 +1,4 @@
-"""The exact curve of the rows that go first, and the sigma at which it reaches a rate."""
+"""The exact curve of the most fragile rows, and the sigma at which it reaches a rate."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rate_of_rows(
 def _bound_of_left_out(
     table: RowTable, settings: ProbeSettings, sigma: Float[np.ndarray, "group"]
 ) -> Float[np.ndarray, "group"]:
-    """At most this probably does one competitor win that the table does not list."""
+    """Upper bound of the probability that one competitor that the table does not list wins."""
     cutoff, law = float(table.cutoff), get_law(settings.law)
     uniform = law.name == "uniform"
     able = math.sqrt(3) * sigma > cutoff if uniform else sigma > 0
@@ -81,8 +81,8 @@ def solve_sigma_at(
 ) -> Float[np.ndarray, "group"]:
     """Per group of rows, the sigma at which the pooled collapse probability reaches ``rate``.
 
-    ``left_out`` counts the competitors able to win that the table had no room for: they bound the
-    rate from above by what all of them add, each at the cutoff.
+    ``left_out`` counts the competitors able to win that did not fit into the table: the rate is at
+    most what they add, each at the cutoff.
     """
     n_groups = len(counts)
 

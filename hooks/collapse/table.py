@@ -1,4 +1,4 @@
-"""The rows that can collapse and their competitors, as many as a table may hold.
+"""The rows that can collapse and their competitors, in a table of limited size.
 
 A table lists every competitor nearer than its cutoff, of all rows, and none beyond. The cutoff is
 the largest at which it holds no more than ``keep`` of them: a fact of the rows, whatever the order
@@ -35,7 +35,7 @@ class RowTable:
     first, are the entries ``start[i]`` to ``start[i + 1]`` of ``s`` (their q.k parts), of ``beta``
     = b_* - b_t (empty where no layer adds a bias) and of ``a`` (the half-width from which each can
     win; 2 where only factors above 2 would do); ``rival`` is the first one's position. Below the
-    half-width ``cutoff`` the table is complete, beyond it it lists nobody.
+    half-width ``cutoff`` the table is complete; beyond, it is empty.
     """
 
     layer: Int[np.ndarray, "row"]
@@ -62,7 +62,7 @@ class RowTable:
 
 
 def cut(table: RowTable, keep: int) -> RowTable:
-    """The same table with at most ``keep`` competitors, those nearest to winning."""
+    """This table with at most ``keep`` competitors, those nearest to winning."""
     return together([table], min(float(table.cutoff), _cutoff([table], keep)))
 
 
@@ -74,7 +74,7 @@ def join(first: RowTable, later: RowTable, keep: int) -> RowTable:
 
 
 def together(tables: Sequence[RowTable], cutoff: float) -> RowTable:
-    """One table of several, with the competitors nearer than ``cutoff``."""
+    """Several tables as one, with the competitors nearer than ``cutoff``."""
     kept = [_below(table, cutoff) for table in tables]
     sizes = np.cumsum([0, *(table.start[-1] for table in kept)])
     starts = [table.start[:-1] + size for table, size in zip(kept, sizes, strict=False)]
@@ -88,7 +88,7 @@ def together(tables: Sequence[RowTable], cutoff: float) -> RowTable:
 
 
 def _cutoff(tables: Sequence[RowTable], keep: int) -> float:
-    """The largest cutoff at which these hold no more than ``keep`` competitors."""
+    """The largest cutoff at which these tables hold at most ``keep`` competitors."""
     if sum(len(table.a) for table in tables) <= keep:
         return COMPLETE
     return float(np.partition(np.concatenate([table.a for table in tables]), keep)[keep])
@@ -115,7 +115,7 @@ def _of(table: RowTable, names: Sequence[str]) -> dict[str, Any]:
 
 
 def ordered(table: RowTable) -> RowTable:
-    """The same rows sorted by layer, head, prompt and query."""
+    """The table's rows sorted by layer, head, prompt and query."""
     order = np.lexsort([getattr(table, n) for n in ("query", "prompt", "head", "layer")])
     count = np.diff(table.start)[order]
     start = np.concatenate([[0], np.cumsum(count)])
@@ -126,7 +126,7 @@ def ordered(table: RowTable) -> RowTable:
 
 
 class TableParts:
-    """A table that grows from many sides; what no longer fits is let go of, the farthest first."""
+    """A table that grows from many sides; what no longer fits is dropped, farthest first."""
 
     def __init__(self, keep: int, *, biased: bool) -> None:
         self.keep = keep
@@ -167,7 +167,7 @@ class TableParts:
                 self.cutoff = float(self._parts[0].cutoff)
 
     def _cut(self) -> RowTable:
-        """One table of all parts, no larger than it may be."""
+        """One table of all parts, cut to its size."""
         if not self._parts:
             nothing: dict[str, Any] = {n: np.zeros(0, np.int32) for n in _ROW}
             nothing |= {n: np.zeros(0, np.float32) for n in ("s_star", *_ENTRY)}

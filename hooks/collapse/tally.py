@@ -16,7 +16,7 @@ from hooks.sites import LayerSites
 
 
 class Tally:
-    """What has been counted so far, and the table of the rows that go first."""
+    """What has been counted so far, and the table of the most fragile rows."""
 
     def __init__(
         self,

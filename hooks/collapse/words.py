@@ -18,31 +18,31 @@ _MIN_ROWS = 20  # a head with fewer sparse rows is not named
 
 @runtime_checkable
 class Measured(Protocol):
-    """What of a report is put into words."""
+    """The parts of a report that are put into words."""
 
     @property
     def settings(self) -> ProbeSettings:
-        """As in the report."""
+        """How the probe was run."""
 
     @property
     def model(self) -> Mapping[str, Any]:
-        """As in the report."""
+        """Facts of the model."""
 
     @property
     def tokens(self) -> Sequence[Sequence[str]]:
-        """As in the report."""
+        """Each prompt's tokens as strings."""
 
     @property
     def examined(self) -> np.ndarray:
-        """As in the report."""
+        """Counts of rows with two or more visible keys."""
 
     @property
     def rows(self) -> np.ndarray:
-        """As in the report."""
+        """Counts of sparse rows."""
 
     @property
     def table(self) -> RowTable:
-        """As in the report."""
+        """The rows that can collapse."""
 
     def to_frame(self, by: Any = "head") -> pd.DataFrame:
         """Rates."""
@@ -129,7 +129,7 @@ def _one_percent(report: Measured, rate: str) -> str:
 
 
 def _first_head(report: Measured) -> str:
-    """The head whose sparse rows go first, among those with enough of them."""
+    """The most fragile head, among those with enough sparse rows."""
     if not {"k", "q"} & set(report.settings.on) or not len(report.table):
         return ""
     try:
@@ -144,6 +144,6 @@ def _first_head(report: Measured) -> str:
     layer, head = np.unravel_index(int(np.nanargmin(values)), values.shape)
     name = f"{report.model['labels'][layer]}H{head}"
     return (
-        f"First head (of those with {_MIN_ROWS} sparse rows or more): {name}, 1% of its "
+        f"Most fragile head (of those with {_MIN_ROWS} sparse rows or more): {name}, 1% of its "
         f"{int(counts[layer, head])} at sigma = {percent(float(values[layer, head]))}."
     )

@@ -1,4 +1,4 @@
-"""The one way functions are compiled here: for the CPU, without the GIL, kept on disk."""
+"""How functions are compiled here: for the CPU, without the GIL, cached on disk."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _ALLOWED = {"contract", "reassoc", "nsz", "arcp"}
 
 
 def _cache_folder() -> str | None:
-    """A folder for exactly these sources that can be written; None where there is none.
+    """A writable folder for exactly these sources; None where there is none.
 
-    Numba looks at a function's own file alone when it asks whether its machine code is stale; ours
+    Numba checks only a function's own file to see whether its machine code is stale; our functions
     call each other across files.
     """
     here = Path(__file__).parent
@@ -67,5 +67,5 @@ def compiled(function: _F) -> _F:
 
 
 def compiled_without_nan(function: _F) -> _F:
-    """The same for loops over numbers that are no NaN: only then do their maxima vectorise."""
+    """:func:`compiled` for loops over numbers without NaN: only then do their maxima vectorise."""
     return _compile(function, {*_ALLOWED, "nnan"})

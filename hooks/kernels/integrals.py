@@ -1,7 +1,7 @@
 """Compiled: the probability that a row's arg max moves under norm noise.
 
 A competitor's noised score is a random variable X_t = f_t s_t - beta_t / f_q, the attended one's
-X_* = f_* s_* (see :mod:`hooks.probability`), so that
+X_* = f_* s_* (see :mod:`hooks.noise.probability`), so that
 
     P = P(max_t X_t > X_*) = E_{X_*}[ 1 - H(X_*) ],        H(x) = prod_t P(X_t <= x).
 
@@ -29,7 +29,7 @@ _BLOCK = 8  # what the grids' sizes are multiples of, for the vector units
 GRID, _COARSE = 56, 32  # points of the trapezoidal grid: at most, and where H falls little
 _SLIGHT = 0.04  # turn of log H in one cell below which its kinks can be taken one by one
 _DEEP = 15.0  # H < exp(-15), and less beyond: what is cut off is below 1e-7
-_Z_END, _Z_STEP = 8.5, 0.125  # normal variable behind a factor; 1e-17 of the mass lies beyond
+_Z_END, _Z_STEP = 8.5, 0.125  # normal variable of a factor; 1e-17 of the mass lies beyond
 _Q_NODES = 8  # nodes per panel of the outer integral over f_q, under uniform noise
 # Panels, finer towards small f_q (by which the bias is divided), further split where the nearest
 # competitors turn.
@@ -181,9 +181,9 @@ def _kink(theta: float, value: float, rise: float) -> float:
 def _sharp_kinks(
     g: Array, d: Array, start: int, stop: int, step: float, h: Array, cell: int
 ) -> float:
-    """The same for one cell in which H turns much: a broken line through its two grid values.
+    """What kinks add in one cell where H bends sharply: a broken line through its two grid values.
 
-    All its kinks together say with which slope it sets out.
+    All its kinks together give the line's first slope.
     """
     per = 1.0 / step
     # Value and slope as (constant, coefficient of the first slope).
@@ -355,7 +355,7 @@ def _uniform_shifted(
 
 @compiled
 def _turning_points(s_star: float, s: Array, beta: Array, n: int, a: float, edges: Array) -> int:
-    """Factors of the query between which P is smooth, ascending in ``edges``; returns how many.
+    """Fill ``edges`` with query factors between which P is smooth, ascending; returns how many.
 
     A grid, and where the nearest competitors become able, or certain, to win.
     """

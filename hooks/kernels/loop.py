@@ -1,6 +1,6 @@
 """Compiled: the loop over a layer's rows.
 
-:mod:`hooks.kernels.row` has what is done with one of them.
+:mod:`hooks.kernels.row` handles one row.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from hooks.kernels.types import (
 
 
 def scratch(n_key: int) -> Scratch:
-    """Working memory for rows of that many keys."""
+    """Working memory for rows of this many keys."""
     floats = [np.empty(n_key) for _ in range(6)]
     ints = [np.empty(n_key, np.int64) for _ in range(3)]
     return Scratch(
@@ -82,7 +82,7 @@ def scan(
 ) -> int:
     """Add rows to ``sums`` and ``table`` from row ``first`` on, until the table may be full.
 
-    Returns the row to go on with, ``matrices * queries`` at the end.
+    Returns the row to continue with, ``matrices * queries`` at the end.
     """
     n_matrices, n_query, n_key = layer.scores.shape
     n_rows: int = n_matrices * n_query
@@ -92,7 +92,7 @@ def scan(
         m, q = at // n_query, at % n_query
         row = layer.scores[m, q]
         seen = at_least_two(row)
-        if layer.pattern.size:  # one score that is no number spoils all of a row's weights
+        if layer.pattern.size:  # one NaN score spoils all of a row's weights
             broken = has_no_number(layer.pattern[m, q, :1])
         else:
             broken = has_no_number(row)
@@ -109,7 +109,7 @@ def scan(
         sums.counts[EXAMINED, m] += 1
         if not sparse:
             continue
-        # Under a causal mask, what comes after the query's own key need not be looked at again.
+        # Under a causal mask, keys after the query's own need not be read again.
         row = row[: last_seen(row, n_key - n_query + q + 1)]
         if layer.qk.size or rule.soft_cap > 0:
             _unpacked_row(rule, layer, draws, sums, table, use, m, q)
@@ -134,7 +134,7 @@ def _place(rule: Rule, m: int, q: int, star: int) -> Place:
 def _plain_row(
     rule: Rule, row: Floats, draws: Draws, sums: Sums, table: Table, use: Scratch, m: int, q: int
 ) -> None:
-    """A row whose scores are its q.k parts: nothing is copied but competitors."""
+    """A row whose scores are its q.k parts: only competitors are copied."""
     top, star, reach = largest(row), first_of_largest(row), _reach(rule)
     if (not rule.on_k or top == 0) and tied(row, star, rule.eps):
         sums.counts[TIES, m] += 1
@@ -196,7 +196,7 @@ def _list(rule: Rule, use: Scratch, n: int, s_star: float, at: Place, table: Tab
 
 @compiled
 def _unpack(rule: Rule, layer: Layer, use: Scratch, m: int, q: int) -> tuple[int, int]:
-    """Tell q.k parts and biases apart; how many keys are visible, and which of them is attended."""
+    """Separate q.k parts and biases; how many keys are visible, and which of them is attended."""
     row = layer.scores[m, q]
     n, star, top = 0, -1, -math.inf
     for k in range(len(row)):
@@ -255,7 +255,7 @@ def _unpacked_row(
 def _competitors(
     rule: Rule, use: Scratch, n: int, star: int, shift: float, biased: bool, wanted: float
 ) -> tuple[int, int]:
-    """Nearest first, those within half-width ``wanted``; and how many are able to win at all."""
+    """Competitors within half-width ``wanted``, nearest first; and how many can win at all."""
     count, able = 0, 0
     # A half-width never exceeds 1, but the factors of an unbounded law may exceed 2.
     everyone = biased and rule.law != UNIFORM

@@ -1,8 +1,8 @@
 """Compiled: one pass over a layer's rows of scores, from which all sums of a probe come.
 
-A row is looked at once: is it sparse, which competitors could take its arg max at the largest
-sigma, with which probability at each. Nothing is kept but sums, and, for the table, the competitors
-that are near enough.
+Each row is read once: is it sparse, which competitors could take its arg max at the largest sigma,
+with which probability at each. Only sums are kept and, for the table, the competitors that are near
+enough.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from hooks.kernels.types import MASKED, Array, Drawn, Floats, Ints, Rule, Scratc
 TIE = 2.0  # scores closer than this many eps of their size differ by rounding alone
 _BUCKETS = 64
 
-# Rows of the counts: looked at; one visible key; two keys that share the maximum; competitors able
+# Rows of the counts: examined; one visible key; two keys that share the maximum; competitors able
 # to win at all, of rows that attend to content and of those that attend to the first token; rows
-# in which something is no finite number.
+# in which something is not finite.
 EXAMINED, SINGLE, TIES, ABLE, BROKEN = 0, 1, 2, 3, 5
 N_COUNTS = 6
 
@@ -69,7 +69,7 @@ def at_least_two(row: Floats) -> int:
 def holds_sparse(weights: Floats, sparse: float) -> bool:
     """Whether one of a row's attention weights is at least ``sparse``.
 
-    They sum to one at most: where smaller ones already take more than it leaves, none can be.
+    The weights sum to at most one: where smaller ones already exceed 1 - ``sparse``, none can be.
     """
     room = 1.01 - sparse  # 0.01 more than it leaves, for rounding
     for x in weights:
@@ -97,7 +97,7 @@ def is_sparse(row: Floats, top: float, room: float) -> bool:
 def half_width(s_star: float, s: float, beta: float, on_q: bool, on_k: bool) -> float:
     """Smallest a such that factors in [1 - a, 1 + a] move the row; inf above 1.
 
-    See :func:`hooks.probability.critical_half_width`, whose cases these are.
+    See :func:`hooks.critical_half_width`, whose cases these are.
     """
     gap, reach = s - s_star, abs(s) + abs(s_star)
     a = math.inf
@@ -119,7 +119,7 @@ def half_width(s_star: float, s: float, beta: float, on_q: bool, on_k: bool) -> 
 
 @compiled
 def sort_descending(key: Array, value: Array, index: Ints, n: int, spare: Array, at: Ints) -> None:
-    """By key, in place, value and index with it; buckets first, as rows can be long."""
+    """Sort by key, in place, with value and index; buckets first, as rows can be long."""
     if n > 24:
         low, high = key[0], key[0]
         for i in range(n):
@@ -177,7 +177,7 @@ def count_above(row: Floats, bar: float) -> int:
 
 @compiled
 def last_seen(row: Floats, guess: int) -> int:
-    """One past the last visible key, or the row's length: ``guess``, if it is right, is enough."""
+    """One past the last visible key, or the row's length; ``guess`` is returned if it is right."""
     if 0 < guess < len(row) and largest(row[guess:]) <= MASKED:
         return guess
     return len(row)
@@ -185,7 +185,7 @@ def last_seen(row: Floats, guess: int) -> int:
 
 @compiled
 def tied(row: Floats, star: int, eps: float) -> bool:
-    """Whether rounding of the model's dtype can't tell another key from the attended one."""
+    """Whether another key's score equals the attended one's up to the dtype's rounding."""
     bar = row[star] - TIE * eps * abs(row[star])
     close = 0
     for x in row:
@@ -203,7 +203,7 @@ def lowest_able(s_star: float, a: float) -> float:
 
 @compiled
 def collect_plain(row: Floats, star: int, bar: float, key: Array, index: Ints) -> int:
-    """Competitors above ``bar``, as they come."""
+    """Competitors above ``bar``, unsorted."""
     n, bar = 0, max(bar, MASKED)
     for k in range(len(row)):
         key[n], index[n] = row[k], k  # without a branch: the next one takes its place
@@ -274,7 +274,7 @@ def uncapped(w: float, soft_cap: float, eps: float) -> float:
 def first_sigma(
     law: int, s_star: float, s: Array, index: Ints, n: int, own: float, base: Array
 ) -> float:
-    """Without a bias and for factors linear in sigma: from which sigma on this draw moves it."""
+    """The sigma from which this draw moves the row, without a bias, for factors linear in sigma."""
     scale = math.sqrt(3.0) if law == UNIFORM else 1.0
     first = math.inf
     for t in range(n):
@@ -330,7 +330,7 @@ def sparse_by_nearest(rule: Rule, use: Scratch, n: int, s_star: float, drawn: Dr
     """:func:`sparse_again` from the competitors alone, where all other keys are out of reach.
 
     Without a bias, under uniform noise; competitors descend, and no other key lies above them. A
-    key more than exp(45) below the maximum, at its longest, adds nothing to the sum.
+    key more than exp(45) below the maximum, at its largest factor, adds nothing to the sum.
     """
     s, place, room = use.near, use.place, rule.room
     f_q, own, base, a = drawn.f_q, drawn.own, drawn.base, math.sqrt(3.0) * drawn.sigma

@@ -20,7 +20,7 @@ BEYOND = 2.0
 
 
 class Rule(NamedTuple):
-    """What is asked of every row, and what its layer is like."""
+    """What to compute for every row, and properties of its layer."""
 
     law: int
     sigmas: Array
@@ -49,14 +49,14 @@ class Layer(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Numbers behind the drawn factors, ``[draw, batch, head, pos]``."""
+    """Numbers from which factors are made, ``[draw, batch, head, pos]``."""
 
     q: Array
     k: Array
 
 
 class Sums(NamedTuple):
-    """Where rows are added up; the last axis tells content from sinks."""
+    """Sums over rows; the last axis separates content from sinks."""
 
     counts: Ints  # [count, matrix]
     rows: Ints  # [matrix, kind]

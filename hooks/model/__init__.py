@@ -1,4 +1,4 @@
-"""A model as it is given: its state, its passes, its inputs, its threads."""
+"""A model as given: its state, its passes, its inputs, its threads."""
 
 from hooks.model.ambient import measurement, model_pass, on_cpu, was_compiled
 from hooks.model.encoding import encode

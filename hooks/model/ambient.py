@@ -1,7 +1,7 @@
-"""What surrounds a call of ours: autocast of the user's, and a process that was forked.
+"""What surrounds our calls: the user's autocast, and a forked process.
 
-The passes that are measured run under the autocast that the caller's own would; everything that is
-made of them is computed without. A forked child has none of its parent's threads.
+Measured passes run under the caller's autocast; everything computed from them runs without it. A
+forked child has none of its parent's threads.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class _Here(threading.local):
-    """Of this thread: how deep in calls of ours.
+    """This thread's state: how deep in our calls it is.
 
-    Of the outermost, the autocast around it, and whether it was given a compiled model.
+    For the outermost call: the autocast around it, and whether it was given a compiled model.
     """
 
     depth: int = 0
@@ -35,11 +35,11 @@ class _Here(threading.local):
 
 _here = _Here()
 OF_THREADS = "_hooks_of_threads"
-"""Marks what stands in a compiled call's place while threads share a model."""
+"""Marks what replaces a compiled call while threads share a model."""
 
 
 def measurement(call: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A public call that runs the model: its arithmetic is done without the caller's autocast."""
+    """A public call that runs the model: its own arithmetic runs without the caller's autocast."""
 
     @wraps(call)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -74,9 +74,9 @@ def _is_compiled(given: object) -> bool:
 
 
 def _plain(given: Any) -> Any:
-    """The module behind one of torch.compile's, whose weights and hook points are the same.
+    """The module that torch.compile wrapped, with the same weights and hook points.
 
-    Each of our hooks would have it compiled again, for a minute, until torch gives up compiling.
+    Each of our hooks would trigger another compilation, for a minute, until torch gives up.
     """
     return given._orig_mod if _is_compiled(given) else given
 
@@ -91,7 +91,7 @@ def _compiled_in_place(given: tuple[Any, ...]) -> list[Any]:
 
 
 def _compiled_call(module: Any) -> Any:
-    """None also where a measurement of another thread stands in the compiled call's place."""
+    """None also where another thread's measurement has replaced the compiled call."""
     call = module._compiled_call_impl
     return None if getattr(call, OF_THREADS, False) else call
 
@@ -102,7 +102,7 @@ _holding = threading.Lock()
 
 @contextmanager
 def _uncompiled(modules: list[Any]) -> Iterator[None]:
-    """They are called as they were before; their compiled code is kept until nobody measures."""
+    """Call modules uncompiled; their compiled code is kept until no thread measures."""
     with _holding:
         for module in modules:
             call, n = _held.get(id(module), (module._compiled_call_impl, 0))
@@ -121,7 +121,7 @@ def _uncompiled(modules: list[Any]) -> Iterator[None]:
 
 
 def was_compiled() -> bool:
-    """Whether the call of ours that runs was given a compiled model."""
+    """Whether our running call was given a compiled model."""
     return _here.compiled
 
 
@@ -134,20 +134,20 @@ def autocast_now() -> tuple[tuple[str, torch.dtype], ...]:
 
 
 def autocast_of_passes() -> tuple[tuple[str, torch.dtype], ...]:
-    """The same for a pass of the model: in a call of ours, what was around the call."""
+    """Device types under autocast in a model's pass: within our calls, those around the call."""
     return _here.autocast if _here.depth else autocast_now()
 
 
 def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """What a matrix product of this dtype is made in; autocast leaves float64 alone."""
+    """The dtype that a matrix product of this dtype is made in; autocast leaves float64 alone."""
     return dtype if dtype == torch.float64 else dict(autocast_of_passes()).get(device, dtype)
 
 
 @contextmanager
 def model_pass() -> Iterator[None]:
-    """Around a pass of the model: the autocast of the caller's.
+    """The caller's autocast, around a pass of the model.
 
-    Without its cache: a weight that was cast without gradients would go on to be used with them.
+    Without its cache: a weight cast without gradients would later be used with them.
     """
     given = _here.autocast
     if not given:
@@ -170,7 +170,7 @@ def model_pass() -> Iterator[None]:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Our own arithmetic is in the dtypes that it says, whatever the model runs under."""
+    """Run our own arithmetic in the dtypes it names, whatever the model runs under."""
     active = [d for d in _DEVICES if torch.is_autocast_enabled(d)]
     for device in active:
         torch.set_autocast_enabled(device, False)
@@ -183,7 +183,7 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """Tensors of ours that name no device are made where our arithmetic is."""
+    """Make our tensors without a device on the CPU, where our arithmetic is."""
     if torch.get_default_device().type == "cpu":
         yield
         return
@@ -195,7 +195,7 @@ def on_cpu() -> Iterator[None]:
 
 
 class _Forks:
-    """Whether this process is a forked child, and what its parent was at."""
+    """Whether this process is a forked child, and what its parent was doing."""
 
     def __init__(self) -> None:
         self.measuring: list[int] = []  # threads
@@ -203,17 +203,17 @@ class _Forks:
         self.interrupted = False  # another thread was measuring, and may have held any lock
 
     def in_child(self) -> None:
-        """Just after a fork, in the only thread that is left."""
+        """Runs just after a fork, in the only remaining thread."""
         me = threading.get_ident()
         self.child = True
         self.interrupted |= any(thread != me for thread in self.measuring)
         self.measuring = [thread for thread in self.measuring if thread == me]
 
     def check(self) -> None:
-        """One thread for torch in a child: the first OpenMP region would wait for the parent's.
+        """One thread for torch in a child: its first OpenMP region would wait for the parent's.
 
         Raises:
-            RuntimeError: another thread of the parent was measuring when the child was made.
+            RuntimeError: another thread of the parent was measuring at the fork.
         """
         if not self.child:
             return

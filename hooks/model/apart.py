@@ -1,14 +1,14 @@
 """A measurement beside other threads that run, hook and train the same model.
 
-TransformerLens keeps hooks, and some of what belongs to one pass, on the modules, where all threads
-find them. While a thread measures,
+TransformerLens keeps hooks, and some state of a pass, on the modules, where all threads find them.
+While a thread measures,
 
-- its passes run the hooks that stood when it began and its own: none that other threads put on for
-  passes of theirs, whose caches would hold ours;
-- what a bridge keeps on its modules for the length of a pass is this thread's own;
-- where training flags must be turned off, other threads wait at the next module of the model.
+- its passes run its own hooks and those on the model when it began, not those that other threads
+  add for their own passes, whose caches would hold our tensors;
+- what a bridge keeps on its modules during a pass is private to this thread;
+- where training flags must be off, other threads wait at the next module of the model.
 
-Where no other thread is alive none of this is done.
+None of this is done where no other thread is alive.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _lock = threading.RLock()
 
 
 def allow(model: Any, point: Any, handle: Any) -> None:
-    """Tell a measurement of this thread of a hook that it just put on."""
+    """Register a new hook with this thread's measurement."""
     mine = _here.mine
     if mine is not None and mine.model is model:
         mine.allow(point, handle.hook.id)
@@ -82,11 +82,11 @@ def others() -> list[int]:
 
 @contextmanager
 def apart(model: Any) -> Iterator[None]:
-    """Inside, passes of this thread and those of others see nothing of each other.
+    """Inside, passes of this thread and those of others do not see each other.
 
     Raises:
-        UnsupportedModelError: hooks that another thread put on for a while, and that may be meant
-            for all threads or for its own passes; or weights that were written to meanwhile.
+        UnsupportedModelError: temporary hooks of another thread, which may be meant for all threads
+            or for its own passes; or weights that were written to meanwhile.
     """
     mark_hooks()
     if (_here.mine is not None and _here.mine.model is model) or not others():
@@ -124,7 +124,7 @@ def _versions(model: Any) -> list[int]:
 
 
 def mark_hooks() -> None:
-    """From now on each hook remembers the thread that put it on."""
+    """From now on each hook remembers the thread that added it."""
     module = sys.modules.get("transformer_lens.hook_points")
     if module is None or hasattr(module.HookPoint.add_hook, _THREAD):
         return
@@ -144,13 +144,13 @@ def mark_hooks() -> None:
 
 
 def mark(handle: Any) -> None:
-    """An intervention that stands while a context of this thread is open."""
+    """Mark an intervention that acts while a context of this thread is open."""
     setattr(handle, _THREAD, threading.get_ident())
     setattr(handle, _FOR_A_WHILE, True)
 
 
 def _of_others(model: Any, points: Sequence[Any]) -> set[int]:
-    """Hooks on for a while only, for the pass that another thread is in."""
+    """Temporary hooks, for a pass of another thread."""
     me, alive = threading.get_ident(), set(others())
     found = [
         (point, handle, thread)
@@ -180,7 +180,7 @@ def _of_others(model: Any, points: Sequence[Any]) -> set[int]:
 
 
 def _passes(model: Any) -> set[int]:
-    """Other threads that are inside of the model."""
+    """Other threads that are inside the model."""
     roots = {id(m) for m in (model, getattr(model, "original_model", None)) if m is not None}
     modules = roots | {id(m) for m in _modules(model)}
     me, frames = threading.get_ident(), sys._current_frames()
@@ -205,7 +205,7 @@ def _modules(model: Any) -> list[nn.Module]:
 
 
 class _Shared:
-    """What stands on a model while one or more threads measure it."""
+    """What is installed on a model while one or more threads measure it."""
 
     def __init__(self) -> None:
         self.threads = 0
@@ -236,7 +236,7 @@ _shared: weakref.WeakKeyDictionary[Any, _Shared] = weakref.WeakKeyDictionary()
 
 
 def _dispatch(point: Any) -> Callable[..., Any]:
-    """How a hook point is called meanwhile: as ever, but with its own hooks in our thread."""
+    """How a hook point is called meanwhile: as usual, but in our thread with its own hooks."""
     of = weakref.ref(point)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -257,7 +257,7 @@ def _dispatch(point: Any) -> Callable[..., Any]:
 
 
 def _kinds(model: Any, points: Sequence[Any]) -> set[type]:
-    """Classes of TransformerLens whose instances keep something for the length of a pass."""
+    """Classes of TransformerLens whose instances keep state during a pass."""
     conversions = (getattr(p, "hook_conversion", None) for p in points)
     things = [model, *_modules(model), *(c for c in conversions if hasattr(c, "batch_seq"))]
     found = set()
@@ -286,7 +286,7 @@ def _make_private(kinds: set[type]) -> None:
 
 
 def _make_public() -> None:
-    """When the last measurement is over: threads share by turns, models do not."""
+    """Restore shared state when the last measurement is over: threads take turns, models do not."""
     if any(shared.threads for shared in _shared.values()):
         return
     for kind, name in set().union(*_made_private):
@@ -295,7 +295,7 @@ def _make_public() -> None:
 
 
 class _Private:
-    """An attribute that a thread that measures has for itself; to the others it is as ever."""
+    """An attribute that is private to a measuring thread; other threads see the usual value."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -343,7 +343,7 @@ class _Gate:
         self.handles: list[Any] = []
 
     def close(self, model: Any) -> None:
-        """Hold other threads back, then turn the flags off."""
+        """Stop other threads, then turn the flags off."""
         me = threading.get_ident()
         with self.free:
             while self.owners and me not in self.owners:  # one measurement after the other
@@ -365,7 +365,7 @@ class _Gate:
             raise
 
     def open(self) -> None:
-        """Flags as they were; what waited goes on."""
+        """Restore the flags; waiting threads continue."""
         me = threading.get_ident()
         self.owners[me] -= 1
         if self.owners[me]:
@@ -380,11 +380,11 @@ class _Gate:
             self.free.notify_all()
 
     def turned_off(self) -> set[int]:
-        """Modules that only look as if they were not in training, seen from other threads."""
+        """Modules that only seem not to be in training, as seen from other threads."""
         return set() if threading.get_ident() in self.owners else {id(m) for m in self.flags}
 
     def _outwait(self, model: Any, deadline: float) -> None:
-        """Until every other thread is outside of the model, or stands before one of its modules."""
+        """Wait until every other thread is outside the model, or before one of its modules."""
         while others() and (running := _passes(model) - self.waiting):
             if time.monotonic() > deadline:
                 names = {t.ident: t.name for t in threading.enumerate()}
@@ -409,7 +409,7 @@ class _Gate:
                 self.waiting.discard(me)
 
     def after_fork(self) -> None:
-        """In a child nobody opens what another thread of the parent had closed."""
+        """In a child, open what another thread of the parent had closed."""
         self.free = threading.Condition(_lock)
         self.waiting = set()
         if threading.get_ident() not in self.owners:
@@ -423,11 +423,11 @@ _gates: weakref.WeakKeyDictionary[Any, _Gate] = weakref.WeakKeyDictionary()
 
 @contextmanager
 def not_training(model: Any) -> Iterator[None]:
-    """Every training flag off inside, and as it was afterwards.
+    """Turns every training flag off inside, and restores it afterwards.
 
     Raises:
-        UnsupportedModelError: a pass of another thread does not stop; or another thread turned
-            flags on meanwhile.
+        UnsupportedModelError: another thread's pass does not stop, or another thread turned flags
+            on meanwhile.
     """
     with _lock:
         gate = _gates.get(model)
@@ -458,7 +458,7 @@ def turned_off(model: Any) -> set[int]:
 
 
 def _after_fork() -> None:
-    """In a child only this thread is left: what others held, nobody gives back."""
+    """In a child only this thread is left: nobody releases what others held."""
     global _lock
     _lock = threading.RLock()
     for gate in list(_gates.values()):

@@ -1,4 +1,4 @@
-"""The decoder's tokens of an encoder-decoder: given, made of labels, or the prompt's own."""
+"""The decoder's tokens of an encoder-decoder: given, made from labels, or the prompt's own."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from hooks.model.token_rows import integers, token_rows
 
 
 def per_position(name: str, value: Tensor, n_prompts: int, width: int) -> Tensor:
-    """``[batch, pos]``; one row stands for all prompts, as the model has it too.
+    """``[batch, pos]``; one row serves for all prompts, as in the model.
 
     Raises:
-        ValueError: another shape, such as several numbers to a position.
+        ValueError: another shape, such as several numbers per position.
     """
     if value.ndim != 2 or value.shape[0] not in (1, n_prompts) or value.shape[1] != width:
         raise ValueError(
@@ -37,7 +37,7 @@ def check_ids(model: Any, row: Tensor, name: str, *, least: int) -> None:
     """Refuse a row that the model can't read.
 
     Raises:
-        ValueError: fewer tokens than ``least``, more than the context holds, or no such ids.
+        ValueError: fewer tokens than ``least``, more than the context holds, or unknown ids.
     """
     n_ctx = int(getattr(model.cfg, "n_ctx", 0) or 0)
     vocabulary = int(model.cfg.d_vocab)
@@ -58,9 +58,9 @@ def check_ids(model: Any, row: Tensor, name: str, *, least: int) -> None:
 def with_decoder(
     model: Any, prompts: Prompts, given: Any, mask: Any, labels: Any
 ) -> tuple[Prompts, Tensor | None]:
-    """The same with the decoder's tokens: given, made of the labels, or the prompt's own.
+    """Prompts with the decoder's tokens: given, made from the labels, or the prompt's own.
 
-    And the tensor ``[batch, pos]`` in which they were given, if they were.
+    Also returns the tensor ``[batch, pos]`` in which they were given, if any.
     """
     notes: tuple[str, ...] = ()
     if isinstance(given, np.ndarray):
@@ -78,7 +78,7 @@ def with_decoder(
         if given is None:
             given, notes = (
                 _from_labels(model, labels),
-                ("the decoder's tokens are the labels, moved on by one",),
+                ("the decoder's tokens are the labels, shifted by one",),
             )
         if mask is None and isinstance(given, Tensor) and given.shape == labels.shape:
             moved = torch.nn.functional.pad(labels[:, :-1] != IGNORED, (1, 0), value=True)
@@ -100,7 +100,7 @@ def with_decoder(
 
 
 def with_decoder_positions(prompts: Prompts, given: Any) -> Prompts:
-    """The same with positions ``[batch, pos]`` of the decoder's tokens, cut as these are."""
+    """Prompts with positions ``[batch, pos]`` of the decoder's tokens, cut like these."""
     if given is None:
         return prompts
     spans, width = prompts.decoder_spans, prompts.decoder_width
@@ -125,14 +125,14 @@ IGNORED = -100
 
 
 def _until_last(real: Tensor) -> Tensor:
-    """1 up to the last True of each row, and for its first position: a start token is real."""
+    """1 up to the last True of each row, and at its first position: a start token is real."""
     mask = (real.flip(1).cumsum(1).flip(1) > 0).long()
     mask[:, :1] = 1
     return mask
 
 
 def _from_labels(model: Any, labels: Tensor) -> Tensor:
-    """The labels moved on by one, as the model itself does it where it is given labels alone.
+    """The labels shifted by one, as the model itself does where it gets only labels.
 
     Raises:
         ValueError: the model does not say how.
@@ -142,7 +142,7 @@ def _from_labels(model: Any, labels: Tensor) -> Tensor:
     if not callable(moved):
         raise ValueError(
             "labels: wanted decoder_input_ids beside them, as the model does not say how it makes "
-            "them of labels; got labels alone"
+            "them of labels; got only labels"
         )
     out: Tensor = moved(labels=labels)
     return out
@@ -181,7 +181,7 @@ def _decoder_rows(
 
 
 def strings_of(model: Any, row: Tensor) -> tuple[str, ...]:
-    """Its tokens as strings; its ids without a tokenizer."""
+    """The decoder's tokens as strings; its ids without a tokenizer."""
     if getattr(model, "tokenizer", None) is None:
         return tuple(str(int(i)) for i in row)
     return tuple(str(s) for s in model.to_str_tokens(row.to(input_device(model))))

@@ -1,4 +1,4 @@
-"""Texts, token ids or named inputs to unpadded prompts, and prompts to batches of one length."""
+"""Converts texts, token ids or named inputs to unpadded prompts."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def encode(
 
     A text; ids ``[pos]`` or ``[batch, pos]`` (tensor, array or lists); one conversation (messages
     with ``role`` and ``content``); a list of texts, ids and conversations; named inputs, or rows of
-    a data set that hold them. What a forward pass of the user's is given is what is measured:
-    masks, positions and options go along, padding is cut off.
+    a data set that hold them. What your forward pass would get is what is measured: masks,
+    positions and options are passed on, padding is cut off.
 
     Raises:
-        ValueError: nothing to probe, an id outside the vocabulary, one token only, more tokens
-            than the context holds, a cache, or an input that the model does not take.
+        ValueError: nothing to probe, an id outside the vocabulary, only one token, more tokens than
+            the context holds, a cache, or an input that the model does not take.
         TypeError: something that is neither text nor integer ids.
     """
     check_model(model)
@@ -70,7 +70,7 @@ def encode(
         decoder_mask = values.pop("decoder_attention_mask", None)
         labels = values.pop(LABELS, None)
         if given.left_out:
-            notes.append(f"no part of what is measured, and left out: {', '.join(given.left_out)}")
+            notes.append(f"not part of what is measured, and left out: {', '.join(given.left_out)}")
         tokens = values.pop(first_name(model))
         if isinstance(tokens, Tensor):
             refuse_bos(prepend_bos)
@@ -110,7 +110,7 @@ def encode(
             "without a decoder of its own"
         )
     if labels is not None:
-        prompts = replace(prompts, notes=(*prompts.notes, "labels are no part of the pass"))
+        prompts = replace(prompts, notes=(*prompts.notes, "labels are not part of the pass"))
     return prompts
 
 
@@ -121,9 +121,10 @@ def _behind_padding(
     target: Tensor | None,
     values: Mapping[str, Any],
 ) -> Prompts:
-    """The same with the shortest prompt of each kind of padding, as it was given.
+    """Prompts with the shortest one of each kind of padding, as it was given.
 
-    Beside the longest, by which some models turn a whole batch (rotary positions of two lengths).
+    Batched with the longest, which decides in some models how a whole batch is rotated (rotary
+    positions of two lengths).
     """
     if "attention_mask" not in taken(model):
         ids = None
@@ -183,17 +184,17 @@ def _real(ids: Tensor, spans: Spans) -> Tensor:
 
 
 def _one_of_two(values: dict[str, Any], name: str, argument: str, given: Any) -> Any:
-    """An input that can be named or given as an argument, and not as both."""
+    """An input that can be named or given as an argument, but not both."""
     if name in values and given is not None:
         raise ValueError(f"{argument}: wanted it once; got it beside {name!r} of the inputs too")
     return values.pop(name, given)
 
 
 def _starts(prompts: Prompts) -> tuple[tuple[int, ...], ...]:
-    """First tokens of each prompt: the first one, and where positions fall back.
+    """First tokens of each prompt: the first one, and each where positions fall back.
 
-    Packed documents count by one from one number; a row may begin inside of the first. Positions
-    that go otherwise are no documents.
+    Packed documents count by one from one number; a row may begin inside the first. Other positions
+    mean no documents.
     """
     rows = prompts.each.get("position_ids", ())
     out = []

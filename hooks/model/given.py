@@ -1,4 +1,4 @@
-"""What a user hands over, in the one form that `encode` reads.
+"""User input, in the one form that `encode` reads.
 
 Texts, chat messages, token ids of any kind, what a tokenizer or a collator returns and rows of a
 data set become texts, rows of ids, or a mapping of tensors with an axis of prompts.
@@ -43,7 +43,7 @@ _CACHES = frozenset(
     {"past_key_values", "cache", "cache_params", "cache_position", "layer_past", "encoder_outputs"}
 )
 LABELS = "labels"
-# Named inputs of a pass over tokens alone: a few random tokens can stand for them in a check.
+# Named inputs of a pass over tokens alone: a few random tokens can replace them in a check.
 TOKENS_ALONE = frozenset(
     {"attention_mask", "position_ids", "token_type_ids", "decoder_input_ids", "use_cache"}
     | {"decoder_attention_mask", LABELS}
@@ -57,9 +57,9 @@ class Named:
     """Named inputs.
 
     Attributes:
-        values: tensors ``[batch, ...]``, and options that are none.
+        values: tensors ``[batch, ...]``, and options that are not tensors.
         lengths: how many entries each prompt had, where they were rows of unequal lengths.
-        left_out: names that are no input of a model.
+        left_out: names that are not inputs of a model.
     """
 
     values: dict[str, Any]
@@ -81,7 +81,7 @@ def taken(model: Any) -> set[str]:
 
 
 def is_named(tokens: Any) -> bool:
-    """Whether these are named inputs: a mapping, or rows of a data set (no chat messages)."""
+    """Whether these are named inputs: a mapping, or rows of a data set (not chat messages)."""
     if isinstance(tokens, Mapping):
         return True
     rows = isinstance(tokens, Sequence) and not isinstance(tokens, (str, bytes)) and len(tokens) > 0
@@ -134,8 +134,8 @@ def named(model: Any, tokens: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -
 
     Raises:
         ValueError: the model's first input is missing; a cache; a name that the model does not
-            take; rows of unequal lengths in one input and not in another.
-        TypeError: something that is no tensor and no list of numbers.
+            take; rows whose lengths differ between inputs.
+        TypeError: neither a tensor nor a list of numbers.
     """
     if not isinstance(tokens, Mapping):
         tokens = _collated(tokens)
@@ -158,7 +158,7 @@ def named(model: Any, tokens: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -
 
 
 def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows of a data set as one list for each name."""
+    """Rows of a data set as one list per name."""
     names = set(rows[0])
     for index, row in enumerate(rows):
         if set(row) != names:
@@ -170,7 +170,7 @@ def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _refuse_unknown(model: Any, tokens: Mapping[str, Any]) -> None:
-    """A name that nobody reads would be an input that is silently dropped."""
+    """Refuse unknown names: their inputs would be dropped silently."""
     takes = taken(model)
     if not takes:
         return
@@ -187,7 +187,7 @@ def _refuse_unknown(model: Any, tokens: Mapping[str, Any]) -> None:
 
 
 def _tensor(name: str, value: Any, lengths: dict[str, tuple[int, ...]]) -> Any:
-    """A value as a tensor with an axis of prompts; options and the like as they are."""
+    """A value as a tensor with an axis of prompts; options and the like unchanged."""
     if isinstance(value, (bool, str)) or not isinstance(value, (Iterable, np.ndarray, Tensor)):
         if name in _PER_TOKEN:
             raise TypeError(f"inputs: wanted numbers in {name!r}; got {shorten(value)}")
@@ -208,7 +208,7 @@ _UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def tensor_of(value: Any) -> Tensor:
-    """Numbers as a tensor, an array of another byte order or with negative strides too."""
+    """Numbers as a tensor; also from arrays of another byte order or with negative strides."""
     if isinstance(value, Tensor):
         return value
     array = np.asarray(value)
@@ -240,7 +240,7 @@ def _from_rows(name: str, rows: list[Any], lengths: dict[str, tuple[int, ...]]) 
 
 
 def _agreeing(lengths: Mapping[str, tuple[int, ...]], first: str) -> tuple[int, ...]:
-    """The lengths of the prompts; those of a decoder are its own."""
+    """The lengths of the prompts; a decoder's are its own."""
     of_prompts = {n: v for n, v in lengths.items() if not n.startswith("decoder_") and n != LABELS}
     if len(set(of_prompts.values())) > 1:
         some = {name: list(values[:3]) for name, values in of_prompts.items()}
@@ -277,10 +277,10 @@ def chat_ids(model: Any, messages: Sequence[Mapping[str, Any]]) -> Tensor:
 
 
 def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, str]:
-    """Token ids of a text, and what is to be said of its special tokens.
+    """Token ids of a text, and a note on its special tokens.
 
-    Special tokens that the text brings itself are not added once more: those of a chat template,
-    or a text's own first or last one. ``prepend_bos`` True or False is obeyed as it is.
+    Special tokens that the text already has are not added again: those of a chat template, or a
+    text's own first or last one. ``prepend_bos`` True or False always applies.
     """
     # Without truncate=False a long text is cut to the context, and nobody is told.
     ids = model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].cpu()
@@ -298,16 +298,16 @@ def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, s
         notes.append(f"text that begins with {tokenizer.decode(bare[:1])!r} got no BOS before it")
         before = []
     if after and bare and after[0] == bare[-1]:
-        notes.append(f"text that ends with {tokenizer.decode(bare[-1:])!r} got none behind it")
+        notes.append(f"text that ends with {tokenizer.decode(bare[-1:])!r} got none after it")
         after = []
     whole = [*before, *bare, *after]
     return torch.tensor(whole, dtype=ids.dtype), "; ".join(notes)
 
 
 def added(row: list[int], bare: list[int], eos: Any) -> tuple[list[int], list[int]] | None:
-    """What stands before and behind a text's own ids; None where they are not found.
+    """What comes before and after a text's own ids; None where they are not found.
 
-    TransformerLens takes the last EOS away where a tokenizer appends one: the text's own too.
+    TransformerLens removes the last EOS where a tokenizer appends one, even the text's own.
     """
     core = list(bare)
     while core and core[-1] == eos:
@@ -346,7 +346,7 @@ def refuse_other_inputs(
     """Refuse inputs that a measurement would not pass on.
 
     Raises:
-        UnsupportedModelError: there are some.
+        UnsupportedModelError: there are such inputs.
     """
     some = sorted(names)
     if some:

@@ -17,7 +17,7 @@ _AT_ONCE = 1 << 24  # words widened at a time on an accelerator
 
 @compiled
 def _mixed(i: int) -> int:
-    """An odd number that says nothing of i's neighbours."""
+    """An odd number from i, unrelated to those of i's neighbours."""
     x = np.uint64(i) * np.uint64(0x9E3779B97F4A7C15)
     x ^= x >> np.uint64(31)
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -44,7 +44,7 @@ def _table() -> np.ndarray:
 
 
 def hash_tensor(x: Tensor) -> int | Tensor:
-    """A number of 64 bits; on an accelerator still a tensor there, so that nothing waits for it.
+    """A number of 64 bits; on an accelerator it stays a tensor there, so that nothing waits for it.
 
     A change of one word always shows: its multiplier is odd. Any other change is missed about once
     in 2^60.
@@ -60,7 +60,7 @@ def hash_tensor(x: Tensor) -> int | Tensor:
 
 
 def hash_elsewhere(words: Tensor) -> Tensor:
-    """The same in plain torch."""
+    """:func:`hash_tensor` in plain torch."""
     table = torch.from_numpy(_table().view(np.int64)).to(words.device)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for at in range(0, len(words), _AT_ONCE):

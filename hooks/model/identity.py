@@ -1,8 +1,8 @@
 """What a model is at this moment, as short digests by name: equal ones mean the same model.
 
-Whatever is remembered of a model, or merged with other numbers of it, is remembered under these.
-All weights are read each time: their version counters would be faster, but miss what is written
-through ``.data``.
+What is remembered about a model, and what may merge with other numbers of it, goes by these
+digests. All weights are read each time: version counters would be faster, but miss writes through
+``.data``.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ _FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
-    """Digests of everything that a forward pass of the model depends on beside its input.
+    """Digests of everything that a forward pass of the model depends on besides its input.
 
     Keys:
         weights, buffers: all parameters and buffers, name, dtype, shape and every bit.
         configuration: of Hugging Face and of TransformerLens.
-        modules: plain attributes of every module (rates, scalings, active adapters), all that
-            modules of one's own hold, and what stands in the place of a library's functions.
-        hooks: one line for each hook that stands on the model: where, which function, and a digest
-            of its code and of the values that it closes over.
+        modules: plain attributes of every module (rates, scalings, active adapters), all that the
+            user's own modules hold, and what replaces a library's functions.
+        hooks: one line for each hook on the model: where, which function, and a digest of its code
+            and of the values that it closes over.
         attention, autocast, precision: implementation of attention; autocast's dtypes; how float32
             matrices are multiplied.
     """
@@ -87,9 +87,9 @@ def fingerprint(model: Any) -> dict[str, Any]:
 
 
 def key_of(model: Any) -> tuple[str, str]:
-    """What a verdict on the model is remembered under: its fingerprint, without hooks of ours.
+    """The key of a verdict on the model: its fingerprint, without our hooks.
 
-    Theirs rest in a self-check. Versions can't change within a process.
+    Our hooks rest in a self-check. Versions can't change within a process.
     """
     found = fingerprint(model)
     with inside(state.modules(model)):
@@ -111,7 +111,7 @@ def _version(library: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that a pass runs through."""
+    """Versions of the libraries that a pass runs through."""
     return {name: _version(name) for name in ("transformer-lens", "torch", "transformers", "numpy")}
 
 
@@ -119,7 +119,7 @@ def versions() -> dict[str, str]:
 
 
 def _of_config(config: Any) -> str:
-    """A configuration's values, where the model came from left out."""
+    """A configuration's values, without where the model came from."""
     if config is None:
         return ""
     to_dict = getattr(config, "to_dict", None)
@@ -129,7 +129,7 @@ def _of_config(config: Any) -> str:
 def _of_modules(modules: Iterable[nn.Module]) -> list[Any]:
     """Plain attributes of the modules; all that modules of the user's hold.
 
-    What TransformerLens and transformers keep to themselves changes from pass to pass.
+    Private attributes of TransformerLens and transformers change from pass to pass.
     """
     from transformer_lens.hook_points import HookPoint
 
@@ -158,7 +158,7 @@ def _of_modules(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def _replaces(value: Any) -> bool:
-    """Whether this is a user's function, in the place of one of a library's on an instance."""
+    """Whether this is a user's function that replaces a library's on an instance."""
     return isinstance(value, CALLS) and is_foreign(bare(value)) and not of_a_library(value)
 
 
@@ -173,7 +173,7 @@ def _parts_of_module(module: nn.Module) -> dict[Path, str]:
 
 
 def _replaced(modules: Iterable[nn.Module]) -> list[Any]:
-    """Functions of others in the places of methods of library classes and of their files."""
+    """Functions that replace methods of library classes or functions of their files."""
     bases = {b for m in modules for b in type(m).__mro__ if is_of_library(b) and b is not object}
     files = {b.__module__ for b in bases} | {"torch.nn.functional"}
     places: list[tuple[str, Mapping[str, Any]]] = [
@@ -193,7 +193,7 @@ def _replaced(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def standing_hooks(model: Any, *, ours: bool = True) -> Iterator[str]:
-    """A line for each hook on the model: where it is, the function's name, a digest of it."""
+    """One line for each hook on the model: where it is, the function's name, its digest."""
     for hook in standing(model):
         if hook.ours and ours:
             yield f"{hook.where}: {getattr(hook.function, state.SAYS, 'of qkvnorm-lens')}"
@@ -224,7 +224,7 @@ class _Moving:
         return any(p in self.grown and a not in self.grown[p] for p, a in pairwise(above))
 
     def learn(self, before: Mapping[Path, str], after: Mapping[Path, str]) -> None:
-        """Mark what differs, and where new names came."""
+        """Mark what differs, and where names were added."""
         self.changed |= {p for p in before if p and after.get(p) != before[p]}
         for new in after.keys() - before.keys():
             home = next(new[:n] for n in range(len(new), -1, -1) if new[:n] in before)
@@ -239,7 +239,7 @@ States = list[tuple[str, Any, dict[Path, str]]]
 def _owner(function: Any) -> Any:
     """What holds a hook's state: the object of a bound method, else the function itself.
 
-    Where that can't be weakly referenced, its method stands for all objects of the class.
+    Where that can't be weakly referenced, its method represents all objects of the class.
     """
     owner = getattr(function, "__self__", function)
     try:
@@ -250,7 +250,7 @@ def _owner(function: Any) -> Any:
 
 
 def _steady(owner: Any, found: dict[Path, str]) -> dict[Path, str]:
-    """Parts of a hook or a module that its passes leave alone."""
+    """Parts of a hook or a module that its passes do not change."""
     try:
         moving = _moving.get(owner)
     except TypeError:  # what can't be weakly referenced
@@ -259,7 +259,7 @@ def _steady(owner: Any, found: dict[Path, str]) -> dict[Path, str]:
 
 
 def states(model: Any) -> States:
-    """Of each hook and module of the user's: where it is, what holds its state, and its parts."""
+    """For each hook and module of the user's: where it is, what holds its state, and its parts."""
     every = state.modules(model)
     with inside(every):
         found: States = [(h.where, _owner(h.function), parts(h.function)) for h in users(model)]
@@ -279,7 +279,7 @@ def states(model: Any) -> States:
 def changing(model: Any, before: States) -> list[str]:
     """Where hooks and modules are whose own passes changed what they hold: a log, a counter.
 
-    From now on they are told apart by the rest, or each pass would make another model.
+    From now on they are identified by the rest, or each pass would make another model.
     """
     was = {id(owner): found for _, owner, found in before}
     changed = []

@@ -1,4 +1,4 @@
-"""What a model is run on: token ids, an encoder's and a decoder's, or images and sound."""
+"""A model's inputs: token ids, an encoder's and a decoder's, or images and sound."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from hooks.model.standing import names, raised_by, raised_in, resting, users
 _LENGTHS = (5, 7, 11, 13, 17, 3, 4, 2)  # few tokens only where the context has no room for more
 
 
-# Inputs that stand beside any tokens.
+# Inputs that may accompany any tokens.
 _OF_TOKENS = {"attention_mask", "decoder_input_ids", "decoder_attention_mask"}
 
 
 class NoRoom(UnsupportedModelError):
-    """The context is too short for a prompt whose length is no number of heads."""
+    """The context is too short for a prompt whose length is not a number of heads."""
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no model.
+    """Refuse what is not a model.
 
     Raises:
         TypeError: it lacks ``cfg``, ``hook_dict``, ``hooks`` or ``run_with_hooks``.
@@ -46,7 +46,7 @@ class ModelInput:
     """A batch as a model takes it: the first argument of its call, and named ones beside it.
 
     ``joined`` names those whose first axis is not that of the prompts (image patches); a batch with
-    any is of one prompt.
+    any holds one prompt.
     """
 
     first: Tensor
@@ -61,8 +61,8 @@ class ModelInput:
     def run(self, model: HookedModel) -> Any:
         """One forward pass, and what it returns.
 
-        Nothing is written to a cache, but where positions are given: without a cache and a mask
-        transformers takes positions that start again for packed prompts, and separates them.
+        Nothing is written to a cache, except where positions are given: without a cache and a mask
+        transformers takes restarting positions for packed prompts, and separates them.
 
         Raises:
             ValueError: a hook of the user's can't take this batch.
@@ -103,9 +103,9 @@ class ModelInput:
             ) from error
 
     def _broken_by(self, model: HookedModel, error: Exception, options: Mapping[str, Any]) -> str:
-        """Where the user's hooks are, if the pass comes to its end without them.
+        """Where the user's hooks are, if the pass succeeds without them.
 
-        What a hook returns may break the model long after it; what our hooks refuse, they say.
+        A hook's result may break the model much later; our own hooks say what they refuse.
         """
         standing = users(model)
         if not standing or raised_in(error, "hooks"):
@@ -132,14 +132,14 @@ class ModelInput:
 
 
 def short_input(model: HookedModel, batch: int, avoid: set[int], attempt: int = 0) -> ModelInput:
-    """The same few random tokens in each row; their number is none of ``avoid``, the head counts.
+    """A few random tokens, the same in each row; their number is not in ``avoid``, the head counts.
 
     Another ``attempt`` is another prompt, longer where the context allows. Models of images and
     sound get a random picture or wave form.
 
     Raises:
-        UnsupportedModelError: the context is too short for a check, or the model takes images whose
-            size it does not say.
+        UnsupportedModelError: the context is too short for a check, or the model does not say how
+            large its images are.
     """
     generator = torch.Generator().manual_seed(1 + attempt)
     signal = _signal(model, generator)
@@ -158,7 +158,7 @@ def short_input(model: HookedModel, batch: int, avoid: set[int], attempt: int = 
     row = torch.randint(0, int(model.cfg.d_vocab), (1, length), generator=generator)
     if not has_decoder(model):
         return ModelInput(_copies(row, batch))
-    # Another length, so that the axes of cross-attention can be told apart.
+    # Another length, so that the axes of cross-attention can be distinguished.
     other = next((p for p in lengths if p != length), length)
     ids = torch.randint(0, int(model.cfg.d_vocab), (1, other), generator=generator)
     return ModelInput(_copies(row, batch), {"decoder_input_ids": _copies(ids, batch)})
@@ -200,7 +200,7 @@ def _signal(model: HookedModel, generator: torch.Generator) -> Tensor | None:
 
 
 def without_cache(model: HookedModel) -> dict[str, Any]:
-    """What keeps a model from copying every key and value to a cache that nobody reads."""
+    """Options that keep a model from copying every key and value to a cache that nobody reads."""
     forward = getattr(getattr(model, "original_model", None), "forward", None)
     if not callable(forward) or "use_cache" not in inspect.signature(forward).parameters:
         return {}

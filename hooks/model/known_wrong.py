@@ -1,7 +1,7 @@
 """Models that a bridge is known to compute wrongly.
 
-A self-check runs the bridge alone, and can't see that its weights were taken apart wrongly: what
-it finds is true of the bridge, and false of the model. `docs/transformerlens-traps.md` has the
+A self-check runs only the bridge, and can't see that its weights were split wrongly: what it finds
+is true of the bridge, but false of the model. `docs/transformerlens-traps.md` has the
 reproductions.
 """
 
@@ -17,7 +17,7 @@ def refuse_known_wrong(model: Any) -> None:
 
     Raises:
         UnsupportedModelError: a Falcon with grouped keys (``new_decoder_architecture``; its q, k
-            and v lie interleaved by group, and are split one after the other) or with ALiBi (added
+            and v are interleaved by group, but split as if concatenated) or with ALiBi (added
             twice); GPT-OSS in compatibility mode (value biases are folded as if its rows summed to
             one, and its sinks take a share).
     """

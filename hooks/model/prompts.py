@@ -1,4 +1,4 @@
-"""Prompts of a measurement, without padding, and the batches that a model takes of them."""
+"""Prompts of a measurement, without padding, and the batches made from them."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the model is given, prompt by prompt: without padding, which is cut off and counted.
+    """The model's input, prompt by prompt, without padding, which is cut off and counted.
 
     Attributes:
         first: each prompt's token ids ``[pos]``, image or wave form.
         padding: padding positions that were cut off.
         strings: the tokens as strings; empty for images and sound.
         decoder: token ids that an encoder-decoder's decoder is given; empty for other models.
-        decoder_strings: the same as strings.
+        decoder_strings: these ids as strings.
         each: other inputs, a tensor for each prompt.
-        joined: of a single prompt, what a model takes joined along the first axis (image patches).
-        plain: what is no tensor, for all prompts.
-        masked: whether a mask of ones goes with each prompt, as there was a mask in the user's
-            call: transformers looks for packed prompts where there is none.
-        decoder_masked: the same of the decoder's tokens.
-        spans, width: from where to where the prompts lay in the rows that were given, and how wide
-            these were; 0 where each had a length of its own.
-        decoder_spans, decoder_width: the same of the decoder's tokens.
-        padded: prompts that lay before or behind padding, as they were given: the shortest of each
-            kind, by index, in a batch with the longest prompt.
+        joined: for a single prompt, inputs joined along the first axis (image patches).
+        plain: inputs that are not tensors, for all prompts.
+        masked: whether each prompt gets a mask of ones, as the user's call had a mask: transformers
+            looks for packed prompts where there is none.
+        decoder_masked: whether the decoder's tokens get a mask of ones.
+        spans, width: where the prompts began and ended in the given rows, and how wide these were;
+            0 where each had a length of its own.
+        decoder_spans, decoder_width: spans and width of the decoder's tokens.
+        padded: prompts with padding before or after them, as given: the shortest of each kind, by
+            index, in a batch with the longest prompt.
         starts: positions of each prompt's first tokens: 0, and where a packed document begins.
-        notes: what a reader must know of how they came to be.
+        notes: what a reader must know about how the prompts were made.
     """
 
     first: tuple[Tensor, ...]
@@ -64,7 +64,7 @@ class Prompts:
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """Names of the tensors beside the tokens, their mask and the decoder's tokens."""
+        """Names of the tensors besides the tokens, their mask and the decoder's tokens."""
         return tuple(sorted({*self.each, *self.joined}))
 
     @property
@@ -111,5 +111,5 @@ class Prompts:
 
 
 def example_of(model: Any, prompts: Prompts) -> ModelInput:
-    """One short prompt: of random tokens, or the first one where there is more than tokens."""
+    """One short prompt: random tokens, or the first prompt where the input is more than tokens."""
     return prompts.batch([0]) if prompts.extra else short_input(model, 1, set())

@@ -1,4 +1,4 @@
-"""What is asked of a model."""
+"""What a model must have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROLES: tuple[Role, ...] = ("q", "k", "v")
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """All that this package asks of a model: TransformerBridge and HookedTransformer have it."""
+    """All that this package uses of a model; TransformerBridge and HookedTransformer have it."""
 
     @property
     def cfg(self) -> Any:
@@ -43,7 +43,7 @@ class Anchor(Protocol):
 
     @property
     def product(self) -> int:
-        """Which product of fitting operands it is, from 0."""
+        """Which product of matching operands it is, from 0."""
 
     @property
     def d_head(self) -> int:
@@ -52,7 +52,7 @@ class Anchor(Protocol):
 
 @runtime_checkable
 class Watched(Protocol):
-    """What of an attention layer must be known to recognise it in a pass."""
+    """What must be known about an attention layer to recognise it in a pass."""
 
     @property
     def layer(self) -> int:
@@ -64,4 +64,4 @@ class Watched(Protocol):
 
     @property
     def anchor(self) -> Anchor | None:
-        """None where hooks show all that is read."""
+        """None where hooks show everything that is read."""

@@ -1,4 +1,4 @@
-"""Hooks that stand on a model: TransformerLens's, torch's, and those of this package."""
+"""Hooks that are on a model: TransformerLens's, torch's, and those of this package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Standing:
     Attributes:
         where: name of the hook point or module.
         function: as it was given.
-        ours: whether it is of this package.
+        ours: whether it belongs to this package.
         table, key: where torch keeps what it calls.
     """
 
@@ -38,7 +38,7 @@ class Standing:
 
 
 def standing(model: Any) -> Iterator[Standing]:
-    """Every forward hook on the model's hook points and modules, and those of all modules."""
+    """Every forward hook on the model's hook points and modules, and torch's global ones."""
     seen: set[int] = set()
     for root in (model, getattr(model, "original_model", None)):
         if not isinstance(root, nn.Module):
@@ -52,19 +52,19 @@ def standing(model: Any) -> Iterator[Standing]:
 
 
 def users(model: Any) -> list[Standing]:
-    """Those that are not of this package."""
+    """The hooks that do not belong to this package."""
     return [hook for hook in standing(model) if not hook.ours]
 
 
 def names(hooks: list[Standing]) -> str:
-    """Where they are, in short."""
+    """Where the hooks are, in short."""
     places = sorted({hook.where for hook in hooks})
     return f"{', '.join(places[:3])}{' and others' if len(places) > 3 else ''}"
 
 
 @contextmanager
 def resting(hooks: list[Standing]) -> Iterator[None]:
-    """Inside, these hooks do nothing in this thread; in others they go on."""
+    """Inside, these hooks do nothing in this thread; in other threads they still act."""
     mine = threading.get_ident()
 
     def rests(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +86,7 @@ def resting(hooks: list[Standing]) -> Iterator[None]:
 
 
 def raised_by(model: Any, error: BaseException) -> str | None:
-    """Where the user's hook stands that raised this; None where none did."""
+    """Where the user's hook is that raised this; None where none did."""
     frames, at = set(), error.__traceback__
     while at is not None:
         frames.add(at.tb_frame.f_code)
@@ -101,7 +101,7 @@ _WATCHES = {"__torch_function__"}
 
 
 def raised_in(error: BaseException, package: str) -> bool:
-    """Whether a module of this package raised it; what a watched call raises is its caller's."""
+    """Whether a module of this package raised it; an error from a watched call is its caller's."""
     at, name = error.__traceback__, ""
     while at is not None:
         if at.tb_frame.f_code.co_name not in _WATCHES:

@@ -1,4 +1,4 @@
-"""Leave the model as it was found: training mode, grad mode and hooks, also after an exception."""
+"""Leaves the model as it was found: training mode, grad mode and hooks, also after an exception."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _checking: ContextVar[bool] = ContextVar("checking", default=False)
 
 @contextmanager
 def checking() -> Iterator[None]:
-    """Inside, the noise that is on the model rests: a self-check looks at the model itself."""
+    """Inside, noise on the model is off: a self-check measures the model itself."""
     token = _checking.set(True)
     try:
         yield
@@ -40,7 +40,7 @@ def checking() -> Iterator[None]:
 
 
 def is_checking() -> bool:
-    """Whether a self-check runs."""
+    """Whether a self-check is running."""
     return _checking.get()
 
 
@@ -49,7 +49,7 @@ SAYS = "_hooks_says"
 
 
 class Resting:
-    """A hook of ours that does nothing during a self-check; ``says`` what it does otherwise."""
+    """Our hook that does nothing during a self-check; ``says`` names what it does otherwise."""
 
     def __init__(self, hook_fn: Callable[..., Any], says: str) -> None:
         self.hook_fn = hook_fn
@@ -73,7 +73,7 @@ def foreign_hooks(point: Any) -> list[Any]:
 
 
 class Finished(Exception):
-    """Raised in a hook to end a forward pass that has shown what it was run for."""
+    """Raised in a hook to end a forward pass once it has shown what was needed."""
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def active_dropout(model: Any) -> str | None:
-    """Name and rate of a dropout that acts in the model's present mode, or None."""
+    """Name and rate of a dropout that is active in the model's current mode, or None."""
     turned_off = apart.turned_off(model)
     for module in modules(model):
         if not module.training and id(module) not in turned_off:
@@ -111,10 +111,10 @@ def model_dtype(model: Any) -> torch.dtype:
 
 
 def pass_dtype(model: Any, prefix: str = "") -> torch.dtype:
-    """The least precise dtype that a pass multiplies matrices in; what tolerances are made of.
+    """The least precise dtype in which a pass multiplies matrices; tolerances are based on it.
 
-    Of the module with that name, where it has weights, and of the whole model otherwise. Under
-    autocast that is autocast's.
+    For the module of that name, where it has weights, else for the whole model. Under autocast it
+    is autocast's dtype.
     """
     part = _submodule(model, prefix) if prefix else None
     for of in ([part] if part is not None else []) + [model]:
@@ -137,7 +137,7 @@ def _submodule(model: Any, name: str) -> nn.Module | None:
 
 
 def dtype_of_passes(model: Any) -> str:
-    """For a report: ``float32``; ``float32, autocast bfloat16``."""
+    """The dtype for a report: ``float32``, or ``float32, autocast bfloat16``."""
     dtype = str(model_dtype(model)).removeprefix("torch.")
     cast = [str(d).removeprefix("torch.") for _, d in ambient.autocast_of_passes()]
     return ", ".join([dtype, *(f"autocast {name}" for name in cast)])

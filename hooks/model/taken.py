@@ -1,7 +1,7 @@
-"""One attention as the model took it: what its softmax was taken of, and its operands.
+"""One attention as the model computed it: the input of its softmax, and its operands.
 
-A fused attention never makes its scores; they are made here, as many queries at a time as are asked
-for.
+A fused attention never makes its scores; they are made here, for as many queries at a time as
+requested.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Fused:
     ) -> Float[Tensor, "batch head query key"]:
         """Scores of some of the queries, as the function's documentation defines them.
 
-        ``n_key``: of so many keys only (what comes later may be known to be masked).
+        ``n_key``: only for this many keys (later ones may be known to be masked).
         """
         wide = torch.promote_types(self.query.dtype, torch.float32)
         batch, n_heads, _, every = self.shape
@@ -63,16 +63,16 @@ class Fused:
 
 @dataclass(frozen=True)
 class Taken:
-    """One attention as the model took it.
+    """One attention as the model computed it.
 
     Attributes:
-        made: what the softmax was taken of, masked keys at -inf or the dtype's least number, and
-            its result; None where the attention is fused and makes neither.
+        made: the softmax's input, masked keys at -inf or the dtype's least number, and its result;
+            None where the attention is fused and makes neither.
         fused: the arguments of a fused attention.
-        q, k: the vectors whose dot product the scores came from, as they came, keys as they are
-            shared among the query heads; None where no such product was seen.
+        q, k: the vectors whose dot product gave the scores, as they came, keys as shared among the
+            query heads; None where no such product was seen.
         v, z: what the pattern averages, as it came, and the average; None where that was not seen,
-            or is not over.
+            or is not finished.
     """
 
     made: tuple[Tensor, Tensor] | None
@@ -91,7 +91,7 @@ class Taken:
 
     @property
     def scores(self) -> Float[Tensor, "batch head query key"]:
-        """All scores; made anew at each call where the attention is fused."""
+        """All scores; computed anew at each call where the attention is fused."""
         if self.fused is not None:
             return self.fused.scores(0, self.fused.shape[2])
         assert self.made is not None

@@ -1,9 +1,9 @@
-"""Attention read, and written, where the model takes it: for layers whose hooks do not show it.
+"""Reads and writes attention where the model computes it, for layers whose hooks do not show it.
 
 Some bridges run Hugging Face's own attention: their scores hook carries the softmaxed pattern, or
 nothing (sdpa); some have no hook in their attention at all. A `TorchFunctionMode` sees every torch
-function of a forward pass, and so the product of queries and keys, the softmax, its product with
-the values, and the fused attention that is all three.
+function of a forward pass: the product of queries and keys, the softmax, its product with the
+values, and the fused attention that does all three.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _open = _Open()
 
 @dataclass
 class _Product:
-    """A product of which the softmax may be taken: of queries and keys, as they came."""
+    """A product that may enter the softmax: of queries and keys, as they came."""
 
     q: Float[Tensor, "#batch #head query d_head"]
     k: Float[Tensor, "#batch #head key d_head"]
@@ -65,7 +65,7 @@ class _Product:
 
 @dataclass
 class _Expected:
-    """The attention of a layer behind whose anchor the pass is now."""
+    """The attention of the layer whose anchor the pass has last passed."""
 
     sites: Watched
     batch: int
@@ -76,14 +76,14 @@ class _Expected:
     written: bool = False
 
     def fits(self, q: Tensor, k: Tensor) -> bool:
-        """Whether these are operands ``[batch, head, pos, d_head]`` of the shape that is meant."""
+        """Whether these are operands ``[batch, head, pos, d_head]`` of the expected shape."""
         anchor = self.sites.anchor
         assert anchor is not None
         wanted = (self.batch, self.sites.n_heads, self.n_query, anchor.d_head)
         return tuple(q.shape) == wanted and k.shape[1] in (1, self.sites.n_heads)
 
     def unwritten(self, product: _Product) -> bool:
-        """Whether this is a product that should have been multiplied, and was not."""
+        """Whether this product should have been multiplied by factors, but was not."""
         if self.factors is None or product.written:
             return False
         return self.fits(product.q, product.k)
@@ -98,11 +98,11 @@ class _Expected:
         return (vectors.to(wide) * by).to(vectors.dtype)
 
     def error(self, what: str) -> RuntimeError:
-        """The model does not do what the self-check saw it do."""
+        """The error for a model that does not do what the self-check saw."""
         anchor = self.sites.anchor
         assert anchor is not None
         return RuntimeError(
-            f"layer {self.sites.layer}: wanted the attention that the self-check saw behind "
+            f"layer {self.sites.layer}: wanted the attention that the self-check saw after "
             f"{anchor.hook}; got {what}"
         )
 
@@ -110,13 +110,13 @@ class _Expected:
 class AttentionTap(TorchFunctionMode):
     """Keeps the operands of the latest attention of a forward pass, or waits for a layer's.
 
-    One layer at a time: the next attention replaces the latest, and :meth:`take` lets go of it.
-    Taps may be open inside each other: what the outer writes, the inner sees.
+    One layer at a time: the next attention replaces the latest, and :meth:`take` frees it. Taps may
+    be nested: the inner sees what the outer writes.
 
     Args:
-        on_attention: is called with each attention when its average of values is there.
-        on_softmax: is called with the shape of each softmax of four axes or more that no such
-            attention is seen to belong to.
+        on_attention: called with each attention once its average of values exists.
+        on_softmax: called with the shape of each softmax of four or more axes that belongs to no
+            such attention.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class AttentionTap(TorchFunctionMode):
 
     @contextmanager
     def of_passes(self, module: nn.Module | None) -> Iterator[None]:
-        """Inside, the tap is open, and each call of ``module`` begins anew."""
+        """Inside, the tap is open, and restarts at each call of ``module``."""
         handles: list[Any] = []
         if module is not None:
             handles.append(module.register_forward_pre_hook(lambda *_: self.reset()))
@@ -157,7 +157,7 @@ class AttentionTap(TorchFunctionMode):
         try:
             with self:
                 yield
-                if module is not None:  # a pass that was broken off is the user's business
+                if module is not None:  # an aborted pass is the user's business
                     self.reset()
         finally:
             self.reset()
@@ -165,7 +165,7 @@ class AttentionTap(TorchFunctionMode):
                 handle.remove()
 
     def finish(self) -> None:
-        """A pass is over.
+        """End a pass.
 
         Raises:
             RuntimeError: the attention of the last layer was not seen.
@@ -175,7 +175,7 @@ class AttentionTap(TorchFunctionMode):
             raise expected.error("none")
 
     def reset(self) -> None:
-        """Forget what a pass that was broken off has left."""
+        """Forget what an aborted pass left."""
         self._expected = self._pending = self._latest = None
         self._product = self._difference = None
 
@@ -187,12 +187,12 @@ class AttentionTap(TorchFunctionMode):
         factors: Factors | None = None,
         show: Show | None = None,
     ) -> None:
-        """The next attention is this layer's: multiply its operands, and show it when it is over.
+        """The next attention is this layer's: multiply its operands, and report it at its end.
 
-        Called at the layer's anchor, with what goes in there, ``[batch, pos, ...]``.
+        Called at the layer's anchor, with the anchor's input ``[batch, pos, ...]``.
 
         Raises:
-            RuntimeError: the layer before was not seen, or this thread is not the tap's.
+            RuntimeError: the previous layer was not seen, or this thread is not the tap's.
         """
         if self not in _open.taps:
             raise RuntimeError(
@@ -205,7 +205,7 @@ class AttentionTap(TorchFunctionMode):
         self._expected = _Expected(sites, batch, n_query, factors, show)
 
     def take(self, batch: int) -> Taken | None:
-        """The latest attention, its axes told apart; None where nothing was taken."""
+        """The latest attention, with its axes identified; None where there was none."""
         latest, self._latest = self._latest, None
         if latest is None or latest.fused is not None:
             return latest
@@ -242,7 +242,7 @@ class AttentionTap(TorchFunctionMode):
         return out
 
     def _multiplied(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The operands of a product, remembered and, where they are those meant, multiplied."""
+        """Remembers the operands of a product and, where they are expected, multiplies them."""
         left, right = args[:2]
         if not isinstance(left, Tensor) or not isinstance(right, Tensor):
             return args
@@ -273,7 +273,7 @@ class AttentionTap(TorchFunctionMode):
         )
 
     def _subtracted(self, args: tuple[Any, ...], out: Any) -> None:
-        """Remembers what the same number is taken from in a whole row: no softmax sees that."""
+        """Remembers a subtraction of one number from a whole row, which no softmax sees."""
         if len(args) < 2 or not isinstance(args[1], Tensor) or not isinstance(args[0], Tensor):
             return
         if args[0].ndim == 4 and args[1].ndim == 4 and args[1].shape[-1] == 1:
@@ -294,7 +294,7 @@ class AttentionTap(TorchFunctionMode):
             if scores.ndim >= 4 and self.on_softmax is not None:
                 self.on_softmax(tuple(scores.shape))
             return
-        n_key = product.k.shape[2]  # a sink's score may stand beside them
+        n_key = product.k.shape[2]  # a sink's score may follow them
         if scores.shape[-1] > n_key:
             scores, pattern = scores[..., :n_key], pattern[..., :n_key]
         expected, self._product = self._expected, None
@@ -304,7 +304,7 @@ class AttentionTap(TorchFunctionMode):
         self._pending = self._latest = Taken((scores, pattern), None, q, k)
 
     def _averaged(self, z: Tensor) -> None:
-        """The product of a pattern and its values is over, and with it an attention."""
+        """The product of a pattern and its values ends an attention."""
         if self._pending is None or self._pending.v is None:
             return
         taken, self._pending = replace(self._pending, z=z), None
@@ -359,7 +359,7 @@ def _take_fused(taps: list[AttentionTap], args: tuple[Any, ...], kwargs: dict[st
 
 
 def _of_shape(product: _Product, scores: Tensor) -> bool:
-    """Whether scores may be of this product, with or without a sink's beside them."""
+    """Whether scores may come from this product, with or without a sink's score beside them."""
     *rows, n_key = product.shape
     return tuple(scores.shape[:-1]) == tuple(rows) and scores.shape[-1] in (n_key, n_key + 1)
 

@@ -1,9 +1,8 @@
 """Our hooks on a model that other threads may run too.
 
-A hook point is shared by all threads. What a measurement puts there acts in the thread that put it
-there and nowhere else; a context such as `NormNoise.applied` acts in all of them. Neither goes by
-TransformerLens's levels, which are counted for all threads together: each handle is taken off by
-itself.
+A hook point is shared by all threads. A measurement's hooks act only in its own thread; a context
+such as `NormNoise.applied` acts in all of them. Neither uses TransformerLens's levels, which are
+counted for all threads together: each handle is removed on its own.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Entries = Sequence[tuple[str, Callable[..., Any]]]
 
 @contextmanager
 def hooked(model: Any, entries: Entries) -> Iterator[None]:
-    """Hooks of a measurement inside: they act in passes of this thread only."""
+    """Inside, a measurement's hooks are on; they act only in passes of this thread."""
     owner = threading.get_ident()
     with _on(model, [(name, _of_thread(hook_fn, owner)) for name, hook_fn in entries]):
         yield
@@ -37,7 +36,7 @@ def hooked(model: Any, entries: Entries) -> Iterator[None]:
 
 @contextmanager
 def intervening(model: Any, entries: Entries) -> Iterator[None]:
-    """Hooks of an intervention inside: they act in every thread that runs the model."""
+    """Inside, an intervention's hooks are on; they act in every thread that runs the model."""
     with _on(model, [(name, _Hook(hook_fn)) for name, hook_fn in entries]) as handles:
         for handle in handles:
             apart.mark(handle)
@@ -45,13 +44,13 @@ def intervening(model: Any, entries: Entries) -> Iterator[None]:
 
 
 def standing_hooks(point: Any) -> list[Any]:
-    """Handles of the hooks on a hook point that are no running measurement's."""
+    """Handles of the hooks on a hook point that belong to no running measurement."""
     handles = getattr(point, "fwd_hooks", ())
     return [h for h in handles if not hasattr(getattr(h, "user_hook", None), MEASURING)]
 
 
 class _Hook:
-    """A hook without autocast; with an owner, in that thread only."""
+    """A hook that runs without autocast; with an owner, only in that thread."""
 
     def __init__(self, hook_fn: Callable[..., Any], owner: int | None = None) -> None:
         self.__dict__.update(getattr(hook_fn, "__dict__", {}))  # what it is marked with
@@ -75,7 +74,7 @@ def _of_thread(hook_fn: Callable[..., Any], owner: int) -> _Hook:
 
 @contextmanager
 def _on(model: Any, entries: Entries) -> Iterator[list[Any]]:
-    """These hooks on their points; exactly these are taken off again."""
+    """Inside, these hooks are on their points; exactly these are removed again."""
     points = model.hook_dict
     found = [(points[name], hook_fn) for name, hook_fn in entries]
     placed: list[tuple[Any, Any]] = []
@@ -105,9 +104,9 @@ def _drop(handles: list[Any], handle: Any) -> None:
 
 
 class TapOfThreads:
-    """An AttentionTap for every thread: torch's function modes are of one thread alone.
+    """An AttentionTap for every thread: torch's function modes act in one thread only.
 
-    Inside, the opening thread has one until the end, and any other for each pass of the model.
+    Inside, the opening thread has one until the end, and any other thread one for each pass.
     """
 
     def __init__(self, model: Any) -> None:
@@ -117,7 +116,7 @@ class TapOfThreads:
         self._handles: list[Any] = []
 
     def take(self, batch: int) -> Taken | None:
-        """The latest attention of this thread; None where nothing was taken."""
+        """The latest attention of this thread; None where there was none."""
         tap = self._taps.get(threading.get_ident())
         return None if tap is None else tap.take(batch)
 
@@ -151,4 +150,4 @@ class TapOfThreads:
 
 
 class _OfPass(AttentionTap):
-    """One that ends with a pass."""
+    """A tap that ends with a pass."""

@@ -1,4 +1,4 @@
-"""Texts, conversations, lists and padded tensors to rows of token ids."""
+"""Converts texts, conversations, lists and padded tensors to rows of token ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def token_rows(
     prepend_bos: bool | None,
     lengths: tuple[int, ...],
 ) -> tuple[list[Tensor], list[tuple[int, int]], list[str]]:
-    """Each prompt's ids, from where to where they lay in the padded row, and what is said of it."""
+    """Each prompt's ids, where they began and ended in the padded row, and notes."""
     if isinstance(tokens, str) or is_chat(tokens):
         tokens = [tokens]
     if isinstance(tokens, np.ndarray) and tokens.dtype.kind not in "OSU":
@@ -78,7 +78,7 @@ def _row(model: Any, item: Any, index: int, prepend_bos: bool | None) -> tuple[T
 
 
 def _counted(notes: Sequence[str]) -> list[str]:
-    """Each note once, with how many prompts it is of where it is not of all."""
+    """Each note once, with its number of prompts where it is not about all."""
     out = []
     for note in dict.fromkeys(n for n in notes if n):
         count = notes.count(note)
@@ -87,10 +87,10 @@ def _counted(notes: Sequence[str]) -> list[str]:
 
 
 def refuse_bos(prepend_bos: bool | None) -> None:
-    """Token ids are what they are: ``prepend_bos`` is for text.
+    """Refuse ``prepend_bos`` with token ids, which are taken as they are.
 
     Raises:
-        ValueError: it was given.
+        ValueError: ``prepend_bos`` was given.
     """
     if prepend_bos is not None:
         raise ValueError(f"prepend_bos: wanted text beside it; got {prepend_bos} and token ids")
@@ -100,7 +100,7 @@ def integers(ids: Tensor, n_dims: int) -> Tensor:
     """Ids as int64.
 
     Raises:
-        TypeError: they are no integers, or have other axes.
+        TypeError: they are not integers, or have other axes.
     """
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim != n_dims:
         raise TypeError(
@@ -165,7 +165,7 @@ def _mask(attention_mask: Any, ids: Tensor) -> Tensor:
 
 
 def _check_hides(mask: Tensor) -> None:
-    """What is added to scores hides keys or leaves them: anything else would be a bias.
+    """Check that an additive mask hides keys or leaves them: anything else would be a bias.
 
     Raises:
         ValueError: it holds other numbers.
@@ -180,7 +180,7 @@ def _check_hides(mask: Tensor) -> None:
 
 
 def own_pad_token(model: Any) -> int | None:
-    """The pad token's id, where it is not also the first or the last token of a text."""
+    """The pad token's id, where it is not also the first or last token of a text."""
     tokenizer = getattr(model, "tokenizer", None)
     pad: int | None = getattr(tokenizer, "pad_token_id", None)
     ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")}
@@ -188,10 +188,10 @@ def own_pad_token(model: Any) -> int | None:
 
 
 def _pad_mask(model: Any, ids: Tensor) -> Tensor:
-    """1 for real tokens: pad tokens at the ends of rows that are longer there than in others.
+    """1 for real tokens, 0 for pad tokens at the ends of rows, as far as they exceed other rows'.
 
-    The longest row of a padded batch has none: what all rows have is text, and so is every pad
-    token of a single row.
+    The longest row of a padded batch has no padding: what all rows have is text, and so is every
+    pad token of a single row.
     """
     pad = own_pad_token(model)
     if pad is None or len(ids) < 2:

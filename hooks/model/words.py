@@ -1,7 +1,7 @@
 """Digests of what a hook, a module or a configuration holds: equal ones mean equal values.
 
 Containers, dataclasses, functions (code, defaults, what they close over and read) and objects are
-followed; libraries' functions are told by their names, as their versions are in the report.
+followed; libraries' functions go by their names, as their versions are in the report.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 _Plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _DEEP = 6  # containers within containers that are followed
-_SPLIT = 5  # of which parts are told apart
+_SPLIT = 5  # levels whose parts are digested separately
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 CALLS = (*FUNCTIONS, types.MethodType, functools.partial)
-# Libraries whose functions are told by name, and whose objects mostly say too much.
+# Libraries whose functions go by name, and whose objects mostly hold too much.
 _LIBRARIES = (
     "builtins",
     "torch",
@@ -39,7 +39,7 @@ _LIBRARIES = (
     "datasets",
 )
 INTERNAL = frozenset(nn.Module().__dict__) | {"training"}
-# Where a model came from and where it lies say nothing of what it computes.
+# Where a model came from and where it is stored say nothing about what it computes.
 PLACES = frozenset(
     {
         "_name_or_path",
@@ -60,7 +60,7 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-    """What is digested elsewhere: the modules of the model, by id. Unknown objects by token?"""
+    """What is digested elsewhere: the model's modules, by id. Unknown objects by token?"""
 
     modules: frozenset[int] = frozenset()
     tokens: bool = True
@@ -73,9 +73,9 @@ _tokens: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 @contextmanager
 def inside(modules: Iterable[nn.Module], *, tokens: bool = True) -> Iterator[None]:
-    """Within, these modules are told by their class: they are digested by themselves.
+    """Inside, these modules go by their class: they are digested separately.
 
-    Objects that can't be read are equal to themselves alone, without ``tokens`` to their kind.
+    Unreadable objects equal only themselves; without ``tokens``, all of their kind.
     """
     token = _model.set(_Model(frozenset(map(id, modules)), tokens))
     try:
@@ -85,7 +85,7 @@ def inside(modules: Iterable[nn.Module], *, tokens: bool = True) -> Iterator[Non
 
 
 def digest(value: Any, depth: int = 0) -> str:
-    """Of a value and all it holds."""
+    """Digest of a value and all it holds."""
     return short(_words(value, depth))
 
 
@@ -115,7 +115,7 @@ def _split(value: Any, path: Path, found: dict[Path, str], seen: set[int]) -> No
 
 
 def _held(value: Any) -> dict[str, Any] | None:
-    """What a value holds, by name; None for what is one part."""
+    """What a value holds, by name; None for a single part."""
     if isinstance(value, functools.partial):
         named = {f"argument {i}": x for i, x in enumerate(value.args)} | dict(value.keywords)
         return {"function": value.func, **named}
@@ -169,7 +169,7 @@ def _contents(cell: Any) -> Any:
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
-    """Of an object of the user's, such as a hook with a state; None for other values."""
+    """Attributes of a user's object, such as a hook with state; None for other values."""
     if isinstance(value, (*_Plain, enum.Enum, Tensor, nn.Module, type, types.ModuleType)):
         return None
     if isinstance(value, (Mapping, set, frozenset, list, tuple, collections.deque, *CALLS)):
@@ -202,7 +202,7 @@ def _words(value: Any, depth: int) -> str:
 
 
 def _words_of_module(module: nn.Module, depth: int) -> str:
-    """Of a module that is none of the model's."""
+    """Digest text of a module outside the model."""
     name = type(module).__qualname__
     if id(module) in _model.get().modules:
         return name
@@ -239,7 +239,7 @@ def _inside(value: Any, depth: int) -> str | None:
 
 
 def _held_by_library(value: Any) -> dict[str, Any] | None:
-    """Of a few kinds: a configuration, a table, a distribution of torch's."""
+    """What a few kinds of library objects hold: a configuration, a table, a torch distribution."""
     if hasattr(value, "to_dict") and hasattr(value, "model_type"):
         return dict(without_places(value.to_dict()))
     if hasattr(value, "to_numpy"):
@@ -250,14 +250,14 @@ def _held_by_library(value: Any) -> dict[str, Any] | None:
 
 
 def without_places(value: Any) -> Any:
-    """A configuration's values, where the model came from left out."""
+    """A configuration's values, without where the model came from."""
     if isinstance(value, Mapping):
         return {k: without_places(v) for k, v in value.items() if k not in PLACES}
     return value
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is a tensor or an array of numpy's kind."""
+    """Whether a value is a tensor or a numpy-like array."""
     return isinstance(value, Tensor) or (
         hasattr(value, "__array__") and hasattr(value, "dtype") and hasattr(value, "tobytes")
     )
@@ -275,18 +275,18 @@ def is_plain(value: Any, depth: int = 2) -> bool:
 
 
 def is_of_library(made: Any) -> bool:
-    """Whether a class or a function is a library's; `torch_of_mine` is none."""
+    """Whether a class or a function belongs to a library; `torch_of_mine` does not."""
     return str(made.__module__).split(".")[0] in _LIBRARIES
 
 
 def is_foreign(function: Any) -> bool:
-    """Whether a function in a library's place is no library's: somebody replaced it."""
+    """Whether a function in a library's place was replaced by somebody else's."""
     root = str(getattr(function, "__module__", None) or "builtins").split(".")[0]
     return root not in (*_LIBRARIES, "hooks") and root not in sys.stdlib_module_names
 
 
 def _settings_of(kind: type) -> dict[str, Any]:
-    """Plain attributes of a class of the user's."""
+    """Plain attributes of a user's class."""
     found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if not is_of_library(base):

@@ -1,4 +1,4 @@
-"""The noise model: laws of a factor, factors on a model, probabilities under them."""
+"""The noise model: laws of a factor, factors on a model, collapse probabilities."""
 
 from hooks.noise.clock import Clock, Factors, refuse_cache
 from hooks.noise.laws import (

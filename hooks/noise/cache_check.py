@@ -1,7 +1,7 @@
-"""Do cached steps of this model see what the whole pass sees? Asked of the model itself.
+"""Do cached steps of this model give what the whole pass gives? Tried on the model itself.
 
-The same few tokens under the same noise, at once and in steps with the model's own cache: the
-logits agree, and would not if each step took its positions for the first ones.
+A few tokens are run under one noise, at once and in steps with the model's own cache: the logits
+must agree, and would not if each step took its positions for the first ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hooks.sites import AttentionSites
 
 HookList = list[tuple[str, Callable[..., Any]]]
 
-_LAST_STEPS = (1, 2)  # new tokens of the steps behind the first one
+_LAST_STEPS = (1, 2)  # new tokens of the steps after the first one
 _TOLERANCE = 0.1  # of what wrong positions do
 _NAMES = ("cache", "past_key_values", "layer_past")
 
@@ -72,7 +72,7 @@ def cached_steps(
 
 
 class Trial:
-    """The same tokens at once and in steps."""
+    """A trial of some tokens, at once and in steps."""
 
     def __init__(
         self, model: HookedModel, noising: Callable[[Clock, AttentionTap], HookList]
@@ -96,7 +96,7 @@ class Trial:
         whole = self.run((self.length,), Clock(0, {}))
         stepped = self.run(self.steps, Clock(0, {}))
         if stepped is None:
-            return CachedSteps("this model gives back no cache that says how much it holds")
+            return CachedSteps("this model returns no cache that says how much it holds")
         if self.held != self.steps[0]:
             return CachedSteps(f"{self._versions()}: {self._held()}")
         blind = Clock(0, {})
@@ -155,7 +155,7 @@ class Trial:
         return bool((stepped - whole).abs().max() > eps**0.5 * whole.abs().max())
 
     def _name(self) -> str:
-        """What a cache is called that came back in a tuple."""
+        """The name of a cache that was returned in a tuple."""
         takes = inspect.signature(self.inner.forward).parameters
         return next((name for name in _NAMES if name in takes), _NAMES[0])
 

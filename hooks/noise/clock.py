@@ -1,7 +1,7 @@
-"""Which prompts and positions the running forward pass holds, and what it has of earlier passes.
+"""Which prompts and positions the running pass holds, and what its cache has of earlier ones.
 
-A cache is found among the arguments of the model's call by what it is, whatever the argument is
-called: transformers renamed it in 5.24.
+A cache is recognised among the arguments of the model's call by what it is, not by the argument's
+name: transformers renamed it in 5.24.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DEPTH = 4  # of a cache's own structure: cache, layers, layer, tensors
 
 
 def is_cache(value: Any) -> bool:
-    """Whether it says how many positions it holds, as every cache of transformers 5 does."""
+    """Whether an object says how many positions it holds, as every cache of transformers 5 does."""
     return callable(getattr(value, "get_seq_length", None))
 
 
@@ -41,8 +41,8 @@ def find_cache(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a model's call, or None.
 
     Raises:
-        ValueError: two of them, or something that seems to be one and does not say how many
-            positions it holds (a tuple of keys and values, say).
+        ValueError: two caches, or something that seems to be one but does not say how many
+            positions it holds (such as a tuple of keys and values).
     """
     named = [*(("", value) for value in args), *kwargs.items()]
     found: list[Any] = []
@@ -83,7 +83,7 @@ def _kept_vectors(value: Any) -> bool:
 
 
 def cache_in_output(output: Any) -> tuple[str, Any]:
-    """The cache that a model gave back, and the name that it has there; ("", None) without one."""
+    """The name and the cache that a model returned; ("", None) without one."""
     named: Iterable[tuple[str, Any]]
     if isinstance(output, Mapping):
         named = output.items()
@@ -95,10 +95,10 @@ def cache_in_output(output: Any) -> tuple[str, Any]:
 
 
 def running_call(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Arguments of the call of ``module`` that runs in this thread, read off the stack.
+    """Arguments of this thread's running call of ``module``, read from the stack.
 
-    For hooks that are handed out in a list: nothing of theirs may stay on the model, and no hook
-    point is told what the model was called with.
+    For hooks returned as a list: they may leave nothing on the model, and no hook point sees the
+    model's arguments.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -109,9 +109,9 @@ def running_call(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | 
 
 
 def _marks(thing: Any, depth: int = _DEPTH) -> Iterator[tuple[int, int]]:
-    """Where each tensor of a cache lies, and how often it was written to.
+    """Where each tensor of a cache is in memory, and how often it was written to.
 
-    Rows that are reordered, repeated or selected lie elsewhere; a cache that is cropped does not.
+    Reordered, repeated or selected rows are elsewhere; a cropped cache is not.
     """
     if isinstance(thing, Tensor):
         if thing.ndim > 0:  # how many there are is a number
@@ -131,7 +131,7 @@ def _marks(thing: Any, depth: int = _DEPTH) -> Iterator[tuple[int, int]]:
 
 @runtime_checkable
 class Factors(Protocol):
-    """What draws factors: NormNoise."""
+    """The interface of what draws factors: NormNoise."""
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -169,7 +169,7 @@ class Clock:
         self.now = _Pass()
         self.follows = False  # whether it is told what the cache holds
         self.guarded = False  # whether a pattern will show that there is a cache
-        self.blind = False  # takes every pass for a whole one: what a check holds itself against
+        self.blind = False  # takes every pass for a whole one: the reference of a check
         self.module: nn.Module | None = None  # whose call would show a cache
         self.steps: CachedSteps | None = None  # what was found of cached steps on this model
         self.advice = "Use NormNoise.applied(model) around generate"
@@ -185,7 +185,7 @@ class Clock:
 
     @property
     def cached(self) -> int:
-        """Positions that the cache holds, of the pass that runs in this thread."""
+        """Positions held by the cache of this thread's running pass."""
         return 0 if self.blind else self.now.cached
 
     def prompts(self, batch: int) -> range:
@@ -217,12 +217,12 @@ class Clock:
     def first_key(self, n_query: int, n_key: int) -> int:
         """Position of the first key of a row of scores.
 
-        A sliding window keeps the last ones; a static cache has room behind them.
+        A sliding window keeps the last ones; a static cache has room after them.
         """
         return max(0, self.cached + n_query - n_key)
 
     def check_width(self, n_pos: int, stream: Stream) -> None:
-        """Refuse a mask of another length than the sequence that it is said to be of."""
+        """Refuse a mask whose length is not its sequence's."""
         width = self.width.get(stream, n_pos)
         if self.now.cached == 0 and n_pos != width:
             raise ValueError(
@@ -260,7 +260,7 @@ class Clock:
 
     @contextmanager
     def following(self, module: nn.Module) -> Iterator[None]:
-        """Inside, each call of ``module`` tells what its cache holds."""
+        """Inside, the cache of each call of ``module`` is read."""
         with ExitStack() as stack:
             before = module.register_forward_pre_hook(self.read_cache, with_kwargs=True)
             stack.callback(before.remove)
@@ -270,7 +270,7 @@ class Clock:
             yield
 
     def read_cache(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a pass: what the cache holds."""
+        """Before a pass: read what the cache holds."""
         if not self._acts():
             return
         cache = find_cache(args, kwargs)
@@ -286,7 +286,7 @@ class Clock:
             self._refuse_moved(cache)
 
     def leave_cache(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """After a pass: where the cache's vectors lie."""
+        """After a pass: note where the cache's vectors are."""
         if not self._acts():
             return
         cache = cache_in_output(output)[1]
@@ -296,13 +296,13 @@ class Clock:
             self._left[cache] = list(_marks(cache))
 
     def _acts(self) -> bool:
-        """A check's own clock is its thread's; another's rests while a check runs."""
+        """Whether it acts: a check's own clock acts in its thread; others rest in a check."""
         if self.steps is None:
             return threading.get_ident() == self._made_in
         return not is_checking()
 
     def _refuse_moved(self, cache: Any) -> None:
-        """A factor goes by its row: cached vectors of another row have another prompt's."""
+        """A factor belongs to a row: cached vectors of a moved row have another prompt's."""
         left = self._left.get(cache) if cache.__hash__ is not None else None
         if left is not None and self.now.cached and left != list(_marks(cache)):
             raise ValueError(
@@ -313,9 +313,9 @@ class Clock:
 
 
 def refuse_cache(module: nn.Module | None, what: str, advice: str) -> None:
-    """Raise where the running call of ``module`` was given a cache, be it empty.
+    """Raise where the running call of ``module`` was given a cache, even an empty one.
 
-    Its length says nothing once a layer has added to it, and nothing at all where it is lost.
+    Its length is useless once a layer has added to it, and always where it is lost.
     """
     call = None if module is None else running_call(module)
     if call is None:
@@ -330,7 +330,7 @@ def refuse_cache(module: nn.Module | None, what: str, advice: str) -> None:
 def read_masks(
     model: HookedModel, mask: Tensor | None, decoder_mask: Tensor | None
 ) -> dict[Stream, Tensor]:
-    """Attention masks by the sequence they belong to."""
+    """Attention masks by the sequence to which they belong."""
     if decoder_mask is not None and not has_decoder(model):
         raise ValueError(
             "decoder_attention_mask: wanted an encoder-decoder model; got "

@@ -2,7 +2,7 @@
 
 Every law has mean 1 and root mean square relative change ``sigma`` = sqrt(E[(f - 1)^2]), the
 x-axis of Menary et al. 2024, Fig. 2 and 3. A law knows how a uniform number in (0, 1) becomes a
-factor, its distribution function and where that is smooth: sampling and quadrature need no more.
+factor, its distribution function and where this is smooth: sampling and quadrature need no more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Law(Protocol):
 
     name: str
     limit: float
-    """``sigma`` must lie below this (at or below, where ``limit_included``)."""
+    """``sigma`` must be below this (at or below, where ``limit_included``)."""
     limit_included: bool
     reason: str
     """Why larger values are refused."""
@@ -36,7 +36,7 @@ class Law(Protocol):
         ...
 
     def base(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The number behind a factor that sigma has no part in: the same draw at every sigma."""
+        """The number from which a factor is made: the same draw at every sigma."""
         ...
 
     def cdf(
@@ -186,7 +186,7 @@ LAWS: dict[str, Law] = {law.name: law for law in (Uniform(), Gaussian(), LogNorm
 
 
 def get_law(name: str) -> Law:
-    """The law of that name.
+    """The law with this name.
 
     Raises:
         ValueError: an unknown name.
@@ -198,7 +198,7 @@ def check_sigma(sigma: float, law: Law, name: str = "sigma") -> float:
     """A sigma that the law can have, as Python's own float.
 
     Raises:
-        TypeError: no number.
+        TypeError: not a number.
         ValueError: negative, not finite, or too large for the law.
     """
     value = check_number(name, sigma, "a finite number >= 0", lambda s: 0 <= s < math.inf)
@@ -212,10 +212,10 @@ def check_sigma(sigma: float, law: Law, name: str = "sigma") -> float:
 
 
 def read_sigmas(sigmas: Any, law: str, default: tuple[float, ...]) -> list[float]:
-    """Sigmas as floats that the law can have; None stands for as much of the default as it can.
+    """Sigmas that the law can have, as floats; None means the default ones that it can.
 
     Raises:
-        TypeError: no list of numbers.
+        TypeError: not a list of numbers.
         ValueError: a sigma that the law can't have.
     """
     known = get_law(law)

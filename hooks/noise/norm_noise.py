@@ -77,26 +77,26 @@ class NormNoise:
     """Multiplicative noise on L2 norms: x -> (1 + kappa) x.
 
     The factor is a pure function of (seed, draw, layer, site, prompt index, position counted from
-    the first real token, head), whatever the batch size, padding, device, or what else is noised.
-    Every forward pass under one context repeats it; another ``draw`` is another sample.
+    the first real token, head), whatever the batch size, padding or device, and whatever else is
+    noised. Every forward pass in one context repeats it; another ``draw`` is another sample.
 
     Args:
         sigma: RMS of the relative change kappa.
         on: which vectors, any of ``"q"``, ``"k"``, ``"v"`` (for example ``"qk"``).
         law: ``"uniform"`` (the paper's; half-width sqrt(3) sigma), ``"gaussian"`` or
-            ``"lognormal"`` (see :mod:`hooks.laws`).
+            ``"lognormal"`` (see :mod:`hooks.noise.laws`).
         shared: which vectors share a factor: ``"none"`` (every vector its own, as in the paper),
             ``"heads"`` (one for all heads of a token, q, k and v apart), ``"kv"`` (one for k and v
             of a head), ``"token"`` (one for all heads and for k and v of a token, which is what
             Pre-Norm's common length really does; q, the receiver, has its own).
         at: ``"dot"``, the vectors that enter the dot product (v: that are averaged), or
-            ``"projection"``, the projection's output. Where a norm stands between them, it removes
-            the second in part or whole: a warning says so.
+            ``"projection"``, the projection's output. Where a norm lies between them, it removes
+            noise at the projection in part or whole: a warning says so.
         rows: ``"all"``, or only ``"sparse"`` (max a >= 0.95) or ``"non-sparse"`` (max a < 0.70)
             rows as in the paper's Fig. 2 right, judged by the layer's un-noised scores in the
             running pass and applied to the q.k part of those rows' scores; q and k only.
         layers: block indices; None for every attention layer.
-        seed, draw: name the sample.
+        seed, draw: identify the sample.
 
     Raises:
         ValueError: a sigma the law can't have, an unknown name, ``rows`` with v or at the
@@ -152,7 +152,7 @@ class NormNoise:
     def uniforms(
         self, *, layer: int, role: Role, prompt: int, start: int, n_pos: int, n_heads: int
     ) -> Float[np.ndarray, "pos head"]:
-        """The numbers in (0, 1) behind the factors of one prompt, from position ``start``.
+        """The numbers in (0, 1) from which one prompt's factors are made, from position ``start``.
 
         A counter-based generator (Philox) is keyed by (seed, draw, layer, site, prompt) and set to
         the position: any part of the sequence can be drawn alone.
@@ -172,7 +172,7 @@ class NormNoise:
     def _uniforms(
         self, *, layer: int, role: Role, prompt: int, start: int, n_pos: int, n_heads: int
     ) -> Float[np.ndarray, "pos head"]:
-        """The same, of numbers that are known to be in order: a probe draws hundreds of rows."""
+        """:meth:`uniforms` without checks of its arguments: a probe draws hundreds of rows."""
         together = self.shared in ("kv", "token") and role in ("k", "v")
         stream = SHARED_KV_STREAM if together else STREAM[role]
         width = 1 if self.shared in ("heads", "token") else n_heads
@@ -248,18 +248,18 @@ class NormNoise:
                 continue each other's noise.
             attention_mask: 1 for real tokens, where the batch is padded: positions count from each
                 prompt's first real token. Without it no token is padding.
-            decoder_attention_mask: the same for the decoder's tokens of an encoder-decoder, where
-                ``attention_mask`` is of the encoder's.
+            decoder_attention_mask: the mask of an encoder-decoder's decoder tokens;
+                ``attention_mask`` is then the encoder's.
 
         Raises:
-            UnsupportedModelError: the self-check failed, or noise on v where what it does could not
-                be verified.
+            UnsupportedModelError: the self-check failed, or noise on v whose effect could not be
+                verified.
             ValueError: unknown layer, active dropout, a mask with gaps, or rows-only noise on a
                 model whose scores can't be edited.
 
         These hooks take every forward pass for a whole sequence; for ``generate`` with a cache use
-        :meth:`applied` (a cached step under these hooks raises). So must a model of which no hook
-        carries the vectors: only a context can write where they are multiplied.
+        :meth:`applied` (a cached step under these hooks raises). Use it too for a model whose hooks
+        do not carry the vectors: only a context can write where they are multiplied.
         """
         masks = read_masks(model, attention_mask, decoder_attention_mask)
         return self._hooks(model, attention_sites(model), Clock(first_prompt, masks), None)
@@ -273,9 +273,9 @@ class NormNoise:
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         decoder_attention_mask: Int[Tensor, "batch decoder_pos"] | None = None,
     ) -> Iterator[NormNoise]:
-        """The same as a context manager; inside ``generate`` each token keeps its factor.
+        """A context with the noise on the model; in ``generate`` each token keeps its factor.
 
-        Arguments and errors as :meth:`hooks`. The hooks that were on the model stay.
+        Takes the arguments of :meth:`hooks` and raises its errors. Hooks already on the model stay.
         """
         clock = Clock(first_prompt, read_masks(model, attention_mask, decoder_attention_mask))
         sites = attention_sites(model)
@@ -302,7 +302,7 @@ class NormNoise:
         clock: Clock,
         tap: AttentionTap | None,
     ) -> HookList:
-        """Hooks on the model; ``tap`` writes in those layers where no hook does."""
+        """Hooks on the model; ``tap`` writes in layers where no hook does."""
         clock.module = getattr(model, "original_model", None)
         dropout = active_dropout(model)
         if dropout:
@@ -452,7 +452,7 @@ def _starts(start: Any, n: int) -> list[int]:
 
 
 def _roles(on: Any) -> str:
-    """Some of q, k and v, as a text."""
+    """Some of q, k and v, as a string."""
     with suppress(TypeError):
         on = str(on) if isinstance(on, str) else "".join(read_list("on", on, "some"))
     if not isinstance(on, str) or not on or set(on) - set(ROLES) or len(set(on)) != len(on):

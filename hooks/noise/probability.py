@@ -26,7 +26,7 @@ from hooks.arguments import brief, check_booleans, check_kind, check_tensor
 from hooks.noise.laws import Law, check_sigma
 
 _NODES = 10  # Gauss-Legendre nodes per panel: exact for polynomials of degree 19
-_MANY = 16  # up to so many linear factors a panel's rule is exact, beyond it panels get finer
+_MANY = 16  # up to this many linear factors a panel's rule is exact; beyond, panels get finer
 _SMOOTH = ("gaussian", "lognormal")  # their knots are no corners, but steps of a grid
 _TURNS = 96  # nearest competitors whose turns split panels, where there are many
 _DYADIC = 12  # extra panels towards an end where many competitors together fall steeply
@@ -49,8 +49,9 @@ def critical_half_width(
         a_t = (s_* - s_t) / (|s_*| + |s_t|),
 
     which is (rho - 1) / (rho + 1) with rho = s_*/s_t where both are positive. It is at least 1
-    ("never": no factor may turn negative) where s_* > 0 >= s_t. Query noise alone moves nothing
-    then. With a bias the condition f_q (s_t - s_* + a (|s_*| + |s_t|)) > beta is quadratic in a.
+    ("never": no factor may turn negative) where s_* > 0 >= s_t. Without a bias, query noise alone
+    moves nothing. With a bias the condition f_q (s_t - s_* + a (|s_*| + |s_t|)) > beta is quadratic
+    in a.
 
     Args:
         s_star: q.k part of the attended token's score.
@@ -81,7 +82,7 @@ def critical_half_width(
 
 
 def _check_rows(s_star: Any, s: Any, *, beta: Any) -> None:
-    """Refuse scores of other shapes than rows and their competitors."""
+    """Refuse scores whose shapes are not those of rows and their competitors."""
     check_tensor("s_star", s_star, (None,), "[row]")
     n = len(s_star)
     check_tensor("s", s, (n, None), f"[row, competitor] of {n} rows")
@@ -134,7 +135,7 @@ def collapse_probability(
         P = 1 - E_{f_*}[ prod_t P(f_t s_t <= f_* s_*) ],
 
     for one competitor and uniform noise max(0, a(1 + rho) - (rho - 1))^2 / (8 rho a^2); with a bias
-    the outer expectation runs over f_q too, and f_* s_* becomes f_* s_* + beta_t / f_q. Evaluated
+    the outer expectation is also over f_q, and f_* s_* becomes f_* s_* + beta_t / f_q. Evaluated
     by Gauss-Legendre panels between the points where an integrand changes its form: exact to
     rounding for a few competitors, below 1e-8 otherwise.
 
@@ -254,8 +255,8 @@ def _query_edges(
 ) -> Tensor:
     """Points f_q between which the inner expectation is smooth.
 
-    An even grid and, for laws with corners, where one of a competitor's meets one of the maximum's:
-    there it becomes able, or certain, to win.
+    An even grid and, for laws with corners, the points where a competitor's corner meets one of the
+    maximum's: there it becomes able, or certain, to win.
     """
     own = law.knots(sigma)
     lo, hi = own[:, :1], own[:, -1:]

@@ -1,4 +1,4 @@
-"""What was found of a model's cached steps."""
+"""The verdict on a model's cached steps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _ADVICE = "pass use_past_kv_cache=False (use_cache=False to a Hugging Face model
 
 @dataclass(frozen=True)
 class CachedSteps:
-    """Why no cached step can be trusted, or none of several tokens; "" where all can."""
+    """Why no cached step is trusted, or none of several tokens; "" where all are."""
 
     wrong: str = ""
     several_wrong: str = ""
 
     def refuse(self, cached: int, new: int | None) -> None:
-        """Raise where a step with ``new`` tokens behind ``cached`` ones would be wrong."""
+        """Raise where a step with ``new`` tokens after ``cached`` ones would be wrong."""
         if self.wrong:
             raise UnsupportedModelError(
                 "generate with a cache",

@@ -1,4 +1,4 @@
-"""The numbers of NormNoise for many places, prompts and draws at once."""
+"""NormNoise's numbers for many places, prompts and draws at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def draw_uniforms(
     n_pos: int,
     n_heads: int,
 ) -> Float[np.ndarray, "place prompt draw pos width"]:
-    """:meth:`NormNoise.uniforms` of many places, prompts and draws, from position 0.
+    """:meth:`NormNoise.uniforms` for many places, prompts and draws, from position 0.
 
     ``width`` is 1 where all heads share a factor.
     """
@@ -54,7 +54,7 @@ def stream_keys(
 ) -> UInt64[np.ndarray, "role *grid 2"]:
     """Philox's key of each stream of numbers; ``layers``, ``prompts`` and ``draws`` broadcast.
 
-    Their first axis is that of the roles, or one.
+    Their first axis is that of the roles, or of length one.
     """
     together = noise.shared in ("kv", "token")
     streams = np.asarray(
@@ -116,7 +116,7 @@ def philox_keys(seed: int, *words: np.ndarray) -> UInt64[np.ndarray, "*grid 2"]:
 
 
 def _mixed(entropy: list[np.ndarray]) -> list[np.ndarray]:
-    """The pool of a SeedSequence: each word stirred into all four of it."""
+    """The pool of a SeedSequence: each word mixed into all four of the pool's."""
     pool, constant = [], _INIT_A
     for at in range(_POOL):
         word = entropy[at] if at < len(entropy) else np.zeros_like(entropy[0])

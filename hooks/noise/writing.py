@@ -1,4 +1,4 @@
-"""Noise written where a model multiplies q, k and v, in layers of which no hook carries them."""
+"""Noise written where a model multiplies q, k and v, in layers where no hook carries them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Writer:
-    """Hands the factors of the running pass to a tap, layer by layer.
+    """Passes the factors of the running pass to a tap, layer by layer.
 
     Args:
         noise: whose factors.
-        clock: knows the prompts and positions of the pass.
+        clock: has the prompts and positions of the pass.
         tap: multiplies; the pass runs inside it.
     """
 
@@ -53,11 +53,11 @@ class Writer:
     def _first(self, sites: LayerSites, role: Role, n_pos: int, n_query: int) -> int:
         """Position of the first query, or of the first key that the product takes.
 
-        It takes those of earlier steps too, but for the ones that a window has let go of.
+        It takes keys of earlier steps too, except those that a window has dropped.
 
         Raises:
-            ValueError: keys beside the tokens' (of an encoder, of what was compressed) in a cached
-                step or in padded prompts: which is which can't be told.
+            ValueError: keys beside the tokens' (an encoder's, compressed ones) in a cached step or
+                in padded prompts: nothing tells which key is whose.
         """
         cached = self.clock.cached
         if role == "q":

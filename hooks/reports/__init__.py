@@ -1,4 +1,4 @@
-"""What every report shares: files, digests, checks of what was read."""
+"""What all reports share: files, digests, checks of what was read."""
 
 from hooks.reports.base import CorpusReport, Form, SavedReport, first_tokens, told
 from hooks.reports.files import TensorFile, Unsound, read_json, with_words, write_whole

@@ -1,4 +1,4 @@
-"""What reports share: one file on disk, and which two of them can be merged.
+"""What reports share: one file on disk, and which reports can be merged.
 
 A report's class says what its file holds: settings, facts and texts in the header, as JSON, and an
 array for each field with a shape. `Form` adds what the annotations do not say. A file is read in
@@ -45,16 +45,17 @@ class Form(Generic[R]):
 
     Args:
         report: the class.
-        name: as it is called in messages and in the file.
-        version: of the files that are written; the one before has no digest and is read too.
-        settings: refuses settings that no call would have taken.
+        name: its name in messages and in the file.
+        version: of the files that are written; files of the version before have no digest and are
+            read too.
+        settings: refuses settings that no call would accept.
         sizes: from settings, facts and the number of prompts: the length of each axis that they
-            decide, by its name in the annotations. Of a field that is a tuple of arrays, by the
+            decide, by its name in the annotations. For a field that is a tuple of arrays, by the
             field's name: the axes of each array, lengths or names.
-        numbers: refuses arrays whose numbers do not go together.
-        facts: of the model, that the report reads, with their types.
-        dtypes: of fields that are not int64, float64 or bool.
-        what: as it is called in messages; default: its name.
+        numbers: refuses arrays whose numbers do not fit together.
+        facts: the model's facts that the report reads, with their types.
+        dtypes: those of fields that are not int64, float64 or bool.
+        what: its name in messages; default: ``name``.
     """
 
     report: type[R]
@@ -74,7 +75,7 @@ class Form(Generic[R]):
         """Write a report, whole or not at all; returns the path.
 
         Raises:
-            IsADirectoryError: it is one.
+            IsADirectoryError: the path is a directory.
             OSError: it can't be written; the message says what was kept.
         """
         path = check_path("path", path)
@@ -94,7 +95,7 @@ class Form(Generic[R]):
         """Read what `save` wrote.
 
         Raises:
-            ReportFileError: it is no such report, or not whole.
+            ReportFileError: not such a report, or not whole.
             OSError: no such file, or one that can't be read.
         """
         path = check_path("path", path)
@@ -152,10 +153,10 @@ _FORMS: dict[type, Form[Any]] = {}
 
 
 class SavedReport:
-    """What every report can do: say itself, be written and be read."""
+    """What every report can do: be printed, saved and loaded."""
 
     def summary(self) -> str:
-        """A few sentences: what was measured, what came out, and what it leaves open."""
+        """A few sentences: what was measured, what the result is, and what it leaves open."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -177,7 +178,7 @@ class SavedReport:
         """Read what ``save`` wrote.
 
         Raises:
-            ReportFileError: the file is no report of this kind, or not whole.
+            ReportFileError: the file is not a report of this kind, or not whole.
         """
         form: Form[R] = _FORMS[cls]
         return form.load(path)
@@ -204,7 +205,7 @@ class CorpusReport(SavedReport):
 
 
 def _joined(first: Any, later: Any) -> Iterator[tuple[str, Any]]:
-    """Fields of both: prompts one after the other, what has no prompts added up."""
+    """Fields of both: arrays by prompt concatenated, others added."""
     yield "model", joined_facts(first, later)
     for name, kind in _kinds(type(first)).items():
         mine, other = getattr(first, name), getattr(later, name)
@@ -221,7 +222,7 @@ def _joined(first: Any, later: Any) -> Iterator[tuple[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-    """An array that a file should have.
+    """An array that a file must have.
 
     Attributes:
         axes: their names, or lengths.
@@ -239,7 +240,7 @@ def _kinds(report: type) -> dict[str, Any]:
 
 
 def _has_arrays(kind: Any) -> bool:
-    """An array, a tuple of arrays, or a class of nothing but arrays."""
+    """Whether this is an array, a tuple of arrays, or a class of only arrays."""
     if get_origin(kind) is tuple:
         return _has_arrays(get_args(kind)[0])
     if dataclasses.is_dataclass(kind):
@@ -262,7 +263,7 @@ def _arrays_of(report: Any) -> Iterable[tuple[str, np.ndarray]]:
 
 
 def _absent(report: Any, entries: Mapping[str, Any]) -> set[str]:
-    """Fields with a default that a file from before they were there lacks as a whole."""
+    """Fields with a default that are wholly missing from files older than the fields."""
     return {
         f.name
         for f in dataclasses.fields(report)
@@ -299,7 +300,7 @@ def same_names(what: str, wanted: Iterable[str], got: Iterable[str]) -> None:
     """Refuse other names than these.
 
     Raises:
-        Unsound: one is missing, or there is one more.
+        Unsound: a name is missing or too many.
     """
     missing, more = sorted({*wanted} - {*got}), sorted({*got} - {*wanted})
     if missing or more:
@@ -359,7 +360,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_follows(first: Any, later: Any) -> None:
-    """Whether ``later`` goes on where ``first`` ends: settings, model and prompts.
+    """Check that ``later`` continues where ``first`` ends: settings, model and prompts.
 
     Raises:
         TypeError: another kind of report.
@@ -384,7 +385,7 @@ def check_follows(first: Any, later: Any) -> None:
 def _apart(
     first: Mapping[str, Any], later: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """The facts in which two reports differ, those within a fact by their own names."""
+    """Names of the facts in which two reports differ, nested ones by their own names."""
     causes = ("name", "dtype", "fingerprint", "state")  # named before what follows from them
     for fact in [*causes, *sorted({*first, *later} - {*_UNLIKE, *causes})]:
         mine, other = first.get(fact), later.get(fact)
@@ -399,13 +400,13 @@ def _apart(
 
 
 def joined_facts(first: Any, later: Any) -> dict[str, Any]:
-    """Facts of a merged report: what was said of either part is said of both."""
+    """Facts of a merged report: notes on either part are kept."""
     given = [*first.model.get("given", ()), *later.model.get("given", ())]
     return {**first.model, **({"given": list(dict.fromkeys(given))} if given else {})}
 
 
 def told(model: Mapping[str, Any]) -> str:
-    """What a model's layers are, and what it was given, in sentences."""
+    """A model's layers and what it was given, in sentences."""
     given = "; ".join(model.get("given", ()))
     return str(model["sites"]) + (f" Given: {given}." if given else "")
 

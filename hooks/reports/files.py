@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, and looked over before anything of their size is made.
+"""Files: written whole or not at all, and checked before memory of their size is allocated.
 
-A safetensors file says what it holds in a header of its own making. `TensorFile` believes none of
-it: every array must lie within the file, one behind the other, before one byte is set aside.
+A safetensors file describes itself in a header. `TensorFile` verifies the header: all arrays must
+lie within the file, without gaps, before memory is allocated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LARGEST: Final = 1 << 56  # bytes or numbers: no file is longer
 
 
 class Unsound(ValueError):
-    """A file that does not hold what it says; readers put the file's name before it."""
+    """A file that does not hold what it claims; readers put the file's name before the message."""
 
     def __init__(self, field: str, *, wanted: str, got: str) -> None:
         super().__init__(f"{field}: wanted {wanted}; got {got}")
@@ -46,13 +46,13 @@ def write_whole(
     draft: Path | None = None,
     earlier: Path | None = None,
 ) -> Path:
-    """Write a file so that it is there whole, or what was there before is; returns its path.
+    """Write a whole file, or leave what was there before; returns its path.
 
     Args:
         path: the file.
         data: its bytes, or parts of them.
-        draft: where it is written first, in the same folder; default: a name of its own.
-        earlier: the name under which the file that was there is kept; default: it is not.
+        draft: where it is written first, in the same folder; default: a unique name.
+        earlier: the name under which the old file is kept; default: it is not kept.
 
     Raises:
         OSError: it can't be written (a full disk); the message says what was kept.
@@ -84,7 +84,7 @@ def write_whole(
 
 @dataclass(frozen=True)
 class Entry:
-    """An array as a header has it: name, dtype (safetensors' word), shape, bytes of the file."""
+    """An array as in a header: name, dtype (safetensors' name), shape, bytes of the file."""
 
     name: str
     dtype: str
@@ -95,7 +95,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file whose header was found to be true of it."""
+    """A safetensors file whose header was verified."""
 
     stream: BinaryIO
     words: dict[str, str]
@@ -103,10 +103,10 @@ class TensorFile:
 
     @classmethod
     def open(cls, stream: BinaryIO) -> TensorFile:
-        """Read the header, and hold it against the file's size.
+        """Read the header, and check it against the file's size.
 
         Raises:
-            Unsound: it is no such file, or was cut, or its arrays overlap or leave gaps.
+            Unsound: not such a file, or cut, or arrays overlap or leave gaps.
         """
         size = os.fstat(stream.fileno()).st_size
         first = stream.read(8)
@@ -139,7 +139,7 @@ class TensorFile:
         return cls(stream, words, {entry.name: entry for entry in entries})
 
     def array(self, name: str, saw: Callable[[Any], None] | None = None) -> np.ndarray:
-        """One array; its bytes are shown to ``saw``."""
+        """Read one array; its bytes are passed to ``saw``."""
         entry = self.entries[name]
         out = np.empty(entry.shape, np.dtype(_NUMPY[entry.dtype]))
         self.stream.seek(entry.begin)
@@ -165,7 +165,7 @@ class TensorFile:
         return f"sha256:{hashed.hexdigest()}"
 
     def check_digest(self, found: str) -> None:
-        """Hold a digest against the one in the header.
+        """Compare a digest with the one in the header.
 
         Raises:
             Unsound: they differ.
@@ -188,7 +188,7 @@ def digest_of(
 
 
 def start_digest(words: Mapping[str, str], entries: Mapping[str, Entry]) -> Any:
-    """A SHA-256 of what comes before the arrays' bytes; it says where each of them ends."""
+    """A SHA-256 of what precedes the arrays' bytes, including where each of them ends."""
     kinds = [[e.name, e.dtype, list(e.shape)] for _, e in sorted(entries.items())]
     said = sorted((name, word) for name, word in words.items() if name != DIGEST)
     return hashlib.sha256(json.dumps([said, kinds]).encode() + b"\n")
@@ -204,7 +204,7 @@ def with_words(data: bytes, words: Mapping[str, str]) -> bytes:
 
 
 def entries_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Entry]:
-    """Arrays as a header will have them, but for their place."""
+    """Arrays as a header will describe them, without their offsets."""
     return {n: Entry(n, _NAMES[a.dtype], a.shape, 0, a.nbytes) for n, a in arrays.items()}
 
 
@@ -232,16 +232,16 @@ def _entry(name: str, said: Any, start: int) -> Entry:
 
 
 def read_json(text: str | bytes, field: str) -> Any:
-    """JSON in which no name stands twice.
+    """Read JSON in which no name occurs twice.
 
     Raises:
-        Unsound: it is none.
+        Unsound: it is not.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError("a name that stands there twice")
+            raise ValueError("a name that occurs twice")
         return found
 
     try:

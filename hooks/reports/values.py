@@ -1,4 +1,4 @@
-"""Values of a report's file: are they of the type, and within the range, that a call gives them?"""
+"""Checks that values of a report's file have the type and range that a call gives them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SOMETIMES: Final = {"given": tuple[str, ...], "centred": tuple[str, ...]}
 
 
 def as_kind(kind: Any, value: Any, field: str) -> Any:
-    """A JSON value as a type: lists become tuples, objects settings; nothing else is converted.
+    """A JSON value as a type: lists become tuples, objects settings; the rest is not converted.
 
     Raises:
-        Unsound: it is of another type.
+        Unsound: another type.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
@@ -70,7 +70,7 @@ def _as_settings(kind: Any, value: Any, field: str) -> Any:
 
 
 def check_facts(model: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Facts of the model that a report reads: there, and of their types; others may be anything.
+    """Check that the facts that a report reads exist and have their types; others may be anything.
 
     Raises:
         Unsound: one is missing, or of another type.
@@ -84,7 +84,7 @@ def check_facts(model: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
 
 
 def check_texts(head: Mapping[str, Any]) -> None:
-    """As many texts of the decoder as prompts, or none; indices that are such.
+    """Check for as many decoder texts as prompts, or none, and for valid indices.
 
     Raises:
         Unsound: they do not fit.
@@ -104,7 +104,7 @@ def check_texts(head: Mapping[str, Any]) -> None:
 
 
 def _check_documents(starts: Sequence[Sequence[int]], tokens: Sequence[Sequence[str]]) -> None:
-    """First tokens of each prompt, ascending from 0; or none at all."""
+    """Check that each prompt's first tokens ascend from 0, or that there are none."""
     if starts and len(starts) != len(tokens):
         raise Unsound("starts", wanted=f"those of {len(tokens)} prompts", got=str(len(starts)))
     for mine, row in zip(starts, tokens, strict=False):
@@ -114,7 +114,7 @@ def _check_documents(starts: Sequence[Sequence[int]], tokens: Sequence[Sequence[
 
 
 def per_layer(settings: Any, model: Mapping[str, Any], *names: str) -> None:
-    """Facts of which there is one for each layer.
+    """Check facts of which each layer has one.
 
     Raises:
         Unsound: more or fewer, or numbers of heads below 1.
@@ -156,8 +156,8 @@ def check_numbers(
         field: its name.
         array: the numbers.
         least, most: a number, or as many as the array.
-        nan: whether, or where, NaN may stand.
-        infinite: whether infinity may, whatever the range.
+        nan: whether, or where, NaN is allowed.
+        infinite: whether infinity is allowed, whatever the range.
 
     Raises:
         Unsound: there is one.
@@ -177,7 +177,7 @@ def check_numbers(
 
 
 def check_counts(report: Any, *names: str, most: Any = MOST) -> None:
-    """Refuse counts that are negative, or more than there can be.
+    """Refuse counts that are negative or too large.
 
     Raises:
         Unsound: there is one.
@@ -187,7 +187,7 @@ def check_counts(report: Any, *names: str, most: Any = MOST) -> None:
 
 
 def check_sums(report: Any, *names: str, most: Any) -> None:
-    """The same of sums of probabilities, which rounding may take over the edge.
+    """Refuse sums of probabilities that are negative or too large by more than rounding.
 
     Raises:
         Unsound: there is one.
@@ -197,7 +197,7 @@ def check_sums(report: Any, *names: str, most: Any) -> None:
 
 
 def check_word(field: str, word: str, known: Sequence[str]) -> None:
-    """Refuse another word than these.
+    """Refuse any word but these.
 
     Raises:
         Unsound: it is another.
@@ -207,7 +207,7 @@ def check_word(field: str, word: str, known: Sequence[str]) -> None:
 
 
 def check_ascending(field: str, numbers: Sequence[Any]) -> None:
-    """Refuse what does not rise from one number to the next, and nothing at all.
+    """Refuse numbers that do not ascend, and an empty array.
 
     Raises:
         Unsound: it does not.
@@ -217,7 +217,7 @@ def check_ascending(field: str, numbers: Sequence[Any]) -> None:
 
 
 def check_starts(field: str, start: np.ndarray, rows: int, entries: int, *, least: Any = 1) -> None:
-    """Where each row's entries begin: from 0 to all of them, ``least`` or more to a row.
+    """Check where each row's entries begin: from 0 to all of them, at least ``least`` per row.
 
     Raises:
         Unsound: they do not.

@@ -1,4 +1,4 @@
-"""The copies of a prompt on which one layer is judged: hooks that noise them, and what they showed.
+"""The copies of a prompt on which one layer is judged: hooks that noise and record them.
 
 See :mod:`hooks.sites.selfcheck` for the pass over the copies, and
 :mod:`hooks.sites.layer_check` for the verdict.
@@ -20,13 +20,13 @@ from hooks.sites.types import LayerSites, Site, VectorSite
 KINDS = ("q", "k", "v", "zero")
 """A layer's own copies of the prompt: noise on q; on k; on v, and scores edited; q set to zero."""
 
-HALF_WIDTH = 0.5  # of the check's own noise: large, so that its effect stands above rounding
+HALF_WIDTH = 0.5  # of the check's own noise: large, so that its effect exceeds rounding
 
 
 class _Seen:
     """What one layer's hooks showed, by name: q, k, v, scores, pattern and z.
 
-    Row 0 of each tensor is the clean copy, then come this layer's own, in the order of ``KINDS``.
+    Row 0 of each tensor is the clean copy; this layer's own follow in the order of ``KINDS``.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class _Seen:
         self.fired[name] += 1
 
     def double(self, name: str) -> Tensor:
-        """What was shown under this name, in float64."""
+        """The tensor recorded under this name, in float64."""
         return self.tensors[name].double()
 
 
@@ -49,12 +49,12 @@ class LayerCopies:
 
     Args:
         sites: where the layer's vectors and scores seem to be.
-        index: of the layer among those that share this forward pass; says which copies are its own.
+        index: the layer's index among those that share this forward pass; decides which copies are
+            its own.
         batch: all copies in the pass.
         generator: draws the noise.
-        eps: machine epsilon of the dtype that the scores are made in, on which every tolerance
-            hangs.
-        tap: shows what the hooks of a tapped layer don't; the forward pass runs inside it.
+        eps: machine epsilon of the scores' dtype, on which every tolerance depends.
+        tap: shows what the hooks of a tapped layer do not; the forward pass runs inside it.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class LayerCopies:
         self.seen = _Seen()
         self.factor: dict[Role, Tensor] = {}
         self.miswritten: UnsupportedModelError | None = None
-        self.last = False  # whether nothing later is looked at
+        self.last = False  # whether nothing later is read
 
     def hooks(self) -> list[tuple[str, Any]]:
-        """Hooks that noise this layer's copies and keep what its hook points show."""
+        """Hooks that noise this layer's copies and record what its hook points show."""
         entries: list[tuple[str, Any]] = []
         for role in ROLES:
             site = self.sites.vector(role)
@@ -137,7 +137,7 @@ class LayerCopies:
         self.seen.fused = taken.fused is not None
 
     def at(self, kind: str) -> slice:
-        """Where one of this layer's ``KINDS`` of copies lies in what was seen."""
+        """Index of one of this layer's ``KINDS`` of copies in what was seen."""
         index = 1 + KINDS.index(kind)
         return slice(index, index + 1)
 
@@ -164,7 +164,7 @@ class LayerCopies:
         return scaled
 
     def _at_projection(self, role: Role, site: VectorSite) -> Any:
-        """Noises the projection in the copy that the dot product does not need."""
+        """Noises the projection in the copy that is not needed at the dot product."""
 
         def hook(tensor: Tensor, hook: Any) -> Tensor:
             return self._multiply(tensor, role, site.projection, {self.copy["zero"]: 1.0})
@@ -192,7 +192,7 @@ class LayerCopies:
 
     def _at_scores(self, tensor: Tensor, hook: Any) -> Tensor:
         self.seen.keep("scores", tensor[self.rows])
-        # Turned upside down where visible: no softmax can miss that.
+        # Negated where visible: that changes any softmax.
         edited = tensor.clone()
         row = tensor[self.copy["v"]]
         edited[self.copy["v"]] = torch.where(visible(row), -row, row)

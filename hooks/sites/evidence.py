@@ -1,4 +1,4 @@
-"""What one layer's copies showed, and the table of what its verdict rests on."""
+"""What one layer's copies showed, and the table on which its verdict is based."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hooks.sites.copies import LayerCopies
 
 
 class Undecided(Exception):
-    """This prompt proves nothing; another may. ``refusal`` is what to raise if none does."""
+    """This prompt proves nothing; another may. ``refusal`` is raised if none does."""
 
     def __init__(self, refusal: UnsupportedModelError) -> None:
         super().__init__(str(refusal))
@@ -49,7 +49,7 @@ class Evidence:
         )
 
     def undecided(self, check: str, effect: float, needed: float) -> NoReturn:
-        """This prompt's effect is too small for this check."""
+        """The refusal for a prompt whose effect is too small for this check."""
         raise Undecided(
             UnsupportedModelError(
                 f"{check}: not verifiable",

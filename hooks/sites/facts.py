@@ -1,4 +1,4 @@
-"""What a reader must know of a model to read a report's numbers."""
+"""What a reader must know about a model to read a report's numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def model_facts(model: HookedModel, prompts: Prompts, notes: Sequence[str] = ())
 def attention_facts(
     model: HookedModel, sites: AttentionSites, chosen: tuple[LayerSites, ...], prompts: Prompts
 ) -> dict[str, Any]:
-    """The same, and what its layers are."""
+    """:func:`model_facts`, and a description of the layers."""
     shields = sites.to_frame().groupby("vector", sort=False)["shield"].unique()
     return model_facts(model, prompts, sites.notes) | {
         "labels": [s.label for s in chosen],
@@ -50,12 +50,12 @@ def attention_facts(
 
 
 def _name(name: str) -> str:
-    """A report is handed on: where a model lay on this machine is left out."""
+    """The model's name without its local path, as reports are passed on."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
 def given_facts(prompts: Prompts, state: dict[str, Any]) -> list[str]:
-    """In a few words each: what of the pass a reader of the numbers would not expect."""
+    """In a few words each: what a reader of the numbers would not expect of the pass."""
     said = list(prompts.notes)
     if any(prompts.padding):
         said.append("padding is cut off, and positions count from each prompt's first real token")

@@ -1,6 +1,6 @@
-"""Verdict of the self-check on one layer: what its hooks showed against what the noise model says.
+"""The self-check's verdict on one layer: what its hooks showed, and what the noise model predicts.
 
-See :mod:`hooks.selfcheck` for the copies of the prompt that a layer is judged by.
+See :mod:`hooks.sites.selfcheck` for the copies of the prompt that a layer is judged by.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Unpredicted(UnsupportedModelError):
 
 
 class LayerCheck(Evidence):
-    """Verdict on one layer, and the table of what it rests on.
+    """Verdict on one layer, and the table on which it is based.
 
     Args:
         copies: the layer's, after the pass.
@@ -41,7 +41,7 @@ class LayerCheck(Evidence):
             Unpredicted: the pattern is not the softmax of the scores, or not the predicted one
                 under noise.
             Undecided: on this prompt an effect is too small to prove anything.
-            UnsupportedModelError: anything else that does not fit.
+            UnsupportedModelError: any other mismatch.
         """
         self._refuse_other_firings()
         scores, pattern = self.seen.tensors["scores"], self.seen.double("pattern")
@@ -82,7 +82,7 @@ class LayerCheck(Evidence):
     ) -> None:
         """Is the pattern under this vector's noise the one predicted from the clean scores?
 
-        Where attention is saturated no noise moves a weight. Then the noisy scores must be the
+        Where attention is saturated, no noise moves a weight. Then the noisy scores must be the
         predicted ones, and the pattern their softmax.
         """
         drawn = self.copies.at_dot(role)
@@ -114,7 +114,7 @@ class LayerCheck(Evidence):
         return ValueCheck(self, pattern, self.seen.double("v"), shown, of_scores).verdict()
 
     def _refuse_other_firings(self) -> None:
-        """Every tensor that this layer is judged by must have been shown, and once."""
+        """Every tensor by which this layer is judged must have been shown exactly once."""
         names = ["q", "k", "v", "scores", "pattern"] + ["z"] * (self.sites.z is not None)
         fired = {name: self.seen.fired[name] for name in names}
         if any(times != 1 for times in fired.values()):
@@ -126,7 +126,7 @@ class LayerCheck(Evidence):
             )
 
     def _refuse_pattern_as_scores(self, raw: Tensor) -> None:
-        """A pattern where the scores should be: its rows would pass for scores that hardly act."""
+        """Refuse a pattern in place of scores: its rows would pass for scores that hardly act."""
         seen, scores = visible(raw), raw.double()
         row_sums = scores.masked_fill(~seen, 0).sum(-1)
         if (scores[seen] >= 0).all() and torch.allclose(
@@ -140,7 +140,7 @@ class LayerCheck(Evidence):
             )
 
     def _refuse_scores_as_masks(self, raw: Tensor) -> None:
-        """Scores so large that their negatives can't be told from the values that masks write."""
+        """Refuse scores so large that their negatives could be the values that masks write."""
         top = float(raw.double().max())
         if top > -MASKED:
             raise UnsupportedModelError(
@@ -151,7 +151,7 @@ class LayerCheck(Evidence):
             )
 
     def measure_bias(self, scores: Tensor, q: Tensor, k: Tensor) -> LayerSites:
-        """What is left of the scores with q at zero is what noise does not scale."""
+        """The bias: what remains of the scores with q at zero, which noise does not scale."""
         shown = visible(scores)
         plain = replace(self.sites, has_bias=False, sink=())
         bias = split(plain, scores[self.copies.at("zero")], dtype=torch.float64).s
@@ -162,7 +162,7 @@ class LayerCheck(Evidence):
         squares = (x * x).sum((0, 2, 3))
         scale = (x * y).sum((0, 2, 3)) / squares.where(squares > 0, torch.ones_like(squares))
         level = float(y.abs().max())
-        # Where positions are rotated in behind the sites, q.k there is not the scores'.
+        # Where positions are rotated after the sites, q.k there is not the scores'.
         same = (y - scale[:, None, None] * x).abs().max() <= _SAME_PRODUCT * level
         largest = float(bias.abs().max())
         has_bias = largest > 8 * self.eps * max(level, largest)
@@ -170,9 +170,9 @@ class LayerCheck(Evidence):
         return replace(self.sites, has_bias=has_bias, score_scale=known)
 
     def measure_sink(self, clean: ScoreParts, pattern: Tensor) -> tuple[float, ...]:
-        """Score of each head's sink: what its rows lack in weight, e^sink / (e^sink + sum_t e^w_t).
+        """Score of each head's sink, from its weight in a row: e^sink / (e^sink + sum_t e^w_t).
 
-        Read from the row where it weighs neither nothing nor everything.
+        Read from a row where its weight is neither zero nor one.
         """
         seen = clean.mask.any(-1)
         total = pattern.sum(-1).where(seen, torch.ones((), dtype=torch.float64))
@@ -211,11 +211,11 @@ class LayerCheck(Evidence):
         *,
         must_act: bool = True,
     ) -> None:
-        """Hold a pattern against its prediction; with ``must_act`` the noise must show in it.
+        """Compare a pattern with its prediction; with ``must_act`` the noise must show in it.
 
         Raises:
             Unpredicted: they differ by more than rounding of the scores (``tolerance``) explains.
-            Undecided: they agree, but so they would without noise.
+            Undecided: they agree, but would also agree without noise.
         """
         predicted, observed, clean = (x.nan_to_num(0.0) for x in (predicted, observed, clean))
         p = torch.maximum(predicted, observed)
@@ -247,7 +247,7 @@ class LayerCheck(Evidence):
         noisy: ScoreParts,
         tolerance: Tensor,
     ) -> None:
-        """The same of the scores; the noise must always show in them."""
+        """Compare scores with their prediction; the noise must always show in them."""
         check = f"scores under {role}-noise, predicted from clean scores"
         predicted, observed, before = (
             w.masked_fill(~clean.mask, 0) for w in (clean.scores(factor), noisy.s, clean.scores())
@@ -266,7 +266,7 @@ class LayerCheck(Evidence):
             self.undecided(check, float(effect.max()), MARGIN * float(limit.max()))
 
     def _editable(self, clean: ScoreParts, pattern: Tensor, tolerance: Tensor) -> bool:
-        """Whether the scores that were turned upside down gave the pattern of such scores."""
+        """Whether negated scores gave the pattern of negated scores."""
         upside_down = (-clean.scores()).masked_fill(~clean.mask, -torch.inf)
         predicted = clean.pattern_of(upside_down)
         error = (predicted - pattern[self.copies.at("v")]).abs()
@@ -275,7 +275,7 @@ class LayerCheck(Evidence):
         return bool((error <= allowed).all() and acts.any())
 
     def _shielded(self, role: Role) -> VectorSite:
-        """The site with how noise at its projection arrives at the dot product."""
+        """The site, with how noise at its projection arrives at the dot product."""
         site = self.sites.vector(role)
         if site.projection == site.dot:
             return site

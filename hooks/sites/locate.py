@@ -1,7 +1,7 @@
-"""Find every attention's hook points by running the model and looking at what fires.
+"""Finds every attention's hook points by running the model and recording what fires.
 
-Nothing here is a table of architectures: names are only candidates, and the order and the shape in
-which they fire say what they are. Nothing is verified here; :mod:`hooks.selfcheck` does that.
+There is no table of architectures: names are only candidates; the order and shape in which they
+fire say what they are. Nothing is verified here; :mod:`hooks.sites.selfcheck` does that.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Located:
 
     Attributes:
         layers: those in a stack of blocks that ran, in the order of the forward pass.
-        silent: attention modules with hooks of which none fired, by name.
-        outside: attention modules whose hooks fired, but that are in no stack of blocks.
+        silent: attention modules whose hooks did not fire, by name.
+        outside: attention modules whose hooks fired, but which are in no stack of blocks.
         left_out: attentions of blocks without a row of weights over keys, and what was seen.
     """
 
@@ -95,7 +95,7 @@ def locate(model: HookedModel, given: ModelInput) -> Located:
 
 
 def _sites(module: Module, layer: int, seen: SeenPass, soft_cap: float) -> LayerSites:
-    """The sites of one attention: at its hooks or, where these do not show it, at its products."""
+    """The sites of one attention, at its hooks or, where these do not show it, at its products."""
     firings = [f for f in seen.firings if is_of(module.prefix, f)]
     product = seen.products.get(module.prefix)
     finder = _Finder(module, layer, firings, seen.taken.get(module.prefix), soft_cap, product)
@@ -114,7 +114,7 @@ def _attentions(model: HookedModel) -> tuple[str, ...]:
 
 
 def _refuse_without_layers(hooked: bool, seen: SeenPass) -> NoReturn:
-    """Tells a model without attention from one whose attention is in no stack of blocks."""
+    """Distinguish a model without attention from one whose attention is in no stack of blocks."""
     if hooked:
         raise UnsupportedModelError(
             "attention fires", wanted="hooks of an attention to fire", got="none"
@@ -136,7 +136,7 @@ def _label(module: Module) -> str:
 
 
 class _Finder:
-    """Tells the hook points of one attention apart."""
+    """Identifies the hook points of one attention."""
 
     def __init__(
         self,
@@ -210,14 +210,14 @@ class _Finder:
         return sites.without_hooks()
 
     def _only(self, name: str) -> Tensor | None:
-        """What fired under this name; None for nothing."""
+        """What fired under this name; None if nothing did."""
         found = [f for f in self.firings if f.name == f"{self.module.prefix}.{name}"]
         if len(found) > 1:
             self._refuse(f"{found[0].name} fires once per forward", "1 firing", str(len(found)))
         return found[0].tensor if found else None
 
     def _hooks_show(self, scores: Tensor | None, pattern: Tensor | None) -> bool:
-        """Whether the scores hook carries scores, as its pattern is their softmax."""
+        """Whether the scores hook carries scores: whether the pattern is their softmax."""
         if scores is None or pattern is None or scores.ndim != 4 or scores.shape != pattern.shape:
             return False
         order = [f.name.removeprefix(f"{self.module.prefix}.") for f in self.firings]
@@ -237,7 +237,7 @@ class _Finder:
         n_heads: int | None,
         width: int | None = None,
     ) -> VectorSite:
-        """Where one of q, k, v is, among what fired while it could still be changed."""
+        """The site of q, k or v, among what fired while it could still be changed."""
         names = [f"{self.module.prefix}.{name}" for name in CANDIDATES[role]]
         found = [f for f in firings if f.name in names]
         if not found:
@@ -258,7 +258,7 @@ class _Finder:
     def _site(
         self, firing: Firing, n_pos: int, n_heads: int | None, width: int | None = None
     ) -> Site:
-        """The site of what fired, its axes told apart."""
+        """The site of what fired, with its axes identified."""
         site = _axes(firing.name, firing.shape, n_pos, n_heads, width)
         if site is None:
             self._refuse(
@@ -270,7 +270,7 @@ class _Finder:
         return site
 
     def _refuse_blind(self) -> NoReturn:
-        """Neither a hook nor a softmax showed scores: says what did fire."""
+        """Refuse a model where neither a hook nor a softmax showed scores; says what did fire."""
         fired = sorted(f.name.removeprefix(f"{self.module.prefix}.") for f in self.firings)
         self._refuse(
             "scores of the attention",

@@ -1,4 +1,4 @@
-"""Does the model compute the same with its masks and padding as without? Asked of the model."""
+"""Does the model compute the same with its masks and padding as without? Tried on the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLACES = 256  # and of these, by the lengths of padded prompts
 
 
 def check_masks(model: HookedModel, prompts: Prompts) -> None:
-    """Refuse padding and masks that make the model compute something else than they say.
+    """Refuse padding and masks that do not do to the model what they say.
 
     Raises:
         UnsupportedModelError: they do.
@@ -39,9 +39,9 @@ _unpadded: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary(
 
 
 def _check_padding(model: HookedModel, prompts: Prompts, at: int, key: _Key) -> None:
-    """Refuse padding that the model, or a hook of the user's, takes for positions or a length.
+    """Refuse padding that the model, or a user's hook, counts as positions or as length.
 
-    A prompt as it was given and the same without its padding: the same logits.
+    A prompt must have the same logits with and without its padding.
 
     Raises:
         UnsupportedModelError: they differ.
@@ -75,7 +75,7 @@ def _check_padding(model: HookedModel, prompts: Prompts, at: int, key: _Key) -> 
 
 
 def _shape(given: ModelInput) -> tuple[Any, ...]:
-    """What padding may be told by: lengths, and the positions that are reached."""
+    """What may reveal padding: lengths, and the positions reached."""
     masks = [x for name, x in sorted(given.named.items()) if name.endswith("attention_mask")]
     positions = given.named.get("position_ids")
     reached = None if positions is None else int(positions.max())
@@ -105,8 +105,8 @@ _masked: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 def _check_mask(model: HookedModel, prompts: Prompts, key: _Key) -> None:
     """Refuse a mask of ones that shows a causal model its later tokens.
 
-    A bridge may take a mask that it is given in the place of its own. Another last token must leave
-    the logits before it as they were, if it does so without the mask.
+    A bridge may use a given mask in place of its own. Another last token must leave the logits
+    before it unchanged, if it does so without the mask.
 
     Raises:
         UnsupportedModelError: it does not.
@@ -184,7 +184,7 @@ def _check_square(model: HookedModel, given: ModelInput, key: _Key) -> None:
 
 
 def beginning(prompts: Prompts, avoid: set[int]) -> Prompts:
-    """One prompt's beginning, of a length that is no number of heads where that can be had."""
+    """The beginning of one prompt, if possible of a length that is not a number of heads."""
     row = prompts.first[0]
     if row.ndim != 1 or row.is_floating_point() or prompts.joined or prompts.decoder:
         return prompts

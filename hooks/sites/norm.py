@@ -1,10 +1,10 @@
-"""The norm in front of a layer's attention: found by running the model, and taken apart.
+"""The norm before a layer's attention: found and analysed by running the model.
 
     y_t = g * (x_t - [mean x_t]) / s_t + b,        s_t = sqrt(mean (x_t - [mean x_t])^2 + eps)
 
 Nothing is read from a module, as every family stores its gain in its own way (Gemma: 1 + weight).
-Inputs of our choice at the norm's hook give g, b and eps, and what they predict is held against the
-norm's real output, there and on every prompt that is measured.
+Inputs of our choice at the norm's hook give g, b and eps; what these predict is compared with the
+norm's real output, there and on every measured prompt.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class InnerNorm:
         layer: block index.
         before: hook with its input x.
         after: hook with its output y.
-        gain, bias: float64; ones and zeros where another hook stands in front of them.
-        centred: whether the mean is taken away.
+        gain, bias: float64; ones and zeros where another hook precedes them.
+        centred: whether the mean is subtracted.
         eps: added to the mean square.
     """
 
@@ -63,11 +63,11 @@ class InnerNorm:
         return out
 
     def error(self, x: Tensor, y: Tensor) -> float:
-        """Largest difference between y and what x predicts, in roundings of what it is made of."""
+        """Largest difference between y and its prediction from x, in units of rounding."""
         z = _centre(x, self.centred)
         unit = z / self.scale(x)[..., None]
         gain, bias = self.gain.to(y.device), self.bias.to(y.device)
-        # Sums round by the vector's size, and what a mean takes away was there to be rounded.
+        # Sums round by the vector's size, including what the mean's subtraction removes.
         taken = (x.double() - z).abs() / self.scale(x)[..., None]
         made_of = gain.abs() * (1 + unit.abs() + taken)
         room = torch.finfo(y.dtype).eps * (made_of + bias.abs() + y.double().abs())
@@ -75,10 +75,10 @@ class InnerNorm:
         return float(off.nan_to_num(torch.inf, torch.inf).max())
 
     def check(self, x: Tensor, y: Tensor) -> None:
-        """Refuse an output that is not the one that the input predicts.
+        """Refuse an output that is not what the input predicts.
 
         Raises:
-            UnsupportedModelError: it is another.
+            UnsupportedModelError: the output differs.
         """
         off = self.error(x, y)
         if not off <= _ROUNDINGS:
@@ -98,7 +98,7 @@ def _centre(x: Tensor, centred: bool) -> Tensor:
 def inner_norms(
     model: HookedModel, layers: Sequence[LayerSites], example: ModelInput
 ) -> tuple[InnerNorm, ...]:
-    """The norm in front of each layer's attention, verified on the model.
+    """The norm before each layer's attention, verified on the model.
 
     Its output is what q and k are made from, and edits there reach both; with q put back, k alone.
 
@@ -108,8 +108,8 @@ def inner_norms(
         example: a short prompt.
 
     Raises:
-        UnsupportedModelError: a layer has none (No-Norm, QKV-Norm, post-norm), or one that is no
-            LayerNorm or RMSNorm, or the check failed.
+        UnsupportedModelError: a layer has none (No-Norm, QKV-Norm, post-norm), or one that is
+            neither LayerNorm nor RMSNorm, or the check failed.
     """
     finder = _Finder(model, layers, example)
     places = [finder.place(sites) for sites in layers]
@@ -129,7 +129,7 @@ def inner_norms(
 
 
 def _vector(d: int, size: float, like: Tensor) -> Tensor:
-    """Of alternating signs, no entry near zero and hardly any mean."""
+    """A vector of alternating signs, with no entry near zero and hardly any mean."""
     at = torch.arange(d, dtype=torch.float32)  # integers divide in the default dtype
     ramp = 1 + (at % 5) / 8
     return (size * ramp * (1 - 2 * (at % 2))).to(like)
@@ -174,7 +174,7 @@ class _Finder:
         self._run([(name, self._record(name)) for name in sorted(wanted)])
 
     def place(self, sites: LayerSites) -> tuple[str, str]:
-        """Hooks before and behind the norm that this layer's q and k are made from."""
+        """Hooks before and after the norm from which this layer's q and k are made."""
         names = tuple(_projection(sites, role) for role in ("q", "k"))
         first = min(self.order.index(name) for name in names)
         # A bridge has an Identity where a model has no norm.
@@ -258,7 +258,7 @@ class _Finder:
     def _moved(
         self, sites: LayerSites, edits: Sequence[Hook], names: Collection[str]
     ) -> list[bool]:
-        """Which of these hooks carry something else under the edits."""
+        """Which of these hooks carry other values under the edits."""
         kept: dict[str, Tensor] = {}
 
         def look(name: str) -> Callable[..., None]:
@@ -301,7 +301,7 @@ def _projection(sites: LayerSites, role: Role) -> str:
 
 
 def _candidates(model: HookedModel, sites: LayerSites) -> list[tuple[str, str]]:
-    """Hooks before and behind each module that stands beside the attention in its block."""
+    """Hooks before and after each module beside the attention in its block."""
     block = sites.block
     points: Mapping[str, Any] = model.hook_dict
     found: dict[str, tuple[str, str]] = {}

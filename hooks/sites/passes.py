@@ -1,4 +1,4 @@
-"""What one forward pass of a model shows of its attentions."""
+"""What one forward pass of a model shows about its attentions."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class Firing:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor; none of other things."""
+        """Shape of a tensor; empty for other things."""
         return () if self.tensor is None else tuple(self.tensor.shape)
 
 
 @dataclass(frozen=True)
 class Multiplied:
-    """What the products showed of one attention, and of where in the pass it was taken."""
+    """What the products showed about one attention and its place in the pass."""
 
     at: int  # how many hook points had fired
     shape: tuple[int, ...]  # of its scores
@@ -70,11 +70,11 @@ class SeenPass:
 
     Attributes:
         firings: what the hook points of q, k, v, z, scores and patterns carried.
-        taken: the softmax that each attention took before its z, by its module.
-        products: what its products showed of it, likewise.
-        windows: shape of a softmax that was over no sequence, likewise.
-        twice: modules that took several.
-        attentions: how many there were, also outside every block.
+        taken: each attention's softmax before its z, by module.
+        products: what each attention's products showed, by module.
+        windows: shape of a softmax that was not over a sequence, by module.
+        twice: modules that computed several.
+        attentions: how many there were, including those outside every block.
     """
 
     def __init__(self, model: HookedModel, prefixes: Iterable[str], given: ModelInput) -> None:
@@ -99,7 +99,7 @@ class SeenPass:
             _first_pass(model, given)
 
     def begins(self, prefixes: Iterable[str]) -> dict[str, float]:
-        """Where in the pass each attention begins that ran, by its module."""
+        """Where in the pass each attention that ran begins, by its module."""
         first: dict[str, float] = {}
         for prefix in prefixes:
             at = next((i for i, f in enumerate(self.firings) if is_of(prefix, f)), None)
@@ -153,7 +153,7 @@ class SeenPass:
             self.windows.setdefault(self._inside[-1][0], shape)
 
     def _on_attention(self, taken: Taken) -> None:
-        """Notes an attention of the innermost module that runs; two in one can't be told apart."""
+        """Notes an attention of the innermost running module; two in one can't be distinguished."""
         self.attentions += 1
         if not self._inside or taken.q is None or taken.k is None:
             return
@@ -187,7 +187,7 @@ def _last_product(products: list[tuple[int, ...]], shape: tuple[int, ...]) -> in
 
 
 def _first_pass(model: HookedModel, given: ModelInput) -> None:
-    """A pass of the model as it is, with nothing of ours but hooks that look on."""
+    """A pass of the model as it is; our hooks only read."""
     try:
         given.run(model)
     except (RuntimeError, IndexError, AttributeError, TypeError) as error:
@@ -200,13 +200,13 @@ def _first_pass(model: HookedModel, given: ModelInput) -> None:
 
 
 def module_of(prefix: str) -> Module | None:
-    """The module of that prefix; None where it is in no stack of blocks."""
+    """The module with this prefix; None where it is in no stack of blocks."""
     match = _IN_A_STACK.match(prefix)
     return match and Module(prefix, match["stack"], int(match["block"]), match["module"] or "")
 
 
 def is_of(prefix: str, firing: Firing) -> bool:
-    """Whether the hook point that fired is of this module."""
+    """Whether the hook point that fired belongs to this module."""
     return firing.name.startswith(f"{prefix}.")
 
 
@@ -216,7 +216,7 @@ def is_known(prefix: str, modules: Iterable[str]) -> bool:
 
 
 def sharing(keys: Float[Tensor, "batch head key d_head"]) -> tuple[int, ...]:
-    """Key/value head of each query head, by comparing what they read; in the order they come."""
+    """Key/value head of each query head, found by comparing what they read, in their order."""
     leaders: list[int] = []
     out = []
     for head in range(keys.shape[1]):

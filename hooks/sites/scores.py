@@ -1,6 +1,6 @@
 """The q.k part of a layer's scores, what is added to it, and what is masked.
 
-The one place that knows score arithmetic: for every supported layer
+All score arithmetic is here: for every supported layer
 
     w_qt = c tanh(((1 + kq)(1 + k_t) s_qt + b_qt) / c)    (without a soft cap c: no tanh)
 
@@ -31,7 +31,7 @@ class ScoreParts:
 
     Attributes:
         s: the q.k part, ``[batch, head, query, key]``; zero where masked.
-        bias: what is added to it, same shape, or None where nothing is.
+        bias: what is added to s, of the same shape, or None where nothing is.
         mask: True where the key is visible.
         soft_cap: c of the soft cap, 0 without one.
         sink: score of each head's sink, or None.
@@ -59,7 +59,7 @@ class ScoreParts:
         return w.masked_fill(~self.mask, -torch.inf)
 
     def pattern(self, factor: Float[Tensor, "#batch #head #query #key"] | None = None) -> Scores:
-        """softmax(w) over the keys and the sink; factor as in :meth:`scores`."""
+        """softmax(w) over the keys and the sink; ``factor`` multiplies s as in :meth:`scores`."""
         return self.pattern_of(self.scores(factor))
 
     def pattern_of(self, w: Scores) -> Scores:
@@ -83,7 +83,7 @@ def visible(scores: Float[Tensor, "*rows key"]) -> Bool[Tensor, "*rows key"]:
 def softmax_with_sink(
     w: Float[Tensor, "*rows key"], sink: Float[Tensor, "*#rows"] | None
 ) -> Float[Tensor, "*rows key"]:
-    """exp(w_t) / (exp(sink) + sum_t exp(w_t)): a sink takes its share and is no key."""
+    """exp(w_t) / (exp(sink) + sum_t exp(w_t)): a sink takes a share but is not a key."""
     if sink is None:
         return torch.softmax(w, dim=-1)
     beside = sink.to(w).expand(w.shape[:-1])[..., None]
@@ -91,7 +91,7 @@ def softmax_with_sink(
 
 
 def recheck(sites: LayerSites, scores: Scores, pattern: Scores) -> None:
-    """Refuse a pattern that is not the softmax of its scores, where hooks of the user's may edit.
+    """Refuse a pattern that is not the softmax of its scores, where the user's hooks may edit.
 
     Raises:
         UnsupportedModelError: it is another.
@@ -108,7 +108,7 @@ def recheck(sites: LayerSites, scores: Scores, pattern: Scores) -> None:
         raise UnsupportedModelError(
             "pattern = softmax(scores)",
             wanted=f"a difference of at most {float(room.max()):.2g}",
-            got=f"{float(error.max()):.2g}: a hook of yours edits the pattern behind its scores, "
+            got=f"{float(error.max()):.2g}: a hook of yours edits the pattern after its scores, "
             "so that no noise on them says what it does; measure without it",
             layer=sites.layer,
         )
@@ -133,14 +133,14 @@ def split(
     dtype: torch.dtype | None = None,
     whole: bool = False,
 ) -> ScoreParts:
-    """Take the scores of one layer apart.
+    """Split the scores of one layer into their parts.
 
     Args:
         sites: the layer; says whether a bias is added and which soft cap follows.
         scores: what the model's scores hook carries.
         q, k: the vectors that enter the dot product; needed where a bias is added.
         dtype: floating dtype of the parts (default: that of ``scores``).
-        whole: leave them together, as they go into the softmax: cap and bias in ``s``.
+        whole: do not split: ``s`` holds the softmax's input, cap and bias included.
 
     Raises:
         ValueError: the layer adds a bias and q or k is missing.
@@ -196,7 +196,7 @@ def expand_factors(
     q: Float[Tensor, "batch query head"] | None,
     k: Float[Tensor, "batch key kv_head"] | None,
 ) -> Float[Tensor, "#batch #head #query #key"]:
-    """(1 + kq)(1 + k_t) as a factor on the scores, from factors per vector; None stands for 1."""
+    """(1 + kq)(1 + k_t) as a factor on the scores, from factors per vector; None means 1."""
     factor = torch.ones(1, 1, 1, 1, dtype=torch.float32)
     if q is not None:
         factor = q.transpose(1, 2)[:, :, :, None]

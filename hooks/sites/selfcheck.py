@@ -1,22 +1,22 @@
-"""Does noise do on this model what the noise model says? Asked of the model itself.
+"""Does noise do to this model what the noise model says? Tried on the model itself.
 
 One forward pass over copies of one short prompt. Copy 0 is clean; for each layer there is one copy
 in which only that layer's q is noised, one for k, one for v (its scores edited too), and one with q
-set to zero (what remains of the scores is the bias; noised at the projection too). So every
-layer is judged on its clean inputs, in one pass, and its prediction
+set to zero (what remains of the scores is the bias; noised at the projection too). So one pass
+judges every layer on its clean inputs. The layer's prediction
 
     softmax(cap((1 + kq)(1 + k_t) s_t + b_t))
 
-from the clean copy is held against the pattern that the noised copy shows. Two things may stand in
-the way of that:
+from the clean copy is compared with the pattern that the noised copy shows. Two things may prevent
+that:
 
-- *No noise moves a weight*, as a saturated attention's. Then the noised scores are held against
-  the predicted ones, and the pattern against the softmax of the scores that were seen.
-- *No hook shows the scores, or the vectors behind a norm.* Scores and pattern are then read where
-  the model takes its softmax (:mod:`hooks.model.tap`), and where what was noised at the hooks
-  of q and k is not what arrives, the factors multiply the operands of the dot product themselves.
+- *No noise moves a weight*, as in saturated attention. Then the noised scores are compared with the
+  predicted ones, and the pattern with the softmax of the observed scores.
+- *No hook shows the scores, or the vectors after a norm.* Scores and pattern are then read where
+  the model takes its softmax (:mod:`hooks.model.tap`); where noise at the hooks of q and k does not
+  arrive, the factors multiply the operands of the dot product themselves.
 
-What neither decides is refused.
+If neither decides, the model is refused.
 """
 
 from __future__ import annotations
@@ -81,30 +81,30 @@ def attention_sites(model: HookedModel, inputs: Any = None) -> AttentionSites:
     """Where q, k, v, scores and pattern are in each attention layer, verified on the model.
 
     Runs a self-check (a few short tokens, some forward passes): every hook point fires once per
-    forward; scaling q, k and v there changes what follows; the pattern predicted from the clean
-    scores under a drawn noise equals the pattern observed under that noise, in every layer. The
-    result is remembered, and found again only while nothing has changed: all weights and buffers,
-    configurations, modules, hooks of yours, autocast, dtype, device and attention implementation.
-    Attention modules that are left out are named in ``silent`` and ``outside`` of the result.
+    pass; scaling q, k and v there changes what follows; the pattern predicted from the clean scores
+    under a drawn noise equals the pattern observed under that noise, in every layer. The result is
+    remembered, and reused only while nothing has changed: all weights and buffers, configurations,
+    modules, hooks of yours, autocast, dtype, device and attention implementation. ``silent`` and
+    ``outside`` of the result name attention modules that are left out.
 
-    Hooks of yours that stand on the model are part of it. Where the check can't be done with them
-    (they put in vectors of another prompt, or leave nothing to see), it is done without them, and
-    ``notes`` of the result says so.
+    Your hooks on the model are part of it. Where the check can't be done with them (they insert
+    vectors of another prompt, or leave nothing to see), it is done without them, and ``notes`` of
+    the result says so.
 
     Args:
         model: a TransformerBridge, or anything else that can be called and has ``cfg``,
             ``hook_dict``, ``hooks`` and ``run_with_hooks``.
-        inputs: an example to check with, for a model that a few random tokens (an image, a wave
-            form) do not run, or decide nothing about: whatever the measurements take. The result is
-            that of later calls without an example, too.
+        inputs: an example to check with, in any form that measurements take, for a model that a few
+            random tokens (an image, a wave form) can't run or can't decide. Later calls without an
+            example reuse the result.
 
     Returns:
         :class:`AttentionSites`, one :class:`LayerSites` per attention layer.
 
     Raises:
-        UnsupportedModelError: a check failed, or its effect drowns in rounding. The message names
+        UnsupportedModelError: a check failed, or its effect is lost in rounding. The message names
             layer, check, wanted and got.
-        TypeError: something else than such a model.
+        TypeError: not such a model.
     """
     check_model(model)
     if inputs is None:
@@ -116,7 +116,7 @@ def attention_sites(model: HookedModel, inputs: Any = None) -> AttentionSites:
 
 
 def sites_for(model: HookedModel, prompts: Prompts) -> AttentionSites:
-    """The same for a measurement of these prompts, which decide where random tokens can't."""
+    """The sites for a measurement; its prompts decide where random tokens can't."""
     check_model(model)
     sites = _sites(model, prompts, asked=False)
     check_masks(model, prompts)
@@ -125,7 +125,7 @@ def sites_for(model: HookedModel, prompts: Prompts) -> AttentionSites:
 
 
 def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> AttentionSites:
-    """Remembered, or checked; ``asked``: anew, on the prompts."""
+    """The sites, remembered or checked; with ``asked`` checked anew, on the prompts."""
     unreadable = refuse_unreadable(model)
     if unreadable:
         raise UnsupportedModelError(
@@ -147,7 +147,7 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
     if moved:
         note = (
             f"Hooks or modules of yours ({', '.join(moved[:3])}) change some of what they hold in "
-            "each pass: they are told apart by the rest."
+            "each pass: they are identified by the rest."
         )
         sites, key = replace(sites, notes=(*sites.notes, note)), key_of(model)
     known[(*key, kinds)] = sites
@@ -159,16 +159,16 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
 
 
 def _unusual(prompts: Prompts) -> tuple[str, ...]:
-    """Names of the inputs for which random tokens can't stand."""
+    """Names of the inputs that random tokens can't replace."""
     signal = prompts.first[0].is_floating_point()
     return tuple(n for n in prompts.extra if n not in TOKENS_ALONE) + ("a signal",) * signal
 
 
 def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
-    """The check with the hooks that stand on the model, or else without the user's own.
+    """The check with all hooks on the model or, if that fails, without the user's own.
 
     Raises:
-        UnsupportedModelError: neither holds.
+        UnsupportedModelError: both fail.
     """
     standing = users(model)
     try:
@@ -200,7 +200,7 @@ _whole: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def _check_longest(model: HookedModel, sites: AttentionSites, prompts: Prompts) -> None:
-    """The check on the longest prompt, where hooks at the scores may act on no other.
+    """The check on the longest prompt, as hooks at the scores may act on no other.
 
     Raises:
         UnsupportedModelError: it fails there.
@@ -236,7 +236,7 @@ def _check_longest(model: HookedModel, sites: AttentionSites, prompts: Prompts) 
 def _on_scores(
     model: HookedModel, sites: AttentionSites, standing: Sequence[Standing]
 ) -> list[Standing]:
-    """Hooks at scores or pattern: there noise no longer does what the noise model says."""
+    """Hooks at scores or pattern, where noise no longer does what the noise model says."""
     points = model.hook_dict
     names_of = {name for layer in sites for name in (layer.scores, layer.pattern) if name}
     tables = [points[name]._forward_hooks for name in names_of]
@@ -244,7 +244,7 @@ def _on_scores(
 
 
 def _naming(error: Exception, edits: list[Standing]) -> UnsupportedModelError:
-    """The same refusal, with the user's own hooks, which are its cause."""
+    """A refusal that also names the user's own hooks, which caused it."""
     if not isinstance(error, UnsupportedModelError):
         error = UnsupportedModelError("the self-check", wanted="a pass that runs", got=str(error))
     return UnsupportedModelError(
@@ -268,7 +268,7 @@ def _draws(model: HookedModel, example: _Example) -> bool:
 
 
 class _Example:
-    """Makes the copies of a check's prompt: random ones, or of the caller's prompts."""
+    """Makes the copies of a check's prompt: random, or from the caller's prompts."""
 
     def __init__(self, model: HookedModel, prompts: Prompts | None, *, whole: bool = False) -> None:
         self.model = model
@@ -276,7 +276,7 @@ class _Example:
         self.whole = whole  # the longest prompt, to its end
 
     def copies(self, batch: int, avoid: set[int], attempt: int = 0) -> ModelInput:
-        """A batch of one prompt, another one at each attempt where there is a choice."""
+        """A batch of one prompt, a different one at each attempt where possible."""
         if self.prompts is None:
             return short_input(self.model, batch, avoid, attempt)
         if self.whole:
@@ -289,7 +289,7 @@ class _Example:
 
 
 def verify(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
-    """Find the attentions and judge them, on other prompts while one decides nothing."""
+    """Find the attentions and judge them, on further prompts while one decides nothing."""
     cfg = model.cfg
     counts = {int(cfg.n_heads), int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)}
     undecided: UnsupportedModelError | None = None
@@ -331,7 +331,7 @@ def _check_all(
             try:
                 verified.append(check.judge())
             except Unpredicted:
-                # A norm that no hook shows may stand behind these hooks: try at the operands.
+                # A norm that no hook shows may follow these hooks: try at the operands.
                 seen = check.sites.anchor is not None and not check.sites.bare
                 if not may_strip or not check.sites.tapped or not seen:
                     raise
@@ -344,9 +344,9 @@ def _check_all(
 
 
 def _refuse_not_finite(check: LayerCheck) -> None:
-    """NaN passes for a masked key, and every verdict behind it would be on nothing.
+    """Refuse NaN: it would pass for a masked key, and later verdicts would be void.
 
-    Asked of the clean copy; -inf is what masks write.
+    Checked on the clean copy; -inf is what masks write.
     """
     scores = check.seen.tensors.get("scores")
     if scores is None:  # the verdict says that they did not fire
@@ -381,7 +381,7 @@ def _check_some(
     if last.bare:
         copies[-1].last = True
     elif last.z is not None:
-        fwd_hooks.append((last.z.hook, _finish))  # nothing later is looked at
+        fwd_hooks.append((last.z.hook, _finish))  # nothing later is read
     with warnings.catch_warnings():
         # TransformerLens warns where an edit of the scores is discarded: that is what we test.
         warnings.filterwarnings("ignore", message=".*has already consumed the original values")
@@ -390,10 +390,10 @@ def _check_some(
 
 
 def _rounding(model: HookedModel, sites: LayerSites) -> float:
-    """Machine epsilon of the dtype that a layer's scores are made in."""
+    """Machine epsilon of the dtype of a layer's scores."""
     return torch.finfo(pass_dtype(model, sites.prefix)).eps
 
 
 def _finish(tensor: Tensor, hook: Any) -> None:
-    """A hook behind which nothing is looked at."""
+    """A hook after which nothing is read."""
     raise Finished

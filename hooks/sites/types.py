@@ -1,6 +1,6 @@
 """Where a model keeps q, k, v, the pre-softmax scores and the pattern, layer by layer.
 
-Nothing here is a table of architectures: :mod:`hooks.selfcheck` finds the sites by running the
+There is no table of architectures: :mod:`hooks.sites.selfcheck` finds the sites by running the
 model, and proves on it that writes there do what the noise model says.
 """
 
@@ -47,7 +47,7 @@ class Site:
     ) -> Float[Tensor, "batch *_"]:
         """A new tensor with each vector times its factor: (1 + kappa) x, in the dtype of x.
 
-        Multiplied in the wider dtype of the two, then cast.
+        It is multiplied in the wider dtype of the two, then cast.
         """
         wide = torch.promote_types(vectors.dtype, factor.dtype)
         apart = self.by_position(vectors)
@@ -76,9 +76,9 @@ class VectorSite:
         projection: the projection's output, before any norm or rotary embedding.
         dot: the vectors that enter the dot product (v: that the pattern averages).
         shield: what noise at ``projection`` becomes at ``dot``: ``none`` (it arrives unchanged),
-            ``removed`` (a norm over each head takes it away) or ``mixed`` (a norm over the whole
-            projection takes part of it away and leaks one head's noise into the others), or
-            ``unseen`` (no hook is at the projection).
+            ``removed`` (a norm over each head removes it), ``mixed`` (a norm over the whole
+            projection removes part of it and leaks one head's noise into the others), or ``unseen``
+            (no hook is at the projection).
     """
 
     projection: Site
@@ -88,11 +88,11 @@ class VectorSite:
 
 @dataclass(frozen=True)
 class Anchor:
-    """What tells a layer's attention from the others that a forward pass takes.
+    """What distinguishes a layer's attention from the others in a forward pass.
 
     Attributes:
-        hook: the attention is the first of its shape behind this hook point.
-        product: which product with its number of heads, queries and components behind the hook is
+        hook: the attention is the first of its shape after this hook point.
+        product: which product with its number of heads, queries and components after the hook is
             that of its queries and keys, from 1; 0 in a fused attention.
         d_head: components of a query.
         kv_heads: key/value head of each query head, found by comparing the keys.
@@ -110,11 +110,11 @@ class LayerSites:
 
     Attributes:
         layer: block index, as in ``blocks.{layer}``; in a model with several stacks or several
-            attentions to a block, index of the attention in the order of the forward pass.
+            attentions per block, index of the attention in the order of the forward pass.
         q, k, v: vector sites; k and v carry key/value heads (grouped-query attention).
         scores: hook of the pre-softmax scores ``[batch, head, query, key]``; empty where no hook
             shows them, and they are read where the model takes its softmax.
-        pattern: hook of the attention pattern, same shape; empty likewise.
+        pattern: hook of the attention pattern, same shape; empty where no hook shows it.
         z: hook of the per-head average of v, or None where the model has none.
         prefix: the attention's name, ``blocks.{layer}.attn``.
         label: short name: ``L5``; ``E5``, ``D5``, ``X5`` for an encoder, a decoder and its
@@ -122,16 +122,16 @@ class LayerSites:
         soft_cap: c of the soft cap c tanh(w / c) on the scores, 0 without one.
         has_bias: whether something is added to the q.k part (ALiBi, relative positions).
         score_scale: factor between q.k and the q.k part of each head's scores (1/sqrt(d_head),
-            usually); empty where positions are rotated in between, so that there is none.
-        sink: score of each head's attention sink, a column of the softmax that is no token; empty
-            without one.
+            usually); empty where there is none, as positions are rotated in between.
+        sink: score of each head's learned attention sink, a column of the softmax that is not a
+            token; empty without one.
         averaging: ``plain`` where z is the pattern's average of v, ``gated`` where each of its
             components is then scaled, ``centred`` where the mean over each row's visible keys is
-            taken away, ``unverified`` where it is none of these.
+            subtracted, ``unverified`` where it is none of these.
         scores_editable: whether an edit of ``scores`` changes the pattern.
-        recheck: whether the check could not be done with hooks of the user's that stand on the
-            model, so that each pass must show again that its pattern is the softmax of its scores.
-        anchor: where the attention is in the forward pass, if the products are seen that it takes.
+        recheck: whether the check could not be done with the user's hooks on the model, so that
+            each pass must show again that its pattern is the softmax of its scores.
+        anchor: where the attention is in the forward pass, if its products are seen.
     """
 
     layer: int
@@ -159,7 +159,7 @@ class LayerSites:
 
     @property
     def block(self) -> str:
-        """Name of the block that the attention is in, ``blocks.{layer}``."""
+        """Name of the attention's block, ``blocks.{layer}``."""
         inside = re.match(r"\w*blocks\.\d+", self.prefix)
         return inside[0] if inside else self.prefix.rpartition(".")[0]
 
@@ -169,7 +169,7 @@ class LayerSites:
         return not self.scores
 
     def sequence(self, role: Role) -> Stream:
-        """Whose positions a vector has: the ``source``, an encoder's, or else the ``target``."""
+        """Whose positions a vector has: the ``source``'s (an encoder's) or the ``target``'s."""
         check_choice("role", role, ROLES)
         encoded = self.label.startswith("E") or (self.label.startswith("X") and role != "q")
         return "source" if encoded else "target"
@@ -199,7 +199,7 @@ class LayerSites:
         return [self.anchor.kv_heads.index(head) for head in range(self.n_kv_heads)]
 
     def without_hooks(self) -> LayerSites:
-        """The same layer with q, k, v and z taken at the products, behind every hook."""
+        """This layer with q, k, v and z read at the products, after every hook."""
         assert self.anchor is not None
         n_kv = 1 + max(self.anchor.kv_heads)
         q, kv = Site("", len(self.anchor.kv_heads), 2), Site("", n_kv, 2)
@@ -236,12 +236,12 @@ class AttentionSites:
     Attributes:
         layers: the attention layers, in the order of the forward pass.
         check: what the self-check measured, one row per layer and check.
-        silent: attention modules with hooks of which none fired in the check, such as
-            ``vision_encoder.encoder_layers.0.attn`` of a model of text and images run on text.
-            Nothing is known of them, and nothing measures them.
-        outside: attention modules whose hooks fired, but that are in no stack of blocks (the same
-            one, run on an image): nothing measures them either.
-        notes: what hooks of the user's mean for the check and for what is measured.
+        silent: attention modules whose hooks did not fire in the check, such as
+            ``vision_encoder.encoder_layers.0.attn`` of a text-and-image model run on text. Nothing
+            is known about them, and nothing measures them.
+        outside: attention modules whose hooks fired, but which are in no stack of blocks (that
+            module, run on an image): nothing measures them either.
+        notes: what the user's hooks mean for the check and for what is measured.
         left_out: attentions of blocks that have no row of weights over a sequence's keys (those
             over windows), by name, with what was seen: nothing measures them.
     """
@@ -296,7 +296,7 @@ class AttentionSites:
         return pd.DataFrame(rows)
 
     def describe(self) -> str:
-        """In sentences: what noise on q, k and v means in this model."""
+        """Describe in sentences what noise on q, k and v means in this model."""
         parts = _stacks(self.layers) + _sharing(self.layers)
         for shield, text in _SHIELD_TEXT.items():
             by_layers: dict[tuple[int, ...], list[str]] = {}
@@ -320,7 +320,7 @@ class AttentionSites:
         return " ".join(parts)
 
     def _where(self, n_layers: int) -> str:
-        """In how many layers, unless in all."""
+        """Say in how many layers, unless in all."""
         return "" if n_layers == len(self) else f" in {n_layers} of {len(self)} layers"
 
 
@@ -329,10 +329,10 @@ _SHIELD_TEXT: dict[Shield, str] = {
     "unseen": "Whether norm noise on {} at the projection reaches the attention is not known{}: no "
     "hook is there, and a norm may follow.",
     "removed": "Norm noise on {} at the projection is removed by a norm over each head{}: the "
-    "curve is for the vectors behind that norm.",
+    "curve is for the vectors after that norm.",
     "mixed": "Norm noise on {} at the projection passes a norm over all heads{}, which removes "
     "their common factor and leaks one head's noise into the others: the curve is for the "
-    "vectors behind that norm.",
+    "vectors after that norm.",
 }
 
 
@@ -353,7 +353,7 @@ _FACTS: tuple[tuple[Callable[[LayerSites], bool], str], ...] = (
     (lambda s: s.averaging == "gated", "The average of v is gated{}."),
     (
         lambda s: s.averaging == "centred",
-        "From the average of v the mean over the visible keys is taken away{}.",
+        "The mean over the visible keys is subtracted from the average of v{}.",
     ),
     (
         lambda s: s.averaging == "unverified",
@@ -372,7 +372,7 @@ _FACTS: tuple[tuple[Callable[[LayerSites], bool], str], ...] = (
 
 
 def _together(names: Iterable[str]) -> str:
-    """``a.0.attn and 2 alike`` for names that differ in their numbers alone."""
+    """``a.0.attn and 2 alike`` for names that differ only in their numbers."""
     alike: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda n: [int(x) for x in re.findall(r"\d+", n)]):
         alike.setdefault(re.sub(r"\d+", "", name), []).append(name)
@@ -381,7 +381,7 @@ def _together(names: Iterable[str]) -> str:
 
 
 def _stacks(layers: tuple[LayerSites, ...]) -> list[str]:
-    """What the letters of the labels stand for, in a model with an encoder and a decoder."""
+    """What the letters of the labels mean, in a model with an encoder and a decoder."""
     names = {"E": "encoder", "D": "decoder", "X": "cross-attention"}
     kinds = {s.label[0]: names[s.label[0]] for s in layers if s.label[:1] in names}
     if len(kinds) < 2:
@@ -404,10 +404,10 @@ def _sharing(layers: tuple[LayerSites, ...]) -> list[str]:
 
 
 def choose_layers(sites: AttentionSites, layers: Any) -> tuple[LayerSites, ...]:
-    """The attention layers of these indices, in their order; all of them where None is given.
+    """The attention layers with these indices, in their order; all of them for None.
 
     Raises:
-        ValueError: none, one twice, something that is no integer, or no such layer.
+        ValueError: none, one twice, something that is not an integer, or no such layer.
     """
     if layers is None:
         return sites.layers

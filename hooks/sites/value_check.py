@@ -1,4 +1,4 @@
-"""Is z the pattern's average of v? The self-check's question on the values of one layer."""
+"""Is z the pattern's average of v? The self-check of one layer's values."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _ENOUGH = 0.2  # of the components
 class ValueCheck:
     """Is z the pattern's average of v, under noise on v as well?
 
-    z = g * sum_t p_t (1 + kv_t) v_t with g = 1, or with any g that noise on v leaves alone (a gate
-    that is computed from the residual stream), read from the clean copy; or with p - u for p, where
-    u is uniform over the keys that a row sees.
+    z = g * sum_t p_t (1 + kv_t) v_t with g = 1, or with any g that noise on v does not change (a
+    gate computed from the residual stream), read from the clean copy; or with p - u for p, where u
+    is uniform over the keys that a row sees.
 
     Args:
-        check: the layer's, with what its hooks showed.
+        check: the layer's check, with what its hooks showed.
         pattern: of the clean copy and the layer's own, ``[copy, head, query, key]``.
-        v: the same of v, ``[copy, key, kv_head, d_head]``.
+        v: values of these copies, ``[copy, key, kv_head, d_head]``.
         visible: True where the clean copy's key is not masked, ``[1, head, query, key]``.
-        of_scores: rounding of the scores that the pattern was made of, ``[1, head, query, 1]``;
+        of_scores: rounding of the scores from which the pattern was made, ``[1, head, query, 1]``;
             zero where the pattern is the model's own.
     """
 
@@ -74,7 +74,7 @@ class ValueCheck:
         """``plain``, ``gated``, ``centred`` or ``unverified``.
 
         Raises:
-            UnsupportedModelError: noise on v changes nothing, or nothing bears out a fused
+            UnsupportedModelError: noise on v changes nothing, or nothing confirms a fused
                 attention.
         """
         half = self.check.eps > HALF_PRECISION
@@ -118,7 +118,7 @@ class ValueCheck:
         return bool((error <= allowed)[gate.isfinite()].all())  # NaN fails
 
     def _acting(self, averaging: Averaging, rounding: float) -> Averaging:
-        """This verdict, if noise on v shows in z at all; recorded."""
+        """Record and return this verdict, if noise on v shows in z at all."""
         check = "z under v-noise, predicted from pattern and clean v"
         effect = (self.z[self.check.copies.at("v")] - self.z[:1]).abs()
         error = (self.noisy["v"][0] - self.z[self.check.copies.at("v")]).abs()

@@ -1,7 +1,7 @@
 """One pass over prompts that shows each attention layer once: scores, pattern, vectors, stream.
 
 For measurements that need more of a layer than its scores, on any supported model. Nothing outlives
-a layer: what the caller wants to keep it reduces in ``on_layer``.
+a layer: the caller reduces what it wants to keep in ``on_layer``.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class LayerView:
     """One attention layer of one batch of prompts of one length.
 
     Attributes:
-        index: of the layer among those watched.
+        index: the layer's index among those watched.
         sites: its hook points.
         prompts: indices of the batch's prompts.
         scores: what goes into the softmax, float32 or wider.
         pattern: its softmax.
-        vectors: those asked for of q, k, v: the ones that enter the dot product (v: that are
+        vectors: those of q, k, v that were requested, as they enter the dot product (v: as they are
             averaged), ``[batch, pos, head, d_head]``.
-        stream: the residual stream at the block's input, if asked for.
+        stream: the residual stream at the block's input, if requested.
     """
 
     index: int
@@ -63,7 +63,7 @@ class LayerView:
 
     @cached_property
     def parts(self) -> ScoreParts:
-        """The scores taken apart; where a bias is added, q and k must have been asked for."""
+        """The scores split into parts; where a bias is added, q and k must have been requested."""
         q, k = (self.vectors.get(role) for role in ("q", "k"))
         wide = self.scores.dtype
         q, k = (None if x is None else x.to(wide) for x in (q, k))
@@ -84,22 +84,22 @@ def observe(
     progress: bool | None = False,
     what: str = "prompts",
 ) -> None:
-    """Run the prompts and hand each of these layers over once, while it exists.
+    """Run the prompts once; show each of these layers to ``on_layer`` while it exists.
 
-    The pass ends behind the last of them.
+    The pass ends after the last of them.
 
     Args:
         model: the model; left as found, run in eval mode and without gradients.
         layers: of `attention_sites`.
         prompts: of `encode`.
-        on_layer: is called for each layer and batch.
+        on_layer: called for each layer and batch.
         vectors: which of q, k and v to show.
         stream: show the block's input too.
         hooks: further hooks, for interventions: they run first.
-        beside: show a layer also where it has keys beside those of its own tokens.
+        beside: show layers even where they have keys beside those of their own tokens.
         batch_size: prompts per pass; only prompts of one length share one.
         progress: show a progress bar; None: in a terminal or a notebook.
-        what: its title.
+        what: title of the progress bar.
 
     Raises:
         UnsupportedModelError: a stream that the model has no hook for; keys beside the tokens'.
@@ -263,7 +263,7 @@ class _Showing:
 
 
 def _refuse_keys_beside(sites: LayerSites, scores: Tensor) -> None:
-    """Keys that are no token of the sequence: an encoder's beside a decoder's, compressed ones."""
+    """Refuse keys that are not tokens of the sequence: an encoder's, or compressed ones."""
     n_query, n_key = scores.shape[-2:]
     if sites.sequence("q") == sites.sequence("k") and n_key > n_query:
         raise UnsupportedModelError(
@@ -282,7 +282,7 @@ def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 
 def refuse_several_streams(stream: Tensor, sites: LayerSites) -> None:
-    """A block may be given several streams beside each other (hyper-connections)."""
+    """Refuse a block with several parallel streams (hyper-connections)."""
     if stream.ndim != 3:
         raise UnsupportedModelError(
             "the residual stream",
@@ -296,7 +296,7 @@ def stream_hook(model: HookedModel, sites: LayerSites) -> str:
     """Name of the hook with the residual stream at the input of a layer's block.
 
     Raises:
-        UnsupportedModelError: the model has none of that name.
+        UnsupportedModelError: the model has no hook of that name.
     """
     block = sites.block
     for name in (f"{block}.hook_in", f"{block}.hook_resid_pre"):

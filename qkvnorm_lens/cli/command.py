@@ -31,9 +31,9 @@ _SIGINT = 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong on one line, ``name: wanted X; got Y``, and what may have been meant.
+    """Reports errors on one line, ``name: wanted X; got Y``, with what may have been meant.
 
-    No option is known by its beginning alone: a later version's options could change its meaning.
+    Prefixes of options are not accepted: a later version's options could change their meaning.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{PROG}: error: {' '.join(_as_wanted(message).split())}\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, but unknown options are told apart from arguments too many."""
+        """Parse as argparse does, but report unknown options apart from surplus arguments."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word, command = unknown[0].partition("=")[0], getattr(found, "command", PROG)
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with every command."""
     parser = _Parser(
         prog=PROG,
-        description="How much of what an attention head does hangs on the length of its vectors?",
+        description="How much of what an attention head does depends on the length of its vectors?",
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -145,7 +145,7 @@ def _answer(text: str) -> None:
 
 
 def _named(error: BaseException, names: Mapping[str, str]) -> str:
-    """The message with an argument's name as it stands on the command line."""
+    """The message with an argument's name as on the command line."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: wanted a file or directory to use; got {error.strerror}"
     message = _one_line(error)

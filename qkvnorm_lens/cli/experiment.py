@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 HELP = "make a figure or table of the paper, on any model"
 DESCRIPTION = """\
-Run one experiment, or all, and write DIR/NAME/table.csv, about.json, figure.png and text.md. What
-is done is kept part by part: a run that was stopped goes on where it was. NAME is one of
+Run one experiment, or all, and write DIR/NAME/table.csv, about.json, figure.png and text.md.
+Finished parts are kept: a stopped run resumes where it was. NAME is one of
 
   {names}
 
-`list` shows what each is; `report` writes a page of all results under DIR beside the published
-ones. Without --model: small models trained on addition that come with the package."""
+`list` describes each; `report` writes a page that compares all results under DIR with the
+published ones. Without --model: small models trained on addition that come with the package."""
 EPILOG = """\
 examples:
   qkvnorm-lens experiment list
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Run what was asked for; returns the texts."""
+    """Run the requested experiments; returns their texts."""
     if args.name == "list":
         return _listed()
     if args.name == "report":
@@ -122,7 +122,7 @@ def _one(
 
 
 def _command(name: str, size: Size, args: argparse.Namespace) -> str:
-    """How to get these results again; directories of models by their last name only."""
+    """The command that gives these results again; directories of models by their last part only."""
     models = [m if not os.path.isdir(m) else Path(m).name for m in args.model or ()]
     words = ["qkvnorm-lens", "experiment", name]
     words += [] if size == "quick" else [f"--{size}"]

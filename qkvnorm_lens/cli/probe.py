@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _folder(out: Path | None) -> Iterator[None]:
-    """The directory ``--out``, made early, and gone again if nothing came into it."""
+    """The directory ``--out``, made early, and removed again if it stays empty."""
     new = out is not None and not out.exists()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -404,7 +404,7 @@ def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompt
 
     write_html(report, folder / "report.html", source=read_in_words(prompts), content=content)
     if importlib.util.find_spec("matplotlib") is None:
-        _say("no figures: they want matplotlib, pip install 'qkvnorm-lens[plots]'")
+        _say("no figures: they need matplotlib, pip install 'qkvnorm-lens[plots]'")
         return
     from qkvnorm_lens import plots
     from qkvnorm_lens.plots.html import shown_rows

@@ -1,4 +1,4 @@
-"""``qkvnorm-lens report``: the page of a probe that was saved."""
+"""``qkvnorm-lens report``: the page of a saved probe."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from qkvnorm_lens.arguments import file, some_path
 
-HELP = "make the page to open of a saved probe"
+HELP = "make the HTML page of a saved probe"
 DESCRIPTION = """\
 Write report.html, one file that opens anywhere and loads nothing, from what `probe --out DIR`
-saved: summary, curve, map of heads, the rows that go first before and after noise, tables, and
+saved: summary, curve, map of heads, the most fragile rows before and after noise, tables, and
 what to keep in mind."""
 EPILOG = """\
 examples:

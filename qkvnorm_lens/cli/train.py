@@ -1,4 +1,4 @@
-"""``qkvnorm-lens train``: train a model on addition, or go on with a run that was stopped."""
+"""``qkvnorm-lens train``: train a model on addition, or resume a stopped run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ examples:
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """What a named configuration is trained on, and how, unless told otherwise."""
+    """What a named configuration is trained on, and how, by default."""
 
     split: str
     recipe: str
@@ -103,7 +103,7 @@ def _model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--placement",
         choices=("none", "pre", "qkv"),
-        help="where the attention's norm stands [pre; a file's own]",
+        help="where the attention's norm is [pre; a file's own]",
     )
 
 
@@ -112,7 +112,7 @@ def _training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--recipe",
         metavar="NAME",
-        help="paper, modern (Muon, cosine), study (the same, faster) or modern-adamw [the "
+        help="paper, modern (Muon, cosine), study (modern at 0.01) or modern-adamw [the "
         "configuration's; a file: modern]",
     )
     group.add_argument("--steps", type=positive, metavar="N", help="[the configuration's]")
@@ -171,7 +171,7 @@ def plan(args: argparse.Namespace) -> Run:
     """The run that the options ask for.
 
     Raises:
-        ValueError: options that do not fit each other, or unknown names.
+        ValueError: incompatible options, or unknown names.
     """
     from qkvnorm_lens.training import Run
 
@@ -310,7 +310,7 @@ def _differences(wanted: dict[str, Any], got: dict[str, Any], at: str = "") -> l
 def finish(
     args: argparse.Namespace, run: Run, model: QKVNormTransformer, processes: int
 ) -> dict[str, Any]:
-    """Measure a trained model, and write it with its card and log; gives back the card."""
+    """Measure a trained model, and write it with its card and log; returns the card."""
     from qkvnorm_lens.models import save_pretrained, write_card
     from qkvnorm_lens.training import (
         TEST_SEED,

@@ -4,11 +4,11 @@
 
 Menary et al. 2024 (arXiv 2406.17837), Section 2. With n(z) = sqrt(dim) z / |z|, a block reads
 
-    No-Norm     q = W_Q x                     k and v alike
+    No-Norm     q = W_Q x                     k and v likewise
     Pre-Norm    q = W_Q (g_q * n(x))          k and v alike, each with its own gain
     QKV-Norm    q = g_q * n(W_Q x)            k and v alike, head by head
 
-so that a placement only says which parts are identities: `block_norm`, `input_gain`, `head_norm`.
+so a placement only decides which parts are identities: `block_norm`, `input_gain`, `head_norm`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qkvnorm_lens.models.config import QKVNormConfig
 from qkvnorm_lens.models.norms import Calibrated, Gain, Norm
 
 Tap = Callable[[str, torch.Tensor], torch.Tensor]
-"""Is shown each intermediate value under its hook's name, and says what to go on with."""
+"""Receives each intermediate value under its hook's name, and returns the one to use."""
 
 
 def no_tap(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def no_tap(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def block_norm(cfg: QKVNormConfig) -> nn.Module:
-    """What stands before attention: a norm under Pre-Norm, nothing under the other two."""
+    """The part before attention: a norm under Pre-Norm, nothing under the other two."""
     if cfg.placement != "pre" or cfg.norm is None:
         return nn.Identity()
     gain = (cfg.d_model,) if cfg.norm.gains == "shared" else None
@@ -42,14 +42,14 @@ def block_norm(cfg: QKVNormConfig) -> nn.Module:
 
 
 def input_gain(cfg: QKVNormConfig) -> nn.Module:
-    """What stands between the block's norm and one of W_Q, W_K, W_V: Pre-Norm's separate gain."""
+    """The part between the block's norm and one of W_Q, W_K, W_V: Pre-Norm's separate gain."""
     if cfg.placement != "pre" or cfg.norm is None or cfg.norm.gains != "separate":
         return nn.Identity()
     return Gain(cfg.d_model)
 
 
 def head_norm(cfg: QKVNormConfig, site: str) -> nn.Module:
-    """What stands behind one of W_Q, W_K, W_V: QKV-Norm's norm, over each head or all of them."""
+    """The part after one of W_Q, W_K, W_V: QKV-Norm's norm, over each head or all of them."""
     if cfg.placement != "qkv" or cfg.norm is None or site not in cfg.norm.on:
         return nn.Identity()
     gain = (cfg.n_heads if site == "q" else cfg.n_kv, cfg.d_head)
@@ -62,7 +62,7 @@ def head_norm(cfg: QKVNormConfig, site: str) -> nn.Module:
 
 
 def shared_gain(cfg: QKVNormConfig) -> nn.Module:
-    """The one gain behind all of QKV-Norm's norms, if they share it."""
+    """The one gain after all of QKV-Norm's norms, if they share it."""
     if cfg.placement != "qkv" or cfg.norm is None or cfg.norm.gains != "shared":
         return nn.Identity()
     return Gain(cfg.n_heads, cfg.d_head)
@@ -75,7 +75,7 @@ def calibrated(cfg: QKVNormConfig, std: float) -> nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Rotary positions: pairs of components of q and k are turned by an angle p f_i.
+    """Rotary positions: pairs of components of q and k are rotated by an angle p f_i.
 
     Args:
         cos: its cosine, for each position and pair.
@@ -90,7 +90,7 @@ class Rotation:
     def __call__(
         self, x: Float[torch.Tensor, "batch pos head d_head"]
     ) -> Float[torch.Tensor, "batch pos head d_head"]:
-        """Turn the first 2 x pairs components and pass the rest."""
+        """Rotate the first 2 x pairs components and pass the rest."""
         cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
         turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
         if self.adjacent:
@@ -112,7 +112,7 @@ class KVCache:
         return next(iter(self._layers.values()))[0].shape[2] if self._layers else 0
 
     def get_seq_length(self) -> int:
-        """Number of tokens already seen, under the name that Hugging Face's caches have for it."""
+        """Number of tokens already seen, under the name used by Hugging Face's caches."""
         return len(self)
 
     def update(
@@ -124,7 +124,7 @@ class KVCache:
         Float[torch.Tensor, "batch kv_head all d_head"],
         Float[torch.Tensor, "batch kv_head all d_head"],
     ]:
-        """Append the new tokens' keys and values, and give back all of that layer's."""
+        """Append the new tokens' keys and values, and return all of that layer's."""
         if layer in self._layers:
             old_k, old_v = self._layers[layer]
             k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
@@ -135,7 +135,7 @@ class KVCache:
 class Attention(nn.Module):
     """``z = sum_t softmax_t(c q.k_t) v_t`` and ``W_O z``; Menary et al. 2024, Section 2.
 
-    The `tap` is shown, under these names, what the hooks of a bridge show: ``hook_q_normed``,
+    The `tap` gets, under these names, what the hooks of a bridge show: ``hook_q_normed``,
     ``hook_k_normed``, ``hook_v_normed`` (where a norm follows the projection), ``hook_rot_q``,
     ``hook_rot_k`` (where positions are rotary), all [batch, pos, head, d_head], then
     ``hook_attn_scores`` (pre-softmax, masked = -inf) and ``hook_pattern``, [batch, head, query,
@@ -176,7 +176,7 @@ class Attention(nn.Module):
             visible: which keys each query sees; None, on sdpa only, for plain causal.
             rotation: rotary positions of the new tokens.
             past_key_values: earlier tokens' keys and values, to which the new ones are added.
-            tap: is shown the intermediate values.
+            tap: gets the intermediate values.
         """
         x = hidden_states
         q = self._vectors(tap, "q", self.q(self.q_scale(self.q_gain(x))), self.q_norm, rotation)
@@ -233,7 +233,7 @@ class Attention(nn.Module):
         v: Float[torch.Tensor, "batch head key d_head"],
         visible: Bool[torch.Tensor, "#batch 1 pos key"] | None,
     ) -> Float[torch.Tensor, "batch head pos d_head"]:
-        q = self.score_scale(q)  # the scale belongs to the scores, and q is what it can be given to
+        q = self.score_scale(q)  # the scale belongs to the scores, but can be applied to q
         if visible is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
         blind = ~visible.any(-1, keepdim=True)
@@ -247,7 +247,7 @@ def visible_mean(
 ) -> Float[torch.Tensor, "batch head pos d_head"]:
     """``sum_t U_qt v_t`` with U uniform over the keys that each row sees; zero where it sees none.
 
-    Without a mask it is the same for all rows, and taking it away is centring the values: the fix
+    Without a mask it is the same for all rows, and subtracting it centres the values: the fix
     ``A - (1/T) 1 1^T`` of Naderi et al. 2024 (arXiv 2410.07799).
 
     Args:

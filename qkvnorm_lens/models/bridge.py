@@ -3,14 +3,14 @@
 A bridge made here has TransformerLens's hook points and shapes, and in each attention
 
     hook_q, hook_k, hook_v                          the projections' outputs
-    hook_q_normed, hook_k_normed, hook_v_normed     behind QKV-Norm's norm, where there is one
-    hook_rot_q, hook_rot_k                          behind rotary positions
+    hook_q_normed, hook_k_normed, hook_v_normed     after QKV-Norm's norm, where there is one
+    hook_rot_q, hook_rot_k                          after rotary positions
     hook_attn_scores                                pre-softmax, masked = -inf; edits land
     hook_pattern                                    edits land
     hook_z                                          the heads' outputs
 
-On sdpa no scores and pattern exist; asking for a hook there raises, and so it does for those of
-TransformerLens's hooks that no attention of ours has.
+On sdpa no scores and pattern exist; asking for a hook there raises, and so does asking for a
+TransformerLens hook that our attention does not have.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ class QKVNormAttentionBridge(AttentionBridge):
                 setattr(self, f"hook_{site}_normed", HookPoint())
 
     def _drop(self, name: str) -> None:
-        """A hook point that never fires would accept hooks and say nothing."""
+        """Drop a hook point that never fires: it would silently accept hooks."""
         delattr(self, name)
         self._hook_registry.pop(name, None)
 
     def setup_hook_compatibility(self) -> None:
-        """Heads as an axis of their own in q, k, v and z; the rotated q and k have it already."""
+        """Give q, k, v and z an axis for heads; the rotated q and k already have it."""
         super().setup_hook_compatibility()
         for name in ("hook_rot_q", "hook_rot_k"):
             point = self._modules.get(name)
@@ -111,7 +111,7 @@ class QKVNormAttentionBridge(AttentionBridge):
 class QKVNormArchitectureAdapter(ArchitectureAdapter):
     """Says which of our modules is which of TransformerLens's components.
 
-    Weight processing assumes a norm in front of every reader and none behind a projection, which
+    Weight processing assumes a norm before every reader and none after a projection, which
     holds for no placement here, so compatibility mode is refused rather than allowed to change the
     model.
     """
@@ -122,7 +122,7 @@ class QKVNormArchitectureAdapter(ArchitectureAdapter):
     def __init__(self, cfg: Any) -> None:
         if int(version("transformer-lens").split(".")[0]) < 4:
             raise ImportError(
-                f"a TransformerBridge of {ARCHITECTURE} wants transformer-lens 4 (tested with 4.0 "
+                f"a TransformerBridge of {ARCHITECTURE} needs transformer-lens 4 (tested with 4.0 "
                 f"to 4.3), got {version('transformer-lens')}; on 3.9 make a HookedTransformer: "
                 "qkvnorm_lens.models.to_hooked_transformer"
             )
@@ -141,7 +141,7 @@ class QKVNormArchitectureAdapter(ArchitectureAdapter):
             raise TypeError(f"model: wanted a QKVNormTransformer; got {type(model).__name__}")
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
-        """Answer a request for a hook that a model of ours does not have with the reason."""
+        """Answer a request for a hook that our models do not have with the reason."""
         sdpa = self.cfg.attn_implementation == "sdpa"
 
         def check(*names: str) -> None:
@@ -159,7 +159,7 @@ class QKVNormArchitectureAdapter(ArchitectureAdapter):
 
 
 def _parts_with_state(cfg: QKVNormConfig) -> list[str]:
-    """The attention's parts that hold weights: a bridge forgets the state of undeclared ones."""
+    """The attention's parts with weights: a bridge loses the state of undeclared parts."""
     parts: list[str] = []
     if cfg.norm is not None and cfg.placement == "pre" and cfg.norm.gains == "separate":
         parts += ["q_gain", "k_gain", "v_gain"]
@@ -209,7 +209,7 @@ def _ln1(cfg: QKVNormConfig) -> GeneralizedComponent:
 
 
 class _WeightlessOrNot(NormalizationBridge):
-    """TransformerLens's norm, for one whose gain may stand behind it (``q_in``) and not in it."""
+    """TransformerLens's norm, for one whose gain may come after it (``q_in``), not in it."""
 
     property_aliases: dict[str, str] = {}  # noqa: RUF012 - TransformerLens declares it so
 
@@ -282,7 +282,7 @@ def to_plain(bridge: TransformerBridge) -> QKVNormTransformer:
 
 
 def _behind_bridges(model: nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer of that name in a model whose modules bridges have replaced."""
+    """The parameter or buffer of this name in a model whose modules bridges have replaced."""
     current: Any = model
     for part in name.split("."):
         if isinstance(current, GeneralizedComponent):
@@ -318,7 +318,7 @@ def from_pretrained(
     Args:
         folder: a directory that `save_pretrained` wrote, or a hub id.
         device: where to put it.
-        dtype: another dtype than the saved one.
+        dtype: a dtype other than the saved one.
         attn_implementation: ``"eager"`` or ``"sdpa"``, if not as saved.
 
     Raises:

@@ -9,14 +9,14 @@ from typing import Any
 
 
 class LoadError(ValueError):
-    """A model that can't be loaded; the message says what was looked for and what to do."""
+    """A model that can't be loaded; the message says what was expected and what to do."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        LoadError: it is none, or can't be read.
+        LoadError: it is not one, or can't be read.
     """
     from hooks.reports import Unsound, read_json
 
@@ -35,7 +35,7 @@ def read_card(path: Path) -> dict[str, Any]:
     """How a model was made, as its card says.
 
     Raises:
-        LoadError: it is no card, or another than was written.
+        LoadError: it is not a card, or not the one that was written.
     """
     card = read_object(path)
     if "digest" in card and card["digest"] != card_digest(card):
@@ -46,7 +46,7 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def card_digest(card: dict[str, Any]) -> str:
-    """Of all that a card says, but for this."""
+    """Digest of everything in a card except the digest."""
     said = json.dumps({k: v for k, v in card.items() if k != "digest"}, sort_keys=True)
     return f"sha256:{hashlib.sha256(said.encode()).hexdigest()}"
 

@@ -1,7 +1,7 @@
 """Configurations of No-Norm, Pre-Norm and QKV-Norm transformers.
 
-TransformerLens's fields, and few of ours. Menary et al. 2024 (arXiv 2406.17837): Section 2 for the
-placements, the appendix on training for the sizes.
+TransformerLens's fields, and a few of ours. Menary et al. 2024 (arXiv 2406.17837): Section 2 for
+the placements, the appendix on training for the sizes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _Spec = TypeVar("_Spec")
 
 @dataclasses.dataclass(frozen=True)
 class NormSpec:
-    """The attention's norm: RMSNorm(z; g) = sqrt(n) g z / |z|; LayerNorm takes the mean off first.
+    """The attention's norm: RMSNorm(z; g) = sqrt(n) g z / |z|; LayerNorm subtracts the mean first.
 
     Menary et al. 2024, Section 2.
 
@@ -83,8 +83,7 @@ class Sinusoids:
 
     Args:
         n: frequencies.
-        periods: the shortest and the longest period at the start; the others lie log-spaced
-            between.
+        periods: the shortest and the longest initial period; the others are log-spaced between.
         max_shift: in training, each sequence is shifted by one random integer from 0 to this.
     """
 
@@ -106,7 +105,7 @@ class Sinusoids:
 class QKVNormConfig(TransformerBridgeConfig):
     """A transformer with No-Norm, Pre-Norm or QKV-Norm attention (Menary et al. 2024, Section 2).
 
-    Everything TransformerLens has a field for is that field, with its name: sizes,
+    Whatever TransformerLens has a field for is set by that field: sizes,
     `n_key_value_heads` (GQA, MQA), `attn_only`, `act_fn`, `eps`, `seed`, `dtype`, and
 
     - `normalization_type`: the norm of the feed-forward and of the output, under every placement:
@@ -114,21 +113,21 @@ class QKVNormConfig(TransformerBridgeConfig):
     - `positional_embedding_type`: ``"standard"`` (learned), ``"sinusoidal"``, ``"rotary"`` (with
       `rotary_base`, `rotary_dim`, `rotary_adjacent_pairs`) or ``"none"``;
     - `attention_dir` ``"causal"`` or ``"bidirectional"``, and `window_size` for a sliding window (a
-      token sees that many, itself among them; bidirectionally, that many on either side);
+      token sees that many, itself included; bidirectionally, that many on either side);
     - `attn_implementation`: ``"eager"`` or ``"sdpa"`` (no scores or pattern exist there).
 
     Args:
-        placement: where the attention's norm stands.
-        norm: that norm; None for the paper's (RMS, separate gains; per head for QKV-Norm).
+        placement: where the attention's norm is.
+        norm: this norm; None for the paper's (RMS, separate gains; per head for QKV-Norm).
         score_scale: w = c q.k with c = 1/sqrt(d_head), 1, calibrated once to a standard deviation
             of 0.1, or one learned per head.
         calibrated: the paper's other scales, fixed on the first batch: token embedding to a
-            standard deviation of 0.5, the residual stream behind it 1, the inputs of W_Q, W_K, W_V
+            standard deviation of 0.5, the residual stream after it 1, the inputs of W_Q, W_K, W_V
             1, each attention update 0.05.
         attn_bias: biases on W_Q, W_K, W_V, W_O.
         centred: values are averaged with A - U instead of the pattern A, where U is uniform over
-            each row's visible keys: rank one of A is taken away, and what all tokens have in common
-            with it (Naderi et al. 2024, arXiv 2410.07799).
+            each row's visible keys: this removes a rank-one part of A, and with it what all tokens
+            have in common (Naderi et al. 2024, arXiv 2410.07799).
         skip: which updates are added to the residual stream; the others replace it (``"attn"``:
             the feed-forward's replaces it). Zuo & Guerzhoy 2024 (arXiv 2402.05969) ablate them.
         output_mlp: widths of hidden ReLU layers between the last norm and the unembedding.
@@ -136,8 +135,7 @@ class QKVNormConfig(TransformerBridgeConfig):
         **fields: TransformerLens's fields.
 
     Raises:
-        ValueError: a combination that is not valid, or a field that this architecture does not
-            have.
+        ValueError: an invalid combination, or a field that this architecture does not have.
     """
 
     def __init__(
@@ -257,7 +255,7 @@ class QKVNormConfig(TransformerBridgeConfig):
             )
 
     def to_json(self) -> dict[str, Any]:
-        """What the constructor needs to make this configuration again, JSON types only."""
+        """What the constructor needs to make this configuration again, in JSON types."""
         defaults = tl_defaults()
         fields = {
             k: _plain(getattr(self, k))
@@ -325,12 +323,12 @@ _PAPER_NORM: Final[dict[Placement, NormSpec | None]] = {
 
 
 def _plain(value: Any) -> Any:
-    """TransformerLens works some defaults out with NumPy."""
+    """Plain numbers: TransformerLens computes some defaults with NumPy."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _unless_default(*, centred: bool, skip: str) -> dict[str, Any]:
-    """The two fields that older files lack, where they say something."""
+    """The two fields that older files lack, where they are not the default."""
     return ({"centred": True} if centred else {}) | ({"skip": skip} if skip != "both" else {})
 
 
@@ -370,8 +368,8 @@ def named_config(name: str, placement: Placement | str, **changes: Any) -> QKVNo
 
     Args:
         name: one of ``NAMED``.
-        placement: where the attention's norm stands.
-        **changes: fields to set otherwise.
+        placement: where the attention's norm is.
+        **changes: fields to change.
     """
     one_of("name", name, sorted(NAMED))
     return QKVNormConfig(placement=placement, **{**NAMED[name], **changes})

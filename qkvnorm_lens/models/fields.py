@@ -77,7 +77,7 @@ _OURS: Final = (
 
 
 def one_of(name: str, value: object, valid: Sequence[object]) -> None:
-    """Refuse a value that is none of these."""
+    """Refuse a value that is not one of these."""
     if not isinstance(value, (str, NoneType)) or value not in valid:
         got = f"{brief(value)}{near(value, valid)}"
         raise ValueError(f"{name}: wanted one of {list(valid)}; got {got}")
@@ -128,7 +128,7 @@ _TEXTS: Final = frozenset(["model_name", "tokenizer_name", "default_padding_side
 
 
 def check_fields(fields: dict[str, Any]) -> None:
-    """TransformerLens's own fields as Python's numbers, before it works the others out of them.
+    """TransformerLens's own fields as Python's numbers, before it derives the others from them.
 
     Raises:
         TypeError, ValueError: a field of another kind.
@@ -164,7 +164,7 @@ def check_fields(fields: dict[str, Any]) -> None:
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Equal, of whatever kinds; an array is equal to nothing."""
+    """Whether two values are equal, of any kind; an array equals nothing."""
     try:
         return bool(value == default)
     except (ValueError, RuntimeError, TypeError):

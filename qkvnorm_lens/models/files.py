@@ -1,4 +1,4 @@
-"""Our models on disk: weights that know their own digest, and those of what lies beside them."""
+"""Our models on disk: weights with their own digest and those of the files beside them."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def write(state: Mapping[str, torch.Tensor], values: Mapping[str, Any], folder: Path) -> None:
     """Write weights and configuration, each whole or not at all.
 
-    The header of the weights has a digest of them, of the configuration and of the tokenizer that
-    lies in the folder.
+    The header of the weights has a digest of them, of the configuration and of the folder's
+    tokenizer.
 
     Raises:
         OSError: they can't be written.
@@ -64,7 +64,7 @@ def write(state: Mapping[str, torch.Tensor], values: Mapping[str, Any], folder: 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Configuration and weights, as they were written.
 
-    Models from before there was a digest are read too: of their files only the form is checked.
+    Models from before there was a digest can be read too: only the form of their files is checked.
 
     Raises:
         LoadError: one of the files is not what was written.
@@ -91,10 +91,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def made(path: Path, make: Callable[[], T]) -> T:
-    """What a file makes.
+    """What is made from a file.
 
     Raises:
-        LoadError: it makes none.
+        LoadError: nothing can be made from it.
     """
     try:
         return make()
@@ -109,7 +109,7 @@ def check_fits(
     weights: Mapping[str, torch.Tensor],
     kind: Callable[[QKVNormConfig], nn.Module],
 ) -> None:
-    """Refuse a configuration of a model far larger than its weights, before that model is made.
+    """Refuse a configuration that is far larger than its weights, before making the model.
 
     Raises:
         LoadError: it is.

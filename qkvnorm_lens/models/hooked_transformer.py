@@ -1,4 +1,4 @@
-"""Our models as a ``HookedTransformer``, for those who are still on TransformerLens 3.9.
+"""Our models as a ``HookedTransformer``, for users of TransformerLens 3.9.
 
 The class was removed in TransformerLens 4.0, where `qkvnorm_lens.models.bridge` makes a
 ``TransformerBridge`` instead. Menary et al. 2024 (arXiv 2406.17837), Section 2, in the older terms:
@@ -50,7 +50,7 @@ if AVAILABLE:
         """The placement's parts around the projections of TransformerLens's attention."""
 
         def add_norms(self: Any, cfg: QKVNormConfig) -> None:
-            """Add what stands before and behind W_Q, W_K and W_V, and its hook points."""
+            """Add the parts before and after W_Q, W_K and W_V, and their hook points."""
             self.q_gain, self.k_gain, self.v_gain = (input_gain(cfg) for _ in "qkv")
             self.q_norm, self.k_norm, self.v_norm = (head_norm(cfg, site) for site in "qkv")
             self.shared_gain = shared_gain(cfg)
@@ -89,7 +89,7 @@ if AVAILABLE:
             attention_mask: Shaped[torch.Tensor, "batch key"] | None = None,
             **kwargs: Any,
         ) -> torch.Tensor:
-            """As ever, but padding is masked in bidirectional attention too."""
+            """TransformerLens's own, but padding is masked in bidirectional attention too."""
             if attention_mask is not None and self.cfg.attention_dir == "bidirectional":
                 masked = torch.zeros(attention_mask.shape, device=attention_mask.device)
                 masked = masked.masked_fill(~attention_mask.bool(), -torch.inf)
@@ -138,9 +138,9 @@ if AVAILABLE:
             self.setup()  # names the new hook points
 
         def load_and_process_state_dict(self, *args: Any, **kwargs: Any) -> None:
-            """Refused: folding assumes norms that stand elsewhere, and would change the model."""
+            """Refused: folding assumes norms in other places, and would change the model."""
             raise NotImplementedError(
-                "weight processing assumes a norm in front of each block's readers and none behind "
+                "weight processing assumes a norm before each block's readers and none after "
                 f"a projection; wanted a plain load_state_dict for placement "
                 f"{self.qkvnorm_cfg.placement!r}, got load_and_process_state_dict (which "
                 "process_weights_ calls)"
@@ -158,15 +158,14 @@ if AVAILABLE:
 
 
 def hooked_config(cfg: QKVNormConfig, device: torch.device | str | None = None) -> Any:
-    """TransformerLens 3.9's own configuration of the same model.
+    """TransformerLens 3.9's own configuration of one of our models.
 
     Args:
         cfg: ours.
         device: where the weights will be; None for TransformerLens's choice.
 
-    Returns:
-        A ``HookedTransformerConfig``. Its `seed` is None, for it would set the global random
-        state, and positions "none" are learned ones that stay zero.
+    Returns: A ``HookedTransformerConfig``. Its `seed` is None, since it would set the global random
+        state; positions "none" are learned ones that stay zero.
 
     Raises:
         ImportError: TransformerLens 4 or later.
@@ -191,9 +190,9 @@ def hooked_config(cfg: QKVNormConfig, device: torch.device | str | None = None) 
 def to_hooked_transformer(
     model: QKVNormTransformer, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Any:
-    """The same model as a ``HookedTransformer``, with a copy of the weights.
+    """Make a ``HookedTransformer`` of one of our models, with a copy of the weights.
 
-    Biases that the model does not have are zero there, and do not train. The paper's placements:
+    Biases that the model does not have are zero there, and do not train. For the placements see
     Menary et al. 2024, Section 2.
 
     Args:
@@ -240,7 +239,7 @@ def from_pretrained(
     Args:
         folder: a directory that `save_pretrained` wrote, or a hub id.
         device: where to put it.
-        dtype: another dtype than the saved one.
+        dtype: a dtype other than the saved one.
         attn_implementation: ``"eager"`` for a model saved with ``"sdpa"``.
 
     Raises:
@@ -289,14 +288,14 @@ _SAME_FIELDS: Final = (
 def _need_3_9() -> None:
     if not AVAILABLE:
         raise ImportError(
-            "a HookedTransformer wants transformer-lens 3.9, the last release that has one, got "
+            "a HookedTransformer needs transformer-lens 3.9, the last release that has one, got "
             f"{version('transformer-lens')}; there, use qkvnorm_lens.to_bridge or from_pretrained, "
             "which give a TransformerBridge"
         )
 
 
 def _refuse_inexpressible(cfg: QKVNormConfig) -> None:
-    """Name the first option for which ``HookedTransformer`` has no part."""
+    """Refuse the first option that ``HookedTransformer`` has no part for."""
     wanted: list[tuple[str, bool, str, object]] = [
         ("output_mlp", not cfg.output_mlp, "()", cfg.output_mlp),
         ("calibrated", not cfg.calibrated, "False", cfg.calibrated),

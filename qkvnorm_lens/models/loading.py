@@ -37,12 +37,12 @@ class Source:
 
 
 def find(name: str) -> Source:
-    """What a name stands for: a shipped model first, then a directory, then a hub id.
+    """What a name refers to: a shipped model first, then a directory, then a hub id.
 
     Reads no weights and imports neither torch nor TransformerLens.
 
     Raises:
-        LoadError: a path that is no model directory.
+        LoadError: a path that is not a model directory.
     """
     if isinstance(name, os.PathLike):
         name = os.fspath(name)
@@ -71,7 +71,7 @@ def find(name: str) -> Source:
 
 
 def _path(name: str) -> Path | None:
-    """The name as a path; None for what no file can be called."""
+    """The name as a path; None if no file can have this name."""
     try:
         path = Path(name).expanduser()
         path.is_dir()
@@ -81,7 +81,7 @@ def _path(name: str) -> Path | None:
 
 
 def _near(name: str) -> str:
-    """The name of ours that may have been meant."""
+    """The name of the model of ours that may have been meant."""
     return near(name, [*checkpoints(), *experiment_models()])
 
 
@@ -101,7 +101,7 @@ def load_model(
         dtype: default: as saved for our models, float32 for others.
 
     Raises:
-        LoadError: no such model, or one that can't be loaded.
+        LoadError: no such model, or it can't be loaded.
     """
     from hooks.arguments import check_device, check_dtype
 
@@ -139,7 +139,7 @@ def _load(source: Source, device: Any, dtype: torch.dtype | None) -> Transformer
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bar for reading weights, no word on retries or old names; warnings on weights stay."""
+    """No bar for weights, no messages on retries or old names; warnings on weights stay."""
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.is_progress_bar_enabled()
@@ -158,12 +158,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _not_an_old_name(record: logging.LogRecord) -> bool:
-    """TransformerLens's own aliases, such as gpt2-small, are welcome here."""
+    """Accept TransformerLens's own aliases, such as gpt2-small, without a warning."""
     return not record.getMessage().startswith("DEPRECATED: You are using a deprecated, model_name")
 
 
 def _why(source: Source, error: Exception) -> str:
-    """One line: what was asked for and why it failed."""
+    """One line: what was requested and why it failed."""
     if source.kind == "hub" and _unreachable(error):
         return (
             f"model: wanted a shipped model ({', '.join(checkpoints()) or 'none'}), a directory or "

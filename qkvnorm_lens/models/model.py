@@ -42,7 +42,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def plain_norm(cfg: QKVNormConfig) -> nn.Module:
-    """The norm of the feed-forward and of the output, the same under every placement."""
+    """The norm of the feed-forward and of the output, which no placement changes."""
     if cfg.normalization_type is None:
         return nn.Identity()
     if cfg.normalization_type == "RMS":
@@ -88,7 +88,7 @@ class Block(nn.Module):
         rotation: Rotation | None = None,
         past_key_values: KVCache | None = None,
     ) -> Float[torch.Tensor, "batch pos d_model"]:
-        """The residual stream behind this block."""
+        """The residual stream after this block."""
         x = hidden_states
         update = self.attn(
             self.ln1(x), visible=visible, rotation=rotation, past_key_values=past_key_values
@@ -129,7 +129,7 @@ class SinusoidalPositions(nn.Module):
         self.frequencies = Gain(cfg.sinusoids.n)
 
     def start(self) -> None:
-        """Set the frequencies to the log-spaced ones they start from."""
+        """Set the frequencies to their log-spaced initial values."""
         low, high = (math.log(period) for period in self.sinusoids.periods)
         periods = torch.linspace(low, high, self.sinusoids.n, dtype=torch.float64).exp()
         with torch.no_grad():
@@ -170,7 +170,7 @@ def visible_keys(
 ) -> Bool[torch.Tensor, "#batch 1 pos key"] | None:
     """Which keys each new token sees: direction, window, padding; None for sdpa's own mask.
 
-    A mask with four axes says it all, and takes the place of direction and window.
+    A mask with four axes replaces direction and window.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask.to(device)
@@ -191,7 +191,7 @@ def _check_mask(mask: Shaped[torch.Tensor, "..."] | None) -> None:
     """Refuse a mask that `visible_keys` can't read.
 
     Raises:
-        ValueError: not [batch, key], and no boolean [batch, 1, query, key].
+        ValueError: neither [batch, key] nor a boolean [batch, 1, query, key].
     """
     if mask is None or mask.ndim == 2:
         return
@@ -204,7 +204,7 @@ def _check_mask(mask: Shaped[torch.Tensor, "..."] | None) -> None:
 
 @dataclasses.dataclass
 class CachedOutput:
-    """Logits, and the keys and values with which to go on."""
+    """Logits, and the keys and values with which to continue."""
 
     logits: Float[torch.Tensor, "batch pos d_vocab"]
     past_key_values: KVCache
@@ -213,8 +213,8 @@ class CachedOutput:
 class QKVNormTransformer(nn.Module, ModelHubMixin):
     """A decoder (or encoder) whose attention has No-Norm, Pre-Norm or QKV-Norm.
 
-    Menary et al. 2024, Section 2. A plain module: fast to train, and free of hooks.
-    `adapter.to_bridge` puts it into a ``TransformerBridge``, which has them.
+    Menary et al. 2024, Section 2. A plain module: fast to train, without hooks. `to_bridge` wraps
+    it into a ``TransformerBridge``, which has them.
 
     Args:
         cfg: the configuration; weights are drawn from ``cfg.seed``, the global random state is left
@@ -250,7 +250,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
 
     @torch.no_grad()
     def _draw_weights(self) -> None:
-        """Normal weights; those that write into the residual stream smaller by sqrt(2 layers)."""
+        """Normal weights, smaller by sqrt(2 layers) where they write into the residual stream."""
         cfg = self.cfg
         rng = torch.Generator().manual_seed(cfg.seed if cfg.seed is not None else 0)
         for name, p in self.named_parameters():
@@ -287,8 +287,8 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
                 padding (shifted at random in training, where the positions are sinusoids).
             inputs_embeds: embedded tokens, in place of `input_ids`.
             past_key_values: earlier tokens' keys and values.
-            use_cache: give back keys and values too.
-            at: rows and positions whose logits are wanted; None for all.
+            use_cache: return keys and values too.
+            at: rows and positions whose logits to return; None for all.
 
         Raises:
             ValueError: neither or both inputs, or more tokens than the context holds.
@@ -398,7 +398,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
 
     @contextlib.contextmanager
     def calibrating(self) -> Iterator[None]:
-        """Forward passes inside fix every calibrated scale, in the order in which they are met.
+        """Forward passes inside fix every calibrated scale, in the order of the pass.
 
         Menary et al. 2024, appendix on training: once, on the first batch.
         """
@@ -415,9 +415,9 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
 
 @torch.no_grad()
 def fold_gains(model: QKVNormTransformer) -> QKVNormTransformer:
-    """The same function with Pre-Norm's gains multiplied into the weights: ``W (g * n) = (W g) n``.
+    """Multiply Pre-Norm's gains into the weights, the function unchanged: ``W (g * n) = (W g) n``.
 
-    Exact in front of a projection; behind one (QKV-Norm) the norm would take it away again.
+    Exact for gains before a projection; after one (QKV-Norm), the norm would remove them again.
 
     Args:
         model: left as it is.
@@ -426,7 +426,7 @@ def fold_gains(model: QKVNormTransformer) -> QKVNormTransformer:
         A new model, whose configuration says ``gains="none"``.
 
     Raises:
-        ValueError: gains that stand behind a projection.
+        ValueError: gains that come after a projection.
     """
     norm = model.cfg.norm
     if model.cfg.placement == "qkv" and norm is not None and norm.gains != "none":

@@ -1,4 +1,4 @@
-"""The small parts that the three placements are composed of.
+"""The small parts of which the three placements are composed.
 
     RMSNorm(z; g) = sqrt(n) g * z / |z|        LayerNorm(z; g) = RMSNorm of z minus its mean
 
@@ -18,7 +18,7 @@ class Norm(nn.Module):
     Menary et al. 2024, Section 2.
 
     Args:
-        kind: ``"rms"``, or ``"layer"`` to take the mean away first.
+        kind: ``"rms"``, or ``"layer"`` to subtract the mean first.
         gain: the shape of the learned gain, which broadcasts to the input; None for no gain.
         dims: how many of the last dimensions one norm covers.
         eps: added to the mean square.
@@ -36,7 +36,7 @@ class Norm(nn.Module):
         self.weight = None if gain is None else nn.Parameter(torch.ones(gain))
 
     def forward(self, x: Float[torch.Tensor, "*shape"]) -> Float[torch.Tensor, "*shape"]:
-        """Norm in float32 (or float64), and cast back before the gain."""
+        """Norm in float32 (or float64), then cast back before the gain."""
         over = tuple(range(-self.dims, 0))
         z = x if x.dtype == torch.float64 else x.float()
         if self.kind == "layer":
@@ -65,8 +65,8 @@ class Gain(nn.Module):
 class Calibrated(nn.Module):
     """``x -> c x`` with c fixed once, so that the output's standard deviation is `std`.
 
-    The "checkpoints" of Menary et al. 2024, appendix on training. Until `measuring` was set c is
-    one; afterwards it only multiplies.
+    The "checkpoints" of Menary et al. 2024, appendix on training. c is one until `measuring` is
+    set; afterwards it only multiplies.
     """
 
     weight: torch.Tensor  # the factor; TransformerLens keeps only states of this name

@@ -35,13 +35,13 @@ def checkpoint_path(name: str = DEFAULT) -> Path:
     """The directory of a shipped model.
 
     Raises:
-        ValueError: no such model; the message lists those that there are.
+        ValueError: no such model; the message lists the models.
     """
     return SHIPPED / check_name("name", name, checkpoints())
 
 
 def checkpoint_card(name: str = DEFAULT) -> dict[str, Any]:
-    """How a shipped model was made, and how good it is.
+    """How a shipped model was made, and its accuracy.
 
     Raises:
         ValueError: no such model.
@@ -62,7 +62,7 @@ def load_checkpoint(
     Args:
         name: one of `checkpoints`.
         device: where to put it.
-        dtype: another dtype than the saved one.
+        dtype: a dtype other than the saved one.
         attn_implementation: ``"eager"`` or ``"sdpa"``, if not as saved.
 
     Raises:

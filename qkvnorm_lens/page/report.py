@@ -1,8 +1,8 @@
 """A collapse report as one page that opens anywhere, offline: figures, rows, tables, caveats.
 
 Everything is in the file: pictures as SVG, style, a small script, circuitsvis's script where it is
-installed. Text that came from a prompt is data: it is escaped, and a content security policy lets
-no script run but the page's own and nothing be loaded.
+installed. Text from a prompt is data: it is escaped, and a content security policy allows only the
+page's own scripts and loads nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def html_report(
         report: what :func:`hooks.collapse_probe` gave.
         source: what was read, in words.
         content: leave attention sinks out of the map of heads and the lists of rows.
-        views: with circuitsvis's attention views (1.3 MB); default: where it is installed.
+        views: include circuitsvis's attention views (1.3 MB); default: where it is installed.
 
     Raises:
         ImportError: ``views`` without circuitsvis.
@@ -135,7 +135,7 @@ def write_html(report: CollapseReport, path: str | Path, **options: Any) -> Path
 
 
 def _tabs(views: bool, texts: bool) -> list[tuple[str, str]]:
-    """Sections by their name and what their tab says."""
+    """Sections by name, with the labels of their tabs."""
     tabs = {"overview": "Overview", "heads": "Heads", "rows": "Rows"}
     tabs |= {"attention": "Attention"} if views else {}
     tabs |= {"text": "Text"} if texts else {}
@@ -152,7 +152,7 @@ def _library(*, required: bool) -> str:
 
 
 def _sentences(report: CollapseReport) -> tuple[str, str]:
-    """The summary, what was found apart from what was looked at, without what stands elsewhere."""
+    """The summary's sentences, findings apart from what was measured, without what is elsewhere."""
     sites = str(report.model["sites"])
     lines = [s for s in report.summary().splitlines() if not s.startswith(sites)]
     name = f"{report.model['name']}: "
@@ -176,7 +176,7 @@ def _tiles(report: CollapseReport) -> list[tuple[str, str]]:
     return [
         (_sigma_at(report), "RMS noise at which 1% of sparse rows collapse"),
         (_sigma_at(report, content=True), "the same with attention sinks left out"),
-        (f"{n:,}", f"sparse rows, of {examined:,} looked at"),
+        (f"{n:,}", f"sparse rows, of {examined:,} examined"),
         (tables.percent(sinks / n) if n else "-", "of them attend to the first token (sinks)"),
         ("-" if math.isnan(level) else f"{level:.3g}", "mean score level of sparse rows"),
     ]
@@ -193,9 +193,9 @@ def caveats(report: CollapseReport) -> list[str]:
     if removed:
         said.append(
             f"This model normalises {' and '.join(removed)} after the projection (QK-norm or "
-            "QKV-Norm): noise in front of that norm is taken away in whole or part. The numbers "
-            "here are for the vectors that enter the dot product, behind the norm; they do not say "
-            "that the model would feel noise in front of it."
+            "QKV-Norm): that norm removes noise before it, in whole or part. The numbers "
+            "here are for the vectors that enter the dot product, after the norm; they do not say "
+            "that the model would feel noise before it."
         )
     if n:
         share = tables.percent(sinks / n)
@@ -217,7 +217,7 @@ def caveats(report: CollapseReport) -> list[str]:
     said.append(
         "Independent noise on every vector is a worst case that is injected, not observed: what "
         "really disturbs a norm is often common to a token's heads. Each layer is noised on its "
-        "own, on clean inputs; keys' noise is shared by all rows of a head, so that rows are no "
+        "own, on clean inputs; keys' noise is shared by all rows of a head, so rows are not "
         "independent draws."
     )
     if settings.method == "sample":
@@ -279,7 +279,7 @@ def _heads(report: CollapseReport, content: bool) -> dict[str, Any]:
 
 
 def _sigma(x: float) -> _Cell:
-    """A sigma; one that is never reached sorts behind all, no rows behind that."""
+    """A sigma; one that is never reached sorts last but for "no rows"."""
     return (tables.percent(x), "" if math.isnan(x) else 1e9 if math.isinf(x) else x, False)
 
 
@@ -288,7 +288,7 @@ def _number(x: float, show: Any) -> _Cell:
 
 
 def _fragile(report: CollapseReport, content: bool) -> tuple[_Table, str]:
-    """The rows that go first, equal ones counted, and what the list leaves out."""
+    """The most fragile rows, equal ones counted, and what the list leaves out."""
     table = _Table(
         [
             ("from σ", False),
@@ -333,7 +333,7 @@ def _text(text: str) -> Markup:
 
 
 def _texts(report: CollapseReport) -> tuple[list[Markup], str]:
-    """Whole prompts by fragility, as many as there is room for."""
+    """Whole prompts by fragility, as many as fit."""
     tokens = report.decoder_tokens or report.tokens
     chosen: list[int] = []
     room = TEXT_TOKENS
@@ -419,7 +419,7 @@ def _method(report: CollapseReport, source: str) -> list[tuple[str, str]]:
         ("Read", f"{source + '; ' if source else ''}{n:,} prompts, {tokens:,} tokens"),
         (
             "Rows",
-            f"{int(report.examined.sum()):,} looked at, {report.n_sparse:,} sparse, {sinks:,} of "
+            f"{int(report.examined.sum()):,} examined, {report.n_sparse:,} sparse, {sinks:,} of "
             f"them on the first token; left out: {alone:,} with one visible key, {ties:,} ties",
         ),
         (

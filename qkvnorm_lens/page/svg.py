@@ -1,4 +1,4 @@
-"""Pictures of a report as inline SVG: colours come from the page, so that it can be dark."""
+"""Pictures of a report as inline SVG: colours come from the page, which can be dark."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def curve(chart: Chart, name: str) -> Markup:
 
     Args:
         chart: lines, levels and marks are drawn.
-        name: what the picture is, for those who can't see it.
+        name: a description of the picture for those who can't see it.
     """
     across, up = _scale(chart, "x"), _scale(chart, "y")
     clip_name = "clip-" + "".join(c for c in name if c.isalnum())
@@ -208,7 +208,7 @@ def _legend(lines: Sequence[Line]) -> Markup:
 
 
 def head_map(cells: HeadCells, min_rows: int) -> Markup:
-    """Layers by heads, a number in each cell; a tooltip says what it is."""
+    """Layers by heads, with a number in each cell and its meaning in a tooltip."""
     n_layers, n_heads = cells.sigma.shape
     wide = min(44.0, 880 / n_heads)
     high = min(26.0, max(14.0, 620 / n_layers))

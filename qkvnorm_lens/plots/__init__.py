@@ -1,8 +1,8 @@
-"""Figures: a result goes in, a figure comes out, of matplotlib or (``backend="plotly"``) plotly.
+"""Figures of results, made by matplotlib or (``backend="plotly"``) plotly.
 
-Nothing is shown and no global setting is read or changed: save a figure with
-``figure.savefig(path)`` (plotly: ``figure.write_html(path)``); a notebook shows the one that a cell
-ends with.
+Nothing is shown, and no global setting is read or changed: save a figure with
+``figure.savefig(path)`` (plotly: ``figure.write_html(path)``); a notebook shows the figure at the
+end of a cell.
 """
 
 from qkvnorm_lens.plots.attention_views import (

@@ -1,4 +1,4 @@
-"""Attention before and after noise for the rows that a report keeps, and tokens by fragility."""
+"""Attention before and after noise for a report's kept rows, and tokens by fragility."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ _ROW_HEIGHT = 1.05  # inches
 
 @dataclass(frozen=True)
 class View:
-    """A page of its own: a notebook shows it in a frame, :meth:`save` writes it.
+    """A separate page: a notebook shows it in a frame, :meth:`save` writes it.
 
-    The page loads nothing and runs no script but its own; the frame has no access to the notebook.
+    The page loads nothing and runs only its own script; the frame has no access to the notebook.
 
     Attributes:
         html: the page.
@@ -74,7 +74,7 @@ class View:
         object.__setattr__(self, "height", *check_integers(height=(self.height, 1)))
 
     def _repr_html_(self) -> str:
-        """A frame that holds the page, without the network."""
+        """A frame that holds the page, without network access."""
         return (
             f'<iframe sandbox="allow-scripts" srcdoc="{quoted(str(self.html))}" '
             f'style="width: 100%; height: {self.height}px; border: 0"></iframe>'
@@ -93,13 +93,13 @@ def attention(report: CollapseReport, n: int = 8, *, content: bool = False) -> V
     """Attention of the most fragile rows before and after noise, with circuitsvis.
 
     For every prompt a pair of matrices per head, clean and under the noise that the report keeps
-    (see :class:`hooks.KeptRows`); they have the kept rows alone, and ``▸`` marks their tokens. Of
-    long prompts the tokens that carry weight are shown. Above them each row in words and as a
-    strip of tokens. :func:`attention_rows` is the static twin.
+    (see :class:`hooks.KeptRows`); they show only the kept rows, and ``▸`` marks their tokens. For
+    long prompts, only tokens that carry weight are shown. Above them is each row in words and as a
+    strip of tokens. :func:`attention_rows` is the static version.
 
     Args:
         report: what :func:`hooks.collapse_probe` gave, with ``keep_rows`` above 0.
-        n: rows to show; rows that are equal (prompts that begin alike) count once.
+        n: rows to show; equal rows (prompts that begin alike) count once.
         content: leave rows out that attend to the first token.
 
     Raises:
@@ -126,17 +126,17 @@ def attention(report: CollapseReport, n: int = 8, *, content: bool = False) -> V
 def fragile_text(report: CollapseReport, prompts: Sequence[int] | int = 8) -> View:
     """The prompts' tokens, coloured by the least noise that can move one of their rows.
 
-    The darker, the less: full colour from sigma = 2% down, none at 58%, logarithmic between.
+    The darker, the less noise: full colour from sigma = 2% down, none at 58%, logarithmic between.
     Tokens without colour have no sparse row that the report's table lists. A token's tooltip names
     the head. Needs nothing but a browser.
 
     Args:
         report: what :func:`hooks.collapse_probe` gave.
-        prompts: which ones, or how many from the first on.
+        prompts: which ones, or how many from the first.
 
     Raises:
         TypeError: another kind of report.
-        ValueError: a prompt that the report does not have, or one that was no text.
+        ValueError: a prompt that the report does not have, or one that was not text.
     """
     chosen = _prompts(report, prompts)
     parts = [fragile_prompt(report, p) for p in chosen]
@@ -152,13 +152,13 @@ def attention_rows(
     *,
     content: bool = False,
 ) -> Figure:
-    """The most fragile rows before and after noise, on paper: two lines of weights per row.
+    """The most fragile rows before and after noise, for print: two lines of weights per row.
 
-    A ring marks each line's arg max. The static twin of :func:`attention`.
+    A ring marks each line's arg max. The static version of :func:`attention`.
 
     Args:
         report: what :func:`hooks.collapse_probe` gave, with ``keep_rows`` above 0.
-        n: rows to show; rows that are equal count once.
+        n: rows to show; equal rows count once.
         ax: draw on these, an axis per row; default: a new figure.
         content: leave rows out that attend to the first token.
 
@@ -247,7 +247,7 @@ SCALE = Markup(
 
 
 def _page(title: str, body: Markup, data: Markup, scripts: list[str]) -> str:
-    """A page of its own."""
+    """The whole page."""
     from qkvnorm_lens.plots.html import style
 
     page = Markup(

@@ -53,7 +53,7 @@ def collapse_curve(
 ) -> Figure | Any:
     """Share of sparse rows that collapse against sigma, both in percent on log axes.
 
-    Menary et al. 2024, Fig. 3. Points are ``report.to_frame(by)``; rates below 0.01% lie under the
+    Menary et al. 2024, Fig. 3. Points are ``report.to_frame(by)``; rates below 0.01% are below the
     axis.
 
     Args:
@@ -175,13 +175,13 @@ def margins_chart(report: CollapseReport) -> Chart:
 
 
 def name_of(report: CollapseReport) -> str:
-    """The model's name; of a directory on this machine its last part."""
+    """The model's name; for a local directory its last part."""
     name = str(report.model["name"])
     return Path(name).name if Path(name).is_absolute() else name
 
 
 def title_of(report: CollapseReport) -> str:
-    """The model, the noise, and how much was looked at."""
+    """The model, the noise, and how much was measured."""
     settings, n = report.settings, len(report.tokens)
     return (
         f"{name_of(report)}\n{settings.law} noise on {', '.join(settings.on)}; "

@@ -1,4 +1,4 @@
-"""The map of heads: at which noise each of them goes."""
+"""The map of heads: at which noise each of them collapses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class HeadCells:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Of the colour scale."""
+        """The ends of the colour scale."""
         finite = self.sigma[np.isfinite(self.sigma) & (self.sigma > 0)]
         low, high = (finite.min(), finite.max()) if finite.size else (1.0, 50.0)
         if high < 1.05 * low:
@@ -89,8 +89,8 @@ def head_map(
     """Sigma at which a share ``rate`` of a head's sparse rows collapses, layers by heads.
 
     The cells are ``report.sigma_at(rate, by="head")`` in percent, on a logarithmic colour scale:
-    dark heads go first. Grey: never within the law. Pale: no sparse rows. A number in brackets, or
-    a dot in a large map, stands for fewer than ``min_rows`` sparse rows.
+    dark heads collapse first. Grey: never within the law. Pale: no sparse rows. A number in
+    brackets, or a dot in a large map, means fewer than ``min_rows`` sparse rows.
 
     Args:
         report: what :func:`hooks.collapse_probe` gave.
@@ -198,7 +198,7 @@ def _in_words(value: float, rows: int) -> str:
 
 
 def _cells(ax: Axes, cells: HeadCells) -> Any:
-    """The image; never and no rows are colours of their own."""
+    """The image; "never" and "no rows" have their own colours."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 

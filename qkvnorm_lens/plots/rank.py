@@ -46,7 +46,7 @@ def rank_by_depth(
     measure: str = "relative_mu",
     backend: Backend = "matplotlib",
 ) -> Figure | Any:
-    """How far the tokens are from being one token, by depth.
+    """How far the tokens are from being equal, by depth.
 
     Wu et al. 2024: mu(X) = || X - 1 mean(X)^T ||_F falls where attention makes tokens alike.
 
@@ -85,7 +85,7 @@ def rank_by_depth(
 
 
 def _sites(labels: list[str]) -> Axis:
-    """Sites by the layer that each begins; by name where labels say no layer."""
+    """Sites by the layer that each begins; by name where labels have no layer."""
     of = [label.partition(" ")[0] for label in labels]
     first = [i for i in range(len(of)) if i == 0 or of[i] != of[i - 1]]
     said = "layer (its sites in order, from its input to its output)"

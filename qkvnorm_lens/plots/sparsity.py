@@ -33,7 +33,7 @@ def sparsity_histogram(
 ) -> Figure | Any:
     """Histogram of the largest weight of each attention row, content and sinks apart.
 
-    Menary et al. 2024, Fig. 25 to 27: the sharp peak at 1 is Pre-Norm's; sparse rows lie right of
+    Menary et al. 2024, Fig. 25 to 27: the sharp peak at 1 is Pre-Norm's; sparse rows are right of
     0.95.
 
     Args:

@@ -48,14 +48,14 @@ def spectrum_by_depth(
     """First two singular values of the attention matrices by layer, beside the uniform matrix's.
 
     Naderi et al. 2024: without a mask softmax attention has one singular value near 1 and a bulk
-    below 2/sqrt(T); under a causal mask the uniform matrix of the same mask is the thing to compare
-    with. The band goes from the least to the greatest head.
+    below 2/sqrt(T); under a causal mask, compare with the uniform matrix of the same mask. The band
+    spans the heads from least to greatest.
 
     Args:
         reports: what :func:`hooks.spectral_gap` gave, or a frame (its ``to_frame()``, by head or by
             layer: ``layer``, ``s1``, ``s2``, ``uniform_s1``, ``uniform_s2``, ``edge``); or several
             by the name to show, side by side.
-        ax: draw here, of several an axis for each; default: a new figure.
+        ax: draw here, with an axis for each of several; default: a new figure.
         backend: ``"matplotlib"`` or ``"plotly"``.
 
     Raises:

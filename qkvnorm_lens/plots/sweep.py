@@ -58,7 +58,7 @@ def accuracy_curve(
         ImportError: matplotlib (plotly) is not installed.
         TypeError: another kind of thing.
         ValueError: another ``metric`` or ``backend``, no report, an axis beside plotly, or a report
-            without that number (accuracy and loss want targets).
+            without that number (accuracy and loss need targets).
     """
     check_backend(backend, ax)
     metric = check_choice("metric", metric, _METRICS)

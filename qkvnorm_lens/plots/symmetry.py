@@ -41,14 +41,14 @@ def symmetry_by_depth(
 ) -> Figure | Any:
     """How much permuting the earlier tokens changes the last position's stream, by depth.
 
-    The mean of |y - y_pi| / |y| behind each block, as the model is and without positions, mask or
+    The mean of |y - y_pi| / |y| after each block, as the model is and without positions, mask or
     both, beside what rounding does to the same stream (dashed, the largest of its runs): a line on
-    or below its dashed one is no gap. A change of nothing at all is no point of the log axis.
-    Zuo & Guerzhoy 2024.
+    or below its dashed one means no gap. A change of exactly zero has no point on the log axis. Zuo
+    & Guerzhoy 2024.
 
     Args:
         reports: what :func:`hooks.symmetry_gap` gave, or several by the name to show, side by side.
-        ax: draw here, of several an axis for each; default: a new figure.
+        ax: draw here, with an axis for each of several; default: a new figure.
         backend: ``"matplotlib"`` or ``"plotly"``.
 
     Raises:
@@ -86,7 +86,7 @@ def _symmetry_chart(name: str, report: SymmetryReport) -> Chart:
         lines.append(Line(x, floor, f"{variant}: rounding", colour, dash="--", width=0.8))
     labels = frame[frame["variant"] == frame["variant"].iloc[0]]["label"].astype(str).tolist()
     return Chart(
-        x=layer_axis(labels, "behind the block of layer (embed: before the first)"),
+        x=layer_axis(labels, "after the block of layer (embed: before the first)"),
         y=Axis("change of the stream, |y − y′| / |y|", "log"),
         lines=lines,
         title=name or str(report.model["name"]),

@@ -43,7 +43,7 @@ def training_curves(
     """Loss (log axis) and accuracy per token against sequences seen, a colour per run.
 
     Points are the logs' own columns ``sequences``, ``loss`` and ``per_token``; accuracy has points
-    where it was measured. Beyond seven runs the colours come again with other dashes.
+    where it was measured. Beyond seven runs the colours repeat with other dashes.
 
     Args:
         logs: by the name to show, what training wrote: a frame, or the path of a ``log.csv``.

@@ -1,4 +1,4 @@
-"""Tokens under layers of attention alone: do they become one, how fast, and what keeps them apart.
+"""Tokens under layers of only attention: do they become equal, how fast, what keeps them apart.
 
 Source: Wu, Ajorlou, Wang, Jegelka, Jadbabaie 2024, *On the Role of Attention Masks and LayerNorm in
 Transformers* (arXiv 2405.18781). All in float64, on the CPU.
@@ -6,7 +6,7 @@ Transformers* (arXiv 2405.18781). All in float64, on the CPU.
     A = softmax over j with M_ij of  (x_i W_Q) . (x_j W_K) / (sqrt(d) temperature)
     Y = A X W_V                            residual:  X + A X W_V
     MLP:   relu(Y W_1) W_2                 residual:  Y + relu(Y W_1) W_2
-    norm:  "rms"  y / |y|                  "layer":   the same of y minus its mean
+    norm:  "rms"  y / |y|                  "layer":   y minus its mean, to length 1
                                            (LayerNorm and RMSNorm without gains, to length 1)
 
 **What is proved** (`Trajectory.bound`). Let X be run through pure attention (no norm, residual,
@@ -96,7 +96,7 @@ def orthogonal(d: int, seed: int, layers: int | None = None) -> Float[Tensor, "*
     """Orthogonal matrices, uniformly distributed (Haar); ``layers`` of them, or one.
 
     Raises:
-        ValueError: a width or a number of layers below 1, a negative seed, or no integers.
+        ValueError: a width or a number of layers below 1, a negative seed, or not integers.
     """
     q, r = torch.linalg.qr(gaussian(d, seed, layers))
     signed: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
@@ -107,7 +107,7 @@ def gaussian(d: int, seed: int, layers: int | None = None) -> Float[Tensor, "*la
     """Entries N(0, 1/d); ``layers`` matrices, or one.
 
     Raises:
-        ValueError: as `orthogonal`.
+        ValueError: as for `orthogonal`.
     """
     d, seed, many = check_integers(
         d=(d, 1, WIDEST), seed=(seed, 0), layers=(1 if layers is None else layers, 1, WIDEST)
@@ -121,7 +121,7 @@ def unit_tokens(n: int, d: int, seed: int) -> Float[Tensor, "n d"]:
     """Tokens of length 1 in uniformly distributed directions.
 
     Raises:
-        ValueError: a number or a width below 1, a negative seed, or no integers.
+        ValueError: a number or a width below 1, a negative seed, or not integers.
     """
     n, d, seed = check_integers(n=(n, 1, WIDEST), d=(d, 1, WIDEST), seed=(seed, 0))
     generator = torch.Generator().manual_seed(seed)
@@ -139,15 +139,15 @@ class Dynamics:
         mask: True at (i, j) where token i attends to token j; what `as_mask` reads. Kept as a
             boolean tensor.
         w_q, w_k, w_v: query, key and value matrices.
-        temperature: divides the scores beside sqrt(d).
+        temperature: divides the scores in addition to sqrt(d).
         norm: ``"none"``, ``"rms"`` or ``"layer"``, at each layer's end.
-        residual: add what a layer read.
+        residual: add a layer's input to its output.
         mlp: W_1 ``[d, f]`` and W_2 ``[f, d]``, or None.
 
     Raises:
         ValueError: weights of other shapes, a temperature that is not above 0, an unknown norm.
-        TypeError: weights that are not float64, a temperature that is no number, a residual that
-            is no boolean, an MLP that is no pair.
+        TypeError: weights that are not float64, a temperature that is not a number, a residual that
+            is not a boolean, an MLP that is not a pair.
     """
 
     mask: MaskLike
@@ -227,12 +227,12 @@ class Dynamics:
         return normalise(y, self.norm)
 
     def run(self, x0: Float[Tensor, "n d"], layers: int) -> Trajectory:
-        """So many layers from these tokens, which are first normalised as a layer's output is.
+        """Run this many layers on these tokens, which are first normalised like a layer's output.
 
         Raises:
-            ValueError: tokens of another number or width, or a number of layers that is below 1 or
-                beyond the weights.
-            ArithmeticError: a token became infinite, or no number.
+            ValueError: another number or width of tokens, or a number of layers below 1 or beyond
+                the weights.
+            ArithmeticError: a token became infinite or NaN.
         """
         self._check_tokens("x0", x0)
         most = self._layers
@@ -251,7 +251,7 @@ class Dynamics:
 
 
 def normalise(x: Float[Tensor, "n d"], norm: Norm) -> Float[Tensor, "n d"]:
-    """Tokens as a layer gives them: of length 1, with "layer" after their mean was taken away."""
+    """Tokens normalised to length 1, with "layer" after subtracting their mean."""
     if norm == "none":
         return x
     if norm == "layer":
@@ -288,8 +288,8 @@ class Trajectory:
     """Tokens of every layer.
 
     Attributes:
-        dynamics: what gave them.
-        states: ``[layers + 1, N, d]``, those at the start first.
+        dynamics: the layers that gave them.
+        states: ``[layers + 1, N, d]``, the initial tokens first.
         attention: ``[layers, N, N]``.
     """
 
@@ -305,7 +305,7 @@ class Trajectory:
 
     @cached_property
     def relative_mu(self) -> Float[np.ndarray, "steps"]:
-        """The same over ||X||_F."""
+        """mu / ||X||_F by layer."""
         lengths: np.ndarray = torch.linalg.matrix_norm(self.states).numpy()
         return np.asarray(self.mu / lengths)
 
@@ -318,7 +318,7 @@ class Trajectory:
 
     @cached_property
     def graph(self) -> MaskGraph:
-        """The mask's."""
+        """The mask's graph."""
         return MaskGraph(self.dynamics.mask)
 
     @cached_property
@@ -349,7 +349,7 @@ class Trajectory:
     def margin(self) -> float:
         """m = min <x_i, h> at the start, h the direction of the mean token; NaN without "rms".
 
-        Not above 0 where the tokens do not lie in the half-space of their mean.
+        Not above 0 where the tokens are not in the half-space of their mean.
         """
         if self.dynamics.norm != "rms":
             return math.nan
@@ -400,7 +400,7 @@ class Trajectory:
         return bool(((w @ w.mT - one).abs() < 1e-9).all())
 
     def fit(self, first: int = 0, *, relative: bool = True) -> Fit:
-        """`fit_decay` of relative mu (or of mu) from a layer on."""
+        """`fit_decay` of relative mu (or of mu) from a given layer."""
         (relative,) = check_booleans(relative=relative)
         return fit_decay(self.relative_mu if relative else self.mu, first)
 
@@ -409,10 +409,10 @@ class Trajectory:
 
         Columns:
             layer: 0 is the start.
-            mu, relative_mu, diameter: as the attributes.
+            mu, relative_mu, diameter: the attributes of these names.
             bound, ergodicity: what mu cannot exceed; tau of the attention's product.
-            stable_rank, effective_rank, rank, mean_cosine: as in `hooks.RankReport`, of tokens of
-                which 1e-10 is taken for rounding (rank: singular values above 1e-10 ||X||_F).
+            stable_rank, effective_rank, rank, mean_cosine: as in `hooks.RankReport`, taking 1e-10
+                for rounding (rank: singular values above 1e-10 ||X||_F).
         """
         found = pd.DataFrame([measures(x, FLOOR) for x in self.states])
         columns = ["stable_rank", "effective_rank", "rank", "mean_cosine"]
@@ -445,17 +445,17 @@ class Fit:
 
 
 def fit_decay(mu: Sequence[float] | np.ndarray, first: int = 0, floor: float = FLOOR) -> Fit:
-    """Decay rate of mu over layers: least squares of ln mu, where rounding is not seen yet.
+    """Decay rate of mu over layers: least squares of ln mu, above rounding.
 
     Args:
         mu: by layer.
-        first: layer from which on to fit.
+        first: layer from which to fit.
         floor: the window ends before the first layer, from ``first`` on, that is not above it.
 
     Raises:
-        ValueError: ``first`` that is no integer, or outside the layers; ``mu`` that is no list of
+        ValueError: ``first`` is not an integer or is outside the layers; ``mu`` is not a list of
             numbers.
-        TypeError: a floor that is no number.
+        TypeError: a floor that is not a number.
     """
     y = read_array("mu", mu, "iuf", "a list of numbers, by layer").astype(float)
     if y.ndim != 1 or not len(y):

@@ -1,4 +1,4 @@
-"""Tokens that attention with a norm holds apart: equilibria of any rank, and whether they attract.
+"""Tokens that attention with a norm keeps apart: equilibria of any rank, and whether they attract.
 
     x_i = normalise( sum_j A_ij(X) x_j W_V ),   |x_i| = 1
 
@@ -24,14 +24,14 @@ HELD = 1e-9  # by which a token may move in a layer
 
 @dataclass(frozen=True, eq=False)
 class Equilibrium:
-    """Tokens that a layer gives back.
+    """Tokens that a layer leaves unchanged.
 
     Args:
         dynamics: with norm ``"rms"``.
         tokens: ``[N, d]``, of length 1.
 
     Raises:
-        ValueError: another norm, or tokens that a layer moves.
+        ValueError: another norm, or tokens that a layer changes.
     """
 
     dynamics: Dynamics
@@ -47,21 +47,21 @@ class Equilibrium:
 
     @property
     def moved(self) -> float:
-        """The most that a layer moves a token by."""
+        """The largest distance by which a layer moves a token."""
         after = self.dynamics.step(self.tokens)
         return float(torch.linalg.vector_norm(after - self.tokens, dim=1).max())
 
     @property
     def rank(self) -> int:
-        """Of the tokens: singular values above 1e-10 of the largest."""
+        """Rank of the tokens: singular values above 1e-10 of the largest."""
         return int(torch.linalg.matrix_rank(self.tokens, rtol=FLOOR))
 
     @cached_property
     def multipliers(self) -> Float[Tensor, "_"]:
-        """|eigenvalues| of a layer's Jacobian on the product of N spheres, falling: N (d - 1).
+        """|eigenvalues| of a layer's Jacobian on the product of N spheres, descending: N (d - 1).
 
-        A deviation along an eigenvector grows by that factor in a layer: the equilibrium attracts
-        what is near if all are below 1, and lets go of it if one is above.
+        A deviation along an eigenvector grows by this factor in a layer: the equilibrium attracts
+        what is near if all are below 1, and is unstable if one is above.
         """
         n, d = self.tokens.shape
         whole = torch.autograd.functional.jacobian(self.dynamics.step, self.tokens)
@@ -84,10 +84,10 @@ def two_tokens(ratio: float = 3.0) -> Equilibrium:
 
         x_1 = (1, 0),   x_2 = (cos t, sin t)   with   cos t = 1 / (ratio - 1)
 
-    The first token sees itself alone, and (1, 0) is an eigenvector. The second becomes the
-    direction of (1 + cos t, ratio sin t), so that tan t -> ratio tan(t/2), with the fixed points
-    t = 0 (multiplier ratio/2) and cos t = 1/(ratio - 1) (multiplier 1/(ratio - 1)). The first
-    token's own multiplier is ``ratio``: it has to sit on its eigenvector exactly.
+    The first token sees only itself, and (1, 0) is an eigenvector. The second becomes the direction
+    of (1 + cos t, ratio sin t), so that tan t -> ratio tan(t/2), with the fixed points t = 0
+    (multiplier ratio/2) and cos t = 1/(ratio - 1) (multiplier 1/(ratio - 1)). The first token's own
+    multiplier is ``ratio``: it must be exactly on its eigenvector.
 
     Args:
         ratio: above 2, below which the only equilibrium with x_1 = (1, 0) is x_2 = x_1.
@@ -107,7 +107,7 @@ def two_tokens(ratio: float = 3.0) -> Equilibrium:
 def hold(
     tokens: Float[Tensor, "n d"], mask: Tensor, w_q: Tensor, w_k: Tensor, temperature: float = 1.0
 ) -> Equilibrium:
-    """The value matrix that gives these tokens back: A(X) X W_V = X, by least squares.
+    """The value matrix that keeps these tokens: A(X) X W_V = X, by least squares.
 
     There is one where the columns of X lie in the span of those of A(X) X: for linearly independent
     tokens whenever A(X) is invertible (with a causal mask it is), and for tokens in k groups of
@@ -128,7 +128,7 @@ def hold(
 def anchored(
     n: int, d: int, rank: int, *, ratio: float = 0.5, angle: float = 2 * math.pi / 3
 ) -> Equilibrium:
-    """Equilibria that hold what is near them, of any rank: each token leans on the first.
+    """Equilibria of any rank that attract what is near them: each token is held by the first.
 
     Star mask (each token sees the first and itself; for N = 2 the causal mask), and
 
@@ -136,11 +136,11 @@ def anchored(
         x_1 = e_1,   x_i = cos(angle) e_1 + sin(angle) u_i,   u_i one of rank - 1 directions.
 
     With rho the weight on the first token over that on itself, a layer takes the angle t to t' with
-    ratio cot t' = rho / sin t + cot t. It is fixed for rho = -(1 - ratio) cos t, which wants an
-    obtuse angle, and with a constant rho it would let go. The two numbers b_1, b_2 give rho at this
-    angle the value that fixes it and the slope d rho / dt = (1 + rho cos t) / sin t, for which the
-    angle's multiplier is 0. x_1 returns to e_1 by ``ratio`` a layer, and the directions u_i are
-    kept as they are (multiplier 1): near tokens go to an equilibrium nearby, of no lower rank.
+    ratio cot t' = rho / sin t + cot t. It is fixed for rho = -(1 - ratio) cos t, which needs an
+    obtuse angle, and with a constant rho it would be unstable. The two numbers b_1, b_2 give rho at
+    this angle the value that fixes it and the slope d rho / dt = (1 + rho cos t) / sin t, for which
+    the angle's multiplier is 0. x_1 returns to e_1 by ``ratio`` per layer, and the directions u_i
+    are kept (multiplier 1): nearby tokens go to a nearby equilibrium, of no lower rank.
 
     Args:
         n: tokens, at least ``rank``.
@@ -150,8 +150,8 @@ def anchored(
         angle: in (pi/2, pi), radians.
 
     Raises:
-        ValueError: a rank that tokens of this number and width can't have; a ratio or angle
-            outside.
+        ValueError: a rank that tokens of this number and width can't have; a ratio or angle out of
+            range.
     """
     if not 1 <= rank <= min(n, d):
         raise ValueError(f"rank: wanted 1 to {min(n, d)}; got {rank!r}")

@@ -1,8 +1,8 @@
-"""Attention masks as graphs: which token reaches which, and in how many layers.
+"""Attention masks as graphs: which token reaches which, in how many layers.
 
-In a mask ``[N, N]`` True at (i, j) says that token i attends to token j, so that content flows
-from j to i. The graph's edges are that flow: j -> i. (A networkx graph that is given as a mask says
-who sees whom, as the mask does: see `as_mask`.)
+In a mask ``[N, N]`` True at (i, j) says that token i attends to token j, so that content flows from
+j to i. The graph's edges are this flow: j -> i. (A networkx graph given as a mask says which token
+sees which, as the mask does: see `as_mask`.)
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def _offsets(n: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class MaskGraph:
-    """Who reaches whom under a mask.
+    """Which tokens reach which under a mask.
 
     Args:
         mask: True at (i, j) where token i attends to token j; what `as_mask` reads. Kept as a
             boolean tensor.
 
     Raises:
-        ValueError: as `as_mask`.
+        ValueError: as for `as_mask`.
         ImportError: scipy is not installed.
     """
 
@@ -90,7 +90,7 @@ class MaskGraph:
             from scipy.sparse import csgraph
         except ImportError as error:
             raise ImportError(
-                "graphs want scipy, which is not installed: pip install 'qkvnorm-lens[experiments]'"
+                "graphs need scipy, which is not installed: pip install 'qkvnorm-lens[experiments]'"
             ) from error
         flow = self.mask.T.numpy().astype(np.int8)
         found: np.ndarray = csgraph.shortest_path(flow, method="D", directed=True, unweighted=True)
@@ -98,7 +98,7 @@ class MaskGraph:
 
     @cached_property
     def eccentricities(self) -> tuple[float, ...]:
-        """Of each token: layers until its content has reached every token; inf for most."""
+        """For each token, the layers until its content has reached every token; inf for most."""
         return tuple(float(x) for x in self.distances.max(1))
 
     @property
@@ -108,17 +108,17 @@ class MaskGraph:
 
     @property
     def quasi_strongly_connected(self) -> bool:
-        """Whether some token reaches every token: without it tokens need not become one.
+        """Whether some token reaches every token: without one, tokens need not become equal.
 
-        Alone it isn't enough for collapse: two tokens that see each other and not themselves change
-        places for ever. It is where such a token also attends to itself (``centre`` is not None)
-        and no weight on an edge goes to 0.
+        This alone isn't enough for collapse: two tokens that see each other but not themselves
+        change places for ever. It is enough where such a token also attends to itself (``centre``
+        is not None) and no weight on an edge goes to 0.
         """
         return bool(self.centres)
 
     @property
     def strongly_connected(self) -> bool:
-        """Whether every token does."""
+        """Whether every token reaches every token."""
         return len(self.centres) == self.n
 
     @property
@@ -128,7 +128,7 @@ class MaskGraph:
 
     @cached_property
     def centre(self) -> int | None:
-        """The nearest to all of the ``centres`` that attend to themselves; None if none does.
+        """The nearest to all of the ``centres`` that attend to themselves; None without any.
 
         With one, pure attention with weights above some eps > 0 collapses (`Trajectory.bound`).
         """
@@ -142,11 +142,11 @@ def as_mask(mask: MaskLike) -> Bool[Tensor, "n n"]:
     Args:
         mask: a boolean tensor or numpy array; a scipy.sparse matrix of booleans or of zeros and
             ones; a networkx graph, whose tokens are its nodes in the order of ``graph.nodes`` and
-            in which an edge u -> v says that u sees v (without directions: both ways). Self-loops
-            are taken as they are, and none is added.
+            in which an edge u -> v says that u sees v (undirected: both ways). Self-loops are kept,
+            and none is added.
 
     Raises:
-        ValueError: something else, no square matrix, or a token that attends to none.
+        ValueError: something else, not a square matrix, or a token that attends to none.
     """
     graph = not isinstance(mask, type)
     if graph and callable(getattr(mask, "is_directed", None)) and hasattr(mask, "nodes"):

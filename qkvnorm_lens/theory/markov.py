@@ -44,10 +44,10 @@ def random_markov(n_tokens: int, *, seed: int, causal: bool = False) -> Matrix:
     Args:
         n_tokens: T.
         seed: of the entries.
-        causal: keys behind a row's own position get nothing.
+        causal: keys after a row's own position get nothing.
 
     Raises:
-        ValueError: no token, or a seed that is no integer >= 0.
+        ValueError: no token, or a seed that is not an integer >= 0.
     """
     n_tokens, causal = _check_tokens(n_tokens, causal)
     rng = _generator(n_tokens, seed)
@@ -72,11 +72,11 @@ def random_softmax(
     Args:
         x: the tokens.
         seed: of W_Q and W_K.
-        causal: keys behind a row's own position get nothing.
-        d_head: columns of W_Q and W_K, on which the rank of the scores hangs; default: d.
+        causal: keys after a row's own position get nothing.
+        d_head: columns of W_Q and W_K, on which the rank of the scores depends; default: d.
 
     Raises:
-        ValueError: tokens that are no matrix in float64, a d_head below 1, or a seed that is no
+        ValueError: tokens that are not a float64 matrix, a d_head below 1, or a seed that is not an
             integer >= 0.
     """
     _check_matrix("x", x)
@@ -96,7 +96,7 @@ def stable_rank(x: Stream) -> float:
     et al. 2024.
 
     Raises:
-        ValueError: X is zero or holds no finite number.
+        ValueError: X is zero or not finite.
     """
     _check_matrix("x", x)
     if not bool(torch.isfinite(x).all()):
@@ -113,8 +113,8 @@ class Recursion:
     """X_{l+1} = N(X_l [skip] + gain (A_l - U [centred]) X_l W_l), W_l with N(0, 1/d) entries.
 
     N is the identity or LayerNorm of each token (mean off, length sqrt(d), no gain, eps 1e-5). The
-    attention-only network of Naderi et al. 2024; LayerNorm and skip stand here as in the first
-    transformers, behind the update and around it.
+    attention-only network of Naderi et al. 2024; LayerNorm and skip are placed as in the first
+    transformers, after the update and around it.
 
     Args:
         attention: A_l: ``"markov"``, a new random one in each layer; ``"softmax"`` of X_l with new
@@ -124,8 +124,8 @@ class Recursion:
         norm: with LayerNorm.
         skip: with a skip connection.
         gain: of the update. What the fix leaves of a random Markov matrix has entries of variance
-            1/T^2: sqrt(T) keeps the length of X. Not under a causal mask, where row i's have about
-            1/i^2, so that no one number does.
+            1/T^2: sqrt(T) keeps the length of X. Under a causal mask row i's entries have about
+            1/i^2, so no single number does.
     """
 
     attention: AttentionKind = "markov"
@@ -185,13 +185,13 @@ def propagate(
         recursion: the layers.
         n_tokens: T.
         depth: L, layers.
-        seed: of tokens, weights and attention; recursions that differ in `centred`, `norm` or
-            `skip` alone have the same.
+        seed: of tokens, weights and attention, which are shared by recursions that differ only in
+            `centred`, `norm` or `skip`.
         width: d, at least T; default: T.
 
     Raises:
-        ValueError: a width below T (no room for orthogonal tokens), or a number that is no integer
-            >= 1.
+        ValueError: a width below T (no room for orthogonal tokens), or a number that is not an
+            integer >= 1.
     """
     check_kind("recursion", recursion, Recursion, "a Recursion")
     depth, n_tokens = check_integers(depth=(depth, 1, WIDEST), n_tokens=(n_tokens, 2, WIDEST))
@@ -219,7 +219,7 @@ def gradient_norms(signal: Signal, *, probes: int = 8, seed: int = 0) -> list[fl
         seed: of the g.
 
     Raises:
-        ValueError: no probe.
+        ValueError: fewer than one probe.
     """
     check_kind("signal", signal, Signal, "a Signal, as propagate gives")
     (probes,) = check_integers(probes=(probes, 1))
@@ -258,7 +258,7 @@ def _check_matrix(name: str, x: Any) -> None:
 
 
 def _generator(n_tokens: int, seed: int) -> torch.Generator:
-    """A generator of its own, so that the global random state is left alone."""
+    """A separate generator, so that the global random state is left alone."""
     n_tokens, seed = check_integers(n_tokens=(n_tokens, 1, WIDEST), seed=(seed, 0))
     return torch.Generator().manual_seed(seed)
 

@@ -72,7 +72,7 @@ class Split:
         return len(str(max(self.counts) * (10 ** max(self.digits) - 1)))
 
     def to_json(self) -> dict[str, object]:
-        """The fields; ``signed`` only where it is false: older files lack it."""
+        """The fields; ``signed`` only where it is false, as older files lack it."""
         fields = dataclasses.asdict(self)
         return {k: v for k, v in fields.items() if k != "signed" or not self.signed}
 
@@ -115,9 +115,9 @@ class Batch:
         return self.targets != PAD
 
     def by_length(self, parts: int) -> list[Batch]:
-        """The same rows in so many batches, short rows apart from long ones, each cropped.
+        """These rows in several batches, short rows apart from long ones, each cropped.
 
-        A training step over these does the same sums with less padding.
+        A training step over the batches does the same sums with less padding.
         """
         (parts,) = check_integers(parts=(parts, 1))
         lengths = (self.tokens != PAD).sum(1)
@@ -129,13 +129,13 @@ class Batch:
         ]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same rows on another device."""
+        """These rows on another device."""
         check_device("device", device)
         return Batch(self.tokens.to(device), self.targets.to(device))
 
 
 def get_split(split: str | Split) -> Split:
-    """The split of that name.
+    """The split with this name.
 
     Raises:
         ValueError: no such name; the message lists them.
@@ -208,7 +208,7 @@ def _digits(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _decoder_rows(cells: np.ndarray, scored_cells: int) -> Batch:
-    """Close up the blanks, crop to the longest row, and shift targets by one."""
+    """Remove the blanks, crop to the longest row, and shift targets by one."""
     filled = cells != _BLANK
     where = filled.cumsum(1)
     lengths = where[:, -1]
@@ -223,7 +223,7 @@ def _decoder_rows(cells: np.ndarray, scored_cells: int) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Shares of right predictions, teacher forced; ``]`` is a fifth of the scored tokens or more.
+    """Shares of correct predictions, teacher forced; ``]`` is a fifth of the scored tokens or more.
 
     Attributes:
         per_token: over all scored tokens (what Menary et al. 2024 report).
@@ -324,7 +324,7 @@ def trained_on(source: Source) -> Split | None:
 
 
 def tests_of(split: str, n_ctx: int) -> dict[str, str]:
-    """Which splits a model is measured on: its own, and those beside it that its context holds."""
+    """Splits on which a model is measured: its own, and related ones that fit its context."""
     family = split.removesuffix("-train")
     beside = {kind: f"{family}-{kind}" for kind in ("interpolation", "extrapolation")}
     fit = {

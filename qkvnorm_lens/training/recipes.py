@@ -21,7 +21,7 @@ from hooks.arguments import (
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the weights are moved.
+    """How the weights are updated.
 
     Args:
         optimizer: ``"adamw"``, or ``"muon"`` (orthogonalised momentum for the matrices inside the
@@ -76,7 +76,7 @@ RECIPES: Final[dict[str, Recipe]] = {
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
-    """The recipe of that name.
+    """The recipe with this name.
 
     Raises:
         ValueError: no such name; the message lists them.
@@ -146,7 +146,7 @@ class LearningRate:
         return self.recipe.lr * up * (0.01 + 0.99 * down)
 
     def saw(self, loss: float) -> None:
-        """Take note of one step's loss."""
+        """Record one step's loss."""
         s = self.state
         s["sum"], s["n"] = s["sum"] + loss, s["n"] + 1
         if s["n"] < self.recipe.epoch:

@@ -1,4 +1,4 @@
-"""What a training run is: configuration, task, recipe, steps; and how its model is measured."""
+"""A training run: configuration, task, recipe, steps; and how its model is measured."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Run:
         steps: how many.
         seed: of the data (the weights' is ``config.seed``).
         bf16: matrix products in bfloat16, weights and sums in float32.
-        length_parts: batches are cut into so many by length, which saves padding and changes
-            nothing else.
+        length_parts: batches are cut by length into this many parts, which saves padding and
+            changes nothing else.
         log_every: steps between rows of the log.
         eval_every: steps between measurements of accuracy.
         eval_rows: sums in each of them.
@@ -102,7 +102,7 @@ def evaluate(
 ) -> Accuracy:
     """Teacher-forced accuracy on freshly drawn sums (Menary et al. 2024, Section 4).
 
-    Works on a bridge too. The model's training mode is put back.
+    Works on a bridge too. The model's training mode is restored.
     """
     check_kind("model", model, nn.Module, "a model of torch")
     rows, batch_size = check_integers(rows=(rows, 1), batch_size=(batch_size, 1))
@@ -128,7 +128,7 @@ def processes(device: str) -> int:
 
 
 def describe(run: Run, processes: int = 1) -> dict[str, Any]:
-    """What makes a run this run, in JSON types; a batch is each of the `processes`' own."""
+    """What identifies a run, in JSON types; each of the `processes` has its own batch."""
     return {
         "config": run.config.to_json(),
         "split": get_split(run.split).to_json(),

@@ -1,4 +1,4 @@
-"""Files of a training run: states with a digest, and a log that is cut back to the state's rows."""
+"""Files of a training run: states with a digest, and a log that is cut to the state's rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RunFileError(ValueError):
 def write_state(path: Path, earlier: Path, state: dict[str, Any]) -> None:
     """Write a state with its digest, whole or not at all; the one before stays as ``earlier``.
 
-    ``torch.load`` reads such a file too: a zip archive may have something behind it.
+    ``torch.load`` can read such a file: a zip archive may be followed by other data.
 
     Raises:
         OSError: it can't be written.
@@ -50,7 +50,7 @@ def write_state(path: Path, earlier: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path, device: torch.device, fields: Sequence[str]) -> dict[str, Any]:
-    """A state, every byte of it checked: by its digest or, from before there was one, by its CRCs.
+    """Read a state and check every byte: by its digest or, in older states, by its CRCs.
 
     Raises:
         RunFileError: it is not what was written.
@@ -88,17 +88,17 @@ def _check_archive(data: bytes) -> None:
 
 
 def note_log(path: Path) -> dict[str, Any]:
-    """What a state remembers of the log that it was saved with."""
+    """What a state records about the log with which it was saved."""
     data = path.read_bytes() if path.exists() else b""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def cut_log(path: Path, note: dict[str, Any] | None, step: int, fields: Sequence[str]) -> None:
-    """Take the rows from a log that were written after a state was saved: they are made again.
+    """Remove the rows that were written to a log after a state was saved: they are made again.
 
     Args:
         path: the log; nothing is done where there is none.
-        note: what the state remembers of it; None of a state from before they did.
+        note: what the state records about the log; None for older states.
         step: the state's.
         fields: the log's columns.
 

@@ -3,8 +3,8 @@
     loss = - sum over scored positions of log p(target) / their number
 
 Menary et al. 2024 (arXiv 2406.17837), appendix on training. A run is a pure function of its `Run`:
-the rows of a step are drawn from (seed, process, step), so a run that was stopped and goes on ends
-with the same bits as one that was not, and no global random state matters.
+the rows of a step are drawn from (seed, process, step), so a run that was stopped and resumed ends
+with the same bits as an uninterrupted one, and no global random state matters.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STATE: Final = ("run", "model", "optimizers", "rate", "step", "seconds", "loss_s
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was interrupted; the text says where, and from where it goes on.
+    """A run was interrupted; the text says where, and from where it resumes.
 
     Attributes:
         signal: SIGINT or SIGTERM.
@@ -67,7 +67,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Signals:
-    """SIGINT and SIGTERM are noted, to be obeyed between two steps; a second one does not wait.
+    """Notes SIGINT and SIGTERM, to obey them between two steps; a second one does not wait.
 
     Args:
         patient: the second one waits too (`torchrun` repeats what it is sent).
@@ -97,7 +97,7 @@ class _Signals:
 
 
 class Trainer:
-    """A `Run` on its way; `train` is the usual door."""
+    """A `Run` in progress; usually started by `train`."""
 
     def __init__(
         self, run: Run, out: Path, *, device: str = "cpu", compile_model: bool = False
@@ -140,7 +140,7 @@ class Trainer:
 
     @property
     def state_path(self) -> Path:
-        """Where the state that a killed run goes on from is kept."""
+        """Where the state is kept from which a killed run resumes."""
         return self.out / "state.pt"
 
     @property
@@ -163,9 +163,9 @@ class Trainer:
             self.model(batch.tokens, position_ids=positions.to(self.device))
 
     def one_step(self, stop: bool = False) -> bool:
-        """Draw the rows of this step, and move the weights.
+        """Draw the rows of this step, and update the weights.
 
-        Gives back whether any process wants to stop: they must all do so behind the same step.
+        Returns whether any process wants to stop: all must stop after the same step.
         """
         run, rank = self.run, self.accelerator.process_index
         self.model.train()
@@ -200,7 +200,7 @@ class Trainer:
 
     @property
     def mean_loss(self) -> float:
-        """Over the steps since the last row of the log."""
+        """Mean loss over the steps since the last row of the log."""
         return self.loss_sum / self.losses
 
     def _no_sync(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
@@ -211,7 +211,7 @@ class Trainer:
         return contextlib.nullcontext()
 
     def _loss(self, part: Batch, seed: tuple[int, ...]) -> torch.Tensor:
-        """Summed over scored positions; only their logits are made."""
+        """Loss summed over scored positions; only their logits are made."""
         positions = positions_for(self.run.config, part.tokens, seed).to(self.device)
         batch = part.to(self.device)
         at = batch.scored.nonzero(as_tuple=True)
@@ -267,7 +267,7 @@ class Trainer:
         self.saved, self.saved_step = self.state_path, self.step
 
     def _not_written(self, error: OSError, what: str) -> OSError:
-        """What is kept of the run, and how it goes on."""
+        """What is kept of the run, and how to resume it."""
         on = "make room and start the same run again"
         kept = f"nothing is saved yet: {on}"
         if self.saved is not None and self.saved.exists():
@@ -328,19 +328,19 @@ def train(
     stop_at: int | None = None,
     progress: bool = True,
 ) -> QKVNormTransformer:
-    """Train, or go on with the run that a directory holds; gives back the model, in eval mode.
+    """Train, or resume the run that a directory holds; returns the model, in eval mode.
 
     The directory gets ``log.csv`` (loss, learning rate, accuracy) and ``state.pt``, from which a
-    stopped run goes on, with the same result as one that was not stopped; the state before that one
-    stays as ``state.earlier.pt``. States are checked before they are gone on from, and the log's
-    rows up to then. Under ``accelerate
-    launch`` or ``torchrun`` the processes share the work. On Ctrl-C or SIGTERM the step is
-    finished and the state saved; a second Ctrl-C does not wait for that (several processes do).
+    stopped run resumes, with the same result as an uninterrupted one; the state before that one is
+    kept as ``state.earlier.pt``. A state, and the log's rows up to it, are checked before the run
+    resumes. Under ``accelerate launch`` or ``torchrun`` the processes share the work. On Ctrl-C or
+    SIGTERM the step is finished and the state saved; a second Ctrl-C does not wait for that
+    (several processes do).
 
     Args:
         run: what to train.
         out: the directory.
-        device: ``"cpu"``, ``"cuda"``, ..; under accelerate its choice is taken.
+        device: ``"cpu"``, ``"cuda"``, ..; under accelerate, accelerate chooses.
         compile_model: use ``torch.compile``.
         save_every: steps between states on disk.
         stop_at: stop early at this step, as a kill would, but with the state saved.
@@ -389,7 +389,7 @@ def train(
 
 
 def _stopped(trainer: Trainer, number: int) -> Stopped:
-    """Save what is whole, and say where the run stands."""
+    """Save what is whole, and say where the run was stopped."""
     if not trainer.whole:
         return Stopped(f"stopped within a step, back to the last state in {trainer.out}", number)
     if trainer.accelerator.is_main_process:

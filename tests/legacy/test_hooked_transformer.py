@@ -305,7 +305,7 @@ def test_the_architecture_says_which_version_it_needs() -> None:
         lambda: adapter.to_bridge(random_model(placement="qkv")),
         lambda: adapter.from_pretrained(checkpoint_path("addition-pre")),
     ):
-        with pytest.raises(ImportError, match=r"wants transformer-lens 4 .*got 3\.9\.0") as error:
+        with pytest.raises(ImportError, match=r"needs transformer-lens 4 .*got 3\.9\.0") as error:
             use()
         module, name = str(error.value).rpartition(": ")[2].rsplit(".", 1)
         assert getattr(importlib.import_module(module), name) is to_hooked_transformer
@@ -314,5 +314,5 @@ def test_the_architecture_says_which_version_it_needs() -> None:
 def test_the_command_line_says_which_version_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["probe"]) == 1
     err = capsys.readouterr().err
-    assert "wants transformer-lens 4 " in err
+    assert "needs transformer-lens 4 " in err
     assert "got 3.9.0; on 3.9 make a HookedTransformer" in err

@@ -1,4 +1,4 @@
-"""What one common length does to independent subspaces."""
+"""Interference: what one common length does to independent subspaces."""
 
 from hooks.measures.interference.measure import interference
 from hooks.measures.interference.report import InterferenceReport, InterferenceSettings

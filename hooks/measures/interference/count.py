@@ -1,4 +1,4 @@
-"""One layer's rows counted: sparse ones, those that move, and what is predicted of them."""
+"""Counts of one layer's rows: sparse, moved, and predicted to move."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOTAL, LENGTH, DIRECTION = 0, 1, 2
 
 @dataclass(frozen=True)
 class CleanRows:
-    """What a layer attends to before anything is frozen.
+    """Which keys a layer attends to before anything is frozen.
 
     Attributes:
         star: the attended key of each row.
@@ -68,7 +68,7 @@ def clean_rows(
 
 
 def first_of(starts: Sequence[Sequence[int]], n_key: int) -> Bool[Tensor, "batch key"]:
-    """True at the positions at which prompts, or documents packed into them, begin."""
+    """True where prompts, or documents packed into them, begin."""
     first = torch.zeros(len(starts), n_key, dtype=torch.bool)
     for row, mine in zip(first, starts, strict=True):
         row[list(mine)] = True
@@ -76,10 +76,10 @@ def first_of(starts: Sequence[Sequence[int]], n_key: int) -> Bool[Tensor, "batch
 
 
 def refuse_broken(view: LayerView, prompts: Sequence[int], when: str) -> None:
-    """Refuse scores that are no finite numbers.
+    """Refuse scores that are not finite.
 
     Raises:
-        ValueError: NaN, or an infinite score that is no mask.
+        ValueError: NaN, or an infinite score that is not a mask.
     """
     broken = view.scores.isnan() | (view.scores == torch.inf)
     if bool(broken.any()):
@@ -111,7 +111,7 @@ def moved_rows(clean: CleanRows, scores: Tensor, pattern: Tensor, sparse: float)
 def frozen_rows(
     view: LayerView, clean: CleanRows, sparse: float, prompts: Sequence[int], when: str
 ) -> Moved:
-    """The same of a layer whose norm is frozen."""
+    """Rows that attend elsewhere once the layer's norm is frozen."""
     refuse_broken(view, prompts, when)
     return moved_rows(clean, _scores(view), view.pattern, sparse)
 
@@ -140,7 +140,7 @@ def row_sigma(
 
 
 def law_of(sigma: Tensor) -> Bool[Tensor, "*shape"]:
-    """Where the uniform law has this sigma; beyond it, the lognormal one is taken."""
+    """True where the uniform law can have this sigma; beyond, the lognormal law is used."""
     return sigma < LAWS["uniform"].limit * (1 - 1e-12)
 
 
@@ -216,9 +216,9 @@ def shuffles(
 def variances(view: LayerView, clean: CleanRows) -> Float[np.ndarray, "head batch 3 keys 3"]:
     """Variance of s_t = |k_t| (q . k_t / |k_t|) over a row's visible keys, summed over rows.
 
-    Axes: head; prompt; all, sparse content, sparse sink rows; all visible keys, those without the
-    first token; the scores as they are, with lengths alone (each direction's score replaced by
-    their mean), with directions alone (each length replaced by the mean).
+    Axes: head; prompt; all, sparse content, sparse sink rows; all visible keys, all but the first
+        token; the scores as they are, with lengths only (each direction's score replaced by their
+        mean), with directions only (each length replaced by the mean).
     """
     lengths = view.vectors["k"].double().norm(dim=-1)[:, :, list(view.sites.kv_head_of)]
     length = lengths.transpose(1, 2)[:, :, None, :]  # [batch, head, 1, key]

@@ -1,14 +1,14 @@
 """Interference: the collapse that a trained Pre-Norm model really suffers from its common length.
 
-The norm in front of an attention divides every token by its length s_t, and so every score of a
-head by a number that the head does not want to know. Here no noise is injected: in one layer at a
-time the scale is frozen at one constant c for all tokens,
+The norm before an attention divides every token by its length s_t, and so every score of a head by
+a number that is not the head's own choice. Here no noise is injected: in one layer at a time the
+scale is frozen at one constant c for all tokens,
 
     y_t = g (x_t - [mean]) / s_t + b   ->   y_t = g (x_t - [mean]) / c + b,
 
-and the sparse rows are counted whose arg max is another token then, which direction alone would
-have chosen. Menary et al. 2024 simulate interference with independent noise and name this test as
-missing (Sec. "limitations"; theorems 2 and 7).
+and the sparse rows whose arg max then moves to another token, which direction alone would have
+chosen, are counted. Menary et al. 2024 simulate interference with independent noise and name this
+test as missing (Sec. "limitations"; theorems 2 and 7).
 """
 
 from __future__ import annotations
@@ -99,32 +99,32 @@ def interference(
     first_prompt: int = 0,
     progress: bool | None = None,
 ) -> InterferenceReport:
-    """Share of sparse attention rows whose arg max hangs on the tokens' lengths, per head.
+    """Share of sparse attention rows whose arg max depends on the tokens' lengths, per head.
 
     In one layer at a time, on clean inputs, the norm's scale s_t becomes one constant c; the model
-    itself then says where each row attends. Beside it stand, from the clean pass, what factors of
-    the same size do to the same rows: s_t/c on the keys as they are and shuffled among the prompt's
+    itself then shows where each row attends. For comparison, the clean pass gives what factors of
+    the same size do to the same rows: s_t/c on the keys, unshuffled and shuffled among the prompt's
     tokens, and independent noise on the keys, exactly (`collapse_probability`; the uniform law
-    where it has that spread, else the lognormal one). sigma of a row is the deviation of s_t over
-    its visible keys, over their mean. Source: Menary et al. 2024, theorems 2 and 7; the test itself
-    is not in the paper.
+    where it can have that spread, else the lognormal one). A row's sigma is the standard deviation
+    of s_t over its visible keys, divided by their mean. Source: Menary et al. 2024, theorems 2 and
+    7; the test itself is not in the paper.
 
     Args:
         model: a TransformerBridge (or anything that can be called and has ``cfg``, ``hook_dict``,
             ``hooks`` and ``run_with_hooks``). Left as found; run in eval mode.
         tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
         constants: in units of the default constant, the median of s_t over the tokens of each
-            prompt and layer (of each prompt, so that no prompt's numbers hang on the others);
+            prompt and layer (per prompt, so that no prompt's numbers depend on the others);
             default: 1. Where neither the norm nor the projections nor the scores have a bias, no
-            loose count depends on it (unless ``spare_first``); with biases of norm and projections
-            but positions that turn nothing (GPT-2), none of k alone does: such a bias adds the same
-            to all scores of a row.
+            loose count depends on it (unless ``spare_first``). With biases of norm and projections
+            but without rotary positions (GPT-2), no loose count with ``on="k"`` does: such a bias
+            adds the same to all scores of a row.
         on: ``"k"``: the frozen norm reaches k, and the clean q is put back; ``"qk"``: it reaches
-            both. With v too no arg max of the layer is another: see ``output``.
+            both. Freezing v too changes no arg max of the layer: see ``output``.
         spare_first: the first token keeps its own scale. In language models it is far longer than
             the others, and freezing it shows that and little else.
         output: also compare the model's output with everything frozen that reads the norm (q, k, v;
-            in parallel blocks the feed-forward too): KL, agreement and loss, at the price of whole
+            in parallel blocks the feed-forward too): KL, agreement and loss, at the cost of whole
             passes for each layer and constant.
         targets: for ``output``, as in :func:`hooks.sweep`.
         layers: block indices; default: every attention layer.
@@ -132,7 +132,7 @@ def interference(
         draws: shuffles of the factors.
         seed: of the shuffles.
         batch_size: prompts per forward pass; only prompts of one length share a pass.
-        first_prompt: index of the first prompt, where this is a part of a corpus: see
+        first_prompt: index of the first prompt, where this is part of a corpus: see
             :meth:`InterferenceReport.merge`.
         progress: show a progress bar; default: in a terminal or a notebook.
 
@@ -140,11 +140,11 @@ def interference(
         :class:`InterferenceReport`.
 
     Raises:
-        UnsupportedModelError: the model failed the self-check; a layer has no norm in front of its
+        UnsupportedModelError: the model failed the self-check; a layer has no norm before its
             attention (No-Norm, QKV-Norm, post-norm models), or one that could not be verified.
-        TypeError: ``spare_first`` or ``output`` that is neither True nor False.
-        ValueError: targets without ``output``; constants that are no positive numbers, another
-            ``on``, scores that are no finite numbers; and as :func:`hooks.collapse_probe`.
+        TypeError: ``spare_first`` or ``output`` is neither True nor False.
+        ValueError: targets without ``output``; constants that are not positive numbers, an unknown
+            ``on``, scores that are not finite; and as :func:`hooks.collapse_probe`.
     """
     spare_first, output = check_booleans(spare_first=spare_first, output=output)
     settings = _settings(constants, on, sparse, spare_first)
@@ -208,7 +208,7 @@ def _settings(
 
 @dataclass
 class _Clean:
-    """What a clean pass leaves behind of one layer."""
+    """What is kept of one layer from a clean pass."""
 
     x: Tensor | None = None
     y: Tensor | None = None
@@ -220,7 +220,7 @@ class _Clean:
 
 
 class _Run:
-    """Passes over batches of prompts, and everything that they sum up to."""
+    """Passes over batches of prompts, and their sums."""
 
     def __init__(
         self,
@@ -303,7 +303,7 @@ class _Run:
     # -- the model as it is ------------------------------------------------------------------
 
     def _reading(self, clean: Sequence[_Clean]) -> list[Hook]:
-        """Hooks that keep each norm's input and output, and q as it is at its hook."""
+        """Hooks that keep each norm's input and output, and q at its hook."""
         entries: list[Hook] = []
         for sites, norm, kept in zip(self.layers, self.norms, clean, strict=True):
             places = (("x", norm.before), ("y", norm.after), ("q", sites.q.dot.hook))
@@ -356,7 +356,7 @@ class _Run:
         return [self.first_prompt + i for i in indices]
 
     def _factor(self, kept: _Clean, constant: float) -> Float[Tensor, "batch pos"]:
-        """s_t / c, and 1 for a first token that is spared."""
+        """s_t / c, or 1 for a spared first token."""
         assert kept.scale is not None
         assert kept.constant is not None
         factor = kept.scale / (constant * kept.constant)[:, None]

@@ -1,4 +1,4 @@
-"""What the model's output loses where one layer's norm is frozen."""
+"""What the model's output loses when one layer's norm is frozen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hooks.sites import Hook
 
 
 class Output:
-    """Clean logits of a batch, and others held against them at the scored positions."""
+    """Clean logits of a batch, and others compared with them at the scored positions."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Output:
         return out
 
     def forget(self) -> None:
-        """Let go of the clean logits."""
+        """Free the clean logits."""
         self._clean = []
 
     def _run(self, prompts: Prompts, hooks: Sequence[Hook]) -> Float[Tensor, "batch pos d_vocab"]:

@@ -55,7 +55,7 @@ class InterferenceReport(CorpusReport):
     Attributes:
         settings: how it was measured.
         model: facts of the model, versions.
-        first_prompt: index of the first prompt, where this is a part of a corpus.
+        first_prompt: index of the first prompt, where this is part of a corpus.
         tokens, decoder_tokens: each prompt's tokens as strings; empty where there are none.
         examined: rows with two or more visible keys, sparse or not.
         ties: sparse rows left out, as two keys share their maximum.
@@ -64,20 +64,21 @@ class InterferenceReport(CorpusReport):
         scale_spread: deviation over mean of each prompt's scales: of all tokens, and without the
             first.
         loose, strict, to_first: rows whose arg max moves in the model with the frozen norm; that
-            are sparse again then; whose new arg max is the first token.
+            are then sparse again; whose new arg max is the first token.
         factored: rows whose arg max moves where the factors s_t/c multiply the clean keys.
-        permuted: the same with the factors shuffled among the prompt's tokens, draw by draw.
+        permuted: rows that move so with the factors shuffled among the prompt's tokens, draw by
+            draw.
         predicted: sum over rows of the probability that independent noise on the keys, of the same
             relative spread as the factors that the row sees, moves the arg max.
         sigma_squared: sum over sparse rows of that spread squared.
-        lognormal: rows whose spread no uniform law has; for them it is the lognormal one.
-        variance: sums over rows of the scores' variance over visible keys. Axes behind the prompt:
-            all, sparse content, sparse sink rows; all keys, those without the first; as it is, by
-            lengths alone, by directions alone.
+        lognormal: rows whose spread no uniform law can have, predicted with the lognormal law.
+        variance: sums over rows of the scores' variance over visible keys. Axes after the prompt:
+            all, sparse content, sparse sink rows; all keys, all but the first; as it is, by lengths
+            only, by directions only.
         positions, targets: scored positions of each prompt, and those with a target.
         kl, agree, loss: sums over them with the norm of one layer frozen, for q, k, v and whatever
-            else reads it: KL(clean || frozen), nats; the clean top token; -log p(target). No
-            constants where the output was not asked for.
+            else reads it: KL(clean || frozen), nats; the clean top token; -log p(target). Without
+            constants where the output was not requested.
         clean_loss: -log p(target) of the model as it is.
     """
 
@@ -126,23 +127,23 @@ class InterferenceReport(CorpusReport):
                 independent noise of the same spread. They do not depend on ``on`` and the constant
                 (but for layers that add a bias to the scores: there they are of the constant 1).
             sigma: RMS over the sparse rows of the relative spread of the factors that a row sees.
-            lognormal: share of the sparse rows whose spread no uniform law has.
+            lognormal: share of the sparse rows whose spread no uniform law can have.
             scale_spread, scale_spread_rest: deviation over mean of a prompt's scales, RMS over
                 prompts (and layers): all tokens, without the first.
-            length_share, direction_share: what remains of the scores' variance with lengths alone,
-                and with directions alone; all rows, all keys. They need not add up to one: the two
-                go together, or against each other.
+            length_share, direction_share: what remains of the scores' variance with lengths only,
+                and with directions only; all rows, all keys. They need not add up to one: lengths
+                and directions correlate.
             length_share_sparse, direction_share_sparse: of sparse content rows.
             length_share_rest, direction_share_rest: of all rows, without the first key.
-            se, se_content: bootstrap standard error over prompts of ``moved``, ``moved_content``
-                (NaN for one prompt).
+            se, se_content: standard error over prompts of ``moved``, ``moved_content`` (NaN for one
+                prompt).
             kl, agree, loss_change: with everything that reads the norm frozen, per scored position
-                (by layer only; NaN where it was not asked for, and for ``on="k"``).
+                (by layer only; NaN where it was not requested, and for ``on="k"``).
 
         Shares are NaN where there are no rows.
 
         Raises:
-            ValueError: another ``by``.
+            ValueError: an unknown ``by``.
         """
         check_choice("by", by, _DROP)
         frames = [
@@ -237,9 +238,9 @@ class InterferenceReport(CorpusReport):
         whole = self.to_frame("model")
         # The constant nearest to the default, and k alone where it was measured.
         near = whole.iloc[(np.log(whole["constant"])).abs().argsort(kind="stable")].iloc[0]
-        first = ", the first token's own scale left to it" if s.spare_first else ""
+        first = ", but the first token keeps its own" if s.spare_first else ""
         parts = [
-            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}; the scale of the norm in front of "
+            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}; the scale of the norm before "
             f"{len(s.layers)} attention layer{'s' * (len(s.layers) != 1)} frozen at "
             f"{_times(near['constant'])}each prompt's median, one layer at a time{first}, for "
             f"{' and '.join(near['on'])}."
@@ -353,7 +354,7 @@ _FORM = Form(
 
 
 def _share(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Of all rows, prompts and kinds together."""
+    """Share of all rows, prompts and kinds together."""
     return np.asarray(values.sum((-1, -2)) / rows.sum((-1, -2)))
 
 
@@ -368,7 +369,7 @@ def _shares(
 
 
 def _variance_shares(variance: np.ndarray) -> dict[str, np.ndarray]:
-    """Of ``[group..., rows, keys, part]``."""
+    """Variance shares from ``[group..., rows, keys, part]``."""
     out = {}
     for name, where in (
         ("", (ALL_ROWS, 0)),

@@ -54,11 +54,11 @@ def rank_profile(
     (the stable rank is that of X; Naderi et al. 2024 take X X^T's, with fourth powers) and mu /
     ||X||_F, the numerical rank (at least 1 for X != 0; :meth:`RankReport.to_frame`), the least
     singular value, the mean |cosine| of different tokens: for all tokens and without the first.
-    Sites: the residual stream before, between and after a block's attention and MLP, and what
-    stands behind the norms in front of them and behind the last block, wherever the model's hook
-    points show it. What the sites are is found on the tensors themselves, block by block; what is
-    missing, and why, stands in the report. One forward pass; a tensor is reduced to its numbers
-    while its block runs. Needs no attention.
+    Sites: the residual stream before, between and after a block's attention and MLP, and the
+        outputs of the norms before them and after the last block, wherever the model's hook points
+        show them. The sites are found on the tensors themselves, block by block; the report says
+        what is missing, and why. One forward pass; a tensor is reduced to its numbers while its
+        block runs. Needs no attention.
     Source: Wu et al. 2024; Rudelson and Vershynin 2007 (stable rank); Roy and Vetterli 2007.
 
     Args:
@@ -74,11 +74,11 @@ def rank_profile(
 
     Raises:
         UnsupportedModelError: the model has no stack of blocks with hooks on its stream, runs a
-            block more than once, carries a stream that is not ``[batch, pos, d_model]``, hands a
-            block something else than the one before it gave out, or gave a number that is not
-            finite.
+            block more than once, carries a stream that is not ``[batch, pos, d_model]``, passes a
+            block something other than the output of the block before it, or gave a number that is
+            not finite.
         ValueError: an unknown layer, empty text, a sequence longer than the context.
-        TypeError: a model that is no TransformerBridge or HookedTransformer.
+        TypeError: not a TransformerBridge or HookedTransformer.
     """
     if not isinstance(model, HookedModel):
         raise TypeError(
@@ -120,7 +120,7 @@ def _chosen(stacks: dict[str, list[Block]], layers: Sequence[int] | None) -> set
 
 
 class _Gathered:
-    """Each prompt's numbers at each site, and what was said of the sites."""
+    """Each prompt's numbers at each site, and notes on the sites."""
 
     def __init__(self, rounding: float) -> None:
         self.rounding = rounding
@@ -147,7 +147,7 @@ class _Gathered:
             self.shares.setdefault(found.site, {})[prompt] = first_share(row)
 
     def note(self, words: Sequence[str], label: str) -> None:
-        """What is missing at a block, by what it says."""
+        """Note what is missing at a block."""
         for said in words:
             labels = self.notes.setdefault(said, [])
             if label not in labels:
@@ -197,7 +197,7 @@ class _Watch:
         self.out: dict[str, Tensor] = {}  # of the latest block of each stack
         last = [b.prefix for blocks in stacks.values() for b in blocks if b.layer in chosen]
         ends = {blocks[-1].prefix for blocks in stacks.values()}
-        # Past the last block of a stack stands its norm: only before it can a pass be cut short.
+        # A stack's norm follows its last block: a pass can be cut short only before it.
         self.stop = last[-1] if not ends & set(last) else ""
 
     def hooks(self, model: HookedModel) -> list[tuple[str, Any]]:
@@ -252,10 +252,10 @@ class _Watch:
         ]
 
     def _of_final(self, model: HookedModel, stack: str, last: Block) -> list[tuple[str, Any]]:
-        """The norm behind a stack."""
+        """The norm after a stack."""
         name = final_norm(model, stack)
         if name is None:
-            self.gathered.note(["no hook behind a norm of its output"], last.label)
+            self.gathered.note(["no hook after a norm of its output"], last.label)
             return []
         read: dict[str, bool] = {}
 
@@ -264,7 +264,7 @@ class _Watch:
 
         def at_out(tensor: Any, hook: Any) -> None:
             if not read.get("stream"):
-                note = f"the norm {name} reads something else than its output, and is left out"
+                note = f"the norm {name} reads something other than its output, and is left out"
                 self.gathered.note([note], last.label)
                 return
             site = RankSite(
@@ -291,12 +291,12 @@ class _Watch:
         return tensor.detach()
 
     def _check_chain(self, block: Block, stream: Tensor) -> None:
-        """A block reads what the one before it gave out."""
+        """Check that a block reads the output of the one before it."""
         before = self.out.get(block.stack)
         if before is not None and not _same(before, stream):
             raise UnsupportedModelError(
                 f"the stream at {block.input}",
-                wanted="what the block before it gave out",
+                wanted="the output of the block before it",
                 got="something else",
                 layer=block.layer,
             )

@@ -1,7 +1,7 @@
-"""How far the rows of a matrix are from being one row: what `rank_profile` reduces a tensor to.
+"""How far the rows of a matrix are from being equal: what `rank_profile` reduces a tensor to.
 
-All of it in float64, from the singular values themselves: those of a Gram matrix are squares, in
-which nothing below sqrt(eps) of the largest is left.
+All in float64, from the singular values themselves: those of a Gram matrix are squares, which keep
+nothing below sqrt(eps) of the largest.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def distance_to_mean(x: Float[Tensor, "*batch token d"]) -> Float[Tensor, "*batc
 
     Source: Wu et al. 2024.
     """
-    # The first row taken away first: what all rows share leaves no rounding behind.
+    # The first row is subtracted first: what all rows share then leaves no rounding.
     apart = x - x[..., :1, :]
     mu: Tensor = torch.linalg.matrix_norm(apart - apart.mean(-2, keepdim=True))
     return mu
 
 
 def mean_cosine(x: Float[Tensor, "token d"]) -> float:
-    """Mean |cosine| over the pairs of different rows, those of zero length left out; NaN if none.
+    """Mean |cosine| over pairs of different rows, without those of zero length; NaN if none.
 
     Source: Wu et al. 2024.
     """
@@ -83,7 +83,7 @@ def measures(
     Source: Wu et al. 2024 (mu, rank, least, cosine); Roy and Vetterli 2007 (effective rank).
 
     Args:
-        x: finite; is widened to float64.
+        x: finite numbers; widened to float64.
         rounding: u, the relative error of the numbers in x: half the machine epsilon of the model's
             dtype. ``least`` is given as it is.
     """
@@ -116,6 +116,6 @@ def measures(
 
 
 def first_share(x: Float[Tensor, "token d"]) -> float:
-    """Share of ||X||_F^2 that is the first token's; NaN for X = 0."""
+    """The first token's share of ||X||_F^2; NaN for X = 0."""
     squares = (x.double() / x.double().abs().max()).square().sum(-1)
     return float(squares[0] / squares.sum())

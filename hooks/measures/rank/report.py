@@ -1,4 +1,4 @@
-"""RankReport: how far a prompt's tokens are from being one token, by depth and site, as data."""
+"""RankReport: how far a prompt's tokens are from being equal, by depth and site, as data."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ WITH: Final = ("all", "without first")  # the axis of tokens
 LETTERS: Final = {"encoder_blocks": "E", "decoder_blocks": "D"}
 MEANING: Final = {
     "in": "the stream at the block's input",
-    "attn_norm": "behind the norm that attention reads",
+    "attn_norm": "after the norm that attention reads",
     "mid": "the stream between attention and MLP",
-    "cross_norm": "behind the norm that cross-attention reads",
+    "cross_norm": "after the norm that cross-attention reads",
     "mid2": "the stream between cross-attention and MLP",
-    "mlp_norm": "behind the norm that the MLP reads",
-    "mixer_norm": "behind the norm that the block's mixer reads",
+    "mlp_norm": "after the norm that the MLP reads",
+    "mixer_norm": "after the norm that the block's mixer reads",
     "out": "the stream at the block's output",
-    "final_norm": "behind the norm of the last block's output",
+    "final_norm": "after the norm of the last block's output",
 }
 """Sites, in the order of the forward pass."""
 _STREAM: Final = ("in", "mid", "mid2", "out")
@@ -36,7 +36,7 @@ _STREAM: Final = ("in", "mid", "mid2", "out")
 
 @dataclass(frozen=True, kw_only=True)
 class RankSite:
-    """Where the tokens were looked at.
+    """Where the tokens were measured.
 
     Attributes:
         stack: ``blocks``; ``encoder_blocks`` or ``decoder_blocks``.
@@ -61,7 +61,7 @@ class RankSite:
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings:
-    """Where a profile was measured; ``layers`` None: in all blocks."""
+    """Where a profile was measured; ``layers`` is None for all blocks."""
 
     layers: tuple[int, ...] | None
     sites: tuple[RankSite, ...]
@@ -76,11 +76,11 @@ class RankReport(SavedReport):
 
     Attributes:
         settings: how they were measured.
-        model: facts of the model, versions; ``notes``: what of the sites is missing, and why.
+        model: facts of the model, versions; ``notes``: which sites are missing, and why.
         tokens, decoder_tokens: each prompt's tokens as strings; empty where there are none.
         numbers: ``[prompt, site, tokens, measure]``: tokens are `all` and `without first`, measures
             those of `to_frame`.
-        first_share: share of ||X||_F^2 that is the first token's, ``[prompt, site]``.
+        first_share: the first token's share of ||X||_F^2, ``[prompt, site]``.
     """
 
     settings: RankSettings
@@ -96,12 +96,13 @@ class RankReport(SavedReport):
         Args:
             by: ``"site"`` or ``"prompt"``.
             without_first: leave the first token out of X: an attention sink's length can be a
-                hundred times the others', and then it alone decides every measure but the cosine.
+                hundred times the others', and then it alone decides every measure except the
+                cosine.
 
         Columns:
             stack, layer, site, label: where; ``prompt``: which.
             mu: || X - 1 mean(X)^T ||_F, in the units of the stream.
-            relative_mu: the same over ||X||_F.
+            relative_mu: mu / ||X||_F.
             stable_rank: ||X||_F^2 / ||X||_2^2, of X (of X X^T it would have fourth powers).
             effective_rank: exp of the entropy of the singular values over their sum.
             rank: singular values above eps/2 ||X||_F, eps of the model's dtype: those that
@@ -110,12 +111,12 @@ class RankReport(SavedReport):
             least, relative_least: the least of the min(T, d) singular values; over the largest.
             mean_cosine: mean |cosine| of different tokens.
             norm: ||X||_F.
-            first_share: share of ||X||_F^2 that is the first token's, in any case.
+            first_share: the first token's share of ||X||_F^2, whatever ``without_first``.
 
-        A mean leaves out prompts for which there is no number (of zeros only; of one token).
+        Means leave out prompts without a number (only zeros; one token).
 
         Raises:
-            ValueError: another ``by``.
+            ValueError: an unknown ``by``.
         """
         check_choice("by", by, get_args(RankBy))
         (without_first,) = check_booleans(without_first=without_first)
@@ -190,7 +191,7 @@ _FORM = Form(
 
 
 def _depth(report: RankReport, stack: str, *, without_first: bool) -> str:
-    """From the first to the last stream site of a stack."""
+    """The change from the first to the last stream site of a stack."""
     frame = report.to_frame(without_first=without_first)
     stream = frame[(frame["stack"] == stack) & frame["site"].isin(_STREAM)]
     first, last = stream.iloc[0], stream.iloc[-1]
@@ -208,7 +209,7 @@ def _depth(report: RankReport, stack: str, *, without_first: bool) -> str:
 
 
 def _change(name: str, first: float, last: float) -> str:
-    """From one number to the other; NaN in words."""
+    """A change as "from one number to the other", with NaN in words."""
     if math.isnan(first) and math.isnan(last):
         few = "no two tokens of a length above 0 to compare"
         return f"no {name} ({few if 'cosine' in name else 'tokens of zeros'})"

@@ -1,7 +1,7 @@
-"""Which of a block's tensors are its residual stream, and which stand behind a norm.
+"""Which of a block's tensors are its residual stream, and which come after a norm.
 
-Found on the tensors of the pass itself, not on the names: a norm that attention reads takes in what
-the block took in, the stream between attention and MLP is the input plus what attention adds.
+Found on the tensors of the pass itself, not by name: the input of the norm that attention reads is
+the block's input; the stream between attention and MLP is the input plus what attention adds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Block:
     Attributes:
         stack, layer, prefix: ``blocks``, 3, ``blocks.3``.
         input, output: hooks of the stream.
-        inner: others that tell its sites apart.
+        inner: other hooks that identify its sites.
     """
 
     stack: str
@@ -114,14 +114,14 @@ def _inner(model: HookedModel, prefix: str) -> tuple[str, ...]:
 
 
 def final_norm(model: HookedModel, stack: str) -> str | None:
-    """Name of the norm behind a stack, if hooks show what it reads and gives."""
+    """Name of the norm after a stack, if hooks show its input and output."""
     name = f"{stack.removesuffix('blocks')}ln_final"
     both = all(f"{name}.{end}" in model.hook_dict for end in ("hook_in", "hook_out"))
     return name if both else None
 
 
 def resolve(block: Block, kept: Mapping[str, Tensor]) -> tuple[list[Found], list[str]]:
-    """Sites of a block in the order of its pass, and what is said of those that are missing.
+    """Sites of a block in the order of its pass, and notes on those that are missing.
 
     Args:
         block: its hooks.
@@ -145,7 +145,7 @@ def _found(block: Block, site: str, hook: str, tensor: Tensor) -> Found:
 def _streams(
     block: Block, kept: Mapping[str, Tensor]
 ) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
-    """The stream at the input, and between the branches: where sums of it and branches say so."""
+    """The stream at the input and between the branches, as sums of it and the branches show."""
 
     def get(name: str) -> Tensor | None:
         return kept.get(f"{block.prefix}.{name}")
@@ -159,7 +159,7 @@ def _streams(
         )
         why = "attention and MLP read the same stream" if parallel else "no hook shows it"
         if attn is None and mlp is None:
-            why = "no attention and MLP one behind the other"
+            why = "no attention followed by an MLP"
         return streams, [f"no stream between attention and MLP ({why})"]
     second = (kept["out"], mid, mlp) if mid2 is None else (mid2, mid, cross)
     sums = [(mid, kept["in"], attn), second]
@@ -176,7 +176,7 @@ def _streams(
 def _behind_a_norm(
     block: Block, kept: Mapping[str, Tensor], streams: dict[str, tuple[str, Tensor]]
 ) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
-    """Post-norm: the norms stand behind the sums, and the stream is what they give."""
+    """Post-norm: the norms follow the sums, and their outputs are the stream."""
     read = _reads(block, kept, _MLP)
     behind = {name: kept[f"{name}.hook_out"] for name in _norm_names(block, kept)}
     of_mlp = [n for n, x in behind.items() if read is not None and torch.equal(x, read)]
@@ -185,7 +185,7 @@ def _behind_a_norm(
         crosses = _reads(block, kept, _CROSS) is not None
         streams["mid2" if crosses else "mid"] = (f"{of_mlp[0]}.hook_out", behind[of_mlp[0]])
         names = " and ".join(name.rsplit(".", 1)[-1] for name in (of_mlp[0], of_out[0]))
-        return streams, [f"its norms {names} stand behind the sums: the stream is what they give"]
+        return streams, [f"its norms {names} follow the sums: the stream is their output"]
     return streams, [
         "no stream between attention and MLP (the hook of that name is not the input plus what "
         "attention adds)"
@@ -195,7 +195,7 @@ def _behind_a_norm(
 def _norms(
     block: Block, kept: Mapping[str, Tensor], streams: Mapping[str, tuple[str, Tensor]]
 ) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
-    """What stands behind the norm of each branch's input."""
+    """The output of the norm of each branch's input."""
     branches = {"attn": _ATTENTION, "mixer": ("mixer",), "cross": _CROSS, "mlp": _MLP}
     found: dict[str, tuple[str, Tensor]] = {}
     notes = []
@@ -208,7 +208,7 @@ def _norms(
             if not torch.equal(y, read) or not any(torch.equal(x, s) for _, s in streams.values()):
                 continue
             if torch.equal(x, y):
-                notes.append(f"no norm in front of {branch}: {name.rsplit('.', 1)[-1]} is none")
+                notes.append(f"no norm before {branch}: {name.rsplit('.', 1)[-1]} is none")
                 break
             found[f"{branch}_norm"] = (f"{name}.hook_out", y)
             break
@@ -216,9 +216,9 @@ def _norms(
             if not any(torch.equal(read, s) for _, s in streams.values()):
                 notes.append(f"no hook shows what {branch} reads as the norm of a stream")
             else:
-                notes.append(f"no norm in front of {branch}")
+                notes.append(f"no norm before {branch}")
     if not any(_reads(block, kept, c) is not None for c in branches.values()):
-        notes.append("no hook shows what stands behind its norms")
+        notes.append("no hook shows the output of its norms")
     if "attn_norm" in found and found["attn_norm"] == found.get("mlp_norm"):
         del found["mlp_norm"]
         notes.append("attention and MLP read one norm")
@@ -226,7 +226,7 @@ def _norms(
 
 
 def _norm_names(block: Block, kept: Mapping[str, Tensor]) -> list[str]:
-    """Norms of which both ends were seen."""
+    """Norms whose input and output were both seen."""
     ends = [name.removesuffix(".hook_out") for name in block.inner if name.endswith(".hook_out")]
     return [n for n in ends if f"{n}.hook_in" in kept and f"{n}.hook_out" in kept]
 
@@ -237,7 +237,7 @@ def _reads(block: Block, kept: Mapping[str, Tensor], children: tuple[str, ...]) 
 
 
 def _is_sum(whole: Tensor, *parts: Tensor) -> bool:
-    """Whether a tensor is the sum of these, token by token, to the rounding of its dtype."""
+    """Whether a tensor is the sum of these, token by token, up to its dtype's rounding."""
     if any(part.shape != whole.shape for part in parts):
         return False
     wide = [x.float() if x.device.type == "mps" else x.double() for x in (whole, *parts)]

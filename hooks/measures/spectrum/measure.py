@@ -1,7 +1,7 @@
-"""Spectral gap: the leading singular values of attention matrices, and those that are left.
+"""Spectral gap: the leading singular values of attention matrices, and the others.
 
-A row-stochastic matrix maps the constant vector onto itself, so that its largest singular value is
-at least one. Where the others are much smaller, what a head writes is nearly of rank one.
+A row-stochastic matrix maps the constant vector onto itself, so its largest singular value is at
+least one. Where the others are much smaller, what a head writes has nearly rank one.
 Source: Naderi et al. 2024 (arXiv 2410.07799).
 """
 
@@ -45,12 +45,12 @@ def spectral_gap(
         gap = s_1 - s_2,    stable rank = |A|_F^2 / s_1^2,    U_qt = 1 / |visible keys of q|
 
     U is the uniform matrix of the same mask (causal, sliding window or none, as the layer's scores
-    show it): under a causal mask it has a spectrum of its own, beside which A's must be seen. A - U
-    is what the fix of :class:`hooks.CentredAttention` leaves; where the model averages with it (by
-    itself, or by hooks of that class that are active) the report's summary says so. Without a mask
-    U = (1/T) 1 1^T, and a random Markov matrix has s_1 near 1 and its other singular values below
-    about 2/sqrt(T) (for entries of unit variance over their mean). One forward pass, one layer in
-    memory; singular values in float64. Source: Naderi et al. 2024, arXiv 2410.07799.
+    show it): under a causal mask it has a spectrum of its own, with which A's must be compared. A -
+    U is what the fix of :class:`hooks.CentredAttention` leaves; where the model averages with it
+    (by itself, or by hooks of that class that are active) the report's summary says so. Without a
+    mask U = (1/T) 1 1^T, and a random Markov matrix has s_1 near 1 and its other singular values
+    below about 2/sqrt(T) (for entries of unit variance over their mean). One forward pass, one
+    layer in memory; singular values in float64. Source: Naderi et al. 2024, arXiv 2410.07799.
 
     Args:
         model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and
@@ -68,9 +68,9 @@ def spectral_gap(
 
     Raises:
         UnsupportedModelError: the model failed the self-check; a cross-attention, whose matrix is
-            not square; a pattern that holds NaN, or rows that give a masked key attention.
+            not square; a pattern that holds NaN, or rows that attend to a masked key.
         ValueError: a wrong k, layer or length (longer than every prompt), empty text, a sequence
-            longer than the context, or lengths of something else than tokens.
+            longer than the context, or ``lengths`` for inputs other than tokens.
     """
     k, batch_size = check_integers(k=(k, 2, _MOST_VALUES), batch_size=(batch_size, 1))
     cuts = None if lengths is None else _check_lengths(lengths)
@@ -129,7 +129,7 @@ def _check_lengths(lengths: Any) -> tuple[int, ...]:
 
 
 def _cut(prompts: Prompts, lengths: Sequence[int]) -> tuple[Prompts, list[int]]:
-    """The first n tokens of each prompt that has so many, and which prompt each was."""
+    """The first n tokens of each prompt that has as many, and which prompt each was."""
     if prompts.decoder or prompts.each or prompts.joined or prompts.first[0].ndim != 1:
         raise ValueError(
             "lengths: wanted prompts of tokens alone, which can be cut; got images, sound, a "
@@ -194,7 +194,7 @@ class _Gathered:
             )
 
     def _leading(self, values: Float[Tensor, "*heads n"]) -> np.ndarray:
-        """The k largest; NaN behind the last, where the matrix has fewer."""
+        """The k largest; NaN after the last, where the matrix has fewer."""
         some = values[..., : self.k].cpu().numpy()
         room = [(0, 0)] * (some.ndim - 1) + [(0, self.k - some.shape[-1])]
         return np.pad(some, room, constant_values=np.nan)

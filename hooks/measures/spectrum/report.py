@@ -38,18 +38,18 @@ class SpectrumSettings:
 class SpectrumReport(SavedReport):
     """Leading singular values of each head's attention matrix A on each prompt.
 
-    An array per layer and field; matrices of T rows and columns. U is the uniform matrix of A's
+    One array per layer and field; matrices have T rows and columns. U is the uniform matrix of A's
     mask.
 
     Attributes:
         settings: how they were measured.
-        model: facts of the model, versions; ``centred``: labels of the layers that average with
-            A - U, not with A.
+        model: facts of the model, versions; ``centred``: labels of the layers that average with A -
+            U, not with A.
         tokens, decoder_tokens: each prompt's tokens as strings; empty where there are none.
-        prompt: which of the caller's prompts each is (several are the same one cut to lengths).
+        prompt: which of the caller's prompts each is (several may be one prompt cut to lengths).
         length: T ``[prompt]``.
         singular: of A, largest first ``[prompt, head, k]``; NaN where T < k.
-        uniform, left: the same of U and of A - U.
+        uniform, left: singular values of U and of A - U, shaped like ``singular``.
         square, left_square: |A|_F^2 and |A - U|_F^2 ``[prompt, head]``.
     """
 
@@ -68,7 +68,7 @@ class SpectrumReport(SavedReport):
     def to_frame(self, by: SpectrumBy = "head") -> pd.DataFrame:
         """One row per layer and head (or layer; or layer and length; or layer, head and prompt).
 
-        Each number is made for every matrix, and rows of several give its mean.
+        Each number is computed for every matrix; a row of several matrices has its mean.
 
         Args:
             by: ``"prompt"``, ``"head"``, ``"layer"`` or ``"length"``.
@@ -86,7 +86,7 @@ class SpectrumReport(SavedReport):
             edge_left: 2 |A - U|_F / sqrt(T), the edge of a random matrix as large as A - U.
 
         Raises:
-            ValueError: another ``by``.
+            ValueError: an unknown ``by``.
         """
         check_choice("by", by, get_args(SpectrumBy))
         rows = pd.concat([self._rows(i) for i in range(len(self.singular))], ignore_index=True)

@@ -1,7 +1,7 @@
 """Spread: how far the lengths of attended embeddings lie apart, head by head.
 
-Under Pre-Norm a token's length multiplies every score of every subspace, so that subspaces are
-independent only while lengths hardly vary. The spread says how far they do.
+Under Pre-Norm a token's length multiplies every score of every subspace, so subspaces are
+independent only while lengths hardly vary. The spread says how far they vary.
 Source: Menary et al. 2024, Fig. 1 and 9-12.
 """
 
@@ -53,7 +53,7 @@ def spread(
             vectors that enter the dot product (v: that are averaged); ``"q"``, the queries, each
             with the weight 1: they receive no attention.
         without_first: leave the first token (``[`` in addition, the attention sink of language
-            models) out of median and band; its share and its norm are shown apart in any case.
+            models) out of median and band; its share and norm are always shown separately.
         layers: block indices; default: every attention layer.
         batch_size: prompts per forward pass; only prompts of one length share a pass.
         progress: show a progress bar; default: in a terminal or a notebook.
@@ -62,10 +62,10 @@ def spread(
         :class:`SpreadReport`.
 
     Raises:
-        UnsupportedModelError: the model failed the self-check, has no hook for what was asked for,
-            or gave a norm or a weight that is no finite number; or ``of="stream"`` of a
-            cross-attention, whose keys come from another stream than its block's.
-        TypeError: a ``without_first`` that is neither True nor False.
+        UnsupportedModelError: the model failed the self-check, has no hook for what was requested,
+            or gave a norm or a weight that is not finite; or ``of="stream"`` for a cross-attention,
+            whose keys come from another stream than its block's.
+        TypeError: ``without_first`` is neither True nor False.
         ValueError: an unknown ``of`` or layer, empty text, a sequence longer than the context.
     """
     of = cast(Of, check_choice("of", of, get_args(Of)))
@@ -134,7 +134,7 @@ class _Gathered:
     def report(
         self, settings: SpreadSettings, model: Mapping[str, Any], prompts: Prompts
     ) -> SpreadReport:
-        """All prompts one behind the other, in their order."""
+        """All prompts concatenated, in their order."""
         order = range(len(prompts))
         norms, weights, prompt, position = [], [], [], []
         for pieces in self._pieces:
@@ -157,7 +157,7 @@ class _Gathered:
 
 
 def _norms(view: LayerView, of: Of) -> Float[Tensor, "batch vector token"]:
-    """L2 norms in float32 or wider: half precision has no room for their squares."""
+    """L2 norms in float32 or wider: squares overflow half precision."""
     if of == "stream":
         assert view.stream is not None
         vectors = view.stream[:, :, None]

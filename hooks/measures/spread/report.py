@@ -40,7 +40,7 @@ class SpreadSettings:
 class SpreadReport(SavedReport):
     """L2 norms of what attention reads, with the attention that each receives.
 
-    An array per layer and field; the tokens of all prompts lie one behind the other.
+    One array per layer and field; the tokens of all prompts are concatenated.
 
     Attributes:
         settings: how it was measured.
@@ -48,9 +48,9 @@ class SpreadReport(SavedReport):
         tokens, decoder_tokens: each prompt's tokens as strings; empty where there are none.
         norms: L2 norms ``[vector, token]``: one vector for all heads (stream), or one for each
             key/value head (k, v) or head (q).
-        weights: attention that each token receives ``[head, token]``, summed over the queries; of
-            a prompt they sum to its number of queries (less what an attention sink term takes).
-        prompt, position: where each token stands.
+        weights: attention that each token receives ``[head, token]``, summed over the queries; over
+            a prompt they sum to its number of queries (less what a learned attention sink takes).
+        prompt, position: where each token is.
         starts: positions of each prompt's first tokens, where documents are packed into one; empty
             where no prompt holds several.
     """
@@ -91,7 +91,7 @@ class SpreadReport(SavedReport):
         ``without_first=False``. NaN where a head attends to no other token.
 
         Raises:
-            ValueError: another ``by``, or a share outside (0, 1].
+            ValueError: an unknown ``by``, or a share outside (0, 1].
         """
         check_choice("by", by, get_args(SpreadBy))
         share = check_number("share", share, "a share in (0, 1]", lambda x: 0 < x <= 1)
@@ -156,7 +156,7 @@ class SpreadReport(SavedReport):
 
 
 def _check_settings(s: SpreadSettings) -> None:
-    """The types say it all."""
+    """Nothing to check beyond the types."""
 
 
 def _sizes(s: SpreadSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
@@ -227,7 +227,7 @@ class _Head:
 
 
 def _measures(heads: list[_Head], share: float) -> dict[str, Any]:
-    """Of one head, or of several pooled."""
+    """Measures of one head, or of several pooled."""
 
     def pool(name: str, which: str) -> np.ndarray:
         return np.concatenate([getattr(h, name)[getattr(h, which)] for h in heads])
@@ -249,10 +249,10 @@ def _measures(heads: list[_Head], share: float) -> dict[str, Any]:
 def weighted_quantile(
     x: Float[np.ndarray, "token"], weight: Float[np.ndarray, "token"], p: float
 ) -> float:
-    """The least x at which the weight of what is not above it reaches p of the total.
+    """The least x such that the values up to x hold the share p of the total weight.
 
-    With integer weights that is the inverted distribution function of ``np.repeat(x, weight)``.
-    NaN where there is no weight, or where an x that has some is NaN.
+    With integer weights this is the inverse distribution function of ``np.repeat(x, weight)``.
+    NaN where there is no weight, or where an x with weight is NaN.
     """
     some = weight > 0
     x, weight = x[some], weight[some]

@@ -1,7 +1,7 @@
 """The factors of one batched pass of a sweep: every row has its own prompt, sigma and draw.
 
-Row by row they are those of :class:`hooks.NormNoise`; here they are made for all layers at once,
-from uniform numbers that are drawn once for all sigmas (common random numbers).
+Row by row they equal those of :class:`hooks.NormNoise`; here they are made for all layers at once,
+from uniform numbers drawn once for all sigmas (common random numbers).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hooks.sites import LayerSites, Site
 
 @dataclass(frozen=True)
 class Grid:
-    """The conditions that each prompt is run under: 0 is clean, then draw by draw, each sigma."""
+    """The conditions under which each prompt is run: 0 is clean, then draw by draw, each sigma."""
 
     sigmas: tuple[float, ...]
     replicates: int
@@ -38,7 +38,7 @@ class Grid:
 
 
 class RowFactors(Clock):
-    """What the rows of the running pass are scaled by: for each prompt, some conditions."""
+    """Factors for the rows of the running pass: for each prompt, some conditions."""
 
     def __init__(self, noise: NormNoise, layers: Sequence[LayerSites], grid: Grid) -> None:
         super().__init__(0, {})
@@ -87,7 +87,7 @@ class RowFactors(Clock):
         return self._made[here].expand(-1, -1, site.n_heads)
 
     def _make(self, places: list[tuple[int, Role]], n_pos: int, n_heads: int) -> None:
-        """The factors of these places, one multiplication for all of them and each sigma."""
+        """The factors at these places, with one multiplication per sigma."""
         grid = self.grid
         noisy = [c for c in self._conditions if c > 0]
         draws = sorted({grid.draw(c) for c in noisy})

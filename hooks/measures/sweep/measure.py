@@ -75,7 +75,8 @@ def sweep(
         tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
         targets: what should follow ``tokens[b, : p + 1]`` (in an encoder-decoder: the decoder's
             tokens), -100 where nothing is scored; padded like the tokens. Default: the next token.
-            A model without one (BERT) has KL and agreement at all positions, and no accuracy.
+            A model that predicts no next token (BERT) has KL and agreement at all positions, and no
+            accuracy.
         sigmas: RMS of the relative change of a norm; default: 8 from 1% to 30%, as far as the law
             goes. Sigma = 0 is always measured: it is the clean row.
         replicates: draws per sigma.
@@ -184,7 +185,7 @@ class _Tally:
         self._clean: Tensor | None = None
 
     def run(self, runner: Runner, part: Pass, first_prompt: int, alone: bool) -> None:
-        """One pass, summed up."""
+        """Run one pass and add its sums."""
         some = [i for i in part.prompts if self._scored(i)]
         if not some:
             return
@@ -240,7 +241,7 @@ class _Tally:
     def report(
         self, settings: SweepSettings, model: dict[str, Any], first_prompt: int
     ) -> SweepReport:
-        """Everything summed up, as [sigma, draw, prompt]."""
+        """All sums, as [sigma, draw, prompt]."""
         n = len(self.prompts)
         known = self.targets[0] is not None
         correct, agree, loss, kl = self.sums

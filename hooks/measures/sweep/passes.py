@@ -1,4 +1,4 @@
-"""The passes of a sweep: which rows share one, where they begin and where they end.
+"""The passes of a sweep: which rows share a pass, where it begins and where it ends.
 
 A pass holds prompts of one shape, each under its conditions. It ends before the unembedding, which
 is then applied to the scored positions only, a cache's worth at a time; where only later layers are
@@ -34,7 +34,7 @@ from hooks.noise import HookList, NormNoise
 from hooks.sites import AttentionSites, LayerSites
 
 _UNEMBED = "unembed.hook_in"
-_LARGE = 1000.0  # logits at which a soft cap or a scale behind the unembedding shows
+_LARGE = 1000.0  # logits at which a soft cap or a scale after the unembedding shows
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Pass:
 def passes(prompts: Prompts, grid: Grid, batch_size: int, *, alone: bool) -> Iterator[Pass]:
     """All passes of at most ``batch_size`` rows.
 
-    Whole prompts share a pass, or else one prompt takes several, its clean row in the first;
+    Whole prompts share a pass, or one prompt takes several, with its clean row in the first;
     ``alone`` keeps prompts apart.
     """
     n = len(grid)
@@ -95,7 +95,7 @@ class Runner:
         return entries
 
     def _keeping_clean(self, hook_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The same hook, with the clean rows as they come: to the last bit."""
+        """This hook, with the clean rows left as they come, to the last bit."""
 
         def edit(tensor: Tensor, hook: Any) -> Any:
             out, clean = hook_fn(tensor, hook), self.factors.clean_rows()
@@ -118,7 +118,7 @@ class Runner:
     # -- what works on this model -----------------------------------------------------------
 
     def try_on(self, example: ModelInput) -> None:
-        """See on a short prompt whether a pass may end early, and begin with one row."""
+        """Try on a short prompt whether a pass may end early, and begin with one row."""
         if self.early:
             self.early = self._unembedding_is_last(example.rows([0, 0]))
         if self.block:
@@ -137,7 +137,7 @@ class Runner:
                 self.block = ""
 
     def _unembedding_is_last(self, example: ModelInput) -> bool:
-        """Whether logits are ``model.unembed`` of what enters it, also where they are large."""
+        """Whether logits are ``model.unembed`` of its input, also where they are large."""
         self.factors.enter((0,), range(example.batch), self.device)
         hidden = self._until_unembedding(example)
         if hidden is None:
@@ -168,7 +168,7 @@ class Runner:
         return caught
 
     def _call(self, given: ModelInput) -> Any:
-        self.tap.reset()  # one that was only tried may have been broken off
+        self.tap.reset()  # one that was only tried may have been aborted
         return run_with(self.model, given, ())
 
     def _unembedded(self, states: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class Runner:
 
 
 def _first_block(points: Mapping[str, Any], layers: Sequence[LayerSites]) -> str:
-    """Hook at the input of the first noised block, where clean blocks lie before it."""
+    """Hook at the input of the first noised block, where clean blocks precede it."""
     block = layers[0].block
     name = f"{block}.hook_resid_pre"
     if not block.startswith("blocks.") or block == "blocks.0" or name not in points:
@@ -216,6 +216,6 @@ def _first_block(points: Mapping[str, Any], layers: Sequence[LayerSites]) -> str
 
 
 def _bare(points: Mapping[str, Any], prefix: str) -> bool:
-    """Whether nobody else's hooks are on these points."""
+    """Whether only our hooks are on these points."""
     mine = (point for name, point in points.items() if name.startswith(prefix))
     return not any(standing_hooks(point) for point in mine)

@@ -51,20 +51,20 @@ class SweepSettings:
 class SweepReport(CorpusReport):
     """What a model's output loses under norm noise in all chosen layers at once, against sigma.
 
-    Sums over the scored positions of each prompt, for each sigma and draw; the clean row is the
-    same model, in the same batches, without noise.
+    Sums over the scored positions of each prompt, for each sigma and draw; the clean row is this
+    model in the same batches, without noise.
 
     Attributes:
         settings: how the sweep was run.
         model: facts of the model and what noise means there (``sites``), versions.
-        first_prompt: index of the first prompt, where this is a part of a corpus.
+        first_prompt: index of the first prompt, where this is part of a corpus.
         tokens, decoder_tokens: each prompt's tokens as strings; empty where there are none.
         positions: scored positions of each prompt.
-        targets: those of them with a target; none where the model has no next token and no targets
-            were given: accuracy and loss are NaN then.
+        targets: how many of them have a target; none where the model predicts no next token and no
+            targets were given: accuracy and loss are then NaN.
         clean_correct, clean_loss: of the clean row: positions whose arg max is the target; sum of
             -log p(target), nats.
-        correct, loss: the same under noise.
+        correct, loss: these two under noise.
         kl: sum of KL(clean || noisy), nats.
         agree: positions whose arg max is the clean row's.
     """
@@ -167,7 +167,7 @@ class SweepReport(CorpusReport):
         """The sigma at which the accuracy has fallen by the share ``drop`` of the clean accuracy.
 
         accuracy(sigma) = (1 - drop) accuracy(0), interpolated linearly where the measured curve,
-        the clean row at its beginning, first crosses it.
+        which starts at the clean row, first crosses it.
 
         Raises:
             ValueError: a share outside (0, 1), no accuracy, or a fall that no measured sigma
@@ -291,12 +291,12 @@ def _count(n: int, noun: str) -> str:
 
 
 def _projected(shields: Mapping[str, list[str]], on: str) -> str:
-    """What noise in front of a norm is, which must not be read as stability."""
+    """A warning that noise before a norm must not be read as stability."""
     shielded = [role for role in on if set(shields[role]) - {"none"}]
     if not shielded:
         return "The noise is at the projection's output, and no norm follows before the attention."
     return (
-        f"The noise is at the projection's output; a norm that follows takes it from "
+        f"The noise is at the projection's output; a norm that follows removes it from "
         f"{', '.join(shielded)} in part or whole: this curve shows the norm's work, not what the "
         "attention tolerates (at='dot')."
     )

@@ -1,12 +1,12 @@
-"""What the noisy rows of a sweep predict, held against their clean row, in cache.
+"""Compares what the noisy rows of a sweep predict with their clean row, in cache.
 
 For clean logits z, probabilities p = softmax(z) and noisy logits z + delta,
 
     KL(clean || noisy) = log sum_t p_t exp(g_t),        g_t = delta_t - sum_u p_u delta_u
     log sum_t exp(z_t + delta_t) = log sum_t exp(z_t) + sum_u p_u delta_u + KL
 
-so that one exponential per logit gives loss and KL; written with exp(g) - 1, a KL far below the
-rounding of the logits' own size is right.
+so one exponential per logit gives loss and KL; written with exp(g) - 1, even a KL far below the
+rounding of the logits is right.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Head = Callable[[Tensor], Tensor]
 class Scored:
     """Per scored position and condition; the loss is NaN where there is no target.
 
-    ``top`` tells whether the arg max is the target, ``agree`` whether it is the clean row's. Of
-    tied logits the first is the arg max.
+    ``top`` says whether the arg max is the target, ``agree`` whether it is the clean row's. The
+    first of tied logits is the arg max.
     """
 
     top: Float[Tensor, "place condition"]
@@ -61,7 +61,7 @@ def score(
     """Compare the rows of each prompt with its clean one.
 
     Args:
-        states: what ``head`` makes logits of, ``n_conditions`` rows for each prompt in turn.
+        states: what ``head`` turns into logits, ``n_conditions`` rows for each prompt in turn.
         places: prompt (counted in this batch) and position of each scored place.
         targets: token id that should be predicted there, or ``UNSCORED``.
         n_conditions: rows of a prompt, the clean one first unless ``clean`` is given.
@@ -169,14 +169,14 @@ def _compare(
 
 
 def _directly(part: Tensor, lse: Tensor, mean: Tensor, kl: Tensor, steep: Tensor) -> None:
-    """KL where noise lifts a token by more than a float's range: as a difference of sums."""
+    """KL where noise raises a token by more than a float's range: as a difference of sums."""
     place, row = steep.nonzero(as_tuple=True)
     noisy = torch.logsumexp(part[place, row], -1)
     kl[place, row] = noisy - lse[place] - mean[place, row]
 
 
 def argmax(z: Float[Tensor, "*row d_vocab"]) -> Int[Tensor, "*row"]:
-    """Index of the first maximum: the maximum of spans first, which reads ten times faster."""
+    """Index of the first maximum: finds the maxima of spans first, which is ten times faster."""
     n = z.shape[-1]
     if n < _WIDE:
         return z.argmax(-1)

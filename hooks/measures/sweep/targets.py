@@ -35,7 +35,7 @@ def _rows_of(targets: Any) -> list[Tensor]:
 
 
 def next_tokens(prompts: Prompts, known: bool) -> list[Tensor | None]:
-    """Targets of each prompt: its next tokens; None for a model without such a thing.
+    """Targets of each prompt: its next tokens; None for a model that predicts none.
 
     A packed document's last token has none: what follows it is another document's.
     """
@@ -89,7 +89,7 @@ def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Te
 
 
 def has_next_token(model: HookedModel, example: ModelInput) -> bool:
-    """Whether a position's logits hang on no later token, so that the next token is its target."""
+    """Whether logits depend on no later token, so that the next token is a position's target."""
     ids = example.first
     if ids.is_floating_point() or ids.ndim != 2 or ids.shape[1] < 2:
         return False

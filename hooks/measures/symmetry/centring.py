@@ -1,7 +1,7 @@
 """CentredAttention: attention with A - U in place of its pattern A, as TransformerLens hooks.
 
-U is uniform over each row's visible keys. Without a mask U = (1/T) 1 1^T, and A - U takes away the
-one large singular value of a random Markov matrix. Source: Naderi et al. 2024 (arXiv 2410.07799).
+U is uniform over each row's visible keys. Without a mask U = (1/T) 1 1^T, and A - U removes the one
+large singular value of a random Markov matrix. Source: Naderi et al. 2024 (arXiv 2410.07799).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HookList = list[tuple[str, Callable[..., Any]]]
 
 _ROUNDING, _ROUNDING_HALF = 64.0, 4.0  # eps of the sizes added up
 _HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
-_MARGIN = 4.0  # the edit must show so many times above rounding
+_MARGIN = 4.0  # the edit must exceed rounding this many times
 _COPIES = 4
 _ADVICE = "Pass use_past_kv_cache=False to generate"
 _CENTRED = "_hooks_centred"  # on the hooks at z, by which a second one is seen
@@ -51,10 +51,10 @@ class CentredAttention:
 
         z_q = sum_t (A_qt - U_qt) v_t,    U_qt = 1 / |visible keys of q|, 0 for the others
 
-    Without a mask that is A applied to values centred over all tokens, A (v - 1 mean(v)^T), and
-    A - (1/T) 1 1^T applied to v. Under a causal mask each row has a mean of its own: that is no
-    centring of the values. The pattern stays what it was, A. Values that are the same for all
-    tokens give nothing. Source: Naderi et al. 2024, arXiv 2410.07799.
+    Without a mask that is A applied to values centred over all tokens, A (v - 1 mean(v)^T), and A -
+    (1/T) 1 1^T applied to v. Under a causal mask each row has a mean of its own, so the values are
+    not centred as a whole. The pattern remains A. Values that are equal for all tokens give zero.
+    Source: Naderi et al. 2024, arXiv 2410.07799.
 
     Two of them on one layer would give A - 2U: the second is refused.
 
@@ -62,7 +62,7 @@ class CentredAttention:
         layers: block indices; None for every attention layer.
 
     Raises:
-        ValueError: layers that are no list of indices.
+        ValueError: layers that are not a list of indices.
 
     Example:
         >>> fix = CentredAttention()
@@ -79,8 +79,8 @@ class CentredAttention:
     def hooks(self, model: HookedModel) -> HookList:
         """TransformerLens hooks for ``model.run_with_hooks(tokens, fwd_hooks=...)``.
 
-        For whole sequences: a cached step of ``generate`` raises (keys and values seen earlier pass
-        no hook). Padded batches need no mask here: padding is masked in the scores.
+        For whole sequences: a cached step of ``generate`` raises (earlier keys and values pass no
+        hook). Padded batches need no mask here: padding is masked in the scores.
 
         Args:
             model: the model; its self-check runs first, then a short pass in which the edit must
@@ -88,8 +88,8 @@ class CentredAttention:
 
         Raises:
             UnsupportedModelError: the self-check failed; cross-attention; a layer without hooks for
-                z or v, or whose z is no plain average of v, or whose rows share their weight with
-                a sink; a layer on which a CentredAttention is active (also one that comes later:
+                z or v, or whose z is not a plain average of v, or whose rows share their weight
+                with a sink; a layer on which a CentredAttention is active (or becomes active later:
                 then the pass raises); an edit that does not land; or no hook that shows the scores
                 (there :meth:`applied` works).
             ValueError: unknown layer.
@@ -108,9 +108,10 @@ class CentredAttention:
 
     @contextmanager
     def applied(self, model: HookedModel) -> Iterator[CentredAttention]:
-        """The same as a context manager; the hooks that were on the model stay.
+        """A context in which the model's attention is centred; hooks already on the model stay.
 
-        Errors as :meth:`hooks`, but for layers without a hook for the scores, which work here.
+        Raises what :meth:`hooks` raises, except that layers without a hook for the scores work
+        here.
         """
         chosen = self._checked(model)
         tap = TapOfThreads(model) if any(sites.tapped for sites in chosen) else None
@@ -119,7 +120,7 @@ class CentredAttention:
 
     @measurement
     def _checked(self, model: HookedModel) -> list[LayerSites]:
-        """The layers, on which the edit was seen to land."""
+        """The layers, after a check that the edit lands."""
         sites = attention_sites(model)
         chosen = list(choose_layers(sites, self.layers))
         for layer in chosen:
@@ -147,7 +148,7 @@ def _refuse(sites: LayerSites) -> None:
 
 
 def is_centred(model: HookedModel, sites: LayerSites) -> bool:
-    """Whether a layer averages with A - U: by itself, or by a CentredAttention that is active."""
+    """Whether a layer averages with A - U, by itself or by an active CentredAttention."""
     if sites.averaging == "centred":
         return True
     return sites.z is not None and _active(model.hook_dict.get(sites.z.hook)) > 0
@@ -160,7 +161,7 @@ def _active(point: Any) -> int:
 
 
 def _refuse_second(point: Any, sites: LayerSites, *, at_most: int) -> None:
-    """Raise where U would be taken away twice."""
+    """Raise where U would be subtracted twice."""
     n = _active(point)
     if n > at_most:
         raise UnsupportedModelError(
@@ -184,7 +185,7 @@ def visible_mean(
 
 
 class _Kept(threading.local):
-    """Of the pass that runs in this thread."""
+    """What is kept of the pass that runs in this thread."""
 
     v: Tensor | None = None
     mask: Tensor | None = None
@@ -218,7 +219,7 @@ class _Layer:
         self._kept.mask = visible(tensor)
 
     def mean(self, z: Tensor) -> Float[Tensor, "batch query head d_head"]:
-        """What is taken from z ``[batch, query, head, d_head]``; in float32 or wider."""
+        """What is subtracted from z ``[batch, query, head, d_head]``; in float32 or wider."""
         v, mask = self._kept.v, self._kept.mask
         self._kept.v, self._kept.mask = None, None
         if self.sites.tapped:
@@ -273,7 +274,7 @@ def _entries(
 def _check_landing(model: HookedModel, layers: Sequence[LayerSites]) -> None:
     """One short pass over four copies: their z become z, z - m, m and 0 in each of these layers.
 
-    What is written must be affine in z: f(z) - f(z - m) = f(m) - f(0). Behind each attention the
+    What is written must be affine in z: f(z) - f(z - m) = f(m) - f(0). After each attention the
     copies are made equal again, so that every layer is judged on clean inputs.
     """
     counts = {n for s in layers for n in (s.n_heads, s.n_kv_heads)}
@@ -312,7 +313,7 @@ def _keep_output(written: dict[int, Tensor], sites: LayerSites) -> Callable[...,
 
 
 def _output_hook(model: HookedModel, sites: LayerSites) -> str:
-    """Name of the hook with what W_O gives, before a norm that may follow it."""
+    """Name of the hook with W_O's output, before a norm that may follow it."""
     block = sites.block
     names = (f"{sites.prefix}.o.hook_out", f"{sites.prefix}.hook_out", f"{block}.hook_attn_out")
     for name in names:

@@ -1,9 +1,9 @@
 """Permutation symmetry: what the order of the earlier tokens does to the last one's prediction.
 
-Attention sums over a set. Without positions and without a causal mask the last token's prediction
-does not know the order of the tokens before it. With a causal mask and one layer it still does not;
-with two it does: the mask alone lets a model see order. The gap says how much, and the same without
-positions, without the mask and without both says what of it comes from where.
+Attention sums over a set. Without positions and without a causal mask, the last token's prediction
+does not depend on the order of the tokens before it. With a causal mask and one layer it still does
+not; with two it does: the mask alone lets a model see order. The gap says how much; measured
+without positions, without the mask and without both, it says what causes it.
 Source: Zuo & Guerzhoy 2024, arXiv 2402.05969; for neighbouring positions arXiv 2501.00073.
 """
 
@@ -81,37 +81,38 @@ def symmetry_gap(
 
     with D the Kullback-Leibler divergence (nats), the total variation, the largest difference of
     logits, and whether the arg max moves; and for each layer |y - y_pi| / |y| of the residual
-    stream y of the last position behind its block. Everything is measured four times where the
-    model allows it: as it is, without positions (every token has the same position id), without
-    the mask (every token sees every token), and without both: what is left then is rounding, or
-    something else in the model reads order. What could not be taken out is said by name.
+    stream y of the last position after its block. Everything is measured four times where the model
+    allows it: as it is, without positions (every token has the same position id), without the mask
+    (every token sees every token), and without both: what then remains is rounding, or something
+    else in the model that reads order. The report names what could not be removed.
 
     *Rounding*: the same prompt is run again with the last digit of the stream (float32's, in
-    float64 too: many models norm in float32 whatever their dtype) changed at random at the input of
-    every block. Each prompt's gap is compared with the change which that makes: clearly above it
-    there is a gap, within ten times of it there is none where rounding is small, and where rounding
-    is large (in half precision mostly) it is undecided: :meth:`hooks.SymmetryReport.verdict`.
+        float64 too: many models norm in float32 whatever their dtype) changed at random at the
+        input of every block. Each prompt's gap is compared with the change that this makes: clearly
+        above it there is a gap; within ten times of it there is none where rounding is small, and
+        the verdict is undecided where rounding is large (mostly in half precision):
+        :meth:`hooks.SymmetryReport.verdict`.
 
     *Neighbours*: the cosine similarity of the stream at positions i and i - d, by layer and d, of
-    the prompts as they are (the first token left out): where order comes from the mask only, nearer
-    positions become more alike (arXiv 2501.00073).
+        the unpermuted prompts (without the first token): where order comes only from the mask,
+        nearer positions become more alike (arXiv 2501.00073).
 
     Source: Zuo & Guerzhoy 2024 (arXiv 2402.05969); the law for one layer and for two is ours.
 
     Args:
         model: a TransformerBridge of a model of one sequence of tokens. Left as found.
         tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
-        permutations: how many are drawn for each prompt (uniformly of those that change its ids:
+        permutations: how many to draw for each prompt (uniformly from those that change its ids:
             equal tokens may change places), or the permutations themselves (a list of lists, an
-            array or a tensor ``[permutation, position]``), each the positions 0 .. n-1 in the order
-            in which their tokens shall stand, the last one last.
-        seed: of the draws; a prompt's depend on it and on the prompt's index.
+            array or a tensor ``[permutation, position]``), each the positions 0 .. n-1 in the new
+            order of their tokens, the last one last.
+        seed: of the draws; a prompt's draws depend on it and on the prompt's index.
         keep_first: leave the first token (BOS, ``[``) in its place too: positions 1 .. n-2 are
             permuted, counted from 0; else 0 .. n-2, the paper's.
         positions: True: measure with positions as they are; False: without; None: both, where they
-            can be taken out.
-        mask: the same for the causal mask (or any other).
-        layers: block indices whose streams are looked at; default: every attention layer.
+            can be removed.
+        mask: as ``positions``, for the causal mask (or any other).
+        layers: block indices whose streams are measured; default: every attention layer.
         batch_size: sequences per forward pass; only those of one length share one.
         progress: show a progress bar; default: in a terminal or a notebook.
 
@@ -119,11 +120,11 @@ def symmetry_gap(
         :class:`SymmetryReport`.
 
     Raises:
-        UnsupportedModelError: positions or mask that were asked to be removed can't be; a model of
-            two sequences, of images or sound; logits or a stream that are no finite numbers; or no
-            hook at a block's input or output.
-        ValueError: a prompt with fewer than two tokens to permute, or with equal ones alone; a
-            given permutation that leaves a prompt's ids as they are; or a wrong argument.
+        UnsupportedModelError: positions or mask can't be removed as requested; a model of two
+            sequences, of images or sound; logits or a stream that are not finite; or no hook at a
+            block's input or output.
+        ValueError: a prompt with fewer than two tokens to permute, or with only equal ones; a given
+            permutation that leaves a prompt's ids as they are; or a wrong argument.
     """
     batch_size, seed = check_integers(batch_size=(batch_size, 1), seed=(seed, 0, SEEDS))
     asked = asked_orders(permutations)
@@ -187,7 +188,7 @@ def _refuse_two_sequences(model: HookedModel) -> None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Each prompt as it is, in its permutations, and as often again as the rounding is tried."""
+    """Each prompt as it is, permuted, and repeated as often as rounding is tried."""
 
     prompts: Prompts
     orders: Sequence[Int[np.ndarray, "_ _"]]
@@ -204,14 +205,14 @@ class _Rows:
             yield [i for i, n in enumerate(lengths) if n == length]
 
     def rng(self, seed: int, prompt: int, number: int) -> torch.Generator | None:
-        """What the last digits of a row are drawn from, if rounding is tried on it."""
+        """The generator of a row's last digits, if rounding is tried on it."""
         if number < self.each - FLOORS:
             return None
         state = int(np.random.SeedSequence([seed, prompt, number]).generate_state(1)[0])
         return torch.Generator().manual_seed(state)
 
     def tokens(self, prompt: int) -> Int[Tensor, "row pos"]:
-        """Ids of all rows of a prompt; the last ones are tried for rounding."""
+        """Ids of all rows of a prompt; rounding is tried on the last ones."""
         ids = self.prompts.first[prompt]
         permuted = ids[torch.from_numpy(self.orders[prompt])]
         return torch.cat([permuted, ids.expand(FLOORS, -1)])
@@ -219,14 +220,14 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Shown:
-    """Of one row: the last position's logits and stream, and how alike neighbours are.
+    """What one row showed: the last position's logits and stream, and how alike neighbours are.
 
     Attributes:
         logits: float64.
-        stream: before the first of the blocks, and behind each, float64.
+        stream: before the first of the blocks, and after each, float64.
         update: what each block added, float64.
         alike: sums and counts of cosines ``[point, distance, 2]``, and pairs in which the nearer
-            position was more alike ``[point, 2]``; None of permuted rows.
+            position was more alike ``[point, 2]``; None for permuted rows.
     """
 
     logits: Float[Tensor, "d_vocab"]
@@ -260,8 +261,8 @@ class _Run:
 
         Args:
             ids: tokens of each row.
-            clean: whether a row is the prompt as it is, whose neighbours are looked at.
-            tried: of a row for which rounding is tried, what its last digits are drawn from.
+            clean: whether a row is the unpermuted prompt, whose neighbours are compared.
+            tried: the generator of a row's last digits, where rounding is tried.
         """
         device, dtype = input_device(self.model), model_dtype(self.model)
         named = {
@@ -317,7 +318,7 @@ def _signs(shape: torch.Size, rng: torch.Generator) -> Tensor:
 
 
 def end_hook(model: HookedModel, sites: LayerSites) -> str:
-    """Name of the hook with the residual stream behind a layer's block.
+    """Name of the hook with the residual stream after a layer's block.
 
     Raises:
         UnsupportedModelError: the model has none of that name.
@@ -327,7 +328,7 @@ def end_hook(model: HookedModel, sites: LayerSites) -> str:
         if name in model.hook_dict:
             return name
     raise UnsupportedModelError(
-        "the residual stream behind a block",
+        "the residual stream after a block",
         wanted=f"a hook {block}.hook_out or {block}.hook_resid_post",
         got="neither",
         layer=sites.layer,

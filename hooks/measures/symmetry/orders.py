@@ -1,4 +1,4 @@
-"""The orders that a prompt's tokens are put in."""
+"""The orders into which a prompt's tokens are put."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hooks.model import Prompts
 
 
 def asked_orders(permutations: Any) -> int | list[np.ndarray]:
-    """How many permutations, or these.
+    """Read the argument: how many permutations, or the permutations themselves.
 
     Raises:
         ValueError: neither.
@@ -59,7 +59,7 @@ def orders_of(
         if (ids[first : n - 1] == ids[first]).all():
             raise ValueError(
                 f"prompt {index}: wanted different tokens before the last"
-                f"{' and behind the first' if first else ''}, so that a permutation changes the "
+                f"{' and after the first' if first else ''}, so that a permutation changes the "
                 f"prompt; got {n - 1 - first} times the id {ids[first]}"
             )
         if isinstance(permutations, int):
@@ -75,7 +75,7 @@ def _drawn(
 ) -> list[np.ndarray]:
     """Permutations of positions first .. n - 2 that change the ids.
 
-    Where two ids differ at least half of all permutations do.
+    Where two ids differ, at least half of all permutations change the ids.
     """
     out: list[np.ndarray] = []
     identity = np.arange(len(ids))

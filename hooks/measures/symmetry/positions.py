@@ -1,8 +1,9 @@
-"""Positions and the causal mask taken out of a model, where it can be seen that they are gone.
+"""Removes positions and the causal mask from a model, where it can be verified that they are gone.
 
-Both are arguments of a forward pass, so that the model stays what it is: *positions* go by giving
-every token the same ``position_ids`` (learned, sinusoidal and rotary ones then say nothing), *the
-mask* by an ``attention_mask`` ``[batch, 1, query, key]`` that hides nothing. Neither is believed:
+Both are arguments of a forward pass, so the model stays what it is: *positions* are removed by
+giving every token the same ``position_ids`` (learned, sinusoidal and rotary ones then say nothing),
+*the mask* by an ``attention_mask`` ``[batch, 1, query, key]`` that hides nothing. Both are
+verified:
 
 - without positions, a prompt of one token repeated has the same residual stream and the same
   scores at every position; ALiBi and convolutions, which read no ids, are found out by that;
@@ -36,7 +37,7 @@ _LOOSEST = 0.1  # in half precision
 
 @dataclass(frozen=True)
 class Variant:
-    """Whether positions and mask are as the model has them (True), or taken out."""
+    """Whether positions and mask are as the model has them (True), or removed."""
 
     positions: bool
     mask: bool
@@ -54,11 +55,11 @@ VARIANTS = tuple(Variant(p, m) for m in (True, False) for p in (True, False))
 
 @dataclass(frozen=True)
 class Removal:
-    """Whether something can be taken out of a model, and why not.
+    """Whether something can be removed from a model, and if not, why.
 
     Attributes:
         status: ``"removable"`` (and verified), ``"absent"`` (there is none) or ``"unremovable"``.
-        why: what stands in the way; empty otherwise.
+        why: what prevents it; empty otherwise.
     """
 
     status: Status
@@ -67,14 +68,14 @@ class Removal:
 
 @dataclass(frozen=True)
 class Removals:
-    """What a model's forward pass is given to take its positions or its mask out.
+    """The inputs of a forward pass that remove a model's positions or its mask.
 
     Attributes:
         positions, mask: whether they can be.
         takes_mask: whether the model takes an attention mask.
         kind: of mask that it takes.
-        says_ids: whether positions are said when the mask is removed (a model that counts
-            positions from the mask needs to be told).
+        says_ids: whether position ids are passed when the mask is removed (needed by a model that
+            counts positions from the mask).
     """
 
     positions: Removal
@@ -84,7 +85,7 @@ class Removals:
     says_ids: bool = False
 
     def arguments(self, variant: Variant, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Arguments of one prompt, without the axis of prompts; none for a model as it is."""
+        """Arguments for one prompt, without the axis of prompts; none for the model as it is."""
         no_positions = not variant.positions and self.positions.status == "removable"
         no_mask = not variant.mask and self.mask.status == "removable"
         out: dict[str, Tensor] = {}
@@ -99,12 +100,12 @@ class Removals:
         return out
 
     def variants(self, positions: bool | None, mask: bool | None) -> list[Variant]:
-        """Those asked for: None stands for both, as far as there are both.
+        """The requested variants; None stands for both, as far as both exist.
 
-        What is asked to be removed and isn't there needs no removing.
+        What was to be removed but is absent needs no removing.
 
         Raises:
-            UnsupportedModelError: what is asked to be removed can't be.
+            UnsupportedModelError: what was to be removed can't be.
         """
         kept = {"positions": positions, "mask": mask}
         options: dict[str, set[bool]] = {}
@@ -124,12 +125,12 @@ class Removals:
 
 
 def find_removals(model: HookedModel, layers: Sequence[LayerSites], prompts: Prompts) -> Removals:
-    """What can be taken out of this model, tried on it.
+    """What can be removed from this model, tried on it.
 
     Args:
         model: left as found.
         layers: all of its attention layers.
-        prompts: the longest is what masks are tried on.
+        prompts: masks are tried on the longest.
     """
     takes = taken(model)
     dtype = model_dtype(model)
@@ -149,7 +150,7 @@ def taken(model: HookedModel) -> set[str]:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Of a dtype, but at least float32's: many models norm in float32 whatever their dtype."""
+    """Rounding of a dtype, at least float32's: many models norm in float32 whatever their dtype."""
     return max(float(torch.finfo(dtype).eps), float(torch.finfo(torch.float32).eps))
 
 
@@ -223,7 +224,7 @@ def _try_masks(
 
 
 def _hidden_or_changed(layers: Sequence[LayerSites], plain: _Seen, seen: _Seen) -> str:
-    """What a mask that hides nothing did wrong."""
+    """What went wrong under a mask that hides nothing."""
     for sites, visible in zip(layers, seen.visible, strict=True):
         if not bool(visible.all()):
             return f"a mask that hides nothing leaves keys hidden in {sites.label}"
@@ -263,8 +264,8 @@ def _try_positions(
 def _trace(layers: Sequence[LayerSites], seen: _Seen) -> str:
     """Where positions show in a prompt of one token repeated; empty where they do not.
 
-    An attention sink takes another share of each row, and gives positions away to the layers
-    behind it: there the first layer alone is looked at.
+    A learned attention sink takes another share of each row, and reveals positions to the layers
+    after it: there only the first layer is checked.
     """
     looked = 1 if any(s.sink for s in layers) else len(layers)
     for index, sites in enumerate(layers[:looked]):
@@ -279,6 +280,6 @@ def _trace(layers: Sequence[LayerSites], seen: _Seen) -> str:
 
 
 def _differ(a: Tensor, b: Tensor, unit: float) -> bool:
-    """Further apart than rounding can bring them; what is no number always is."""
+    """Whether two differ by more than rounding; NaN always does."""
     scale = float(torch.maximum(a.abs(), b.abs()).max())
     return not bool(((a - b).abs() <= min(_UNITS * unit, _LOOSEST) * scale).all())

@@ -17,8 +17,8 @@ from hooks.reports import Form, SavedReport, Unsound, check_numbers, per_layer
 SymmetryBy = Literal["variant", "layer", "permutation", "distance"]
 FLOORS = 2  # how often each prompt is run again with the last digit of its stream changed
 REACH = 16  # the greatest distance of positions that are compared
-CLEAR = 10.0  # a gap is clear that is so many times what rounding does
-SMALL = 0.01  # of total variation and stream: what is no gap where rounding lets it be seen
+CLEAR = 10.0  # a gap is clear from this many times what rounding does
+SMALL = 0.01  # of total variation and stream: below, there is no gap
 Verdict = Literal["gap", "none", "undecided"]
 _MEASURES = ("kl", "tv", "logits", "moved")
 
@@ -41,24 +41,23 @@ class SymmetrySettings:
 class SymmetryReport(SavedReport):
     """What changed at the last position, by variant, prompt and permutation.
 
-    The axis ``run`` holds the permutations, and ``tried`` the runs of the prompt as it is with the
-    last digit of the stream changed, which say what rounding does. ``point`` is the stream before
-    the first of the blocks, and behind each.
+    The axis ``run`` holds the permutations, and ``tried`` the runs of the unpermuted prompt with
+    the last digit of the stream changed, which show what rounding does. ``point`` is the stream
+    before the first of the blocks, and after each.
 
     Attributes:
         settings: how it was measured.
-        model: facts of the model, versions; and of ``positions`` and ``mask`` whether they can be
-            removed.
+        model: facts of the model, versions; whether ``positions`` and ``mask`` can be removed.
         tokens: each prompt's tokens as strings.
-        orders: each prompt's permutations: which position's token stands where.
+        orders: each prompt's permutations: which position's token comes where.
         kl: KL(p || p_pi) of the next token's distributions, nats.
         tv: their total variation, half the sum of absolute differences.
         logits: largest absolute difference of logits.
         moved: whether the arg max is another.
         stream: |y - y_pi| / |y| of the last position's stream y.
-        added: the same of what each block adds to the stream, over the |y| behind it.
-        floor_tv, floor_logits, floor_stream: what rounding does to them.
-        similarity: mean cosine of positions i and i - d by d = 1, 2, ..; the first left out.
+        added: this change of what each block adds to the stream, over the |y| after it.
+        floor_tv, floor_logits, floor_stream: these changes under rounding alone.
+        similarity: mean cosine of positions i and i - d by d = 1, 2, .., without the first.
         pairs: how many such pairs there are.
         nearer: share of pairs of distances in which the nearer position is more alike.
     """
@@ -81,20 +80,21 @@ class SymmetryReport(SavedReport):
     nearer: Float[np.ndarray, "variant prompt point"] = field(repr=False)
 
     def verdict(self, variant: str) -> Verdict:
-        """Whether there is a gap, as far as rounding lets it be seen; prompt by prompt.
+        """Whether there is a gap, as far as rounding lets it show; prompt by prompt.
 
         With g a prompt's largest change of a logit over permutations, f the largest that rounding
-        makes of the same prompt, and m the median of f over prompts (a prompt of which rounding
-        happened to do little is not measured more exactly than others), a prompt has
+        makes in the same prompt, and m the median of f over prompts (a prompt that rounding
+        happened to change little is not measured more exactly than others), a prompt has
 
         - a gap, where ``g > 10 max(f, m)``;
-        - none, where it has not, and ten times what rounding does, or else what the permutations
-          themselves do, is at most 0.01 in total variation and in |y - y_pi| / |y| behind the last
+        - none, where it has no gap, and ten times what rounding does, or else what the permutations
+          themselves do, is at most 0.01 in total variation and in |y - y_pi| / |y| after the last
           block;
-        - else it is undecided: both are more than that, and a gap could hide in the rounding.
+        - else an undecided one: both are more than that, and a gap could hide in the rounding.
 
         Returns:
-            ``"gap"``: of one prompt at least; ``"none"``: of no prompt; ``"undecided"`` otherwise.
+            ``"gap"``: at least one prompt has one; ``"none"``: every prompt has none;
+            ``"undecided"`` otherwise.
 
         Raises:
             ValueError: a variant that was not measured.
@@ -126,12 +126,12 @@ class SymmetryReport(SavedReport):
         Columns:
             variant: ``"as is"``, ``"positions removed"``, ``"mask removed"``, ``"both removed"``.
 
-            By variant: kl, tv, logits, moved, stream (behind the last block), each a mean over
+            By variant: kl, tv, logits, moved, stream (after the last block), each a mean over
             prompts and permutations; largest (of the differences of logits); floor_tv,
             floor_logits, floor_stream (what rounding does: the largest of its runs); verdict
             (``"gap"``, ``"none"``, ``"undecided"``); vanishes (none).
 
-            By layer, the stream before the first block (layer -1, ``embed``) and behind each:
+            By layer, the stream before the first block (layer -1, ``embed``) and after each:
             layer, label, stream, added (means), floor_stream, neighbours and distant (mean cosine
             at distance 1 and at the greatest one that all prompts have), nearer.
 
@@ -140,7 +140,7 @@ class SymmetryReport(SavedReport):
             By distance: layer, label, distance, similarity, pairs.
 
         Raises:
-            ValueError: another ``by``.
+            ValueError: an unknown ``by``.
         """
         check_choice("by", by, get_args(SymmetryBy))
         make = {
@@ -218,7 +218,7 @@ class SymmetryReport(SavedReport):
     # -- words ------------------------------------------------------------------------------
 
     def summary(self) -> str:
-        """A few sentences: the gap, what of it is left without positions and mask, and where."""
+        """A few sentences: the gap, what remains of it without positions and mask, and where."""
         s, frame = self.settings, self.to_frame().set_index("variant")
         n = len(self.tokens)
         drawn = f"{s.permutations} permutation{'s' * (s.permutations != 1)}"
@@ -246,7 +246,7 @@ class SymmetryReport(SavedReport):
 
     @staticmethod
     def _doubt(row: pd.Series[Any]) -> str:
-        """What is said of a gap that rounding may have made."""
+        """A note on a gap that rounding may have made."""
         if row["verdict"] != "undecided":
             return ""
         return (
@@ -256,7 +256,7 @@ class SymmetryReport(SavedReport):
         )
 
     def _bare(self) -> str:
-        """The variant in which nothing is left of positions and mask."""
+        """The variant without positions and mask."""
         absent = {name: self.model[name]["status"] == "absent" for name in ("positions", "mask")}
         return Variant(positions=absent["positions"], mask=absent["mask"]).name
 
@@ -275,7 +275,7 @@ class SymmetryReport(SavedReport):
         return []
 
     def _left(self) -> list[str]:
-        """What is not there, and what could not be removed."""
+        """What is absent, and what could not be removed."""
         out = []
         for name, words in (("positions", "positions"), ("mask", "mask")):
             fact = self.model[name]

@@ -1,4 +1,4 @@
-"""What a figure shows, apart from how it is drawn; and two libraries that draw it."""
+"""What a figure shows, separate from how it is drawn; and two libraries that draw it."""
 
 from qkvnorm_lens.plots.charts.chart import (
     Axis,

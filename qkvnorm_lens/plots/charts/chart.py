@@ -1,4 +1,4 @@
-"""What a figure shows, apart from how it is drawn: prepared once, drawn by two libraries."""
+"""What a figure shows, separate from how it is drawn: prepared once, drawn by two libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Ticks = Literal["auto", "log", "plain", "thousands"]
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: what it says with its unit, its scale, its ends and its ticks."""
+    """One axis: its label with unit, its scale, its ends and its ticks."""
 
     label: str
     scale: Literal["linear", "log"] = "linear"
@@ -92,14 +92,14 @@ class Chart:
     bars: Sequence[Bars] = ()
     marks: Sequence[Mark] = ()
     levels: Sequence[tuple[Number, str]] = ()  # horizontal lines: height, colour
-    note: str = ""  # said in the middle where there is nothing to draw
+    note: str = ""  # shown in the middle where there is nothing to draw
     legend: Legend | None = "best"
     scale: tuple[Number, Number, str] | None = None  # a colour bar in the legend's place
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 def check_backend(backend: str, ax: Axes | Sequence[Axes] | np.ndarray | None) -> None:
-    """Refuse an unknown library, and an axis of matplotlib's beside plotly.
+    """Refuse an unknown library, and a matplotlib axis beside plotly.
 
     Raises:
         ValueError: either of them.
@@ -110,7 +110,7 @@ def check_backend(backend: str, ax: Axes | Sequence[Axes] | np.ndarray | None) -
 
 
 def axes_in(ax: Any, n: int, what: str, *, more: bool = False) -> list[Any]:
-    """So many axes of matplotlib's (or more), of one or of several in a list or an array.
+    """This many matplotlib axes (or more), from one or from several in a list or an array.
 
     Raises:
         TypeError: something else.
@@ -158,7 +158,7 @@ def numbers(what: str, frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFr
 
 
 def check_report(what: str, given: Any, *wanted: str) -> None:
-    """Refuse another kind of thing than a figure draws: reports of `hooks`, or a DataFrame.
+    """Refuse what a figure can't draw: it draws reports of `hooks`, or a DataFrame.
 
     Raises:
         TypeError: names what was wanted.

@@ -22,8 +22,9 @@ def draw(
 
     Args:
         charts: what to draw.
-        ax: an axis of matplotlib's for each chart (one: itself), or None for a new figure.
-        backend: who draws.
+        ax: a matplotlib axis for each chart (for one chart the axis itself), or None for a new
+            figure.
+        backend: the library that draws.
         size: of a new figure, inches.
         together: the charts show the same things: one legend, in the first.
     """

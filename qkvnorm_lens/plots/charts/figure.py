@@ -8,7 +8,7 @@ from matplotlib import figure
 
 
 class Figure(figure.Figure):
-    """A cell that ends with it shows it, whether or not pyplot has made figures before."""
+    """A figure that a cell ending with it shows, whether or not pyplot has made figures before."""
 
     def _repr_png_(self) -> bytes:
         data = io.BytesIO()

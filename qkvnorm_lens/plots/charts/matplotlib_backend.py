@@ -41,7 +41,7 @@ def draw_chart(chart: Chart, ax: Axes, figure: Figure, *, with_legend: bool = Tr
         )
     for bars in chart.bars:
         edges = np.append(bars.left, bars.left[-1:] + bars.width)
-        least = float(chart.y.low or 0.0)  # on a log axis nothing stands on zero
+        least = float(chart.y.low or 0.0)  # a log axis has no zero to stand on
         height = np.maximum(bars.height, least)
         fill: dict[str, Any] = {"fill": True, "alpha": 0.55, "linewidth": 0}
         handles.append(ax.stairs(height, edges, baseline=least, color=bars.colour, **fill))

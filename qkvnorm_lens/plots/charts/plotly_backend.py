@@ -31,7 +31,7 @@ def graph_objects() -> Any:
         import plotly.graph_objects as go
     except ImportError as error:
         raise ImportError(
-            "backend='plotly' wants plotly, which is not installed: "
+            "backend='plotly' needs plotly, which is not installed: "
             "pip install 'qkvnorm-lens[plots]'"
         ) from error
     return go

@@ -20,7 +20,7 @@ _DPI = 150
 
 
 def top_figure(ax: Axes) -> Figure:
-    """The figure that holds an axis, at whatever depth."""
+    """The figure that holds an axis, at any depth."""
     from matplotlib.figure import Figure
 
     parent: Any = ax.figure
@@ -30,7 +30,7 @@ def top_figure(ax: Axes) -> Figure:
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """A figure that pyplot does not know of, and a notebook shows.
+    """A figure unknown to pyplot that a notebook shows.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -41,7 +41,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
         from qkvnorm_lens.plots.charts.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "figures want matplotlib, which is not installed: pip install 'qkvnorm-lens[plots]'"
+            "figures need matplotlib, which is not installed: pip install 'qkvnorm-lens[plots]'"
         ) from error
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -85,7 +85,7 @@ def ticks_between(low: float | int, high: float | int) -> list[float]:
 
 
 def printable(text: str) -> str:
-    """Text that the figures' font has: other characters as their code points."""
+    """Text in the figures' font: other characters become their code points."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont("DejaVu Sans"))

@@ -1,4 +1,4 @@
-"""circuitsvis offline: its script inline, once a page, with data that can't leave its element."""
+"""circuitsvis offline: its script inline, once per page, with data that can't leave its element."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def library() -> str:
         import circuitsvis
     except ImportError as error:
         raise ImportError(
-            "attention views want circuitsvis, which is not installed: "
+            "attention views need circuitsvis, which is not installed: "
             "pip install 'qkvnorm-lens[plots]'"
         ) from error
     path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
@@ -48,7 +48,7 @@ def library() -> str:
         source = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ImportError(
-            f"attention views want circuitsvis 1.43, with its script at {path.name}; got none"
+            f"attention views need circuitsvis 1.43, with its script at {path.name}; got none"
         ) from error
     # Its comments and strings must not end the element that holds it.
     source = source.replace("</script", "<\\/script")

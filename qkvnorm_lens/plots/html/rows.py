@@ -55,12 +55,12 @@ class ShownRow:
         return self._words(str, lambda text: f"'{visible(text)}'")
 
     def markup(self) -> Markup:
-        """The same for a page."""
+        """What happens, as markup for a page."""
         return self._words(Markup, lambda text: Markup("'{}'").format(token(text)))
 
     def _words(self, kind: type[_Text], quote: Callable[[str], _Text]) -> _Text:
         query, key = quote(self.query_token), quote(self.key_token(self.key))
-        said = kind("{}, row {} at {}: looks at {} at {}")
+        said = kind("{}, row {} at {}: attends to {} at {}")
         if not self.moved:
             said = kind(said + "; none of the draws moves it")
             return kind(said.format(self.label, query, self.query, key, self.key))
@@ -114,12 +114,12 @@ def shown_rows(
 
 
 def _key_tokens(report: CollapseReport, label: str, prompt: int, n: int) -> list[str]:
-    """The tokens that a layer's keys stand for; positions where the input is no text."""
+    """The tokens of a layer's keys; positions where the input is not text."""
     return [report.key_token(label, prompt, i) for i in range(n)]
 
 
 def _chosen(clean: np.ndarray, noisy: np.ndarray, row: Mapping[Any, Any]) -> list[int]:
-    """Positions to show: all of a short row; of a long one where weight is, and beside it."""
+    """Positions to show: all of a short row; of a long one where weight is, and neighbours."""
     n = len(clean)
     if n <= MOST_TOKENS:
         return list(range(n))
@@ -133,7 +133,7 @@ def _chosen(clean: np.ndarray, noisy: np.ndarray, row: Mapping[Any, Any]) -> lis
         if weight[at] < _LEAST_WEIGHT or len(chosen | near) > MOST_TOKENS:
             break
         chosen |= near
-    for step in range(1, 4):  # a little of what stands around, where there is room
+    for step in range(1, 4):  # some neighbours, where there is room
         more = {at + by for at in musts for by in (-step, step)} & set(range(n))
         chosen |= more if len(chosen | more) <= MOST_TOKENS else set()
     return sorted(chosen)
@@ -179,7 +179,7 @@ class Fragile:
 def fragile_tokens(report: CollapseReport, prompt: int) -> dict[int, Fragile]:
     """By position, over all heads of the report's table; positions without such a row are absent.
 
-    Encoder-decoders: of the decoder's own tokens (self- and cross-attention), else of all.
+    In encoder-decoders: only of the decoder's own tokens (self- and cross-attention).
     """
     table = report.table
     width = table.half_width
@@ -200,7 +200,7 @@ def fragile_tokens(report: CollapseReport, prompt: int) -> dict[int, Fragile]:
 
 
 def fragile_prompt(report: CollapseReport, prompt: int, most: int | None = None) -> Markup:
-    """A prompt's tokens, at most so many, by the noise that can move one of their rows."""
+    """A prompt's tokens, up to a limit, by the noise that can move one of their rows."""
     found = fragile_tokens(report, prompt)
     tokens = (report.decoder_tokens or report.tokens)[prompt]
     cells = []
@@ -233,7 +233,7 @@ def shade(sigma: float) -> float:
 def circuits(rows: Sequence[ShownRow], report: CollapseReport) -> list[dict[str, Any]]:
     """Data of circuitsvis's ``AttentionHeads``: a view per prompt, two matrices per head.
 
-    A matrix has the kept rows alone; the others are empty. ``▸`` marks the tokens whose rows move.
+    A matrix holds only the kept rows; the others are empty. ``▸`` marks the tokens whose rows move.
     """
     views = []
     for prompt in dict.fromkeys(row.prompt for row in rows):
@@ -275,7 +275,7 @@ def circuits(rows: Sequence[ShownRow], report: CollapseReport) -> list[dict[str,
 
 
 def _fewer(rows: Sequence[ShownRow]) -> list[int]:
-    """Of several long rows: queries, what they look at, and what stands beside it."""
+    """Positions of several long rows: queries, the keys they attend to, and their neighbours."""
     musts = sorted({p for row in rows for p in (row.query, row.key, row.lands)})[:MOST_TOKENS]
     chosen = set(musts)
     for p in musts:

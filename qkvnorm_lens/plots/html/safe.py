@@ -1,6 +1,6 @@
-"""Text and data of unknown origin, made safe to stand in a page.
+"""Text and data of unknown origin, made safe for a page.
 
-Tokens are whatever a prompt was: markup, quotes, template syntax, characters that turn the reading
+Tokens may be anything: markup, quotes, template syntax, characters that change the reading
 direction. Text goes through ``escape`` (or a template with autoescape), data through `island`.
 """
 
@@ -18,18 +18,18 @@ _SHORT = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 def visible(text: str, longest: int = _LONGEST) -> str:
-    """What can't be seen or would turn the line is spelled out as its code; long text is cut."""
+    """Invisible and direction-changing characters become their codes; long text is cut."""
     text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return "".join(_SHORT.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in text)
 
 
 def token(text: str) -> Markup:
-    """A token as an element that no other text's direction reaches into."""
+    """A token as an element that other text's direction does not affect."""
     return Markup("<bdi>{}</bdi>").format(visible(text) or "∅")
 
 
 def as_json(data: Any) -> str:
-    """JSON that can stand in a page: nothing in it ends a script or starts a comment."""
+    """JSON that is safe in a page: nothing in it ends a script or starts a comment."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -55,7 +55,7 @@ def script(source: str) -> Markup:
 
 
 def policy(scripts: list[str]) -> str:
-    """The page's content security policy: these scripts run and no other, and nothing is loaded."""
+    """The page's content security policy: only these scripts run, and nothing is loaded."""
     hashes = " ".join(
         "'sha256-" + base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() + "'"
         for s in scripts

@@ -2,7 +2,7 @@
 
     python -m qkvnorm_lens.training.checkpoints.make addition-pre --out runs/addition-pre
 
-Trains (or goes on with the run that the directory holds), measures, and writes weights,
+Trains (or resumes the run that the directory holds), measures, and writes weights,
 configuration, tokenizer, card and log in the form that `load_checkpoint` reads.
 """
 
@@ -48,7 +48,7 @@ MODULE = "qkvnorm_lens.training.checkpoints.make"
 
 
 def tests(run: Run) -> dict[str, str | Split]:
-    """The kinds of sums that a model's card says its accuracy on."""
+    """The kinds of sums for which a model's card gives its accuracy."""
     if get_split(run.split) == get_split(TESTS["in distribution"]):
         return dict(TESTS)
     return {"in distribution": run.split}
@@ -57,7 +57,7 @@ def tests(run: Run) -> dict[str, str | Split]:
 def card(
     name: str, run: Run, model: QKVNormTransformer, command: str, *, rows: int = 20_000
 ) -> dict[str, Any]:
-    """How a model was made, and its accuracy on sums that were drawn apart from training."""
+    """How a model was made, and its accuracy on sums drawn separately from training."""
     return {
         "name": name,
         "command": command,
@@ -79,7 +79,7 @@ def card(
 def install(
     name: str, run: Run, model: QKVNormTransformer, log: Path, folder: Path, *, command: str
 ) -> dict[str, Any]:
-    """Write a trained model with its card and log into a folder; gives back the card."""
+    """Write a trained model with its card and log into a folder; returns the card."""
     model.tokenizer = build_tokenizer()
     model.write(folder)
     shutil.copyfile(log, folder / "log.csv")

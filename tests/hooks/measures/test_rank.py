@@ -253,9 +253,7 @@ def test_our_models_sites_are_their_tensors(placement: str) -> None:
         compare(report, label, seen[name])
     found = {s.site for s in report.settings.sites}
     assert ("attn_norm" in found) == (placement == "pre")
-    assert any("no norm in front of attn" in n for n in report.model["notes"]) != (
-        placement == "pre"
-    )
+    assert any("no norm before attn" in n for n in report.model["notes"]) != (placement == "pre")
 
 
 def test_a_blocks_output_is_the_next_ones_input() -> None:
@@ -271,8 +269,8 @@ def test_a_blocks_output_is_the_next_ones_input() -> None:
 SITES = {
     "GPTNeoXForCausalLM": ("in attn_norm mlp_norm out", "read the same stream"),
     "GPTJForCausalLM": ("in attn_norm out", "read one norm"),
-    "BertForMaskedLM": ("in mid out", "stand behind the sums"),
-    "Olmo2ForCausalLM": ("in mid out", "no norm in front of mlp"),
+    "BertForMaskedLM": ("in mid out", "follow the sums"),
+    "Olmo2ForCausalLM": ("in mid out", "no norm before mlp"),
     "GraniteForCausalLM": ("in attn_norm mid mlp_norm out", ""),
     "MambaForCausalLM": ("in mixer_norm out", "no stream between attention and MLP"),
 }

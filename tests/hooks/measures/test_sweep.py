@@ -272,8 +272,8 @@ def test_a_norm_over_each_head_removes_noise_at_the_projection() -> None:
         )
     bare = hooks.sweep(qwen3, ids, sigmas=[0.2], on="qk", replicates=2, progress=False)
     assert shielded.kl.max() < 1e-6 < 1e-2 < bare.kl.min()  # what is left is the norm's eps
-    assert "a norm that follows takes it from q, k" in shielded.summary()
-    assert "behind that norm" in bare.summary()
+    assert "a norm that follows removes it from q, k" in shielded.summary()
+    assert "after that norm" in bare.summary()
 
 
 def test_all_sigmas_share_their_draws_and_fewer_draws_are_the_first(gpt2: Any) -> None:

@@ -78,7 +78,7 @@ def test_permutations_that_change_no_id_are_refused(gpt2: Any) -> None:
     with pytest.raises(ValueError, match=r"prompt 0: wanted different .*got 7 times the id"):
         hooks.symmetry_gap(gpt2, equal, progress=False)
     first = torch.tensor([[3, 5, 5, 5, 4]])
-    with pytest.raises(ValueError, match="behind the first"):
+    with pytest.raises(ValueError, match="after the first"):
         hooks.symmetry_gap(gpt2, first, keep_first=True, progress=False)
     with pytest.raises(ValueError, match="change the ids of prompt 0; got one that leaves them"):
         gap(gpt2, permutations=[list(range(LENGTH))])

@@ -150,5 +150,5 @@ def test_a_report_says_in_a_line_what_the_model_was_given() -> None:
     model = tiny_llama()
     assert collapse_probe(model, IDS, draws=0).model["given"] == []
     report = collapse_probe(model, {"input_ids": IDS, "labels": IDS}, draws=0)
-    assert "labels are no part of the pass" in report.summary()
+    assert "labels are not part of the pass" in report.summary()
     assert hooks.rank_profile(model, {"input_ids": IDS, "labels": IDS}).model["given"]

@@ -106,7 +106,7 @@ def test_a_text_with_its_own_last_token_gets_no_second(reader: Any, begins: str,
     found = encode(reader, given)
     assert found.first[0].tolist() == ids == [2, 5, 6, 7, 3]
     notes = " ".join(found.notes)
-    assert ("got no BOS" in notes, "got none behind it" in notes) == (bool(begins), bool(ends))
+    assert ("got no BOS" in notes, "got none after it" in notes) == (bool(begins), bool(ends))
     whole = windows(reader, given, length=8)
     assert whole.ids == [ids]
     first, *later = windows(reader, given, length=4).ids

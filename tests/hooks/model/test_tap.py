@@ -250,7 +250,7 @@ def test_the_product_is_counted_from_the_anchor() -> None:
 def test_noise_that_would_not_be_written_is_an_error() -> None:
     """Another product than the self-check saw, no attention at all, another thread."""
     q, k, v = vectors(0, B, H, Q, D), vectors(1, B, H, K, D), vectors(2, B, H, K, D)
-    wrong = "layer 0: wanted the attention that the self-check saw behind blocks.0.attn.hook_in"
+    wrong = "layer 0: wanted the attention that the self-check saw after blocks.0.attn.hook_in"
 
     def run(*, product: int = 1, times: int = 1, attends: bool = False) -> None:
         with AttentionTap() as tap:

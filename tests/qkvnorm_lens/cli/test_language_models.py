@@ -111,8 +111,8 @@ def test_the_built_in_passage_is_long_enough_and_named(run: Run, gpt2_dir: str) 
     code, out, err = run("probe", gpt2_dir, *QUICK, "--prompts", "2", "--no-sinks")
     assert code == 0
     assert "of the built-in passage (Pride and Prejudice, chapter 1)" in out
-    assert "sinks left out" in out.split("Rows that go first")[1].splitlines()[0]
-    assert " sink " not in out.split("Rows that go first")[1]
+    assert "sinks left out" in out.split("Most fragile rows")[1].splitlines()[0]
+    assert " sink " not in out.split("Most fragile rows")[1]
     assert len(text.passage().split()) > 800
     assert "left out" in err
 

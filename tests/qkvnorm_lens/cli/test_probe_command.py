@@ -34,7 +34,7 @@ def test_probe_prints_tables(printed: str, wanted: hooks.CollapseReport) -> None
         tables.percent(first["sigma_at"]),
     ]
     row = wanted.fragile(1).iloc[0]
-    listed = rest.split("Rows that go first")[1].splitlines()[2]
+    listed = rest.split("Most fragile rows")[1].splitlines()[2]
     assert listed.split()[0] == tables.percent(row["sigma"])
     assert f'{row["jump_pos"]} "{row["jump_token"]}"' in listed
     assert "".join(wanted.tokens[row["prompt"]][: row["query_pos"] + 1]) in listed

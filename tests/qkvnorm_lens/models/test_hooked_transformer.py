@@ -27,5 +27,5 @@ from qkvnorm_lens.models.shipped import checkpoint_path
 )
 def test_using_it_says_which_version_it_needs(use: Callable[[], object]) -> None:
     assert not hooked_transformer.AVAILABLE
-    with pytest.raises(ImportError, match=r"wants transformer-lens 3\.9.*got 4.*to_bridge"):
+    with pytest.raises(ImportError, match=r"needs transformer-lens 3\.9.*got 4.*to_bridge"):
         use()
