@@ -18,6 +18,7 @@ from qkvnorm_lens.experiments.core.base import Subject
 from qkvnorm_lens.experiments.core.digest import digest_of
 from qkvnorm_lens.experiments.core.read import Amount, Reading, reading
 from qkvnorm_lens.experiments.core.subjects import find_subjects
+from qkvnorm_lens.experiments.core.verdict import Finding
 from qkvnorm_lens.experiments.related.masks import (
     EXPERIMENT as MASKS,
     figure as masks_figure,
@@ -121,15 +122,15 @@ def synthetic(rates: list[float], ends: list[float], off: float = 0.1) -> pd.Dat
 @pytest.mark.parametrize(
     ("rates", "ends", "wanted"),
     [
-        ([0.5, 0.51, 0.52], [0.2, 0.2, 0.2], "yes"),
-        ([0.5, 0.01, 2.0], [0.2, 0.2, 0.2], "not decided"),
-        ([0.5, -0.01, 2.0], [0.2, 0.2, 0.2], "no"),
-        ([math.nan, math.nan], [1e-9, 1e-9], "yes"),  # gone before a line could be drawn
-        ([0.5], [0.2], "not decided"),
+        ([0.5, 0.51, 0.52], [0.2, 0.2, 0.2], True),
+        ([0.5, 0.01, 2.0], [0.2, 0.2, 0.2], None),
+        ([0.5, -0.01, 2.0], [0.2, 0.2, 0.2], False),
+        ([math.nan, math.nan], [1e-9, 1e-9], True),  # gone before a line could be drawn
+        ([0.5], [0.2], None),
     ],
 )
-def test_what_counts_as_collapse(rates: list[float], ends: list[float], wanted: str) -> None:
-    assert words.collapses(synthetic(rates, ends), "attention", "causal") == wanted
+def test_what_counts_as_collapse(rates: list[float], ends: list[float], wanted: Finding) -> None:
+    assert words.collapses(synthetic(rates, ends), "attention", "causal") is wanted
 
 
 def test_a_rate_is_given_only_where_the_line_fits() -> None:
@@ -139,7 +140,7 @@ def test_a_rate_is_given_only_where_the_line_fits() -> None:
     assert words._rate(fits, "attention", "causal").startswith("0.51 ± ")
     for table in (bent, fast):
         assert words._rate(table, "attention", "causal") == "not exponential"
-        assert words.collapses(table, "attention", "causal") == "yes"  # gone, which is not the same
+        assert words.collapses(table, "attention", "causal") is True  # gone, which is not the same
     said = words._count(bent, "attention", ["causal"])
     assert "1 of 1 masks collapse, not exponential: causal" in said
     assert "(off a line by up to 4.1 nats, gone after 5 layers)" in said

@@ -57,3 +57,16 @@ from .subjects import (
     default_subjects as default_subjects,
     find_subjects as find_subjects,
 )
+from .verdict import (
+    Finding as Finding,
+    Verdict as Verdict,
+    above as above,
+    agrees as agrees,
+    below as below,
+    decide as decide,
+    denied as denied,
+    every as every,
+    graded as graded,
+    reaches as reaches,
+    within as within,
+)

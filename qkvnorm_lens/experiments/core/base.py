@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
+from qkvnorm_lens.experiments.core.verdict import Verdict
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformer_lens.model_bridge import TransformerBridge
@@ -159,7 +161,7 @@ class Claim:
     what: str
     published: str
     ours: str
-    same: Literal["yes", "no", "in part", "not decided", "-"]
+    same: Verdict | Literal["-"]
     why: str
 
 

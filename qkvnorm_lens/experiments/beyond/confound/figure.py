@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    groups,
-    mean,
-    panels,
-)
+from qkvnorm_lens.experiments.core import COLOURS, groups, mean, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    groups,
-    label,
-    panels,
-)
+from qkvnorm_lens.experiments.core import COLOURS, groups, label, panels
 from qkvnorm_lens.plots.charts import log_ticks, plain
 
 if TYPE_CHECKING:

@@ -10,15 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qkvnorm_lens.experiments.core import (
-    AMOUNT,
-    Mean,
-    Part,
-    Size,
-    Subject,
-    mean,
-    reading,
-)
+from qkvnorm_lens.experiments.core import AMOUNT, Mean, Part, Size, Subject, mean, reading
 
 SIGMAS: Final = (0.05, 0.1, 0.2)
 LEVELS: Final = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 50.0, 80.0, 150.0, 300.0, 600.0)

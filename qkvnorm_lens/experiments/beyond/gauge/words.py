@@ -8,12 +8,7 @@ import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.beyond.gauge.measure import SIGMAS, at_level
-from qkvnorm_lens.experiments.core import (
-    Claim,
-    Mean,
-    groups,
-    mean,
-)
+from qkvnorm_lens.experiments.core import Claim, Mean, groups, mean
 
 
 def values(table: pd.DataFrame, group: str, quantity: str, sigma: float) -> Mean:

@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    by_group,
-    group_mean,
-    groups,
-    panels,
-)
+from qkvnorm_lens.experiments.core import by_group, group_mean, groups, panels
 from qkvnorm_lens.plots.charts import GREY, RUNS, grid, plain
 
 if TYPE_CHECKING:

@@ -8,13 +8,7 @@ from typing import Final
 import pandas as pd
 
 from qkvnorm_lens.experiments.beyond.interference.measure import MOVED, SPARED, measured, of
-from qkvnorm_lens.experiments.core import (
-    Claim,
-    Mean,
-    by_group,
-    group_mean,
-    markdown,
-)
+from qkvnorm_lens.experiments.core import Claim, Mean, above, by_group, group_mean, markdown
 
 
 def text(table: pd.DataFrame) -> str:
@@ -63,6 +57,12 @@ _LEGEND: Final = (
     "interference and name this as missing."
 )
 
+_AGAINST: Final = {
+    True: "more than independent noise says",
+    False: "less than it says",
+    None: "the difference is not decided",
+}
+
 
 def _really(models: pd.DataFrame) -> str:
     """Share that really moved, with its interval over seeds or, of one model, its error."""
@@ -77,12 +77,9 @@ def _findings(group: str, mine: pd.DataFrame) -> list[str]:
     lines = []
     gap = excess(of(mine, "model"))
     if not math.isnan(gap.value):
-        verdict = "the difference is not decided"
-        if gap.excludes_zero:
-            verdict = "more than independent noise says" if gap.value > 0 else "less than it says"
         lines.append(
             f"{group}: really moved minus predicted {_points(gap)} points "
-            f"({gap.n} model{'s' * (gap.n != 1)}): {verdict}."
+            f"({gap.n} model{'s' * (gap.n != 1)}): {_AGAINST[above(gap)]}."
         )
     first = of(mine, "model")["to_first"].mean()
     if first > 0.005:

@@ -10,13 +10,7 @@ import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.beyond.quantisation.schemes import SCHEMES
-from qkvnorm_lens.experiments.core import (
-    Amount,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading
 
 if TYPE_CHECKING:
     from hooks import CollapseReport

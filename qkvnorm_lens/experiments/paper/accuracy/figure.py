@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    PLACEMENT_NAMES,
-    groups,
-    label,
-    panels,
-)
+from qkvnorm_lens.experiments.core import COLOURS, PLACEMENT_NAMES, groups, label, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Claim,
-    Mean,
-    difference,
-    groups,
-)
+from qkvnorm_lens.experiments.core import Claim, Mean, agrees, decide, difference, groups
 from qkvnorm_lens.experiments.paper.accuracy.measure import KINDS, PUBLISHED, over_seeds
 
 
@@ -55,10 +50,6 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             continue
         published = PUBLISHED["pre"][kind] - PUBLISHED["qkv"][kind]
         ours = f"{gap.percent()} points ({gap.n} seeds each)"
-        if gap.excludes_zero:
-            same = "yes" if (gap.value > 0) == (published > 0) else "no"
-        else:
-            same = "not decided" if abs(published - gap.value) <= gap.half else "no"
         why = (
             "smaller sums (2 or 4 numbers of 1 or 2 digits, extrapolation to 5 and 6), a model of "
             "2 layers, trained for 2 million sums with Muon"
@@ -68,7 +59,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
                 f"Pre-Norm minus QKV-Norm, {kind}",
                 f"{100 * published:+.1f} points (one seed each)",
                 ours,
-                same,  # type: ignore[arg-type]
+                decide(agrees(gap, published)),
                 why,
             )
         )

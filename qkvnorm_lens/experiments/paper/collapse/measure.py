@@ -9,13 +9,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    AMOUNT,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import AMOUNT, Part, Size, Subject, reading
 
 DRAWS: Final[dict[Size, int]] = {"smoke": 8, "quick": 32, "full": 64}
 RATE: Final = 0.01

@@ -8,12 +8,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Claim,
-    Mean,
-    groups,
-    mean,
-)
+from qkvnorm_lens.experiments.core import Claim, Mean, decide, groups, mean, within
 
 PUBLISHED: Final = {"Baseline": 0.11, "Alternate": 0.075, "Large": 0.055}
 
@@ -104,14 +99,12 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             continue
         ours = _percent(table, group, "sigma at 1%")
         sigma = _fact(table, group, "sigma at 1%")
-        half = math.inf if math.isnan(sigma.half) else sigma.half  # one seed decides nothing
-        apart = max(min(PUBLISHED.values()) - sigma.value, sigma.value - max(PUBLISHED.values()))
         out.append(
             Claim(
                 f"Pre-Norm: σ at which 1% of sparse rows collapse ({group})",
                 published,
                 f"{ours}% (score level {_fact(table, group, 'score level').value:.3g})",
-                "yes" if apart <= 0 else "no" if apart > half else "not decided",
+                decide(within(sigma, min(PUBLISHED.values()), max(PUBLISHED.values()))),
                 "the number hangs on the score level (see gauge), which the paper does not give, "
                 "and on the model: its three differ twofold, not in the order of their size, and "
                 "ours are smaller than all of them",

@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Part,
-    Size,
-    Subject,
-)
+from qkvnorm_lens.experiments.core import Part, Size, Subject
 from qkvnorm_lens.experiments.paper.noise.rows import (
     ALL,
     LOST,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
     Claim,
     Mean,
+    above,
+    decide,
+    graded,
     groups,
     mean,
+    reaches,
 )
 from qkvnorm_lens.experiments.paper.noise.rows import (
     ANY_ROWS,
@@ -134,13 +137,12 @@ def claims(table: pd.DataFrame) -> list[Claim]:
 def _percent_claim(group: str, mine: pd.DataFrame) -> Claim:
     share = kept_mean(EVERY.of(mine), PERCENT)
     fall = Mean(1 - share.value, share.half, share.n)
-    reaches, may = fall.value >= LOST, fall.value + np.nan_to_num(fall.half) >= LOST
     return Claim(
         f"fall of accuracy at sigma = 1%, q, k and v ({group})",
         ">= 10% (Baseline), >= 20% (Alternate), one seed each, Fig. 2",
         f"{fall.percent(2)}% of the accuracy; a tenth is lost at sigma = "
         f"{lost_at(EVERY.of(mine))}% ({fall.n} {'seeds' if fall.n > 1 else 'seed'})",
-        "yes" if reaches else "not decided" if may else "no",
+        decide(reaches(fall, LOST)),
         _SCALE_OF_OURS,
     )
 
@@ -165,7 +167,7 @@ def _rows_claim(group: str, mine: pd.DataFrame) -> Claim:
         f"({share['sparse']:.0%} of all) leaves {kept_mean(sparse, sigma).percent()}%, on "
         f"non-sparse rows ({share['other']:.0%}) {kept_mean(other, sigma).percent()}%; difference "
         f"{over.percent()} points",
-        "not decided" if not over.excludes_zero else "yes" if over.value > 0 else "no",
+        decide(above(over)),
         "the two kinds are not equally many: the share noised stands beside each number",
     )
 
@@ -179,7 +181,7 @@ def _shield_claim(group: str, mine: pd.DataFrame) -> Claim:
         "the norm on q, k and v removes the noise, Fig. 2",
         f"at sigma = {top:.0%} noise before the norm leaves {before.percent(2)}% of the accuracy, "
         f"noise on what enters the dot product {behind.percent(0)}%",
-        "in part" if held and falls else "yes" if held else "no",
+        graded(held, not falls),
         "before the norm noise is removed up to its eps; that says nothing of the vectors behind "
         "it, which are as open to error (of rounding, say) as any other model's",
     )

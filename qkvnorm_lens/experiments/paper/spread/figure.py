@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    by_group,
-    group_mean,
-    label,
-    panels,
-    placement_of,
-)
+from qkvnorm_lens.experiments.core import COLOURS, by_group, group_mean, label, panels, placement_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,13 +7,7 @@ from typing import Final, Literal, get_args
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Amount,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading
 
 AMOUNT: Final[dict[Size, Amount]] = {
     "smoke": Amount(sums=64, windows=1, length=64),

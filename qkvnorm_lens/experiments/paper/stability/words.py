@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    PLACEMENT_NAMES,
-    Claim,
-)
+from qkvnorm_lens.experiments.core import PLACEMENT_NAMES, Claim, Verdict, decide
 
 
 def least_failing(table: pd.DataFrame, placement: str, width: int) -> float:
@@ -91,7 +88,7 @@ def text(table: pd.DataFrame) -> str:
             f"{f' ({kinds})' if kinds else ''}; the lowest loss is {best['loss']:.3f} at the rate "
             f"{best['rate']:g} and width {best['width']}."
         )
-    lines += ["", *(_verdict(_compared(table, m), does) for m, does in _MEASURES)]
+    lines += ["", *(_in_words(_compared(table, m), does) for m, does in _MEASURES)]
     return "\n".join(lines)
 
 
@@ -124,13 +121,14 @@ def _compared(table: pd.DataFrame, measure: Measure) -> dict[str, list[int]]:
     return out
 
 
-def _same(found: dict[str, list[int]]) -> Literal["yes", "no", "in part", "not decided"]:
-    if found["lower"]:
-        return "in part" if any(found[k] for k in ("same", "higher", "neither")) else "yes"
-    return "no" if found["higher"] else "not decided"
+def _same(found: dict[str, list[int]]) -> Verdict:
+    """Widths without a difference count against the statement once another width has one."""
+    if not found["lower"] and not found["higher"]:
+        return decide(None)
+    return decide(*(kind == "lower" for kind, widths in found.items() for _ in widths))
 
 
-def _verdict(found: dict[str, list[int]], does: str) -> str:
+def _in_words(found: dict[str, list[int]], does: str) -> str:
     words = {
         "lower": "at lower rates than QKV-Norm",
         "same": "at the same rate of this grid",
@@ -163,7 +161,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             "; ".join(
                 f"{PLACEMENT_NAMES[p]}: {f.sum()} of {len(f)} runs fail" for p, f in failed.items()
             ),
-            "yes" if failed["pre"].any() and not failed["qkv"].any() else "no",
+            decide(bool(failed["pre"].any() and not failed["qkv"].any())),
             why,
         )
     ]
@@ -173,7 +171,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             Claim(
                 f"Pre-Norm {does} at lower learning rates than QKV-Norm",
                 "fails at 1e-3, where QKV-Norm trains, for large models (Fig. 24)",
-                _verdict(found, does),
+                _in_words(found, does),
                 _same(found),
                 f"{why}; {_seeds(table)}",
             )

@@ -6,9 +6,7 @@ from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Claim,
-)
+from qkvnorm_lens.experiments.core import Claim, decide
 
 EXACT: Final = 1e-9
 """Up to this a value that was calculated in float64 agrees with a prediction."""
@@ -146,6 +144,6 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         ),
     ]
     return [
-        Claim(what, f"{published} (Section 3)", ours, "yes" if holds else "no", exact)
+        Claim(what, f"{published} (Section 3)", ours, decide(bool(holds)), exact)
         for what, published, ours, holds in checks
     ]

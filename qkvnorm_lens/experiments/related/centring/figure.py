@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    PLACEMENT_NAMES,
-    panels,
-)
+from qkvnorm_lens.experiments.core import PLACEMENT_NAMES, panels
 from qkvnorm_lens.experiments.paper.accuracy import KINDS
 from qkvnorm_lens.plots.charts import BLUE, GREY, ORANGE, grid, log_ticks
 

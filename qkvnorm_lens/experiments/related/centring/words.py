@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pandas as pd
 
@@ -11,6 +10,8 @@ from qkvnorm_lens.experiments.core import (
     PLACEMENT_NAMES,
     Claim,
     Mean,
+    below,
+    decide,
     markdown,
     mean,
 )
@@ -77,11 +78,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     out = []
     for placement in placements_in(table):
         found = {q: gain(table, placement, q) for q in (FINAL, WHOLE)}
-        better = [m.excludes_zero and m.value < 0 for m in found.values()]
-        worse = [m.excludes_zero and m.value > 0 for m in found.values()]
-        same: Any = "not decided"
-        if any(better) or any(worse):
-            same = "in part" if any(better) and any(worse) else "yes" if any(better) else "no"
+        lower = [below(m) for m in found.values()]
         n = found[FINAL].n
         out.append(
             Claim(
@@ -89,7 +86,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
                 "lower loss, faster (reviewers questioned it)",
                 "; ".join(f"{q} {_plain(m)}" for q, m in found.items())
                 + f" (fix minus none, {n} seed{'s' * (n != 1)})",
-                same,
+                decide(*(each for each in lower if each is not None)),  # one decided is enough
                 "a causal model of 2 layers with skip connections, on sums of some 12 tokens: the "
                 "paper's gap is that of long, unmasked sequences",
             )

@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    groups,
-    mean,
-    panels,
-)
+from qkvnorm_lens.experiments.core import groups, mean, panels
 from qkvnorm_lens.plots.charts import GREY, RUNS, grid
 
 if TYPE_CHECKING:

@@ -9,12 +9,7 @@ from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Part,
-    Size,
-    Subject,
-    trained,
-)
+from qkvnorm_lens.experiments.core import Part, Size, Subject, trained
 
 PREFIX: Final = "order-"
 CELLS: Final = {

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Final, Literal
+from dataclasses import dataclass
+from typing import Final
 
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
     Claim,
+    Finding,
     Mean,
+    Verdict,
+    above,
+    decide,
     difference,
+    graded,
     groups,
     markdown,
     mean,
@@ -139,7 +145,7 @@ def _order_words(table: pd.DataFrame) -> list[str]:
     )
     out.append(
         "Version 2 of the paper found no definitive evidence that skip connections are "
-        f"responsible. Here: {_verdict(table)[1]}."
+        f"responsible. Here: {_skips(table).words}."
     )
     return out
 
@@ -154,45 +160,94 @@ def _nearer_words(table: pd.DataFrame, group: str) -> str:
     return ", ".join(f"{100 * x:.0f}%" for x in _nearer(table, group))
 
 
-def _verdict(table: pd.DataFrame) -> tuple[Literal["yes", "no", "in part", "not decided"], str]:
+@dataclass(frozen=True)
+class Skips:
+    """What is lost without skip connections where there are no positions.
+
+    Attributes:
+        lost: exact answers with skips minus without, by the cell without them.
+        worse: cells that lose some.
+        blind: of those, with a model that does not see the order of tokens.
+        unsure: of those, with a model of which rounding leaves that open.
+        control: what models with positions lose without skips; None where none was trained.
+    """
+
+    lost: dict[str, Mean]
+    worse: list[str]
+    blind: list[str]
+    unsure: list[str]
+    control: Mean | None
+
+    @property
+    def order_seen(self) -> Finding:
+        """Whether models that are worse without skips see the order all the same."""
+        return False if self.blind else None if self.unsure else True
+
+    @property
+    def control_worse(self) -> Finding:
+        """Whether models with positions are worse without skips too; no: they lose clearly less."""
+        if self.control is None or above(self.control):
+            return None if self.control is None else True
+        least = min(self.lost[b].value - self.lost[b].half for b in self.worse)
+        return False if self.control.value + self.control.half < least else None
+
+    @property
+    def verdict(self) -> Verdict:
+        """On: nothing tells that skip connections carry the order."""
+        if not self.lost:
+            return decide(None)
+        return graded(self.order_seen, self.control_worse) if self.worse else decide(True)
+
+    @property
+    def words(self) -> str:
+        """Differences, and what speaks for the order or against it."""
+        if not self.lost:
+            return "too few seeds are trained to say"
+        said = [
+            f"{cell_name(b)}: exact answers {g.percent()} points fewer than with skip connections"
+            if b in self.worse
+            else f"{cell_name(b)}: no difference in exact answers that the seeds decide "
+            f"({g.percent()} points)"
+            for b, g in self.lost.items()
+        ]
+        return "; ".join(said) + (self._why if self.worse else "")
+
+    @property
+    def _why(self) -> str:
+        if not self.order_seen:
+            cells = ", ".join(map(cell_name, self.blind or self.unsure))
+            return f"; {cells}: " + (
+                "some trained models do not see the order"
+                if self.blind
+                else "rounding is too large to say whether all trained models see the order"
+            )
+        why = "; yet every trained model sees the order, so that what is lacking is not the order"
+        if self.control is None:
+            why += ", and without a run that has positions and no skips"
+            return f"{why}, nothing more can be said"
+        but = {
+            True: ": with rotary positions, models without skips are worse too",
+            False: ", though models with rotary positions do without skips",
+            None: ": with rotary positions the seeds do not decide whether models without skips "
+            f"are worse ({self.control.percent()} points)",
+        }
+        return why + but[self.control_worse]
+
+
+def _skips(table: pd.DataFrame) -> Skips:
     """Do models without positions learn addition without skip connections?"""
     gaps = {b: gap_between(table, a, b, "exact") for a, b, _ in PAIRS if a == "order-nope"}
-    found = {b: g for b, g in gaps.items() if g is not None}
-    if not found:
-        return "not decided", "too few seeds are trained to say"
-    said = [
-        f"{cell_name(b)}: exact answers {g.percent()} points fewer than with skip connections"
-        if g.excludes_zero and g.value > 0
-        else f"{cell_name(b)}: no difference in exact answers that the seeds decide "
-        f"({g.percent()} points)"
-        for b, g in found.items()
-    ]
-    worse = [b for b, g in found.items() if g.excludes_zero and g.value > 0]
-    blind = [b for b in worse if sum(of(table, b, "no gap, as is")) > 0]
-    unsure = [b for b in worse if len(of(table, b, "no gap, as is")) < len(of(table, b, "exact"))]
-    words = "; ".join(said)
-    if not worse:
-        return "yes", words
-    control = gap_between(table, "order-rotary", "order-rotary-no-skip", "exact")
-    if blind:
-        words += f"; {', '.join(map(cell_name, blind))}: some trained models do not see the order"
-        return "no", words
-    if unsure:
-        words += f"; {', '.join(map(cell_name, unsure))}: rounding is too large to say whether all "
-        return "not decided", f"{words}trained models see the order"
-    words += "; yet every trained model sees the order, so that what is lacking is not the order"
-    if control is None:
-        words += ", and without a run that has positions and no skips, nothing more can be said"
-        return "not decided", words
-    if control.excludes_zero and control.value > 0:
-        return "yes", f"{words}: with rotary positions, models without skips are worse too"
-    least = min(found[b].value - found[b].half for b in worse)
-    if not control.value + control.half < least:
-        return "not decided", (
-            f"{words}: with rotary positions the seeds do not decide whether models without skips "
-            f"are worse ({control.percent()} points)"
-        )
-    return "in part", f"{words}, though models with rotary positions do without skips"
+    lost = {b: g for b, g in gaps.items() if g is not None}
+    worse = [b for b, g in lost.items() if above(g)]
+    return Skips(
+        lost,
+        worse,
+        blind=[b for b in worse if sum(of(table, b, "no gap, as is")) > 0],
+        unsure=[
+            b for b in worse if len(of(table, b, "no gap, as is")) < len(of(table, b, "exact"))
+        ],
+        control=gap_between(table, "order-rotary", "order-rotary-no-skip", "exact"),
+    )
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
@@ -206,13 +261,12 @@ def claims(table: pd.DataFrame) -> list[Claim]:
                 "causal models without positional encoding see the order of tokens",
                 f"exact answers {exact.percent()}% without positions, {rotary.percent()}% with "
                 f"rotary ones ({exact.n} and {rotary.n} seeds)",
-                "yes" if exact.value > 0.5 else "no",
+                decide(exact.value > 0.5),
                 "no permutation of a sum's digits can be told apart without order; half of all "
                 "answers right is far above what the digits' set allows",
             )
         )
         shares = _nearer(table, "order-nope")[1:]
-        more = sum(x > 0.5 for x in shares)
         out.append(
             Claim(
                 "nearby positions are alike in trained models without positional encoding",
@@ -220,18 +274,18 @@ def claims(table: pd.DataFrame) -> list[Claim]:
                 "the nearer position is more alike in "
                 f"{', '.join(f'{100 * x:.0f}%' for x in shares)} of pairs behind the blocks "
                 f"({exact.n} seed{'s' * (exact.n != 1)})",
-                "yes" if more == len(shares) else "in part" if more else "no",
+                decide(*(x > 0.5 for x in shares)),
                 "questions of nine tokens, whose digits and + differ more by what they are than by "
                 "where they stand",
             )
         )
-    same, words = _verdict(table)
+    skips = _skips(table)
     out.append(
         Claim(
             "skip connections carry the order",
             "no definitive evidence that residual connections are responsible (version 2)",
-            words,
-            same,
+            skips.words,
+            skips.verdict,
             "2 layers of width 64, one task, few seeds; a model without skips may fail to train "
             "for other reasons than order",
         )

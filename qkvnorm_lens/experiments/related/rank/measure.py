@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Amount,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Claim, Mean, groups, markdown, mean
+from qkvnorm_lens.experiments.core import Claim, Mean, decide, graded, groups, markdown, mean
 from qkvnorm_lens.experiments.related.spectrum.figure import pick
 
 CAUSAL: Final = (1.72, 1.25, 0.85)  # published, T = 150
@@ -283,7 +283,7 @@ def _unmasked(table: pd.DataFrame) -> Claim:
         "limits for T to infinity",
         f"s1 at most {top:.3f}; s2 over 2/√T: "
         + ", ".join(f"{r:.2f} (T = {n})" for n, r in ratios.items()),
-        "yes" if near else "in part",
+        graded(True, near),
         "at small T the second lies on either side of the edge: entries are lognormal, whose large "
         "ones make single rows stand out, and the edge is a limit",
     )
@@ -304,7 +304,7 @@ def _softmax(table: pd.DataFrame) -> Claim:
         f"second singular value at T = {n}: {_said(of['markov'])} (random Markov), "
         f"{_said(of['softmax'])} (softmax, d_head = T), {_said(of['softmax narrow'])} (softmax, "
         "d_head = 16)",
-        "yes" if close and narrow else "in part" if close else "no",
+        graded(close, narrow),
         "scores of heads narrower than T are of low rank, so that their entries are not "
         "independent and the second singular value does not fall as 2/√T",
     )
@@ -326,7 +326,7 @@ def _causal(table: pd.DataFrame) -> list[Claim]:
             "the same under a causal mask, T = 150",
             ", ".join(f"{c:.2f}" for c in CAUSAL) + ": no single large value",
             "; ".join(f"{m:.2f} ({low:.2f} to {high:.2f} over seeds)" for m, low, high in spans),
-            "yes" if inside else "in part",
+            graded(True, inside),
             f"the mask does it: uniform causal attention alone has {', '.join(beside)}",
         )
     ]
@@ -343,7 +343,7 @@ def _in_width(table: pd.DataFrame) -> Claim:
         "for random Markov attention without a mask",
         f"{_said(first, 4)} at T = {_tokens(rows)[0]}, {_said(of['none'], 4)} at T = {n}; under a "
         f"causal mask {_said(of['causal'])}, growing as T^{slopes['causal']:.2f}",
-        "yes" if of["none"].value < 1.05 and of["none"].value <= first.value else "no",
+        decide(of["none"].value < 1.05 and of["none"].value <= first.value),
         "one direction, the tokens' mean, keeps its length while the others shrink by 1/√T; a "
         "causal mask leaves several",
     )
@@ -358,7 +358,7 @@ def _fixed_width(table: pd.DataFrame) -> Claim:
         "with the fix the stable rank grows with T",
         "proportional to T",
         f"{_said(found)} at T = {n}, over T = {_tokens(rows)[0]} to {n} as T^{grows:.2f}",
-        "yes" if close else "in part" if grows > 0.2 else "no",
+        graded(close or grows > 0.2, close),
         f"two square random matrices, A - U and W, have {LIMIT:.3f} T in the limit, which is "
         f"{LIMIT * n:.1f} here; at small T the largest singular value is still below its limit",
     )
@@ -386,7 +386,7 @@ def _in_depth(table: pd.DataFrame) -> Claim:
         "with the fix)",
         "the gap makes rank collapse in depth worse",
         "; ".join(said),
-        _share(better),
+        decide(*better),
         "the skip connection keeps what the fix leaves; without it a product of random matrices "
         "loses rank whatever A is, and scores that are made of tokens alike are alike; under a "
         "causal mask softmax keeps little without LayerNorm",
@@ -415,7 +415,7 @@ def _gradients(table: pd.DataFrame) -> Claim:
         "-> with the fix)",
         "removing it makes gradients milder",
         f"{'; '.join(said)}; geometric means over seeds",
-        _share(closer),
+        decide(*closer),
         "where the stream is added up (skip) the fix takes the growth away, under a causal mask a "
         "part of it; where nothing else holds the signal (neither) the fix alone makes it vanish, "
         "without a mask by 1/√T a layer, which updates times √T make up for; with LayerNorm alone "
@@ -428,10 +428,6 @@ def _one_layer(table: pd.DataFrame, attention: str, mask: str, n: int) -> float:
     rows = pick(table, what="spectrum", attention=attention, mask=mask, tokens=n)
     edge = over_seeds(rows, quantity="edge_left").value  # 2 |A - U|_F / sqrt(T)
     return n * edge * math.sqrt(n) / 2
-
-
-def _share(found: list[bool]) -> Literal["yes", "no", "in part"]:
-    return "yes" if all(found) else "in part" if any(found) else "no"
 
 
 def _of_models(table: pd.DataFrame) -> list[Claim]:

@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    by_group,
-    panels,
-)
+from qkvnorm_lens.experiments.core import by_group, panels
 from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, grid
 
 if TYPE_CHECKING:

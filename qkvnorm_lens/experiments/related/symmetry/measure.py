@@ -8,13 +8,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Amount,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading
 
 VARIANTS: Final = ("as is", "positions removed", "mask removed", "both removed")
 LAYERS: Final = (1, 2, 4)
