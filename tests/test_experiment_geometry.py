@@ -34,6 +34,7 @@ from qkvnorm_lens.experiments.beyond.quantisation.schemes import SCHEMES, Scheme
 from qkvnorm_lens.experiments.core import base as _base, running as _run
 from qkvnorm_lens.experiments.core.base import Subject
 from qkvnorm_lens.experiments.core.read import UNSCORED, Amount, Reading, reading
+from qkvnorm_lens.experiments.core.registry import get_experiment
 from qkvnorm_lens.experiments.core.subjects import find_subjects
 from qkvnorm_lens.experiments.paper.sparsity import measure as sparsity, words as sparsity_words
 from qkvnorm_lens.experiments.paper.spread import measure as spread, words as spread_words
@@ -41,7 +42,8 @@ from tests import models
 from tests.watching import one_thread, tiny_gemma2
 
 BY_NAME = {scheme.name: scheme for scheme in SCHEMES}
-EXPERIMENTS = {m.EXPERIMENT.name: m for m in (spread, sparsity, quantisation)}
+MEASURES = (spread, sparsity, quantisation)
+EXPERIMENTS = {name: get_experiment(name) for name in ("spread", "sparsity", "quantisation")}
 KINDS = {**models.TINY, "gemma2": tiny_gemma2}
 ids = models.tokens(3, 17).tolist()
 
@@ -402,7 +404,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(model: Any, prompts: list[list[int]] = ids) -> None:
         read = Reading(prompts, [[*row[1:], UNSCORED] for row in prompts])
         monkeypatch.setattr(Subject, "load", lambda self: model)
-        for module in EXPERIMENTS.values():
+        for module in MEASURES:
             monkeypatch.setattr(module, "reading", lambda subject, amount: read)
 
     return install
@@ -468,7 +470,7 @@ def test_the_peak_is_a_ratio_of_densities(top: int, beside: int) -> None:
 
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in EXPERIMENTS.values():
+    for module in MEASURES:
         monkeypatch.setitem(module.AMOUNT, "smoke", Amount(sums=12, windows=1))
 
 
@@ -476,44 +478,40 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("little")
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_run_on_shipped_models_is_read_back_and_says_the_same(name: str, tmp_path: Path) -> None:
-    module = EXPERIMENTS[name]
+    experiment = EXPERIMENTS[name]
     subjects = find_subjects(["addition-pre", "addition-qkv"])
-    outcome = _run.run_experiment(
-        module.EXPERIMENT, subjects, tmp_path, size="smoke", progress=False
-    )
+    outcome = _run.run_experiment(experiment, subjects, tmp_path, size="smoke", progress=False)
     assert list(outcome.table.columns[:4]) == ["model", "group", "placement", "seed"]
     assert set(outcome.table["model"]) == {"addition-pre", "addition-qkv"}
     back = _run.read_table(outcome.folder)
-    assert module.text(back) == outcome.text
-    assert module.claims(back) == module.claims(outcome.table)
+    assert experiment.text(back) == outcome.text
+    assert experiment.claims(back) == experiment.claims(outcome.table)
     assert "addition-qkv" in outcome.text
     assert "nan" not in outcome.text
     assert (outcome.folder / "figure.png").stat().st_size > 20_000
-    module.figure(back)
+    experiment.figure(back)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_language_model_has_no_placement_and_is_shown_too(
     name: str, tmp_path: Path, reads: Any
 ) -> None:
-    module = EXPERIMENTS[name]
+    experiment = EXPERIMENTS[name]
     reads(models.tiny_qwen3())
-    outcome = _run.run_experiment(
-        module.EXPERIMENT, [nobody()], tmp_path, size="smoke", progress=False
-    )
+    outcome = _run.run_experiment(experiment, [nobody()], tmp_path, size="smoke", progress=False)
     back = _run.read_table(outcome.folder)
-    assert module.text(back) == outcome.text
+    assert experiment.text(back) == outcome.text
     assert "tiny" in outcome.text
-    assert [c for c in module.claims(back) if c.same != "-"] == []  # nothing published of these
-    module.figure(back)
+    assert [c for c in experiment.claims(back) if c.same != "-"] == []  # nothing published of these
+    experiment.figure(back)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("little")
 def test_parts_are_the_same_again() -> None:
     (subject,) = find_subjects(["addition-none"])
-    for module in EXPERIMENTS.values():
-        (part,) = module.parts((subject,), "smoke")
+    for experiment in EXPERIMENTS.values():
+        (part,) = experiment.parts((subject,), "smoke")
         pd.testing.assert_frame_equal(part.work(), part.work(), check_exact=True)
 
 

@@ -470,4 +470,4 @@ count
 # - [5 · A language model under the probe](05_language_model.ipynb): the same measurements there;
 #   [6 · Rank collapse, the spectral gap, symmetry](06_rank_spectrum_symmetry.ipynb): three related
 #   papers.
-# - [Reproduction](../docs/reproduction.md): all results with figures.
+# - [Reproduction](../docs/reproduction/index.md): all results with figures.

@@ -800,5 +800,5 @@ assert shown.loc["rotary, no skips"].min() > 95
 # - [Concepts](../docs/concepts/geometry.md) and [how to measure your own
 #   model](../docs/how-to/rank-spectrum-symmetry.md); [the API of `dynamics` and
 #   `markov`](../docs/api/dynamics.md).
-# - [Reproduction](../docs/reproduction.md): the experiments `masks`, `rank`, `spectrum`,
+# - [Reproduction](../docs/reproduction/index.md): the experiments `masks`, `rank`, `spectrum`,
 #   `centring`, `symmetry` and `positions` in full.
