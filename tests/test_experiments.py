@@ -27,6 +27,7 @@ from qkvnorm_lens.experiments import train
 from qkvnorm_lens.experiments.beyond.gauge import measure as gauge
 from qkvnorm_lens.experiments.core import base as _base, running as _run, stats as _stats, studies
 from qkvnorm_lens.experiments.core.base import Claim, Experiment, Part, Subject
+from qkvnorm_lens.experiments.core.grouped import PLAIN
 from qkvnorm_lens.experiments.core.subjects import default_subjects, find_subjects
 from qkvnorm_lens.experiments.paper.accuracy import EXPERIMENT as ACCURACY, measure as accuracy
 from qkvnorm_lens.experiments.paper.collapse import (
@@ -282,7 +283,7 @@ def test_a_wrong_curve_would_be_seen() -> None:
     assert len(z) == 16
     assert float(z["z"].abs().max()) < 4.5
     wrong = table.copy()
-    exact = (wrong["quantity"] == "loose") & (wrong["layer"] == -1)
+    exact = (wrong["quantity"] == "loose") & (wrong["variant"] == PLAIN) & (wrong["layer"] == -1)
     wrong.loc[exact, "value"] *= 1.1
     assert float(collapse_words.disagreement(wrong)["z"].abs().max()) > 4.5
 
@@ -417,7 +418,7 @@ def test_a_number_of_the_results_is_made_again() -> None:
     (subject,) = find_subjects(["study-pre-1"])
     for experiment, columns, tolerance in (
         (ACCURACY, ["kind"], 2e-4),
-        (COLLAPSE, ["quantity", "layer", "sigma"], 1e-5),
+        (COLLAPSE, ["quantity", "variant", "layer", "sigma"], 1e-5),
     ):
         held = _run.read_table(RESULTS / "addition" / experiment.name)
         mine = held[held["model"] == subject.name].reset_index(drop=True)

@@ -14,11 +14,14 @@ from .draw import (
     panels as panels,
 )
 from .grouped import (
+    PLAIN as PLAIN,
     STUDY as STUDY,
     by_group as by_group,
     group_mean as group_mean,
     is_language as is_language,
     markdown as markdown,
+    numbers as numbers,
+    pick as pick,
     placement_of as placement_of,
     study_difference as study_difference,
 )

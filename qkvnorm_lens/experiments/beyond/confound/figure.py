@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import COLOURS, groups, mean, panels
+from qkvnorm_lens.experiments.core import COLOURS, PLAIN, groups, mean, numbers, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.beyond.confound.measure import CELLS, of
+from qkvnorm_lens.experiments.beyond.confound.measure import CELLS
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -20,13 +20,13 @@ def figure(table: pd.DataFrame) -> Figure:
     names = groups(table)
     ticks = [CELLS.get(name, name) for name in names]
     shown = (
-        ("sparse share", "rows with a weight ≥ 0.95 (%)"),
-        ("accuracy, in distribution", "accuracy in distribution (%)"),
-        ("accuracy, extrapolation", "accuracy in extrapolation (%)"),
+        ("sparse share", PLAIN, "rows with a weight ≥ 0.95 (%)"),
+        ("accuracy", "in distribution", "accuracy in distribution (%)"),
+        ("accuracy", "extrapolation", "accuracy in extrapolation (%)"),
     )
-    for ax, (quantity, title) in zip(axes, shown, strict=True):
+    for ax, (quantity, variant, title) in zip(axes, shown, strict=True):
         for x, group in enumerate(names):
-            seeds = of(table, group, quantity)
+            seeds = numbers(table, quantity, variant=variant, group=group)
             m = mean(seeds)
             placement = table[table["group"] == group]["placement"].iloc[0]
             ax.errorbar(

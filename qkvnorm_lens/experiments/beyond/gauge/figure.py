@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import COLOURS, groups, label, panels
+from qkvnorm_lens.experiments.core import COLOURS, groups, label, panels, pick
 from qkvnorm_lens.plots.charts import log_ticks, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.beyond.gauge.measure import LEVELS, SIGMAS, at_level
+from qkvnorm_lens.experiments.beyond.gauge.measure import LEVELS, SAMPLED, SIGMAS, at_level
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -24,7 +24,7 @@ def figure(table: pd.DataFrame) -> Figure:
             placement = mine["placement"].iloc[0]
             name = label(group, placement)
             style = ("-", "--", ":", "-.")[i % 4]
-            own = mine[mine["quantity"] == "sampled rows, own level"]
+            own = pick(mine, quantity="own level", variant=SAMPLED)
             at = sorted({*LEVELS, *(x for x in own["level"] if x > 0)})
             levels = [(x, at_level(table, group, sigma, x).value) for x in at]
             line = [(x, y) for x, y in levels if np.isfinite(y)]

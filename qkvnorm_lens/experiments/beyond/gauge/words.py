@@ -8,20 +8,19 @@ import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.beyond.gauge.measure import SIGMAS, at_level
-from qkvnorm_lens.experiments.core import Claim, Mean, groups, mean
+from qkvnorm_lens.experiments.core import PLAIN, Claim, Mean, groups, mean, numbers, pick
 
 
-def values(table: pd.DataFrame, group: str, quantity: str, sigma: float) -> Mean:
+def values(
+    table: pd.DataFrame, group: str, quantity: str, sigma: float, variant: str = PLAIN
+) -> Mean:
     """A group's rate with its interval over seeds."""
-    chosen = table[
-        (table["group"] == group) & (table["quantity"] == quantity) & (table["sigma"] == sigma)
-    ]
-    return mean(chosen["value"].dropna().tolist())
+    return mean(numbers(table, quantity, group=group, sigma=sigma, variant=variant))
 
 
 def own_level(table: pd.DataFrame, group: str) -> float:
     """The group's mean score level."""
-    chosen = table[(table["group"] == group) & (table["quantity"] == "own level")]
+    chosen = pick(table, group=group, quantity="own level", variant=PLAIN)
     return float(chosen["level"].mean())
 
 
@@ -43,7 +42,7 @@ def text(table: pd.DataFrame) -> str:
             str(own.n),
             f"{own_level(table, group):.3g}",
             own.percent(3),
-            values(table, group, "own level without sinks", sigma).percent(3),
+            values(table, group, "own level", sigma, "without sinks").percent(3),
             values(table, group, "centred gauge", sigma).percent(3),
             at_level(table, group, sigma, common).percent(3),
         ]

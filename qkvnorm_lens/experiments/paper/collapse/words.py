@@ -8,7 +8,17 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Claim, Mean, decide, groups, mean, within
+from qkvnorm_lens.experiments.core import (
+    PLAIN,
+    Claim,
+    Mean,
+    decide,
+    groups,
+    mean,
+    numbers,
+    pick,
+    within,
+)
 
 PUBLISHED: Final = {"Baseline": 0.11, "Alternate": 0.075, "Large": 0.055}
 
@@ -21,8 +31,10 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
     """
     whole = table[table["layer"] == -1]
     keys = ["model", "sigma"]
-    exact = whole[whole["quantity"] == "loose"].set_index(keys)
-    counted = whole[whole["quantity"] == "loose, sampled"].set_index(keys)
+    exact, counted = (
+        pick(whole, quantity="loose", variant=variant).set_index(keys)
+        for variant in (PLAIN, "sampled")
+    )
     sampled = counted[["value", "se"]].rename(columns={"value": "value_sampled"})
     both = exact[["value", "rows"]].join(sampled)
     both = both[both["rows"] > 0]
@@ -33,10 +45,9 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"gap": gap, "error": error, "z": z}).reset_index()
 
 
-def _fact(table: pd.DataFrame, group: str, quantity: str) -> Mean:
-    chosen = table[(table["group"] == group) & (table["quantity"] == quantity)]
-    values = chosen["value"].to_numpy(dtype=float)
-    return mean(values[np.isfinite(values)].tolist())
+def _fact(table: pd.DataFrame, group: str, quantity: str, variant: str = PLAIN) -> Mean:
+    found = numbers(table, quantity, group=group, variant=variant)
+    return mean([v for v in found if math.isfinite(v)])
 
 
 def text(table: pd.DataFrame) -> str:
@@ -55,8 +66,8 @@ def text(table: pd.DataFrame) -> str:
             _fact(table, group, "sink share").percent(),
             f"{level.value:.3g}{spread}",
             *(
-                _percent(table, group, f"sigma at 1%{kind}")
-                for kind in ("", " without sinks", ", strict")
+                _percent(table, group, "sigma at 1%", variant)
+                for variant in (PLAIN, "without sinks", "strict")
             ),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -77,8 +88,8 @@ def text(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _percent(table: pd.DataFrame, group: str, quantity: str) -> str:
-    chosen = table[(table["group"] == group) & (table["quantity"] == quantity)]
+def _percent(table: pd.DataFrame, group: str, quantity: str, variant: str = PLAIN) -> str:
+    chosen = pick(table, group=group, quantity=quantity, variant=variant)
     values = chosen["value"].to_numpy(dtype=float)
     never = int(np.isinf(values).sum())
     if never == len(values) or not len(values):
@@ -86,7 +97,7 @@ def _percent(table: pd.DataFrame, group: str, quantity: str) -> str:
     if never:  # the others' mean alone would be too low
         least = ", ".join(f"{100 * v:.1f}" for v in sorted(values[np.isfinite(values)]))
         return f"{least}; never in {never} of {len(values)}"
-    return _fact(table, group, quantity).percent()
+    return _fact(table, group, quantity, variant).percent()
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:

@@ -14,7 +14,7 @@ from qkvnorm_lens.plots.charts import BLUE, GREY, ORANGE, grid, log_ticks
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.related.centring.measure import gain, placements_in, values
+from qkvnorm_lens.experiments.related.centring.measure import gain, gains, placements_in
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -50,8 +50,7 @@ def _differences(ax: Axes, table: pd.DataFrame, placements: list[str]) -> None:
         marker = "os"[i % 2]
         at = np.arange(len(KINDS)) + 0.24 * (i - (len(placements) - 1) / 2)
         for x, kind in zip(at, KINDS, strict=True):
-            quantity = f"accuracy, {kind}"
-            found = gain(table, placement, quantity)
+            found = gain(table, placement, "accuracy", kind)
             ax.errorbar(
                 x,
                 100 * found.value,
@@ -61,7 +60,7 @@ def _differences(ax: Axes, table: pd.DataFrame, placements: list[str]) -> None:
                 capsize=3,
                 label=PLACEMENT_NAMES[placement] if kind == KINDS[0] else None,
             )
-            change = values(table, placement, 1, quantity) - values(table, placement, 0, quantity)
+            change = gains(table, placement, "accuracy", kind)
             ax.plot([x + 0.08] * len(change), 100 * change, ".", color=GREY)
     ax.axhline(0, color=GREY, linewidth=0.9)
     ax.set_xticks(range(len(KINDS)), [k.replace(" ", "\n", 1) for k in KINDS], fontsize=8)

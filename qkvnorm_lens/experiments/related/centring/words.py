@@ -35,15 +35,16 @@ def text(table: pd.DataFrame) -> str:
         for fix in (0, 1):
             of = {
                 q: mean(values(table, placement, fix, q).tolist())
-                for q in (FINAL, WHOLE, *SPECTRUM, *(f"accuracy, {k}" for k in KINDS))
+                for q in (FINAL, WHOLE, *SPECTRUM)
             }
+            right = [mean(values(table, placement, fix, "accuracy", k).tolist()) for k in KINDS]
             body.append(
                 [
                     PLACEMENT_NAMES[placement],
                     "A - U" if fix else "none",
                     str(of[FINAL].n),
                     *(_plain(of[q]) for q in (FINAL, WHOLE)),
-                    *(of[f"accuracy, {kind}"].percent() for kind in KINDS),
+                    *(m.percent() for m in right),
                     *(f"{of[q].value:.2f}" for q in SPECTRUM),
                 ]
             )
@@ -62,7 +63,7 @@ def text(table: pd.DataFrame) -> str:
             f"{_plain(gain(table, placement, FINAL))}, mean loss "
             f"{_plain(gain(table, placement, WHOLE))}, accuracy "
             + ", ".join(
-                f"{kind} {gain(table, placement, f'accuracy, {kind}').percent()}" for kind in KINDS
+                f"{kind} {gain(table, placement, 'accuracy', kind).percent()}" for kind in KINDS
             )
             + " points."
         ]

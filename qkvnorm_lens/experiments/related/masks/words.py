@@ -26,17 +26,15 @@ D: Final = 32  # width
 EVEN_MOST: Final = 30.0  # a decay rate that leaves nothing but rounding
 SMALL: Final = 1e-3  # share of its start at which relative mu counts as collapsed
 LINE: Final = 0.5  # nats about a line through ln mu (root mean square) up to which it is one
-MASKS: Final = (
-    "complete",
-    "causal",
-    "window 8",
-    "window 4",
-    "window 2",
-    "one-way 8",
-    "one-way 4",
-    "one-way 2",
-    "two parts",
-)
+WITHOUT_CENTRE: Final = "two parts"
+MASKS: Final[Mapping[str, tuple[str, int]]] = {
+    "complete": ("complete", 0),
+    "causal": ("causal", 0),
+    **{f"window {width}": ("window", width) for width in (8, 4, 2)},
+    **{f"one-way {width}": ("one-way", width) for width in (8, 4, 2)},
+    WITHOUT_CENTRE: ("two parts", 0),
+}
+"""By name: its kind, and of a window how many tokens it shows to each side, or to the left."""
 LOCAL: Final = {
     "two-way windows": ("complete", "window 8", "window 4", "window 2"),
     "one-way windows": ("causal", "one-way 8", "one-way 4", "one-way 2"),
@@ -58,7 +56,6 @@ SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "residual, RMSNorm": {"residual": True, "norm": "rms"},
     "residual, MLP, RMSNorm": {"residual": True, "mlp": True, "norm": "rms"},
 }
-WITHOUT_CENTRE: Final = "two parts"
 
 
 def runs(table: pd.DataFrame, setting: str, mask: str) -> pd.DataFrame:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import groups, mean, panels
+from qkvnorm_lens.experiments.core import groups, mean, numbers, panels
 from qkvnorm_lens.plots.charts import GREY, RUNS, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.related.positions.measure import CELLS, GAPS, LEAST, cell_name, of
+from qkvnorm_lens.experiments.related.positions.measure import CELLS, GAPS, LEAST, cell_name
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -53,7 +53,7 @@ def _draw_accuracy(
     shown = (("per token", "o", -0.15), ("exact", "s", 0.15))
     for quantity, marker, shift in shown:
         for x, group in enumerate(names):
-            seeds = of(table, group, quantity)
+            seeds = numbers(table, quantity, group=group)
             m = mean(seeds)
             ax.errorbar(
                 x + shift,
@@ -74,9 +74,9 @@ def _draw_accuracy(
 
 
 def _draw_gaps(ax: Axes, table: pd.DataFrame, names: list[str]) -> None:
-    for i, (quantity, (name, marker)) in enumerate(GAPS.items()):
+    for i, (variant, (name, marker)) in enumerate(GAPS.items()):
         for x, group in enumerate(names):
-            seeds = of(table, group, quantity)
+            seeds = numbers(table, "tv", variant=variant, group=group)
             at = x + 0.16 * (i - 1.5)
             ax.plot(
                 [at] * len(seeds),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import pandas as pd
 
@@ -20,14 +21,17 @@ from qkvnorm_lens.experiments.core import (
     groups,
     markdown,
     mean,
+    numbers,
+    pick,
 )
 from qkvnorm_lens.experiments.related.positions.measure import (
+    AS_IS,
     GAPS,
     LEAST,
     LOSSES,
     SHARES,
+    SWAPPED,
     cell_name,
-    of,
 )
 
 
@@ -49,20 +53,21 @@ def text(table: pd.DataFrame) -> str:
     head += [f"TV, {name}" for name, _ in GAPS.values()]
     rows = []
     for group in groups(table):
-        gaps = [of(table, group, quantity) for quantity in GAPS]
+        of = partial(numbers, table, group=group)
+        gaps = [of("tv", variant=variant) for variant in GAPS]
         rows.append(
             [
                 cell_name(group),
-                str(len(of(table, group, "exact"))),
-                mean(of(table, group, "per token")).percent(),
-                mean(of(table, group, "per token without ]")).percent(),
-                mean(of(table, group, "exact")).percent(),
-                *(_steps(of(table, group, f"steps to {x:g} nats")) for x in LOSSES),
+                str(len(of("exact"))),
+                mean(of("per token")).percent(),
+                mean(of("per token without ]")).percent(),
+                mean(of("exact")).percent(),
+                *(_steps(of("steps to loss", at=x)) for x in LOSSES),
                 *(f"{mean(g).value:.2g}" if g else "-" for g in gaps),
             ]
         )
     last = int(table[table["quantity"] == "loss"]["at"].max())
-    between = of(table, groups(table)[0], "steps between measurements")[0]
+    between = numbers(table, "steps between measurements", group=groups(table)[0])[0]
     lines = [
         markdown(head, rows),
         "",
@@ -85,7 +90,7 @@ def _shares(table: pd.DataFrame) -> str:
     for group in groups(table):
         said = []
         for share in SHARES:
-            first = of(table, group, f"measured {share:.0%} of tokens")
+            first = numbers(table, "steps to share", group=group, at=share)
             got = [v for v in first if math.isfinite(v)]
             if len(got) < len(first):
                 said.append(f"{share:.0%} in {len(got)} of {len(first)} runs")
@@ -103,9 +108,9 @@ PAIRS: Final = (
 )
 
 
-def gap_between(table: pd.DataFrame, a: str, b: str, quantity: str) -> Mean | None:
+def gap_between(table: pd.DataFrame, a: str, b: str, quantity: str, **wanted: Any) -> Mean | None:
     """Mean of a minus mean of b with Welch's interval, where both have several seeds."""
-    x, y = of(table, a, quantity), of(table, b, quantity)
+    x, y = (numbers(table, quantity, group=group, **wanted) for group in (a, b))
     if min(len(x), len(y)) < 2 or not all(map(math.isfinite, [*x, *y])):
         return None
     return difference(x, y)
@@ -117,7 +122,7 @@ def _differences(table: pd.DataFrame) -> list[str]:
         per_token, exact = (gap_between(table, a, b, q) for q in ("per token", "exact"))
         if per_token is None or exact is None:
             continue
-        steps = gap_between(table, a, b, f"steps to {LOSSES[1]:g} nats")
+        steps = gap_between(table, a, b, "steps to loss", at=LOSSES[1])
         line = f"- {what}: {per_token.percent()} points per token, {exact.percent()} exact"
         if steps is not None:
             line += f", {steps.value:+.0f} ± {steps.half:.0f} steps to {LOSSES[1]:g} nats"
@@ -128,9 +133,10 @@ def _differences(table: pd.DataFrame) -> list[str]:
 def _order_words(table: pd.DataFrame) -> list[str]:
     out = []
     for group in groups(table):
-        none = of(table, group, "no gap, as is")
-        doubt = len(of(table, group, "exact")) - len(none)
-        swap, permuted = (of(table, group, q) for q in ("tv, operands swapped", "tv, as is"))
+        of = partial(numbers, table, group=group)
+        none = of("no gap", variant=AS_IS)
+        doubt = len(of("exact")) - len(none)
+        swap, permuted = (of("tv", variant=variant) for variant in (SWAPPED, AS_IS))
         ratio = mean(swap).value / max(mean(permuted).value, LEAST)
         out.append(
             f"{cell_name(group)}: {len(none) - int(sum(none))} of {len(none) + doubt} trained "
@@ -152,7 +158,7 @@ def _order_words(table: pd.DataFrame) -> list[str]:
 
 def _nearer(table: pd.DataFrame, group: str) -> list[float]:
     """Share of pairs in which the nearer position is more alike, by blocks passed; over seeds."""
-    rows = table[(table["group"] == group) & (table["quantity"] == "nearer")]
+    rows = pick(table, group=group, quantity="nearer")
     return [float(x) for x in rows.groupby("at")["value"].mean()]
 
 
@@ -239,13 +245,12 @@ def _skips(table: pd.DataFrame) -> Skips:
     gaps = {b: gap_between(table, a, b, "exact") for a, b, _ in PAIRS if a == "order-nope"}
     lost = {b: g for b, g in gaps.items() if g is not None}
     worse = [b for b, g in lost.items() if above(g)]
+    none = {b: numbers(table, "no gap", variant=AS_IS, group=b) for b in worse}
     return Skips(
         lost,
         worse,
-        blind=[b for b in worse if sum(of(table, b, "no gap, as is")) > 0],
-        unsure=[
-            b for b in worse if len(of(table, b, "no gap, as is")) < len(of(table, b, "exact"))
-        ],
+        blind=[b for b in worse if sum(none[b]) > 0],
+        unsure=[b for b in worse if len(none[b]) < len(numbers(table, "exact", group=b))],
         control=gap_between(table, "order-rotary", "order-rotary-no-skip", "exact"),
     )
 
@@ -253,8 +258,10 @@ def _skips(table: pd.DataFrame) -> Skips:
 def claims(table: pd.DataFrame) -> list[Claim]:
     """Can addition be learned without positions; do skip connections carry the order?"""
     out = []
-    if of(table, "order-nope", "exact"):
-        exact, rotary = (mean(of(table, f"order-{c}", "exact")) for c in ("nope", "rotary"))
+    exact, rotary = (
+        mean(numbers(table, "exact", group=f"order-{cell}")) for cell in ("nope", "rotary")
+    )
+    if exact.n:
         out.append(
             Claim(
                 "three-digit addition without positional encoding",

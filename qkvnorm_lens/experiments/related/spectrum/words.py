@@ -9,15 +9,10 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Claim, Mean, decide, graded, groups, markdown, mean
-from qkvnorm_lens.experiments.related.spectrum.figure import pick
+from qkvnorm_lens.experiments.core import Claim, Mean, decide, graded, groups, markdown, mean, pick
 
 CAUSAL: Final = (1.72, 1.25, 0.85)  # published, T = 150
-NETWORKS: Final = {
-    "A": ("", 0),
-    "A - U": ("", 1),
-    "√T (A - U)": (" scaled", 1),
-}
+NETWORKS: Final = {"A": (0, 0), "A - U": (0, 1), "√T (A - U)": (1, 1)}  # scaled, with the fix
 LIMIT: Final = 3 / (27 / 4) ** 2  # m2 and edge^2 of a product of two, Fuss-Catalan; derived
 DEEP: Final = (("markov", "none"), ("markov", "causal"), ("softmax", "none"), ("softmax", "causal"))
 CLAIMED: Final = {
@@ -191,12 +186,12 @@ def _depth(table: pd.DataFrame) -> list[str]:
     head = ["network", f"stable rank of XX^T, layer {last}", "gradient, first layer", "last layer"]
     body = []
     for attention, mask in DEEP:
-        for what, (suffix, fix) in NETWORKS.items():
-            if suffix and mask == "causal":  # no one factor keeps lengths there
+        for what, (scaled, fix) in NETWORKS.items():
+            if scaled and mask == "causal":  # no one factor keeps lengths there
                 continue
             for part, (norm, skip) in PARTS.items():
-                at: dict[str, Any] = {"attention": attention + suffix, "mask": mask, "fix": fix}
-                at |= {"norm": norm, "skip": skip}
+                at: dict[str, Any] = {"attention": attention, "scaled": scaled, "mask": mask}
+                at |= {"fix": fix, "norm": norm, "skip": skip}
                 of = pick(gradients, **at)
                 if not len(of):
                     continue
@@ -369,7 +364,7 @@ def _in_depth(table: pd.DataFrame) -> Claim:
     last, n = int(rows["layer"].max()), int(rows["tokens"].iloc[0])
     said, better = [], []
     for (attention, mask), name in CLAIMED.items():
-        mine = pick(rows, attention=attention, mask=mask, layer=last)
+        mine = pick(rows, attention=attention, scaled=0, mask=mask, layer=last)
         if not len(mine):  # a table of version 1
             continue
         of = []
@@ -399,7 +394,7 @@ def _gradients(table: pd.DataFrame) -> Claim:
     said, closer = [], []
     n = int(rows["tokens"].iloc[0])
     for (attention, mask), name in CLAIMED.items():
-        mine = pick(rows, attention=attention, mask=mask, layer=0)
+        mine = pick(rows, attention=attention, scaled=0, mask=mask, layer=0)
         if not len(mine):  # a table of version 1
             continue
         of, single = [], _one_layer(table, attention, mask, n)
