@@ -9,8 +9,10 @@ from .base import (
 from .draw import (
     COLOURS as COLOURS,
     PLACEMENT_NAMES as PLACEMENT_NAMES,
+    error_bar as error_bar,
     groups as groups,
     label as label,
+    legend_below as legend_below,
     panels as panels,
 )
 from .grouped import (
@@ -31,6 +33,7 @@ from .read import (
     Amount as Amount,
     Reading as Reading,
     reading as reading,
+    reading_parts as reading_parts,
 )
 from .registry import (
     NAMES as NAMES,
@@ -46,6 +49,7 @@ from .running import (
 )
 from .stats import (
     Mean as Mean,
+    counted as counted,
     difference as difference,
     mean as mean,
 )

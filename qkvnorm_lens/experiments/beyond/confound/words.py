@@ -18,6 +18,7 @@ from qkvnorm_lens.experiments.core import (
     difference,
     graded,
     groups,
+    markdown,
     mean,
     numbers,
 )
@@ -39,7 +40,7 @@ NONE: Final = 0.01  # below this share of sparse rows a cell has none to speak o
 def text(table: pd.DataFrame) -> str:
     """The six cells, and the two differences that the question is about."""
     head = ["cell", "seeds", "sparse rows", *KINDS, "largest score", "collapse at 10%", "centred"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for group in groups(table):
         of = partial(numbers, table, group=group)
         cells = [
@@ -51,8 +52,9 @@ def text(table: pd.DataFrame) -> str:
             mean(of("collapse at 10%")).percent(2),
             mean(of("collapse at 10%", variant="centred gauge")).percent(2),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
+        rows.append(cells)
+    lines = [
+        markdown(head, rows),
         "",
         f"Percent, but the largest |score|; {CONFOUND_STEPS:,} steps each; ± half a 95% interval "
         "over seeds.",

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import COLOURS, groups, label, panels, pick
+from qkvnorm_lens.experiments.beyond.gauge.measure import LEVELS, SAMPLED, SIGMAS, at_level
+from qkvnorm_lens.experiments.core import COLOURS, groups, label, legend_below, panels, pick
 from qkvnorm_lens.plots.charts import log_ticks, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.beyond.gauge.measure import LEVELS, SAMPLED, SIGMAS, at_level
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -50,11 +50,9 @@ def figure(table: pd.DataFrame) -> Figure:
         ax.set_xlabel("score level (mean attended q·k)")
         ax.grid(visible=True, linewidth=0.4, alpha=0.6)
     axes[0].set_ylabel("sparse rows that collapse (%)")
-    fig.legend(
-        *axes[-1].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        fontsize=8,
+    legend_below(
+        fig,
+        axes[-1],
         title="marks: at their own level; lines: all rows moved by one constant",
         title_fontsize=8,
     )

@@ -8,7 +8,15 @@ from typing import Final
 import pandas as pd
 
 from qkvnorm_lens.experiments.beyond.interference.measure import MOVED, SPARED, measured, of
-from qkvnorm_lens.experiments.core import Claim, Mean, above, by_group, group_mean, markdown
+from qkvnorm_lens.experiments.core import (
+    Claim,
+    Mean,
+    above,
+    by_group,
+    counted,
+    group_mean,
+    markdown,
+)
 
 
 def text(table: pd.DataFrame) -> str:
@@ -79,7 +87,7 @@ def _findings(group: str, mine: pd.DataFrame) -> list[str]:
     if not math.isnan(gap.value):
         lines.append(
             f"{group}: really moved minus predicted {_points(gap)} points "
-            f"({gap.n} model{'s' * (gap.n != 1)}): {_AGAINST[above(gap)]}."
+            f"({counted(gap.n, 'model')}): {_AGAINST[above(gap)]}."
         )
     first = of(mine, "model")["to_first"].mean()
     if first > 0.005:
@@ -156,7 +164,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         )
         if math.isnan(moved.value):
             continue
-        seeds = f"{moved.n} model{'s' * (moved.n != 1)}"
+        seeds = counted(moved.n, "model")
         out.append(
             Claim(
                 f"content rows that hang on the common length ({group})",

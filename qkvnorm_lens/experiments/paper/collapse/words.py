@@ -12,11 +12,13 @@ from qkvnorm_lens.experiments.core import (
     PLAIN,
     Claim,
     Mean,
+    by_group,
     decide,
-    groups,
+    markdown,
     mean,
     numbers,
     pick,
+    placement_of,
     within,
 )
 
@@ -54,26 +56,24 @@ def text(table: pd.DataFrame) -> str:
     """Thresholds by group, and whether sampling agrees with the exact curve."""
     head = ["models", "seeds", "rows sparse", "sinks among them", "score level"]
     head += ["σ at 1%", "without sinks", "strict"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for group in groups(table):
-        mine = table[table["group"] == group]
-        level = _fact(table, group, "score level")
-        spread = "" if math.isnan(level.half) else f" ± {level.half:.2g}"
+    rows = []
+    for group, mine in by_group(table):
         cells = [
             group,
             str(mine["seed"].nunique()),
             _fact(table, group, "sparse share").percent(),
             _fact(table, group, "sink share").percent(),
-            f"{level.value:.3g}{spread}",
+            _fact(table, group, "score level").words(".3g", ".2g"),
             *(
                 _percent(table, group, "sigma at 1%", variant)
                 for variant in (PLAIN, "without sinks", "strict")
             ),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     z = disagreement(table)
     worst = z.iloc[int(z["z"].abs().to_numpy().argmax())] if len(z) else None
-    lines += [
+    lines = [
+        markdown(head, rows),
         "",
         "All in percent but the score level (the mean q.k part of an attended score); ± is half "
         "the 95% interval over seeds; never: not within the uniform law (σ up to 57.7%).",
@@ -104,9 +104,8 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     """The published thresholds beside ours."""
     published = ", ".join(f"{100 * v:g}% ({k})" for k, v in PUBLISHED.items())
     out = []
-    for group in groups(table):
-        mine = table[table["group"] == group]
-        if mine["placement"].iloc[0] != "pre":
+    for group, mine in by_group(table):
+        if placement_of(mine) != "pre":
             continue
         ours = _percent(table, group, "sigma at 1%")
         sigma = _fact(table, group, "sigma at 1%")

@@ -8,13 +8,17 @@ from typing import Final
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
+    STUDY,
     Claim,
     Mean,
     above,
+    by_group,
     decide,
     graded,
-    groups,
+    markdown,
     mean,
+    pick,
+    placement_of,
     reaches,
 )
 from qkvnorm_lens.experiments.paper.noise.rows import (
@@ -41,22 +45,22 @@ PERCENT: Final = 0.01  # the sigma at which the paper gives numbers
 def text(table: pd.DataFrame) -> str:
     """Sigma at which a tenth of the accuracy is lost, by condition; what a percent does; rows."""
     known = [c for c in LABELS if len(c.of(table))]
+    rows = [
+        _row(group, scored, mine, known)
+        for group, each in by_group(table)
+        for scored in dict.fromkeys(table["scored"])
+        if len(mine := pick(each, scored=scored))
+    ]
     lines = [
         f"Sigma (%) at which {LOST:.0%} of the accuracy is lost (relative; 95% interval over seeds "
         "where a group has several; `>`: not lost at the largest sigma). Noise on the vectors that "
         "enter the dot product, in all layers, unless a column says otherwise.",
         "",
-        "| models | seeds | scored | clean (%) | " + " | ".join(map(_head, known)) + " |",
-        "|" + "---|" * (4 + len(known)),
+        markdown(["models", "seeds", "scored", "clean (%)", *map(_head, known)], rows),
+        "",
     ]
-    for group in groups(table):
-        for scored in dict.fromkeys(table["scored"]):
-            mine = table[(table["group"] == group) & (table["scored"] == scored)]
-            if len(mine):
-                lines.append(_line(group, scored, mine, known))
-    lines.append("")
-    for group in groups(table):
-        lines += [_sentences(group, main_targets(table[table["group"] == group])), ""]
+    for group, mine in by_group(table):
+        lines += [_sentences(group, main_targets(mine)), ""]
     return "\n".join(lines)
 
 
@@ -64,14 +68,10 @@ def _head(condition: Condition) -> str:
     return f"q, k of {LABELS[condition]}" if condition in ROWS else LABELS[condition]
 
 
-def _line(group: str, scored: str, mine: pd.DataFrame, known: list[Condition]) -> str:
-    cells = []
-    for condition in known:
-        rows = condition.of(mine)
-        cells.append(lost_at(rows) if len(rows) else "")
+def _row(group: str, scored: str, mine: pd.DataFrame, known: list[Condition]) -> list[str]:
+    lost = [lost_at(rows) if len(rows := condition.of(mine)) else "" for condition in known]
     clean = mine[mine["sigma"] == 0].groupby("model")["accuracy"].first()
-    about = f"| {group} | {len(clean)} | {scored} | {100 * clean.mean():.1f} "
-    return about + "| " + " | ".join(cells) + " |"
+    return [group, str(len(clean)), scored, f"{100 * clean.mean():.1f}", *lost]
 
 
 def _sentences(group: str, mine: pd.DataFrame) -> str:
@@ -122,11 +122,10 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     """Fig. 2: a percent of noise, sparse against other rows, and QKV-Norm's stability."""
     main = main_targets(table)
     out: list[Claim] = []
-    for group in groups(main):
-        mine = main[main["group"] == group]
-        if not group.startswith(("study-", "addition-")):
+    for group, mine in by_group(main):
+        if not group.startswith((STUDY, "addition-")):
             continue
-        placement = mine["placement"].iloc[0]
+        placement = placement_of(mine)
         if placement == "pre":
             out += [_percent_claim(group, mine), _rows_claim(group, mine)]
         if placement == "qkv":
@@ -141,7 +140,7 @@ def _percent_claim(group: str, mine: pd.DataFrame) -> Claim:
         f"fall of accuracy at sigma = 1%, q, k and v ({group})",
         ">= 10% (Baseline), >= 20% (Alternate), one seed each, Fig. 2",
         f"{fall.percent(2)}% of the accuracy; a tenth is lost at sigma = "
-        f"{lost_at(EVERY.of(mine))}% ({fall.n} {'seeds' if fall.n > 1 else 'seed'})",
+        f"{lost_at(EVERY.of(mine))}% ({fall.seeds})",
         decide(reaches(fall, LOST)),
         _SCALE_OF_OURS,
     )

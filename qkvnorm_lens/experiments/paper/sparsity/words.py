@@ -121,7 +121,7 @@ def _number(mine: pd.DataFrame, column: str) -> str:
     found = group_mean(mine, column)
     if np.isnan(found.value):
         return "none"
-    return f"{found.value:.1f}" + ("" if np.isnan(found.half) else f" ± {found.half:.1f}")
+    return found.words(".1f")
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
@@ -140,8 +140,8 @@ def claims(table: pd.DataFrame) -> list[Claim]:
                 {"pre": "a sharp peak at 1", "qkv": "no peak at 1"}[placement] + " (Fig. 25-27)",
                 f"{'a sharp' if sharp else 'no sharp'} peak: maxima from {TOP} on are "
                 f"{_number(mine, 'peak')} times as dense as those from {BESIDE} to {TOP}; "
-                f"{sparse.percent()}% of the rows are sparse ({peak.n} "
-                f"seed{'s' * (peak.n != 1)})",
+                f"{sparse.percent()}% of the rows are sparse "
+                f"({peak.seeds})",
                 decide(decided if placement == "pre" else denied(decided)),
                 "scores scaled by 1/sqrt(d_head); the paper's start at a standard deviation of "
                 "0.1, from which a QKV-Norm head can hardly reach a maximum of 0.95; sharp: more "

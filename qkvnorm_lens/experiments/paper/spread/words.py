@@ -96,7 +96,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             Claim(
                 f"90% of the attended norms, {PLACEMENT_NAMES['pre']} ({group})",
                 "within ±20% of the median (Baseline), ±30% (Alternate, Large); Fig. 1, 9-12",
-                f"within ±{band.percent()}% ({band.n} seed{'s' * (band.n != 1)})",
+                f"within ±{band.percent()}% ({band.seeds})",
                 decide(below(band, PUBLISHED)),
                 "held against the wider published band; a smaller model of another width and "
                 "recipe, and nothing in Pre-Norm fixes the lengths: training does",

@@ -9,7 +9,15 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import PLACEMENT_NAMES, Claim, Verdict, decide
+from qkvnorm_lens.experiments.core import (
+    PLACEMENT_NAMES,
+    Claim,
+    Verdict,
+    counted,
+    decide,
+    markdown,
+    pick,
+)
 
 
 def least_failing(table: pd.DataFrame, placement: str, width: int) -> float:
@@ -17,7 +25,7 @@ def least_failing(table: pd.DataFrame, placement: str, width: int) -> float:
 
     At a higher rate runs may pass again, narrowly: the text names every run that failed.
     """
-    mine = table[(table["placement"] == placement) & (table["width"] == width)]
+    mine = pick(table, placement=placement, width=width)
     failed = mine[mine["failed"] > 0]["rate"]
     return float(failed.min()) if len(failed) else math.inf
 
@@ -27,7 +35,7 @@ def half_gain(table: pd.DataFrame, placement: str, width: int) -> list[float]:
 
     Interpolated linearly in the logarithm of the rate; inf where the grid ends before.
     """
-    mine = table[(table["placement"] == placement) & (table["width"] == width)]
+    mine = pick(table, placement=placement, width=width)
     out = []
     for _, runs in mine.sort_values("rate").groupby("seed"):
         known = float(runs["frequencies"].iloc[0])
@@ -49,6 +57,15 @@ def text(table: pd.DataFrame) -> str:
     """The lowest failing rate by width and placement, how they fail, and the definition."""
     placements = list(dict.fromkeys(table["placement"]))
     widths = sorted(table["width"].unique().tolist())
+    known_as = [PLACEMENT_NAMES[p] for p in placements]
+    head = [f"{name}: {what}" for name in known_as for what in ("first fails at", "half")]
+    rows = []
+    for width in widths:
+        cells = []
+        for p in placements:
+            halves = ", ".join(_rate(r, table) for r in half_gain(table, p, width))
+            cells += [_rate(least_failing(table, p, width), table), halves]
+        rows.append([str(width), *cells])
     known, steps = float(table["frequencies"].iloc[0]), int(table["steps"].iloc[0])
     lines = [
         f"Runs of {steps} steps of 128 sums, AdamW at a constant rate with decay 0.01 on all "
@@ -58,22 +75,9 @@ def text(table: pd.DataFrame) -> str:
         "on that. Half of the gain: the rate, interpolated, at which the last loss is half-way "
         "between that of the best rate and the frequencies' (one number for each seed).",
         "",
-        "| width | "
-        + " | ".join(
-            f"{PLACEMENT_NAMES[p]}: {what}"
-            for p in placements
-            for what in ("first fails at", "half")
-        )
-        + " |",
-        "|" + "---|" * (1 + 2 * len(placements)),
+        markdown(["width", *head], rows),
+        "",
     ]
-    for width in widths:
-        cells = []
-        for p in placements:
-            halves = ", ".join(_rate(r, table) for r in half_gain(table, p, width))
-            cells += [_rate(least_failing(table, p, width), table), halves]
-        lines.append(f"| {width} | " + " | ".join(cells) + " |")
-    lines.append("")
     for placement in placements:
         mine = table[table["placement"] == placement]
         failed = mine[mine["failed"] == 1]
@@ -93,8 +97,7 @@ def text(table: pd.DataFrame) -> str:
 
 
 def _seeds(table: pd.DataFrame) -> str:
-    n = table["seed"].nunique()
-    return f"{n} seed{'s' if n > 1 else ''}"
+    return counted(table["seed"].nunique(), "seed")
 
 
 def _rate(rate: float, table: pd.DataFrame) -> str:

@@ -124,9 +124,7 @@ def _rate(table: pd.DataFrame, setting: str, mask: str) -> str:
     """The rate where there is one."""
     if not exponential(table, setting, mask):
         return "not exponential"
-    found = rate(table, setting, mask)
-    half = "" if math.isnan(found.half) else f" ± {found.half:.2g}"
-    return f"{found.value:.3g}{half}"
+    return rate(table, setting, mask).words(".3g", ".2g")
 
 
 def text(table: pd.DataFrame) -> str:

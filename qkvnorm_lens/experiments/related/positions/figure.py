@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import groups, mean, numbers, panels
+from qkvnorm_lens.experiments.core import error_bar, groups, mean, numbers, panels
+from qkvnorm_lens.experiments.related.positions.measure import CELLS, GAPS, LEAST, cell_name
 from qkvnorm_lens.plots.charts import GREY, RUNS, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.related.positions.measure import CELLS, GAPS, LEAST, cell_name
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -54,16 +53,8 @@ def _draw_accuracy(
     for quantity, marker, shift in shown:
         for x, group in enumerate(names):
             seeds = numbers(table, quantity, group=group)
-            m = mean(seeds)
-            ax.errorbar(
-                x + shift,
-                100 * m.value,
-                yerr=100 * np.nan_to_num(m.half),
-                fmt=marker,
-                color=colours.get(group, GREY),
-                capsize=3,
-                markersize=5,
-            )
+            style: dict[str, Any] = {"marker": marker, "color": colours.get(group, GREY)}
+            error_bar(ax, x + shift, mean(seeds), capsize=3, markersize=5, **style)
             ax.plot([x + shift + 0.07] * len(seeds), [100 * s for s in seeds], ".", color=GREY)
         ax.plot([], [], marker, color=GREY, label=quantity)
     ax.set_ylim(-3, 105)

@@ -42,8 +42,7 @@ def _steps(values: list[float]) -> str:
         return "-"
     if len(reached) < len(values):
         return f"never in {len(values) - len(reached)} of {len(values)}"
-    m = mean(reached)
-    return f"{m.value:.0f}" + ("" if math.isnan(m.half) else f" ± {m.half:.0f}")
+    return mean(reached).words(".0f")
 
 
 def text(table: pd.DataFrame) -> str:
@@ -280,7 +279,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
                 "nearby embeddings are more similar than faraway ones (arXiv 2501.00073)",
                 "the nearer position is more alike in "
                 f"{', '.join(f'{100 * x:.0f}%' for x in shares)} of pairs behind the blocks "
-                f"({exact.n} seed{'s' * (exact.n != 1)})",
+                f"({exact.seeds})",
                 decide(*(x > 0.5 for x in shares)),
                 "questions of nine tokens, whose digits and + differ more by what they are than by "
                 "where they stand",

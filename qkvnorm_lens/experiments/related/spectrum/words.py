@@ -9,7 +9,17 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Claim, Mean, decide, graded, groups, markdown, mean, pick
+from qkvnorm_lens.experiments.core import (
+    Claim,
+    Mean,
+    counted,
+    decide,
+    graded,
+    groups,
+    markdown,
+    mean,
+    pick,
+)
 
 CAUSAL: Final = (1.72, 1.25, 0.85)  # published, T = 150
 NETWORKS: Final = {"A": (0, 0), "A - U": (0, 1), "√T (A - U)": (1, 1)}  # scaled, with the fix
@@ -32,8 +42,7 @@ def _said(m: Mean, digits: int = 3) -> str:
     """``1.02 ± 0.01``."""
     if math.isnan(m.value):
         return "-"
-    value = f"{m.value:.{digits}g}"
-    return value if math.isnan(m.half) or m.half == 0 else f"{value} ± {m.half:.1g}"
+    return m.words(f".{digits}g", ".1g") if m.half else f"{m.value:.{digits}g}"
 
 
 def _ranks(values: pd.Series[float]) -> str:
@@ -144,8 +153,7 @@ def _spectra(table: pd.DataFrame) -> list[str]:
 
 
 def _seeds(rows: pd.DataFrame) -> str:
-    n = rows["seed"].nunique()
-    return f"{n} seed{'s' * (n != 1)}"
+    return counted(rows["seed"].nunique(), "seed")
 
 
 def slope(rows: pd.DataFrame) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
@@ -85,8 +84,7 @@ def _gap(of: pd.DataFrame) -> str:
         return f"0 (≤ {of['tv'].max():.0e})"
     found = group_mean(of, "tv")
     doubt = "" if zero(of) + seen(of) == len(of) else " ?"
-    half = "" if np.isnan(found.half) else f" ± {found.half:.3f}"
-    return f"{found.value:.3f}{half}{doubt}"
+    return found.words(".3f") + doubt
 
 
 def _constructed_words(table: pd.DataFrame) -> list[str]:
