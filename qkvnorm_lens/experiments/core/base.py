@@ -55,12 +55,7 @@ class Subject:
     def columns(self) -> dict[str, Any]:
         """What every row about this model begins with."""
         seed = -1 if self.seed is None else self.seed
-        return {
-            "model": self.name,
-            "group": self.group,
-            "placement": self.placement,
-            "seed": seed,
-        }
+        return {"model": self.name, "group": self.group, "placement": self.placement, "seed": seed}
 
     @property
     def split(self) -> Split:

@@ -52,12 +52,7 @@ def mask_of(name: str, n: int = N) -> Any:
     """A mask by its name; ``"two parts"``: two halves, neither of which sees the other."""
     import torch
 
-    from qkvnorm_lens.theory import (
-        causal_mask,
-        complete_mask,
-        one_way_window_mask,
-        window_mask,
-    )
+    from qkvnorm_lens.theory import causal_mask, complete_mask, one_way_window_mask, window_mask
 
     kind, width = MASKS[name]
     half = torch.arange(n) < n // 2
@@ -77,11 +72,7 @@ def dynamics_of(mask: str, setting: str, seed: int, layers: int) -> Dynamics:
     """
     import torch
 
-    from qkvnorm_lens.theory import (
-        Dynamics,
-        gaussian,
-        orthogonal,
-    )
+    from qkvnorm_lens.theory import Dynamics, gaussian, orthogonal
 
     chosen = dict(SETTINGS[setting])
     values, mlp = chosen.pop("values", "orthogonal"), chosen.pop("mlp", False)

@@ -212,7 +212,7 @@ def _findings(table: pd.DataFrame) -> list[str]:
         f"With a centre: {_count(table, 'attention', with_centre)}. Without one (two parts that do "
         f"not see each other): mu/||X||_F {parts_['start'].mean():.2f} at the start, "
         f"{parts_['end'].mean():.2f} at the end. The bound was exceeded in {violated.sum():.0f} "
-        f"layers of {violated.count()} runs for which there is one; it is far from tight.",
+        f"layers of {violated.count()} runs for which there is one; it is far from tight."
     ]
     for kind, masks in LOCAL.items():
         said = "rise" if _in_order(table, masks) else "do not always rise"
