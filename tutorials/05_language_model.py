@@ -461,7 +461,7 @@ assert moved.loc["addition-none", "moved_direction"] > 5 * moved.loc["addition-n
 
 # %% [markdown]
 # There, too, it is mostly because keys turn, and not because they stretch
-# ([results](../docs/reproduction.md)).
+# ([results](../docs/reproduction/index.md)).
 #
 # The live check quantises keys as they enter the dot product, in two of the layers where rows
 # moved, and takes the error apart: the quantised *lengths* alone, the quantised *directions*
@@ -638,6 +638,6 @@ if SMOL:
 # - [Probe your own model](../docs/how-to/probe-your-model.md),
 #   [corpora](../docs/how-to/corpora.md), [long prompts, time and
 #   memory](../docs/how-to/memory.md).
-# - [All results](../docs/reproduction.md), on our own models and on this one.
+# - [All results](../docs/reproduction/index.md), on our own models and on this one.
 # - [6 · Rank collapse, the spectral gap, symmetry](06_rank_spectrum_symmetry.ipynb), of this model
 #   too; [7 · Writing your own](07_your_own.ipynb).

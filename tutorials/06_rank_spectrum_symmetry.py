@@ -465,7 +465,7 @@ assert ranks["causal", "A - U"].loc[150] < 0.5 * ranks["no mask", "A - U"].loc[1
 
 # %%
 table = pd.read_csv(RESULTS / "addition/spectrum/table.csv")
-ours = table[(table["attention"] == "softmax") & (table["mask"] == "none")].copy()
+ours = table.query("attention == 'softmax' and scaled == 0 and mask == 'none'").copy()
 kind = {(0, 0): "neither", (1, 0): "LayerNorm", (0, 1): "skip", (1, 1): "both"}
 ours["network"] = [kind[int(n), int(s)] for n, s in zip(ours["norm"], ours["skip"], strict=True)]
 ours["fix"] = np.where(ours["fix"] > 0, "A - U", "A")
@@ -800,5 +800,5 @@ assert shown.loc["rotary, no skips"].min() > 95
 # - [Concepts](../docs/concepts/geometry.md) and [how to measure your own
 #   model](../docs/how-to/rank-spectrum-symmetry.md); [the API of `dynamics` and
 #   `markov`](../docs/api/dynamics.md).
-# - [Reproduction](../docs/reproduction.md): the experiments `masks`, `rank`, `spectrum`,
+# - [Reproduction](../docs/reproduction/index.md): the experiments `masks`, `rank`, `spectrum`,
 #   `centring`, `symmetry` and `positions` in full.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkvnorm_lens.arguments import directory, file, some_path
+from qkvnorm_lens.arguments import directory, some_path
 from qkvnorm_lens.experiments.core import NAMES, get_experiment
 
 if TYPE_CHECKING:
@@ -22,8 +22,9 @@ Finished parts are kept: a stopped run resumes where it was. NAME is one of
 
   {names}
 
-`list` describes each; `report` writes a page that compares all results under DIR with the
-published ones. Without --model: small models trained on addition that come with the package."""
+`list` describes each; `report` compares all results under DIR with the published ones: a
+summary, and a page for each experiment. Without --model: small models trained on addition that
+come with the package."""
 EPILOG = """\
 examples:
   qkvnorm-lens experiment list
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="[%(default)s]",
     )
     parser.add_argument(
-        "--to", type=some_path, metavar="FILE", help="report: the page [DIR/reproduction.md]"
+        "--to", type=some_path, metavar="PAGES", help="report: their directory [DIR/reproduction]"
     )
 
 
@@ -81,9 +82,9 @@ def run(args: argparse.Namespace) -> str:
     if args.name == "report":
         from qkvnorm_lens.experiments.core import write_report
 
-        file("--to" if args.to else "--out", args.to or args.out / "reproduction.md")
-        page = write_report(args.out, args.to or args.out / "reproduction.md")
-        return f"written: {page}"
+        to = args.to or args.out / "reproduction"
+        directory("--to" if args.to else "--out", to)
+        return f"written: {write_report(args.out, to)}"
     if args.to is not None:
         raise ValueError(f"--to: wanted `experiment report`; got `experiment {args.name}`")
     directory("--out", args.out)

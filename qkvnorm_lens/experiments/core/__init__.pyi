@@ -9,16 +9,21 @@ from .base import (
 from .draw import (
     COLOURS as COLOURS,
     PLACEMENT_NAMES as PLACEMENT_NAMES,
+    error_bar as error_bar,
     groups as groups,
     label as label,
+    legend_below as legend_below,
     panels as panels,
 )
 from .grouped import (
+    PLAIN as PLAIN,
     STUDY as STUDY,
     by_group as by_group,
     group_mean as group_mean,
     is_language as is_language,
     markdown as markdown,
+    numbers as numbers,
+    pick as pick,
     placement_of as placement_of,
     study_difference as study_difference,
 )
@@ -28,6 +33,7 @@ from .read import (
     Amount as Amount,
     Reading as Reading,
     reading as reading,
+    reading_parts as reading_parts,
 )
 from .registry import (
     NAMES as NAMES,
@@ -43,6 +49,7 @@ from .running import (
 )
 from .stats import (
     Mean as Mean,
+    counted as counted,
     difference as difference,
     mean as mean,
 )
@@ -56,4 +63,17 @@ from .studies import (
 from .subjects import (
     default_subjects as default_subjects,
     find_subjects as find_subjects,
+)
+from .verdict import (
+    Finding as Finding,
+    Verdict as Verdict,
+    above as above,
+    agrees as agrees,
+    below as below,
+    decide as decide,
+    denied as denied,
+    every as every,
+    graded as graded,
+    reaches as reaches,
+    within as within,
 )

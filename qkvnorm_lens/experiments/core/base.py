@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
+from qkvnorm_lens.experiments.core.verdict import Verdict
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformer_lens.model_bridge import TransformerBridge
@@ -53,12 +55,7 @@ class Subject:
     def columns(self) -> dict[str, Any]:
         """What every row about this model begins with."""
         seed = -1 if self.seed is None else self.seed
-        return {
-            "model": self.name,
-            "group": self.group,
-            "placement": self.placement,
-            "seed": seed,
-        }
+        return {"model": self.name, "group": self.group, "placement": self.placement, "seed": seed}
 
     @property
     def split(self) -> Split:
@@ -159,7 +156,7 @@ class Claim:
     what: str
     published: str
     ours: str
-    same: Literal["yes", "no", "in part", "not decided", "-"]
+    same: Verdict | Literal["-"]
     why: str
 
 

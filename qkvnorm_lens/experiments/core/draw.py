@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import math
+from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
+from qkvnorm_lens.experiments.core.stats import Mean
 from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, new_figure
 
 if TYPE_CHECKING:
@@ -23,6 +25,21 @@ def panels(
     figure = new_figure((width * columns, height * rows))
     axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
     return figure, list(axes.ravel())
+
+
+def error_bar(ax: Axes, at: float, found: Mean, *, across: bool = False, **style: Any) -> None:
+    """A mean with its 95% interval, in percent; ``across``: from left to right."""
+    value, half = 100 * found.value, 0.0 if math.isnan(found.half) else 100 * found.half
+    place: dict[str, Any] = {"x": at, "y": value, "yerr": half}
+    if across:
+        place = {"x": value, "y": at, "xerr": half}
+    ax.errorbar(**{**place, "linestyle": "none", "capsize": 2, **style})
+
+
+def legend_below(figure: Figure, ax: Axes, **more: Any) -> None:
+    """One legend for all axes, that of one of them."""
+    given = {"loc": "outside lower center", "ncols": 3, "fontsize": 8, **more}
+    figure.legend(*ax.get_legend_handles_labels(), **given)
 
 
 def groups(table: pd.DataFrame) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core.draw import groups
 from qkvnorm_lens.experiments.core.stats import Mean, difference, mean
 
-STUDY = "study-"
+STUDY: Final = "study-"
+PLAIN: Final = "-"  # the variant of a quantity that has no other
 
 
 def placement_of(mine: pd.DataFrame) -> str:
@@ -38,6 +40,26 @@ def study_difference(rows: pd.DataFrame, column: str) -> Mean | None:
 def by_group(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Groups in the table's order, with their rows."""
     return [(group, rows[rows["group"] == group]) for group in groups(rows)]
+
+
+def pick(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
+    """Rows with these values in these columns."""
+    chosen = np.ones(len(table), dtype=bool)
+    for column, value in wanted.items():
+        chosen &= (table[column] == value).to_numpy()
+    return table[chosen]
+
+
+def numbers(table: pd.DataFrame, quantity: str, **wanted: Any) -> list[float]:
+    """What a table has of a quantity, one number for each seed; those that are none left out.
+
+    Args:
+        table: columns ``quantity``, ``variant`` (`PLAIN` where there is but one) and ``value``.
+        quantity: which.
+        wanted: values of other columns.
+    """
+    rows = pick(table, quantity=quantity, **{"variant": PLAIN, **wanted})
+    return rows["value"].astype(float).dropna().tolist()
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

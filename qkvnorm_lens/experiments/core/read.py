@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    from qkvnorm_lens.experiments.core.base import Size, Subject
+import pandas as pd
+
+from qkvnorm_lens.experiments.core.base import Part, Size, Subject
 
 UNSCORED: Final = -100
 SEED: Final = 20_240_617  # of the sums: no training run draws from it
@@ -73,3 +76,24 @@ def reading(subject: Subject, amount: Amount) -> Reading:
         ids.append(real)
         targets.append([UNSCORED if t == PAD else t for t in wanted[: len(real)]])
     return Reading(ids, targets)
+
+
+def reading_parts(
+    subjects: Iterable[Subject],
+    size: Size,
+    measure: Callable[[Subject, Amount], pd.DataFrame],
+    **settings: Any,
+) -> list[Part]:
+    """A part for each model, which reads what `AMOUNT` says.
+
+    Args:
+        subjects: the models.
+        size: how much.
+        measure: gives a model's rows.
+        settings: what else they depend on.
+    """
+    amount = AMOUNT[size]
+    return [
+        Part(s.name, partial(measure, s, amount), s, {**amount.settings(s), **settings})
+        for s in subjects
+    ]

@@ -1,6 +1,6 @@
-"""The page of all results beside the published ones, made from the files that experiments wrote.
+"""Pages of all results beside the published ones, made from the files that experiments wrote.
 
-Nothing on it is typed in: every number comes from a ``table.csv`` under the results' directory,
+Nothing on them is typed in: every number comes from a ``table.csv`` under the results' directory,
 through the experiment's own ``text`` and ``claims``.
 """
 
@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import pandas as pd
+
+from qkvnorm_lens.arguments import directory
 from qkvnorm_lens.experiments.core.base import Claim
+from qkvnorm_lens.experiments.core.grouped import markdown
 from qkvnorm_lens.experiments.core.registry import NAMES, get_experiment
 from qkvnorm_lens.experiments.core.running import read_table
 from qkvnorm_lens.experiments.core.studies import trained
 from qkvnorm_lens.models import checkpoint_path
 
-HEAD = """\
+INDEX: Final = "index.md"
+SAME: Final = ("yes", "in part", "no", "not decided", "-")
+HEAD: Final = """\
 # Reproduction
 
 What became of each published number and figure of Menary, Kaski and Freitas (arXiv 2406.17837),
 what their open questions gave, and the measurements of three related papers: rank collapse (Wu et
 al., arXiv 2405.18781), the spectral gap (Naderi et al., arXiv 2410.07799) and permutation symmetry
-(Zuo and Guerzhoy, arXiv 2402.05969). This page is made by `{command}` from the files under
-`{results}`, each of which says the command, configuration, seeds and versions that it came from.
+(Zuo and Guerzhoy, arXiv 2402.05969). A page for each experiment, and this one, are made by
+`{command}` from the files under `{results}`,
+each of which says the command, configuration, seeds and versions that it came from.
 
 **Scale.** The paper's Baseline has 10 layers of width 512 (about 21.6M parameters) and was trained
 on 110M sums of 3 to 6 numbers with 2 or 3 digits. {ours} Where the paper's numbers hang on size,
@@ -45,51 +54,107 @@ def results(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (NAMES.index(path.name), str(path)))
 
 
-def write_report(folder: Path, page: Path) -> Path:
-    """Write the page; gives back its path.
+def write_report(folder: Path, to: Path) -> Path:
+    """Write a page for each experiment and one with all claims; gives back the latter's path.
+
+    Args:
+        folder: directory with results.
+        to: directory of the pages.
 
     Raises:
         ValueError: no results under the directory.
+        OSError: the second is a file, or can't be written.
     """
-    found = results(folder)
-    text = compose(found, folder, page)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text, encoding="utf-8")
-    return page
+    directory("to", to)
+    texts = compose(results(folder), folder, to)
+    to.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (to / name).write_text(text, encoding="utf-8")
+    return to / INDEX
 
 
-def compose(found: list[Path], folder: Path, page: Path) -> str:
-    """The page's text."""
-    command = (
-        f"qkvnorm-lens experiment report --out {folder.name} --to {page.parent.name}/{page.name}"
-    )
+def compose(found: list[Path], folder: Path, to: Path) -> dict[str, str]:
+    """The pages by file name: a summary of all claims first, then one page for each experiment."""
+    names = list(dict.fromkeys(path.name for path in found))
+    chapters = [_chapter(name, [p for p in found if p.name == name], folder, to) for name in names]
+    command = f"qkvnorm-lens experiment report --out {folder.name} --to {to.parent.name}/{to.name}"
     sections = [HEAD.format(command=command, results=folder.name, ours=_scale())]
-    claims: list[tuple[str, Claim]] = []
-    chapters = []
-    for path in found:
-        experiment = get_experiment(path.name)
-        about = _whole(path)
-        table = read_table(path)
-        # What needs no model is in the results of each kind of model, and counts once.
-        found_here = [(path.name, claim) for claim in experiment.claims(table)]
-        claims += [each for each in found_here if each not in claims]
-        figure = os.path.relpath(path / "figure.png", page.parent)
-        where = os.path.relpath(path, page.parent)
-        chapters.append(
-            f"## {experiment.title}{_among(path, found, folder)}{_size(about)}\n\n"
-            f"{experiment.source}. `{about['command']}`; {_cost(about)}. "
-            f"[Table]({where}/table.csv), [settings]({where}/about.json).\n\n"
-            f"![{experiment.title}]({figure})\n\n{experiment.text(table).rstrip()}\n"
-        )
-    missing = [name for name in NAMES if name not in {path.name for path in found}]
+    missing = [name for name in NAMES if name not in names]
     if missing:
         sections.append(f"**Not here yet**: {', '.join(missing)}.\n")
-    sections.append(_summary(claims))
-    return "\n".join([*sections, *chapters])
+    sections.append(_summary(chapters))
+    pages = {f"{chapter.name}.md": chapter.page for chapter in chapters}
+    return {INDEX: "\n".join(sections), **pages}
 
 
-def _whole(path: Path) -> dict[str, Any]:
-    """What ``about.json`` says.
+@dataclass(frozen=True)
+class Chapter:
+    """What one experiment's results say.
+
+    Attributes:
+        name: the experiment.
+        title: what it shows.
+        claims: each once, whatever models it was made on.
+        page: the text.
+    """
+
+    name: str
+    title: str
+    claims: list[Claim]
+    page: str
+
+
+def _chapter(name: str, paths: list[Path], folder: Path, to: Path) -> Chapter:
+    """The page of one experiment; a section for each set of models, where there are several."""
+    experiment = get_experiment(name)
+    claims: list[Claim] = []
+    sections = []
+    for path in paths:
+        about, table = _whole(path)
+        # What needs no model is in the results of each kind of model, and counts once.
+        claims += [each for each in experiment.claims(table) if each not in claims]
+        where = os.path.relpath(path, to)
+        of = f"## {path.relative_to(folder).parent}\n\n" if len(paths) > 1 else ""
+        form = "" if about["size"] == "full" else f" ({about['size']} form)"
+        sections.append(
+            f"{of}`{about['command']}`{form}; {_cost(about)}. "
+            f"[Table]({where}/table.csv), [settings]({where}/about.json).\n\n"
+            f"![{experiment.title}]({where}/figure.png)\n\n{experiment.text(table).rstrip()}\n"
+        )
+    head = f"# {experiment.title}\n\n{experiment.source}. [All results]({INDEX}).\n"
+    if claims:
+        rows = [[c.what, c.published, c.ours, f"**{c.same}**", c.why] for c in claims]
+        head += "\n" + _table(["what", "published", "ours", "same", "why"], rows)
+    return Chapter(name, experiment.title, claims, "\n".join([head, *sections]))
+
+
+def _summary(chapters: list[Chapter]) -> str:
+    """How often each verdict was given, and every claim with a link to its page."""
+    verdicts = Counter(claim.same for chapter in chapters for claim in chapter.claims)
+    counted = ", ".join(f"{same} {n}" for same in SAME if (n := verdicts[same]))
+    rows = [
+        [f"[{chapter.name}]({chapter.name}.md)", c.what, c.published, c.ours, f"**{c.same}**"]
+        for chapter in chapters
+        for c in chapter.claims
+    ]
+    pages = [[f"[{c.name}]({c.name}.md)", c.title] for c in chapters]
+    return "\n".join(
+        (
+            "## Published and ours\n",
+            f"The same: {counted} (-: nothing was published). Each page says why.\n",
+            _table(["from", "what", "published", "ours", "same"], rows),
+            "## Pages\n",
+            _table(["page", "what it shows"], pages),
+        )
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return markdown(head, [[_cell(text) for text in row] for row in rows]) + "\n"
+
+
+def _whole(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What ``about.json`` says, and the table.
 
     Raises:
         ValueError: it or the figure can't be read, or the table is not the one that it is about.
@@ -103,10 +168,10 @@ def _whole(path: Path) -> dict[str, Any]:
         ) from error
     if not (path / "figure.png").is_file():
         raise ValueError(f"{path}: wanted figure.png; got none")
-    found = len(read_table(path))
-    if found != rows:
-        raise ValueError(f"{path / 'table.csv'}: wanted {rows} rows; got {found}")
-    return about
+    table = read_table(path)
+    if len(table) != rows:
+        raise ValueError(f"{path / 'table.csv'}: wanted {rows} rows; got {len(table)}")
+    return about, table
 
 
 def _scale() -> str:
@@ -129,28 +194,9 @@ def _scale() -> str:
     return " ".join(out)
 
 
-def _among(path: Path, found: list[Path], folder: Path) -> str:
-    """Which set of models, where there are several for one experiment."""
-    same = [p for p in found if p.name == path.name]
-    return "" if len(same) == 1 else f": {path.relative_to(folder).parent}"
-
-
-def _size(about: dict[str, Any]) -> str:
-    return "" if about["size"] == "full" else f" ({about['size']} form)"
-
-
 def _cost(about: dict[str, Any]) -> str:
     minutes = about["cpu_seconds"] / 60
     return f"{minutes:.1f} core-minutes of a budget of {about['budget_core_minutes']:g}"
-
-
-def _summary(claims: list[tuple[str, Claim]]) -> str:
-    lines = ["## Published and ours", ""]
-    lines += ["| from | what | published | ours | same | why |", "|---|---|---|---|---|---|"]
-    for name, claim in claims:
-        cells = [name, claim.what, claim.published, claim.ours, f"**{claim.same}**", claim.why]
-        lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def _cell(text: str) -> str:

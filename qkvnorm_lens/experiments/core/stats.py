@@ -25,16 +25,34 @@ class Mean:
     half: float
     n: int
 
+    def words(self, value: str, half: str = "") -> str:
+        """``97.8 ± 0.4``, the value alone for one seed.
+
+        Args:
+            value: format of the value.
+            half: of the interval; default: the same.
+        """
+        alone = math.isnan(self.half)
+        return f"{self.value:{value}}" + ("" if alone else f" ± {self.half:{half or value}}")
+
     def percent(self, digits: int = 1) -> str:
         """``97.8 ± 0.4``, in percent."""
-        if math.isnan(self.half):
-            return f"{100 * self.value:.{digits}f}"
-        return f"{100 * self.value:.{digits}f} ± {100 * self.half:.{digits}f}"
+        return Mean(100 * self.value, 100 * self.half, self.n).words(f".{digits}f")
+
+    @property
+    def seeds(self) -> str:
+        """``3 seeds``."""
+        return counted(self.n, "seed")
 
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval lies on one side of zero; never for one seed."""
         return abs(self.value) > self.half
+
+
+def counted(n: int, what: str) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def mean(values: Sequence[float], level: float = 0.95) -> Mean:

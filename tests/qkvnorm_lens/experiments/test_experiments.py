@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from qkvnorm_lens.experiments import train
 from qkvnorm_lens.experiments.beyond.gauge import measure as gauge
 from qkvnorm_lens.experiments.core import running, stats as core_stats, studies
 from qkvnorm_lens.experiments.core.base import Claim, Experiment, Part
+from qkvnorm_lens.experiments.core.grouped import PLAIN
 from qkvnorm_lens.experiments.core.subjects import default_subjects, find_subjects
 from qkvnorm_lens.experiments.paper.accuracy import EXPERIMENT as ACCURACY, measure as accuracy
 from qkvnorm_lens.experiments.paper.collapse import (
@@ -241,7 +244,7 @@ def test_a_wrong_curve_would_be_seen() -> None:
     assert len(z) == 16
     assert float(z["z"].abs().max()) < 4.5
     wrong = table.copy()
-    exact = (wrong["quantity"] == "loose") & (wrong["layer"] == -1)
+    exact = (wrong["quantity"] == "loose") & (wrong["variant"] == PLAIN) & (wrong["layer"] == -1)
     wrong.loc[exact, "value"] *= 1.1
     assert float(collapse_words.disagreement(wrong)["z"].abs().max()) > 4.5
 
@@ -273,6 +276,8 @@ def test_collapse_grows_with_the_level_of_positive_scores(shift: float, more: fl
 
 
 # -- the committed results ------------------------------------------------------------------
+
+PAGES = RESULTS.parent / "docs" / "reproduction"
 
 
 def _finished() -> list[Path]:
@@ -308,17 +313,46 @@ def test_results_say_where_they_come_from(folder: Path) -> None:
 def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
     from qkvnorm_lens.experiments.core.report import compose, results
 
-    page = RESULTS.parent / "docs" / "reproduction.md"
-    assert page.read_text(encoding="utf-8") == compose(results(RESULTS), RESULTS, page)
+    made = compose(results(RESULTS), RESULTS, PAGES)
+    assert {page.name: page.read_text(encoding="utf-8") for page in PAGES.iterdir()} == made
+    assert set(made) == {"index.md", *(f"{name}.md" for name in experiments.NAMES)}
+
+
+def _claimed(page: Path) -> list[str]:
+    """Rows of the first table, of claims."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start = next((i for i, line in enumerate(lines) if "| published | ours |" in line), len(lines))
+    return list(itertools.takewhile(lambda line: line.startswith("| "), lines[start + 2 :]))
 
 
 def test_no_claim_counts_twice() -> None:
     """Parts without a model are in the results of our models and of SmolLM2."""
-    page = (RESULTS.parent / "docs" / "reproduction.md").read_text(encoding="utf-8")
-    table = page.partition("\n## Published and ours\n")[2].partition("\n## ")[0]
-    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    rows = _claimed(PAGES / "index.md")
     assert len(rows) > 60
     assert len(rows) == len(set(rows))
+
+
+def test_the_summary_has_the_claims_of_all_pages_and_counts_them() -> None:
+    rows = [
+        f"| [{name}]({name}.md) {row.rpartition('** | ')[0]}** |"
+        for name in experiments.NAMES
+        for row in _claimed(PAGES / f"{name}.md")
+    ]
+    assert rows == _claimed(PAGES / "index.md")
+    index = (PAGES / "index.md").read_text(encoding="utf-8")
+    (line,) = (line for line in index.splitlines() if line.startswith("The same: "))
+    counted = dict(re.findall(r"([a-z][a-z ]+|-) (\d+)", line.partition(" (")[0]))
+    assert sum(map(int, counted.values())) == len(rows)
+    for same, n in counted.items():
+        assert sum(row.endswith(f"**{same}** |") for row in rows) == int(n)
+
+
+def test_pages_go_into_a_directory(tmp_path: Path) -> None:
+    from qkvnorm_lens.experiments.core.report import write_report
+
+    (tmp_path / "page.md").touch()
+    with pytest.raises(NotADirectoryError, match="to: wanted a directory; got the file"):
+        write_report(RESULTS, tmp_path / "page.md")
 
 
 @pytest.mark.parametrize("damage", ["table", "figure", "about"])
@@ -327,7 +361,7 @@ def test_half_a_result_is_not_reported(tmp_path: Path, damage: str) -> None:
 
     folder = tmp_path / "accuracy"
     shutil.copytree(RESULTS / "addition" / "accuracy", folder)
-    write_report(tmp_path, tmp_path / "page.md")
+    write_report(tmp_path, tmp_path / "pages")
     name = {"table": "table.csv", "figure": "figure.png", "about": "about.json"}[damage]
     if damage == "figure":
         (folder / name).unlink()
@@ -335,7 +369,7 @@ def test_half_a_result_is_not_reported(tmp_path: Path, damage: str) -> None:
         text = (folder / name).read_text()
         (folder / name).write_text(text[: len(text) // 2 - len(text) // 2 % 2].rpartition("\n")[0])
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        write_report(tmp_path, tmp_path / "page.md")
+        write_report(tmp_path, tmp_path / "pages")
 
 
 @pytest.mark.slow
@@ -344,7 +378,7 @@ def test_a_number_of_the_results_is_made_again() -> None:
     (subject,) = find_subjects(["study-pre-1"])
     for experiment, columns, tolerance in (
         (ACCURACY, ["kind"], 2e-4),
-        (COLLAPSE, ["quantity", "layer", "sigma"], 1e-5),
+        (COLLAPSE, ["quantity", "variant", "layer", "sigma"], 1e-5),
     ):
         held = running.read_table(RESULTS / "addition" / experiment.name)
         mine = held[held["model"] == subject.name].reset_index(drop=True)
@@ -393,7 +427,8 @@ def test_the_command_lists_runs_and_goes_on(tmp_path: Path, capsys: Any) -> None
     [
         (["all", "--model", "no/such/model/here"], "no/such/model/here"),
         (["report", "--out", "."], "wanted a directory with results"),
-        (["accuracy", "--to", "x.md"], "--to: wanted `experiment report`"),
+        (["accuracy", "--to", "pages"], "--to: wanted `experiment report`"),
+        (["report", "--to", "a.file"], "--to: wanted a directory; got the file a.file"),
     ],
 )
 def test_the_command_says_what_is_wrong(
@@ -404,6 +439,7 @@ def test_the_command_says_what_is_wrong(
     capsys: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.file").touch()
     assert main(["experiment", *arguments]) == 1
     assert message in capsys.readouterr().err
 

@@ -17,6 +17,7 @@ from qkvnorm_lens.experiments.core.base import Subject
 from qkvnorm_lens.experiments.core.digest import digest_of
 from qkvnorm_lens.experiments.core.read import Amount, Reading, reading
 from qkvnorm_lens.experiments.core.subjects import find_subjects
+from qkvnorm_lens.experiments.core.verdict import Finding
 from qkvnorm_lens.experiments.related.masks import (
     EXPERIMENT as MASKS,
     figure as masks_figure,
@@ -57,7 +58,7 @@ def test_a_table_from_disk_says_the_same(outcome: running.Outcome) -> None:
     assert masks_words.claims(back) == masks_words.claims(outcome.table)
     assert "nan" not in outcome.text
     assert (outcome.folder / "figure.png").stat().st_size > 20_000
-    masks_figure.figure(back)
+    masks_figure(back)
 
 
 def test_no_run_exceeds_its_bound(outcome: running.Outcome) -> None:
@@ -112,15 +113,15 @@ def synthetic(rates: list[float], ends: list[float], off: float = 0.1) -> pd.Dat
 @pytest.mark.parametrize(
     ("rates", "ends", "wanted"),
     [
-        ([0.5, 0.51, 0.52], [0.2, 0.2, 0.2], "yes"),
-        ([0.5, 0.01, 2.0], [0.2, 0.2, 0.2], "not decided"),
-        ([0.5, -0.01, 2.0], [0.2, 0.2, 0.2], "no"),
-        ([math.nan, math.nan], [1e-9, 1e-9], "yes"),  # gone before a line could be drawn
-        ([0.5], [0.2], "not decided"),
+        ([0.5, 0.51, 0.52], [0.2, 0.2, 0.2], True),
+        ([0.5, 0.01, 2.0], [0.2, 0.2, 0.2], None),
+        ([0.5, -0.01, 2.0], [0.2, 0.2, 0.2], False),
+        ([math.nan, math.nan], [1e-9, 1e-9], True),  # gone before a line could be drawn
+        ([0.5], [0.2], None),
     ],
 )
-def test_what_counts_as_collapse(rates: list[float], ends: list[float], wanted: str) -> None:
-    assert words.collapses(synthetic(rates, ends), "attention", "causal") == wanted
+def test_what_counts_as_collapse(rates: list[float], ends: list[float], wanted: Finding) -> None:
+    assert words.collapses(synthetic(rates, ends), "attention", "causal") is wanted
 
 
 def test_a_rate_is_given_only_where_the_line_fits() -> None:
@@ -130,7 +131,7 @@ def test_a_rate_is_given_only_where_the_line_fits() -> None:
     assert words.speed(fits, "attention", "causal").startswith("0.51 ± ")
     for table in (bent, fast):
         assert words.speed(table, "attention", "causal") == "not exponential"
-        assert words.collapses(table, "attention", "causal") == "yes"  # gone, which is not the same
+        assert words.collapses(table, "attention", "causal") is True  # gone, which is not the same
     said = words.counts(bent, "attention", ["causal"])
     assert "1 of 1 masks collapse, not exponential: causal" in said
     assert "(off a line by up to 4.1 nats, gone after 5 layers)" in said
@@ -193,7 +194,7 @@ def test_a_run_on_our_models_is_read_back_and_says_the_same(tmp_path: Path) -> N
     assert "(Bonferroni, 98.75%)" in outcome.text
     assert "Pre-Norm minus QKV-Norm (study models, trained, 2 and 2 seeds)" in outcome.text
     assert "nan" not in outcome.text
-    rank_figure.figure(back)
+    rank_figure(back)
 
 
 @pytest.mark.usefixtures("little")
@@ -209,7 +210,7 @@ def test_a_model_without_a_directory_has_no_start_and_it_says_so(
     assert rank_words.text(back) == outcome.text
     assert rank.NOT_BUILT in outcome.text
     assert [c.same for c in rank_words.claims(back)] == ["-"]
-    rank_figure.figure(back)
+    rank_figure(back)
 
 
 def test_a_language_models_start_has_its_configuration(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from qkvnorm_lens.experiments.core.base import Subject
+from qkvnorm_lens.experiments.core.grouped import PLAIN
 from qkvnorm_lens.experiments.core.read import Amount
 from qkvnorm_lens.experiments.core.running import read_table, run_experiment
 from qkvnorm_lens.experiments.core.subjects import find_subjects
@@ -58,7 +59,7 @@ def test_a_whole_run_and_its_table(
     table = read_table(outcome.folder)
     pd.testing.assert_frame_equal(table, outcome.table, check_exact=True, check_dtype=False)
     assert symmetry_words.text(table) == outcome.text
-    assert len(symmetry_figure.figure(table).axes) == 4
+    assert len(symmetry_figure(table).axes) == 4
     for n in symmetry.LAYERS:
         causal = symmetry.constructed(table, layers=n, variant="as is")
         free = symmetry.constructed(table, layers=n, variant="mask removed")
@@ -134,7 +135,7 @@ def test_every_group_of_models_is_said_and_judged() -> None:
     (trained,) = (c for what, c in claims.items() if "trained" in what)
     assert "one-none 65%, two-pre 49/52%, three-qkv 43%" in trained.ours
     assert trained.same == "in part"
-    ax = symmetry_figure.figure(table).axes[3]
+    ax = symmetry_figure(table).axes[3]
     names = [tick.get_text() for tick in ax.get_yticklabels()]
     assert names[:3] == ["one-none", "two-pre", "three-qkv"]
     squares = [line for line in ax.lines if line.get_marker() == "s"]
@@ -195,16 +196,18 @@ def made(exact: dict[str, list[float]], *, blind: str = "") -> pd.DataFrame:
         for seed, value in enumerate(values, 1):
             group = f"order-{cell}"
             facts = {"exact": value, "per token": (1 + value) / 2, "per token without ]": value}
-            facts |= {f"steps to {x:g} nats": 100.0 + seed for x in positions.LOSSES}
-            facts |= {f"measured {x:.0%} of tokens": 1000.0 for x in positions.SHARES}
-            facts |= {"steps between measurements": 1000.0, "tv, as is": 0.5}
-            facts |= {"tv, operands swapped": 0.01, "no gap, as is": float(cell == blind)}
-            points = [(q, 0, v) for q, v in facts.items()]
-            points += [("loss", 100, 1.0), ("loss", 200, 0.1), ("nearer", -1, 0.5)]
+            facts |= {"steps between measurements": 1000.0}
+            points = [(q, PLAIN, 0, v) for q, v in facts.items()]
+            points += [("steps to loss", PLAIN, x, 100.0 + seed) for x in positions.LOSSES]
+            points += [("steps to share", PLAIN, x, 1000.0) for x in positions.SHARES]
+            points += [("tv", positions.AS_IS, 0, 0.5), ("tv", positions.SWAPPED, 0, 0.01)]
+            points += [("no gap", positions.AS_IS, 0, float(cell == blind))]
+            points += [("loss", PLAIN, at, loss) for at, loss in ((100, 1.0), (200, 0.1))]
+            points += [("nearer", PLAIN, -1, 0.5)]
             rows += [
                 {"model": f"{group}-{seed}", "group": group, "placement": "pre", "seed": seed,
-                 "quantity": q, "at": at, "value": v}
-                for q, at, v in points
+                 "quantity": q, "variant": variant, "at": at, "value": v}
+                for q, variant, at, v in points
             ]  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -242,14 +245,15 @@ def test_the_verdict_on_skip_connections(
     ] == (same)
     text = positions_words.text(table)
     assert "no definitive evidence" in text
-    assert len(positions_figure.figure(table).axes) == 4
+    assert len(positions_figure(table).axes) == 4
     if len(exact["nope"]) > 1 and "nope-no-skip" in exact:
         assert "with skip connections minus without any: " in text
 
 
 def test_runs_that_never_get_there_are_counted() -> None:
     table = made({"nope": GOOD})
-    table.loc[(table["quantity"] == "steps to 0.1 nats") & (table["seed"] == 2), "value"] = math.inf
+    chosen = (table["quantity"] == "steps to loss") & (table["at"] == 0.1) & (table["seed"] == 2)
+    table.loc[chosen, "value"] = math.inf
     assert "never in 1 of 3" in positions_words.text(table)
 
 
@@ -283,8 +287,8 @@ def test_a_run_on_trained_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     outcome = run_experiment(POSITIONS, [], tmp_path, size="smoke", progress=False)
     table = read_table(outcome.folder)
     assert positions_words.text(table) == outcome.text
-    rotary = table[table["group"] == "order-rotary"].set_index("quantity")["value"]
-    assert rotary["exact"] > 0.9
-    assert rotary["tv, both removed"] < 1e-4  # nothing is left that knows the order
-    assert rotary["no gap, both removed"] == 1
-    assert rotary["tv, operands swapped"] < rotary["tv, as is"]
+    rotary = table[table["group"] == "order-rotary"].set_index(["quantity", "variant"])["value"]
+    assert rotary["exact", PLAIN].item() > 0.9
+    assert rotary["tv", "both removed"].item() < 1e-4  # nothing is left that knows the order
+    assert rotary["no gap", "both removed"].item() == 1
+    assert rotary["tv", positions.SWAPPED].item() < rotary["tv", positions.AS_IS].item()

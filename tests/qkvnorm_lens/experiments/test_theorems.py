@@ -190,4 +190,4 @@ def test_words_and_claims_come_from_the_table(folder: Path, table: pd.DataFrame)
     wrong.loc[wrong["series"] == "query noise", "value"] = 1.0
     wrong.loc[wrong["placement"] == "qkv", "value"] += 0.5
     assert [c.same for c in theorems_words.claims(wrong)].count("no") >= 4
-    assert len(theorems_figure.figure(table).axes) == 9
+    assert len(theorems_figure(table).axes) == 9

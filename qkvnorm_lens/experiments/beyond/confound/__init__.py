@@ -25,4 +25,5 @@ EXPERIMENT: Final = Experiment(
     figure=figure,
     text=text,
     claims=claims,
+    version=2,
 )

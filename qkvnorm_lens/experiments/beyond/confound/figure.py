@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    groups,
-    mean,
-    panels,
-)
+from qkvnorm_lens.experiments.beyond.confound.measure import CELLS
+from qkvnorm_lens.experiments.core import COLOURS, PLAIN, error_bar, groups, mean, numbers, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.beyond.confound.measure import CELLS, of
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -25,23 +19,15 @@ def figure(table: pd.DataFrame) -> Figure:
     names = groups(table)
     ticks = [CELLS.get(name, name) for name in names]
     shown = (
-        ("sparse share", "rows with a weight ≥ 0.95 (%)"),
-        ("accuracy, in distribution", "accuracy in distribution (%)"),
-        ("accuracy, extrapolation", "accuracy in extrapolation (%)"),
+        ("sparse share", PLAIN, "rows with a weight ≥ 0.95 (%)"),
+        ("accuracy", "in distribution", "accuracy in distribution (%)"),
+        ("accuracy", "extrapolation", "accuracy in extrapolation (%)"),
     )
-    for ax, (quantity, title) in zip(axes, shown, strict=True):
+    for ax, (quantity, variant, title) in zip(axes, shown, strict=True):
         for x, group in enumerate(names):
-            seeds = of(table, group, quantity)
-            m = mean(seeds)
+            seeds = numbers(table, quantity, variant=variant, group=group)
             placement = table[table["group"] == group]["placement"].iloc[0]
-            ax.errorbar(
-                x,
-                100 * m.value,
-                yerr=100 * np.nan_to_num(m.half),
-                fmt="o",
-                color=COLOURS[placement],
-                capsize=3,
-            )
+            error_bar(ax, x, mean(seeds), marker="o", color=COLOURS[placement], capsize=3)
             ax.plot([x + 0.15] * len(seeds), [100 * s for s in seeds], ".", color="grey")
         ax.set_xticks(range(len(names)), ticks, fontsize=7)
         ax.set_title(title, fontsize=10)

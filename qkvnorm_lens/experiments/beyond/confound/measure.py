@@ -6,13 +6,13 @@ import math
 from functools import partial
 from typing import Any, Final
 
-import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
     AMOUNT,
     CONFOUND_STEPS,
     CONFOUNDS,
+    PLAIN,
     Part,
     Size,
     Subject,
@@ -37,8 +37,8 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
     import hooks
 
     table = accuracies(subject, SUMS[size])
-    facts: dict[str, float] = {
-        f"accuracy, {kind}": float(value)
+    facts: dict[tuple[str, str], float] = {
+        ("accuracy", kind): float(value)
         for kind, value in zip(table["kind"], table["per_token"], strict=True)
     }
     model = subject.load()
@@ -48,17 +48,17 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
     examined = int(report.examined.sum())
     whole = report.to_frame("model")
     facts |= {
-        "sparse share": report.n_sparse / examined,
-        "score level": float(whole["score_level"].iloc[0]),
-        "collapse at 10%": float(whole["loose"].iloc[1]),
-        "collapse at 10%, centred gauge": float(whole["loose_centred"].iloc[1]),
-        "sigma at 1%": float(report.sigma_at()) if report.n_sparse else math.nan,  # type: ignore[arg-type]
-        "largest score": _largest_score(model, reading(subject, AMOUNT[size]).ids),
+        ("sparse share", PLAIN): report.n_sparse / examined,
+        ("score level", PLAIN): float(whole["score_level"].iloc[0]),
+        ("collapse at 10%", PLAIN): float(whole["loose"].iloc[1]),
+        ("collapse at 10%", "centred gauge"): float(whole["loose_centred"].iloc[1]),
+        ("sigma at 1%", PLAIN): float(report.sigma_at()) if report.n_sparse else math.nan,  # type: ignore[arg-type]
+        ("largest score", PLAIN): _largest_score(model, reading(subject, AMOUNT[size]).ids),
     }
     return pd.DataFrame(
         [
-            {**subject.columns, "quantity": k, "value": v, "rows": report.n_sparse}
-            for k, v in facts.items()
+            {**subject.columns, "quantity": q, "variant": of, "value": v, "rows": report.n_sparse}
+            for (q, of), v in facts.items()
         ]
     )
 
@@ -104,9 +104,3 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
 def _order(name: str) -> tuple[int, str]:
     cell = name.removeprefix("confound-").rpartition("-")[0]
     return list(CONFOUNDS).index(cell), name
-
-
-def of(table: pd.DataFrame, group: str, quantity: str) -> list[float]:
-    """One number for each seed."""
-    chosen = table[(table["group"] == group) & (table["quantity"] == quantity)]
-    return [float(v) for v in chosen["value"] if np.isfinite(v)]

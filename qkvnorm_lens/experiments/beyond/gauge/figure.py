@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    groups,
-    label,
-    panels,
-)
+from qkvnorm_lens.experiments.beyond.gauge.measure import LEVELS, SAMPLED, SIGMAS, at_level
+from qkvnorm_lens.experiments.core import COLOURS, groups, label, legend_below, panels, pick
 from qkvnorm_lens.plots.charts import log_ticks, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.beyond.gauge.measure import LEVELS, SIGMAS, at_level
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -29,7 +24,7 @@ def figure(table: pd.DataFrame) -> Figure:
             placement = mine["placement"].iloc[0]
             name = label(group, placement)
             style = ("-", "--", ":", "-.")[i % 4]
-            own = mine[mine["quantity"] == "sampled rows, own level"]
+            own = pick(mine, quantity="own level", variant=SAMPLED)
             at = sorted({*LEVELS, *(x for x in own["level"] if x > 0)})
             levels = [(x, at_level(table, group, sigma, x).value) for x in at]
             line = [(x, y) for x, y in levels if np.isfinite(y)]
@@ -55,11 +50,9 @@ def figure(table: pd.DataFrame) -> Figure:
         ax.set_xlabel("score level (mean attended q·k)")
         ax.grid(visible=True, linewidth=0.4, alpha=0.6)
     axes[0].set_ylabel("sparse rows that collapse (%)")
-    fig.legend(
-        *axes[-1].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        fontsize=8,
+    legend_below(
+        fig,
+        axes[-1],
         title="marks: at their own level; lines: all rows moved by one constant",
         title_fontsize=8,
     )

@@ -12,17 +12,20 @@ import torch
 
 from qkvnorm_lens.experiments.core import (
     AMOUNT,
+    PLAIN,
     Mean,
     Part,
     Size,
     Subject,
     mean,
+    pick,
     reading,
 )
 
 SIGMAS: Final = (0.05, 0.1, 0.2)
 LEVELS: Final = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 50.0, 80.0, 150.0, 300.0, 600.0)
 ROWS: Final[dict[Size, int]] = {"smoke": 60, "quick": 300, "full": 1000}
+SAMPLED: Final = "sampled rows"
 _SEED: Final = 5
 
 
@@ -36,29 +39,28 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
     whole = report.to_frame("model")
     rows: list[dict[str, Any]] = []
 
-    def add(quantity: str, sigma: float, level: float, value: float, n: int) -> None:
-        rows.append(
-            {"quantity": quantity, "sigma": sigma, "level": level, "value": value, "rows": n}
-        )
+    def add(*row: Any) -> None:
+        names = ("quantity", "variant", "sigma", "level", "value", "rows")
+        rows.append(dict(zip(names, row, strict=True)))
 
     own = float(whole["score_level"].iloc[0])
     n = report.n_sparse
-    for quantity, column, level in (
-        ("own level", "loose", own),
-        ("own level without sinks", "loose_content", own),
-        ("centred gauge", "loose_centred", math.nan),
+    for quantity, variant, column, level in (
+        ("own level", PLAIN, "loose", own),
+        ("own level", "without sinks", "loose_content", own),
+        ("centred gauge", PLAIN, "loose_centred", math.nan),
     ):
         for sigma, rate in zip(SIGMAS, whole[column].astype(float), strict=True):
-            add(quantity, sigma, level, rate, n)
+            add(quantity, variant, sigma, level, rate, n)
     s_star, s, rivals = sparse_rows(model, tokens, ROWS[size])
     if len(s_star):
         level = float(s_star.mean())
         for sigma in SIGMAS:
             rate = rate_at(s_star, s, rivals, sigma, 0.0)
-            add("sampled rows, own level", sigma, level, rate, len(s_star))
+            add("own level", SAMPLED, sigma, level, rate, len(s_star))
             for wanted in LEVELS:
                 rate = rate_at(s_star, s, rivals, sigma, wanted - level)
-                add("level", sigma, wanted, rate, len(s_star))
+                add("level", PLAIN, sigma, wanted, rate, len(s_star))
     frame = pd.DataFrame(rows)
     return pd.concat([pd.DataFrame([subject.columns] * len(frame)), frame], axis=1)
 
@@ -124,10 +126,8 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
 
 def at_level(table: pd.DataFrame, group: str, sigma: float, level: float) -> Mean:
     """A group's rate at another score level, between the levels computed, over seeds."""
-    kinds = ("level", "sampled rows, own level")
-    chosen = table[
-        (table["group"] == group) & table["quantity"].isin(kinds) & (table["sigma"] == sigma)
-    ]
+    moved = (table["quantity"] == "level") | (table["variant"] == SAMPLED)
+    chosen = pick(table[moved], group=group, sigma=sigma)
     rates = []
     for _, one in chosen.groupby("model", sort=False):
         known = one[one["level"] > 0].sort_values("level")

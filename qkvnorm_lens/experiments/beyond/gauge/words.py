@@ -9,24 +9,28 @@ import pandas as pd
 
 from qkvnorm_lens.experiments.beyond.gauge.measure import SIGMAS, at_level
 from qkvnorm_lens.experiments.core import (
+    PLAIN,
+    STUDY,
     Claim,
     Mean,
     groups,
+    markdown,
     mean,
+    numbers,
+    pick,
 )
 
 
-def values(table: pd.DataFrame, group: str, quantity: str, sigma: float) -> Mean:
+def values(
+    table: pd.DataFrame, group: str, quantity: str, sigma: float, variant: str = PLAIN
+) -> Mean:
     """A group's rate with its interval over seeds."""
-    chosen = table[
-        (table["group"] == group) & (table["quantity"] == quantity) & (table["sigma"] == sigma)
-    ]
-    return mean(chosen["value"].dropna().tolist())
+    return mean(numbers(table, quantity, group=group, sigma=sigma, variant=variant))
 
 
 def own_level(table: pd.DataFrame, group: str) -> float:
     """The group's mean score level."""
-    chosen = table[(table["group"] == group) & (table["quantity"] == "own level")]
+    chosen = pick(table, group=group, quantity="own level", variant=PLAIN)
     return float(chosen["level"].mean())
 
 
@@ -39,8 +43,7 @@ def text(table: pd.DataFrame) -> str:
     common = float(np.exp(np.mean([math.log(max(own_level(table, g), 1.0)) for g in names])))
     head = ["models", "seeds", "score level", "rate at its own level", "without sinks"]
     head += ["centred gauge", f"all at level {common:.3g}"]
-    lines = [f"Loose collapse at σ = {100 * sigma:g}%, percent of sparse rows:", ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for group in names:
         own = values(table, group, "own level", sigma)
         cells = [
@@ -48,12 +51,15 @@ def text(table: pd.DataFrame) -> str:
             str(own.n),
             f"{own_level(table, group):.3g}",
             own.percent(3),
-            values(table, group, "own level without sinks", sigma).percent(3),
+            values(table, group, "own level", sigma, "without sinks").percent(3),
             values(table, group, "centred gauge", sigma).percent(3),
             at_level(table, group, sigma, common).percent(3),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
+        rows.append(cells)
+    lines = [
+        f"Loose collapse at σ = {100 * sigma:g}%, percent of sparse rows:",
+        "",
+        markdown(head, rows),
         "",
         f"Score level: mean q.k part of an attended score. Centred gauge: each row's mean visible "
         f"q.k part taken away. At level {common:.3g} (the levels' geometric mean): every row moved "
@@ -67,7 +73,7 @@ def text(table: pd.DataFrame) -> str:
 def _pairs(table: pd.DataFrame) -> list[str]:
     """What remains of the difference between the placements when the level is the same."""
     out = []
-    study = [g for g in groups(table) if g.startswith("study-")]
+    study = [g for g in groups(table) if g.startswith(STUDY)]
     for a in study:
         for b in study:
             if a >= b:
@@ -87,12 +93,12 @@ def _pairs(table: pd.DataFrame) -> list[str]:
 
 def claims(table: pd.DataFrame) -> list[Claim]:
     """Nothing was published on it; what our models say."""
-    names = [g for g in groups(table) if g.startswith("study-")]
+    names = [g for g in groups(table) if g.startswith(STUDY)]
     if len(names) < 2:
         return []
-    levels = ", ".join(f"{g.removeprefix('study-')} {own_level(table, g):.3g}" for g in names)
+    levels = ", ".join(f"{g.removeprefix(STUDY)} {own_level(table, g):.3g}" for g in names)
     rates = ", ".join(
-        f"{g.removeprefix('study-')} {values(table, g, 'own level', 0.1).percent(3)} "
+        f"{g.removeprefix(STUDY)} {values(table, g, 'own level', 0.1).percent(3)} "
         f"(centred {values(table, g, 'centred gauge', 0.1).percent(3)})"
         for g in names
     )

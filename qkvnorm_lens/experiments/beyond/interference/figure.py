@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    by_group,
-    group_mean,
-    groups,
-    panels,
-)
+from qkvnorm_lens.experiments.beyond.interference.measure import MOVED, SPARED, measured, of
+from qkvnorm_lens.experiments.core import by_group, error_bar, group_mean, groups, panels
 from qkvnorm_lens.plots.charts import GREY, RUNS, grid, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.beyond.interference.measure import MOVED, SPARED, measured, of
 
 RATES: Final = {
     "really": (MOVED, SPARED[False], True, "o"),
@@ -82,17 +77,9 @@ def _draw_rates(ax: Axes, named: list[tuple[str, pd.DataFrame]]) -> None:
         colour = RUNS[i % len(RUNS)]
         for j, (name, (column, first, filled, marker)) in enumerate(RATES.items()):
             found = group_mean(of(mine, "model", first=first), column)
-            ax.errorbar(
-                100 * found.value,
-                i + 0.18 * (j - (len(RATES) - 1) / 2),
-                xerr=100 * np.nan_to_num(found.half),
-                color=colour,
-                marker=marker,
-                markersize=4.5,
-                markerfacecolor=colour if filled else "white",
-                capsize=2,
-                linestyle="none",
-            )
+            at = i + 0.18 * (j - (len(RATES) - 1) / 2)
+            style = {"marker": marker, "markerfacecolor": colour if filled else "white"}
+            error_bar(ax, at, found, across=True, color=colour, markersize=4.5, **style)
             if not i:
                 ax.plot([], [], marker, color=GREY, markersize=4.5, label=name)
                 ax.lines[-1].set_markerfacecolor(GREY if filled else "white")

@@ -8,13 +8,7 @@ from typing import Final, Literal
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Amount,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading
 
 AMOUNT: Final[dict[Size, Amount]] = {
     "smoke": Amount(sums=16, windows=1, length=32),

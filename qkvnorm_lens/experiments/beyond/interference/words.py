@@ -11,7 +11,9 @@ from qkvnorm_lens.experiments.beyond.interference.measure import MOVED, SPARED, 
 from qkvnorm_lens.experiments.core import (
     Claim,
     Mean,
+    above,
     by_group,
+    counted,
     group_mean,
     markdown,
 )
@@ -63,6 +65,12 @@ _LEGEND: Final = (
     "interference and name this as missing."
 )
 
+_AGAINST: Final = {
+    True: "more than independent noise says",
+    False: "less than it says",
+    None: "the difference is not decided",
+}
+
 
 def _really(models: pd.DataFrame) -> str:
     """Share that really moved, with its interval over seeds or, of one model, its error."""
@@ -77,12 +85,9 @@ def _findings(group: str, mine: pd.DataFrame) -> list[str]:
     lines = []
     gap = excess(of(mine, "model"))
     if not math.isnan(gap.value):
-        verdict = "the difference is not decided"
-        if gap.excludes_zero:
-            verdict = "more than independent noise says" if gap.value > 0 else "less than it says"
         lines.append(
             f"{group}: really moved minus predicted {_points(gap)} points "
-            f"({gap.n} model{'s' * (gap.n != 1)}): {verdict}."
+            f"({counted(gap.n, 'model')}): {_AGAINST[above(gap)]}."
         )
     first = of(mine, "model")["to_first"].mean()
     if first > 0.005:
@@ -159,7 +164,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         )
         if math.isnan(moved.value):
             continue
-        seeds = f"{moved.n} model{'s' * (moved.n != 1)}"
+        seeds = counted(moved.n, "model")
         out.append(
             Claim(
                 f"content rows that hang on the common length ({group})",

@@ -6,10 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    panels,
-)
+from qkvnorm_lens.experiments.core import COLOURS, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.beyond.quantisation.schemes import SCHEMES
-from qkvnorm_lens.experiments.core import (
-    Amount,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading, reading_parts
 
 if TYPE_CHECKING:
     from hooks import CollapseReport
@@ -132,8 +125,7 @@ def of_head(
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
-    amount = AMOUNT[size]
-    return [Part(s.name, partial(measure, s, amount), s, amount.settings(s)) for s in subjects]
+    return reading_parts(subjects, size, measure)
 
 
 # -- numbers ----------------------------------------------------------------------------------

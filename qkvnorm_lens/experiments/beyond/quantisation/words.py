@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pandas as pd
 
@@ -16,12 +15,7 @@ from qkvnorm_lens.experiments.beyond.quantisation.measure import (
     schemes,
 )
 from qkvnorm_lens.experiments.beyond.quantisation.schemes import GROUP, SCHEMES
-from qkvnorm_lens.experiments.core import (
-    Claim,
-    by_group,
-    group_mean,
-    markdown,
-)
+from qkvnorm_lens.experiments.core import Claim, by_group, group_mean, markdown
 
 _NAMED = 3  # heads named in a cell
 
@@ -218,13 +212,12 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         for group, mine in by_group(own):
             if mine["rows"].sum():
                 cells.append(f"{group} {_percent(mine, 'moved_share')}")
-        same: Any = "-"
         out.append(
             Claim(
                 f"sparse rows that a cache in {scheme} moves, in percent",
                 "nothing",
                 "; ".join(cells) if cells else "no sparse rows",
-                same,
+                "-",
                 "keys are quantised as they enter the dot product, each layer on clean inputs",
             )
         )

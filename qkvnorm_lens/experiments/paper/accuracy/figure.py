@@ -12,13 +12,14 @@ from qkvnorm_lens.experiments.core import (
     PLACEMENT_NAMES,
     groups,
     label,
+    legend_below,
     panels,
 )
+from qkvnorm_lens.experiments.paper.accuracy.measure import KINDS, PUBLISHED, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.paper.accuracy.measure import KINDS, PUBLISHED, over_seeds
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -31,9 +32,7 @@ def figure(table: pd.DataFrame) -> Figure:
         ax.set_xticks(range(len(KINDS)), KINDS)
         ax.grid(visible=True, axis="y", linewidth=0.5, alpha=0.5)
     axes[0].set_ylabel("accuracy (%)")
-    fig.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8
-    )
+    legend_below(fig, axes[0])
     return fig
 
 

@@ -8,13 +8,7 @@ from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Mean,
-    Part,
-    Size,
-    Subject,
-    mean,
-)
+from qkvnorm_lens.experiments.core import Mean, Part, Size, Subject, mean
 
 SUMS: Final[dict[Size, int]] = {"smoke": 400, "quick": 4_000, "full": 20_000}
 KINDS: Final = ("in distribution", "interpolation", "extrapolation")

@@ -23,4 +23,5 @@ EXPERIMENT: Final = Experiment(
     figure=figure,
     text=text,
     claims=claims,
+    version=2,
 )

@@ -6,12 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    groups,
-    label,
-    panels,
-)
+from qkvnorm_lens.experiments.core import COLOURS, PLAIN, groups, label, panels, pick
 from qkvnorm_lens.plots.charts import log_ticks, plain
 
 if TYPE_CHECKING:
@@ -49,14 +44,14 @@ def _draw(ax: Axes, mine: pd.DataFrame) -> None:
         one = whole[whole["model"] == model]
         first = i == 0
 
-        def curve(quantity: str, one: pd.DataFrame = one) -> pd.DataFrame:
-            return one[one["quantity"] == quantity].sort_values("sigma")
+        def curve(quantity: str, variant: str, one: pd.DataFrame = one) -> pd.DataFrame:
+            return pick(one, quantity=quantity, variant=variant).sort_values("sigma")
 
-        for quantity, style, name in (
-            ("loose", "-", "loose, exact"),
-            ("loose without sinks", "--", "loose, exact, sinks left out"),
+        for variant, style, name in (
+            (PLAIN, "-", "loose, exact"),
+            ("without sinks", "--", "loose, exact, sinks left out"),
         ):
-            c = curve(quantity)
+            c = curve("loose", variant)
             ax.plot(
                 100 * c["sigma"],
                 100 * c["value"],
@@ -65,7 +60,7 @@ def _draw(ax: Axes, mine: pd.DataFrame) -> None:
                 linewidth=1,
                 label=name if first else None,
             )
-        c = curve("loose, sampled")
+        c = curve("loose", "sampled")
         ax.errorbar(
             100 * c["sigma"],
             100 * c["value"],
@@ -77,7 +72,7 @@ def _draw(ax: Axes, mine: pd.DataFrame) -> None:
             linewidth=1,
             label="loose, sampled (2 s.e. over draws)" if first else None,
         )
-        c = curve("strict")
+        c = curve("strict", PLAIN)
         ax.plot(
             100 * c["sigma"],
             100 * c["value"],

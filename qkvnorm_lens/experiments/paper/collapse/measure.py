@@ -9,13 +9,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    AMOUNT,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import AMOUNT, PLAIN, Part, Size, Subject, reading
 
 DRAWS: Final[dict[Size, int]] = {"smoke": 8, "quick": 32, "full": 64}
 RATE: Final = 0.01
@@ -33,36 +27,38 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
     )
     rows: list[dict[str, Any]] = []
 
-    def add(quantity: str, frame: pd.DataFrame, value: str, error: str | None = None) -> None:
+    def add(
+        quantity: str, variant: str, frame: pd.DataFrame, value: str, error: str | None = None
+    ) -> None:
+        about = {"quantity": quantity, "variant": variant}
         layers = frame["layer"] if "layer" in frame else [-1] * len(frame)
         errors = frame[error] if error else [math.nan] * len(frame)
         rows.extend(
-            {"quantity": quantity, "layer": layer, "sigma": s, "value": v, "se": e, "rows": n}
+            {**about, "layer": layer, "sigma": s, "value": v, "se": e, "rows": n}
             for layer, s, v, e, n in zip(
                 layers, frame["sigma"], frame[value], errors, frame["rows"], strict=True
             )
         )
 
     whole, layers = exact.to_frame("model"), exact.to_frame("layer")
-    add("loose", whole, "loose", "se_prompts")
-    add("loose without sinks", whole, "loose_content")
-    add("loose, centred gauge", whole, "loose_centred")
-    add("strict", whole, "strict", "se_strict")
-    add("loose", layers, "loose")
-    counted = sampled.to_frame("model")
-    add("loose, sampled", counted, "loose", "se")
+    add("loose", PLAIN, whole, "loose", "se_prompts")
+    add("loose", "without sinks", whole, "loose_content")
+    add("loose", "centred gauge", whole, "loose_centred")
+    add("strict", PLAIN, whole, "strict", "se_strict")
+    add("loose", PLAIN, layers, "loose")
+    add("loose", "sampled", sampled.to_frame("model"), "loose", "se")
     facts = {
-        "sparse share": exact.n_sparse / max(int(exact.examined.sum()), 1),
-        "sink share": float(whole["sinks"].iloc[0]) / max(exact.n_sparse, 1),
-        "score level": float(whole["score_level"].iloc[0]),
-        "sigma at 1%": _at(exact, content=False),
-        "sigma at 1% without sinks": _at(exact, content=True),
-        "sigma at 1%, strict": crossing(whole["sigma"], whole["strict"], RATE),
+        ("sparse share", PLAIN): exact.n_sparse / max(int(exact.examined.sum()), 1),
+        ("sink share", PLAIN): float(whole["sinks"].iloc[0]) / max(exact.n_sparse, 1),
+        ("score level", PLAIN): float(whole["score_level"].iloc[0]),
+        ("sigma at 1%", PLAIN): _at(exact, content=False),
+        ("sigma at 1%", "without sinks"): _at(exact, content=True),
+        ("sigma at 1%", "strict"): crossing(whole["sigma"], whole["strict"], RATE),
     }
-    n = exact.n_sparse
+    n, nowhere = exact.n_sparse, {"layer": -1, "sigma": math.nan}
     rows += [
-        {"quantity": k, "layer": -1, "sigma": math.nan, "value": v, "se": math.nan, "rows": n}
-        for k, v in facts.items()
+        {"quantity": quantity, "variant": variant, **nowhere, "value": v, "se": math.nan, "rows": n}
+        for (quantity, variant), v in facts.items()
     ]
     frame = pd.DataFrame(rows)
     return pd.concat([pd.DataFrame([subject.columns] * len(frame)), frame], axis=1)

@@ -9,10 +9,17 @@ import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
+    PLAIN,
     Claim,
     Mean,
-    groups,
+    by_group,
+    decide,
+    markdown,
     mean,
+    numbers,
+    pick,
+    placement_of,
+    within,
 )
 
 PUBLISHED: Final = {"Baseline": 0.11, "Alternate": 0.075, "Large": 0.055}
@@ -26,8 +33,10 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
     """
     whole = table[table["layer"] == -1]
     keys = ["model", "sigma"]
-    exact = whole[whole["quantity"] == "loose"].set_index(keys)
-    counted = whole[whole["quantity"] == "loose, sampled"].set_index(keys)
+    exact, counted = (
+        pick(whole, quantity="loose", variant=variant).set_index(keys)
+        for variant in (PLAIN, "sampled")
+    )
     sampled = counted[["value", "se"]].rename(columns={"value": "value_sampled"})
     both = exact[["value", "rows"]].join(sampled)
     both = both[both["rows"] > 0]
@@ -38,36 +47,33 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"gap": gap, "error": error, "z": z}).reset_index()
 
 
-def _fact(table: pd.DataFrame, group: str, quantity: str) -> Mean:
-    chosen = table[(table["group"] == group) & (table["quantity"] == quantity)]
-    values = chosen["value"].to_numpy(dtype=float)
-    return mean(values[np.isfinite(values)].tolist())
+def _fact(table: pd.DataFrame, group: str, quantity: str, variant: str = PLAIN) -> Mean:
+    found = numbers(table, quantity, group=group, variant=variant)
+    return mean([v for v in found if math.isfinite(v)])
 
 
 def text(table: pd.DataFrame) -> str:
     """Thresholds by group, and whether sampling agrees with the exact curve."""
     head = ["models", "seeds", "rows sparse", "sinks among them", "score level"]
     head += ["σ at 1%", "without sinks", "strict"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for group in groups(table):
-        mine = table[table["group"] == group]
-        level = _fact(table, group, "score level")
-        spread = "" if math.isnan(level.half) else f" ± {level.half:.2g}"
+    rows = []
+    for group, mine in by_group(table):
         cells = [
             group,
             str(mine["seed"].nunique()),
             _fact(table, group, "sparse share").percent(),
             _fact(table, group, "sink share").percent(),
-            f"{level.value:.3g}{spread}",
+            _fact(table, group, "score level").words(".3g", ".2g"),
             *(
-                _percent(table, group, f"sigma at 1%{kind}")
-                for kind in ("", " without sinks", ", strict")
+                _percent(table, group, "sigma at 1%", variant)
+                for variant in (PLAIN, "without sinks", "strict")
             ),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     z = disagreement(table)
     worst = z.iloc[int(z["z"].abs().to_numpy().argmax())] if len(z) else None
-    lines += [
+    lines = [
+        markdown(head, rows),
         "",
         "All in percent but the score level (the mean q.k part of an attended score); ± is half "
         "the 95% interval over seeds; never: not within the uniform law (σ up to 57.7%).",
@@ -82,8 +88,8 @@ def text(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _percent(table: pd.DataFrame, group: str, quantity: str) -> str:
-    chosen = table[(table["group"] == group) & (table["quantity"] == quantity)]
+def _percent(table: pd.DataFrame, group: str, quantity: str, variant: str = PLAIN) -> str:
+    chosen = pick(table, group=group, quantity=quantity, variant=variant)
     values = chosen["value"].to_numpy(dtype=float)
     never = int(np.isinf(values).sum())
     if never == len(values) or not len(values):
@@ -91,27 +97,24 @@ def _percent(table: pd.DataFrame, group: str, quantity: str) -> str:
     if never:  # the others' mean alone would be too low
         least = ", ".join(f"{100 * v:.1f}" for v in sorted(values[np.isfinite(values)]))
         return f"{least}; never in {never} of {len(values)}"
-    return _fact(table, group, quantity).percent()
+    return _fact(table, group, quantity, variant).percent()
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
     """The published thresholds beside ours."""
     published = ", ".join(f"{100 * v:g}% ({k})" for k, v in PUBLISHED.items())
     out = []
-    for group in groups(table):
-        mine = table[table["group"] == group]
-        if mine["placement"].iloc[0] != "pre":
+    for group, mine in by_group(table):
+        if placement_of(mine) != "pre":
             continue
         ours = _percent(table, group, "sigma at 1%")
         sigma = _fact(table, group, "sigma at 1%")
-        half = math.inf if math.isnan(sigma.half) else sigma.half  # one seed decides nothing
-        apart = max(min(PUBLISHED.values()) - sigma.value, sigma.value - max(PUBLISHED.values()))
         out.append(
             Claim(
                 f"Pre-Norm: σ at which 1% of sparse rows collapse ({group})",
                 published,
                 f"{ours}% (score level {_fact(table, group, 'score level').value:.3g})",
-                "yes" if apart <= 0 else "no" if apart > half else "not decided",
+                decide(within(sigma, min(PUBLISHED.values()), max(PUBLISHED.values()))),
                 "the number hangs on the score level (see gauge), which the paper does not give, "
                 "and on the model: its three differ twofold, not in the order of their size, and "
                 "ours are smaller than all of them",

@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    PLACEMENT_NAMES,
-    groups,
-    panels,
-)
+from qkvnorm_lens.experiments.core import PLACEMENT_NAMES, groups, panels
 from qkvnorm_lens.experiments.paper.noise.rows import (
     LABELS,
     ROWS,

@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Part,
-    Size,
-    Subject,
-)
+from qkvnorm_lens.experiments.core import Part, Size, Subject
 from qkvnorm_lens.experiments.paper.noise.rows import (
     ALL,
     LOST,
@@ -142,10 +138,7 @@ def prompts_of(
 
     batch = draw(subject.split, scale.sums, seed=SEED)
     targets = batch.targets.masked_fill(batch.targets == PAD, -100)
-    return batch.tokens, {
-        ALL: targets,
-        WITHOUT_END: targets.masked_fill(targets == END, -100),
-    }
+    return batch.tokens, {ALL: targets, WITHOUT_END: targets.masked_fill(targets == END, -100)}
 
 
 def _shield(model: TransformerBridge) -> str:
@@ -172,11 +165,7 @@ def _shares(model: TransformerBridge, tokens: Any) -> dict[str, dict[str, float]
     def count(view: LayerView) -> None:
         top, at = view.pattern.max(-1)
         valid = view.visible.sum(-1) > 1
-        chosen = {
-            "all": valid,
-            "sparse": top >= SPARSE,
-            "non-sparse": top < NON_SPARSE,
-        }
+        chosen = {"all": valid, "sparse": top >= SPARSE, "non-sparse": top < NON_SPARSE}
         for name, where in chosen.items():
             mine = where & valid
             counts[name] += [int(mine.sum()), int((mine & (at == 0)).sum())]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -90,10 +89,7 @@ def lost_at(table: pd.DataFrame) -> str:
         return f"> {100 * top:g}"
     if len(inside) < len(sigmas):
         return f"{100 * inside.min():.3g} to > {100 * top:g}"
-    value = mean(inside.tolist())
-    if math.isnan(value.half):
-        return f"{100 * value.value:.3g}"
-    return f"{100 * value.value:.3g} ± {100 * value.half:.2g}"
+    return mean((100 * inside).tolist()).words(".3g", ".2g")
 
 
 def telling(table: pd.DataFrame) -> float:

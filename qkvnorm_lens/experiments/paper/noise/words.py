@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
+    STUDY,
     Claim,
     Mean,
-    groups,
+    above,
+    by_group,
+    decide,
+    graded,
+    markdown,
     mean,
+    pick,
+    placement_of,
+    reaches,
 )
 from qkvnorm_lens.experiments.paper.noise.rows import (
     ANY_ROWS,
@@ -38,22 +45,22 @@ PERCENT: Final = 0.01  # the sigma at which the paper gives numbers
 def text(table: pd.DataFrame) -> str:
     """Sigma at which a tenth of the accuracy is lost, by condition; what a percent does; rows."""
     known = [c for c in LABELS if len(c.of(table))]
+    rows = [
+        _row(group, scored, mine, known)
+        for group, each in by_group(table)
+        for scored in dict.fromkeys(table["scored"])
+        if len(mine := pick(each, scored=scored))
+    ]
     lines = [
         f"Sigma (%) at which {LOST:.0%} of the accuracy is lost (relative; 95% interval over seeds "
         "where a group has several; `>`: not lost at the largest sigma). Noise on the vectors that "
         "enter the dot product, in all layers, unless a column says otherwise.",
         "",
-        "| models | seeds | scored | clean (%) | " + " | ".join(map(_head, known)) + " |",
-        "|" + "---|" * (4 + len(known)),
+        markdown(["models", "seeds", "scored", "clean (%)", *map(_head, known)], rows),
+        "",
     ]
-    for group in groups(table):
-        for scored in dict.fromkeys(table["scored"]):
-            mine = table[(table["group"] == group) & (table["scored"] == scored)]
-            if len(mine):
-                lines.append(_line(group, scored, mine, known))
-    lines.append("")
-    for group in groups(table):
-        lines += [_sentences(group, main_targets(table[table["group"] == group])), ""]
+    for group, mine in by_group(table):
+        lines += [_sentences(group, main_targets(mine)), ""]
     return "\n".join(lines)
 
 
@@ -61,14 +68,10 @@ def _head(condition: Condition) -> str:
     return f"q, k of {LABELS[condition]}" if condition in ROWS else LABELS[condition]
 
 
-def _line(group: str, scored: str, mine: pd.DataFrame, known: list[Condition]) -> str:
-    cells = []
-    for condition in known:
-        rows = condition.of(mine)
-        cells.append(lost_at(rows) if len(rows) else "")
+def _row(group: str, scored: str, mine: pd.DataFrame, known: list[Condition]) -> list[str]:
+    lost = [lost_at(rows) if len(rows := condition.of(mine)) else "" for condition in known]
     clean = mine[mine["sigma"] == 0].groupby("model")["accuracy"].first()
-    about = f"| {group} | {len(clean)} | {scored} | {100 * clean.mean():.1f} "
-    return about + "| " + " | ".join(cells) + " |"
+    return [group, str(len(clean)), scored, f"{100 * clean.mean():.1f}", *lost]
 
 
 def _sentences(group: str, mine: pd.DataFrame) -> str:
@@ -119,11 +122,10 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     """Fig. 2: a percent of noise, sparse against other rows, and QKV-Norm's stability."""
     main = main_targets(table)
     out: list[Claim] = []
-    for group in groups(main):
-        mine = main[main["group"] == group]
-        if not group.startswith(("study-", "addition-")):
+    for group, mine in by_group(main):
+        if not group.startswith((STUDY, "addition-")):
             continue
-        placement = mine["placement"].iloc[0]
+        placement = placement_of(mine)
         if placement == "pre":
             out += [_percent_claim(group, mine), _rows_claim(group, mine)]
         if placement == "qkv":
@@ -134,13 +136,12 @@ def claims(table: pd.DataFrame) -> list[Claim]:
 def _percent_claim(group: str, mine: pd.DataFrame) -> Claim:
     share = kept_mean(EVERY.of(mine), PERCENT)
     fall = Mean(1 - share.value, share.half, share.n)
-    reaches, may = fall.value >= LOST, fall.value + np.nan_to_num(fall.half) >= LOST
     return Claim(
         f"fall of accuracy at sigma = 1%, q, k and v ({group})",
         ">= 10% (Baseline), >= 20% (Alternate), one seed each, Fig. 2",
         f"{fall.percent(2)}% of the accuracy; a tenth is lost at sigma = "
-        f"{lost_at(EVERY.of(mine))}% ({fall.n} {'seeds' if fall.n > 1 else 'seed'})",
-        "yes" if reaches else "not decided" if may else "no",
+        f"{lost_at(EVERY.of(mine))}% ({fall.seeds})",
+        decide(reaches(fall, LOST)),
         _SCALE_OF_OURS,
     )
 
@@ -165,7 +166,7 @@ def _rows_claim(group: str, mine: pd.DataFrame) -> Claim:
         f"({share['sparse']:.0%} of all) leaves {kept_mean(sparse, sigma).percent()}%, on "
         f"non-sparse rows ({share['other']:.0%}) {kept_mean(other, sigma).percent()}%; difference "
         f"{over.percent()} points",
-        "not decided" if not over.excludes_zero else "yes" if over.value > 0 else "no",
+        decide(above(over)),
         "the two kinds are not equally many: the share noised stands beside each number",
     )
 
@@ -179,7 +180,7 @@ def _shield_claim(group: str, mine: pd.DataFrame) -> Claim:
         "the norm on q, k and v removes the noise, Fig. 2",
         f"at sigma = {top:.0%} noise before the norm leaves {before.percent(2)}% of the accuracy, "
         f"noise on what enters the dot product {behind.percent(0)}%",
-        "in part" if held and falls else "yes" if held else "no",
+        graded(held, not falls),
         "before the norm noise is removed up to its eps; that says nothing of the vectors behind "
         "it, which are as open to error (of rounding, say) as any other model's",
     )

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    STUDY,
-    by_group,
-    is_language,
-    label,
-    placement_of,
-)
+from qkvnorm_lens.experiments.core import COLOURS, STUDY, by_group, is_language, label, placement_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,10 @@ import pandas as pd
 from qkvnorm_lens.experiments.core import (
     PLACEMENT_NAMES,
     Claim,
+    above,
     by_group,
+    decide,
+    denied,
     group_mean,
     markdown,
     placement_of,
@@ -119,7 +122,7 @@ def _number(mine: pd.DataFrame, column: str) -> str:
     found = group_mean(mine, column)
     if np.isnan(found.value):
         return "none"
-    return f"{found.value:.1f}" + ("" if np.isnan(found.half) else f" ± {found.half:.1f}")
+    return found.words(".1f")
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
@@ -131,19 +134,16 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         if placement not in ("pre", "qkv"):
             continue
         peak, sparse = group_mean(mine, "peak"), group_mean(mine, "sparse")
-        half = np.nan_to_num(peak.half, nan=np.inf)  # one seed decides nothing
-        decided = peak.value - half > SHARP or peak.value + half < SHARP
-        sharp = peak.value > SHARP
-        same: Any = "yes" if sharp == (placement == "pre") else "no"
+        decided, sharp = above(peak, SHARP), peak.value > SHARP
         out.append(
             Claim(
                 f"row maxima, {PLACEMENT_NAMES[placement]} ({group})",
                 {"pre": "a sharp peak at 1", "qkv": "no peak at 1"}[placement] + " (Fig. 25-27)",
                 f"{'a sharp' if sharp else 'no sharp'} peak: maxima from {TOP} on are "
                 f"{_number(mine, 'peak')} times as dense as those from {BESIDE} to {TOP}; "
-                f"{sparse.percent()}% of the rows are sparse ({peak.n} "
-                f"seed{'s' * (peak.n != 1)})",
-                same if decided else "not decided",
+                f"{sparse.percent()}% of the rows are sparse "
+                f"({peak.seeds})",
+                decide(decided if placement == "pre" else denied(decided)),
                 "scores scaled by 1/sqrt(d_head); the paper's start at a standard deviation of "
                 "0.1, from which a QKV-Norm head can hardly reach a maximum of 0.95; sharp: more "
                 f"than {SHARP:g} times",

@@ -10,16 +10,17 @@ import pandas as pd
 from qkvnorm_lens.experiments.core import (
     COLOURS,
     by_group,
+    error_bar,
     group_mean,
     label,
     panels,
     placement_of,
 )
+from qkvnorm_lens.experiments.paper.spread.measure import VECTORS, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.paper.spread.measure import VECTORS, rows_of
 
 MEANING: Final = {"stream": "embeddings", "k": "keys", "v": "values"}
 
@@ -102,16 +103,8 @@ def _draw_bands(ax: Axes, named: list[tuple[str, pd.DataFrame]]) -> None:
     for row, (_, mine) in enumerate(named):
         for i, of in enumerate(VECTORS):
             band = group_mean(rows_of(mine, of, "model"), "band")
-            ax.errorbar(
-                100 * band.value,
-                row + 0.22 * (i - 1),
-                xerr=100 * np.nan_to_num(band.half),
-                color=COLOURS[placement_of(mine)],
-                marker=MARKERS[of],
-                markersize=4,
-                capsize=2,
-                linestyle="none",
-            )
+            style = {"marker": MARKERS[of], "color": COLOURS[placement_of(mine)]}
+            error_bar(ax, row + 0.22 * (i - 1), band, across=True, markersize=4, **style)
     for of in VECTORS:
         ax.plot([], [], MARKERS[of], color="#777777", markersize=4, label=MEANING[of])
     ax.axvline(100 * PUBLISHED, color="#777777", linewidth=0.8, linestyle=":", zorder=0)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Final, Literal, get_args
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Amount,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading, reading_parts
 
 AMOUNT: Final[dict[Size, Amount]] = {
     "smoke": Amount(sums=64, windows=1, length=64),
@@ -45,8 +38,7 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
-    amount = AMOUNT[size]
-    return [Part(s.name, partial(measure, s, amount), s, amount.settings(s)) for s in subjects]
+    return reading_parts(subjects, size, measure)
 
 
 def rows_of(table: pd.DataFrame, of: str, by: str) -> pd.DataFrame:

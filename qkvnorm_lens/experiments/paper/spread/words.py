@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Final
 
-import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
     PLACEMENT_NAMES,
     Claim,
+    below,
     by_group,
+    decide,
     group_mean,
     markdown,
     placement_of,
     study_difference,
 )
 from qkvnorm_lens.experiments.paper.spread.measure import VECTORS, rows_of
+
+PUBLISHED: Final = 0.30  # the wider of the published bands
+_WIDER: Final = {
+    True: "QKV-Norm is wider",
+    False: "QKV-Norm is narrower",
+    None: "which of the two is wider is not decided",
+}
 
 
 def text(table: pd.DataFrame) -> str:
@@ -69,16 +77,9 @@ def _findings(table: pd.DataFrame) -> list[str]:
         )
     gap = study_difference(models, "band")
     if gap is not None:
-        verdict = (
-            "QKV-Norm is wider"
-            if gap.excludes_zero and gap.value < 0
-            else "QKV-Norm is narrower"
-            if gap.excludes_zero
-            else "which of the two is wider is not decided"
-        )
         lines.append(
             f"Pre-Norm minus QKV-Norm (study models): {gap.percent()} points, {gap.n} seeds each: "
-            f"{verdict}; published: QKV-Norm is wider."
+            f"{_WIDER[below(gap)]}; published: QKV-Norm is wider."
         )
     return lines
 
@@ -91,31 +92,24 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         if placement_of(mine) != "pre":
             continue
         band = group_mean(mine, "band")
-        half = np.nan_to_num(band.half, nan=np.inf)  # one seed decides nothing
-        inside: Any = "yes" if band.value + half <= 0.30 else "no"
-        if band.value - half <= 0.30 < band.value + half:
-            inside = "not decided"
         out.append(
             Claim(
                 f"90% of the attended norms, {PLACEMENT_NAMES['pre']} ({group})",
                 "within ±20% of the median (Baseline), ±30% (Alternate, Large); Fig. 1, 9-12",
-                f"within ±{band.percent()}% ({band.n} seed{'s' * (band.n != 1)})",
-                inside,
+                f"within ±{band.percent()}% ({band.seeds})",
+                decide(below(band, PUBLISHED)),
                 "held against the wider published band; a smaller model of another width and "
                 "recipe, and nothing in Pre-Norm fixes the lengths: training does",
             )
         )
     gap = study_difference(models, "band")
     if gap is not None:
-        wider: Any = "not decided"
-        if gap.excludes_zero:
-            wider = "yes" if gap.value < 0 else "no"
         out.append(
             Claim(
                 "band of QKV-Norm against Pre-Norm",
                 "QKV-Norm's is wider (Fig. 9-12)",
                 f"Pre-Norm minus QKV-Norm {gap.percent()} points ({gap.n} seeds each)",
-                wider,
+                decide(below(gap)),
                 "under QKV-Norm no score reads the length of an embedding, so nothing holds it",
             )
         )

@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    PLACEMENT_NAMES,
-    panels,
-)
+from qkvnorm_lens.experiments.core import COLOURS, PLACEMENT_NAMES, panels
 from qkvnorm_lens.plots.charts import GREY, grid, plain
 
 if TYPE_CHECKING:

@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Part,
-    Size,
-    Subject,
-)
+from qkvnorm_lens.experiments.core import Part, Size, Subject
 
 if TYPE_CHECKING:
     from qkvnorm_lens.training import Run

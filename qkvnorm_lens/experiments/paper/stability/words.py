@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,11 @@ import pandas as pd
 from qkvnorm_lens.experiments.core import (
     PLACEMENT_NAMES,
     Claim,
+    Verdict,
+    counted,
+    decide,
+    markdown,
+    pick,
 )
 
 
@@ -20,7 +25,7 @@ def least_failing(table: pd.DataFrame, placement: str, width: int) -> float:
 
     At a higher rate runs may pass again, narrowly: the text names every run that failed.
     """
-    mine = table[(table["placement"] == placement) & (table["width"] == width)]
+    mine = pick(table, placement=placement, width=width)
     failed = mine[mine["failed"] > 0]["rate"]
     return float(failed.min()) if len(failed) else math.inf
 
@@ -30,7 +35,7 @@ def half_gain(table: pd.DataFrame, placement: str, width: int) -> list[float]:
 
     Interpolated linearly in the logarithm of the rate; inf where the grid ends before.
     """
-    mine = table[(table["placement"] == placement) & (table["width"] == width)]
+    mine = pick(table, placement=placement, width=width)
     out = []
     for _, runs in mine.sort_values("rate").groupby("seed"):
         known = float(runs["frequencies"].iloc[0])
@@ -52,6 +57,15 @@ def text(table: pd.DataFrame) -> str:
     """The lowest failing rate by width and placement, how they fail, and the definition."""
     placements = list(dict.fromkeys(table["placement"]))
     widths = sorted(table["width"].unique().tolist())
+    known_as = [PLACEMENT_NAMES[p] for p in placements]
+    head = [f"{name}: {what}" for name in known_as for what in ("first fails at", "half")]
+    rows = []
+    for width in widths:
+        cells = []
+        for p in placements:
+            halves = ", ".join(_rate(r, table) for r in half_gain(table, p, width))
+            cells += [_rate(least_failing(table, p, width), table), halves]
+        rows.append([str(width), *cells])
     known, steps = float(table["frequencies"].iloc[0]), int(table["steps"].iloc[0])
     lines = [
         f"Runs of {steps} steps of 128 sums, AdamW at a constant rate with decay 0.01 on all "
@@ -61,22 +75,9 @@ def text(table: pd.DataFrame) -> str:
         "on that. Half of the gain: the rate, interpolated, at which the last loss is half-way "
         "between that of the best rate and the frequencies' (one number for each seed).",
         "",
-        "| width | "
-        + " | ".join(
-            f"{PLACEMENT_NAMES[p]}: {what}"
-            for p in placements
-            for what in ("first fails at", "half")
-        )
-        + " |",
-        "|" + "---|" * (1 + 2 * len(placements)),
+        markdown(["width", *head], rows),
+        "",
     ]
-    for width in widths:
-        cells = []
-        for p in placements:
-            halves = ", ".join(_rate(r, table) for r in half_gain(table, p, width))
-            cells += [_rate(least_failing(table, p, width), table), halves]
-        lines.append(f"| {width} | " + " | ".join(cells) + " |")
-    lines.append("")
     for placement in placements:
         mine = table[table["placement"] == placement]
         failed = mine[mine["failed"] == 1]
@@ -91,13 +92,12 @@ def text(table: pd.DataFrame) -> str:
             f"{f' ({kinds})' if kinds else ''}; the lowest loss is {best['loss']:.3f} at the rate "
             f"{best['rate']:g} and width {best['width']}."
         )
-    lines += ["", *(_verdict(compared(table, m), does) for m, does in _MEASURES)]
+    lines += ["", *(_in_words(compared(table, m), does) for m, does in _MEASURES)]
     return "\n".join(lines)
 
 
 def _seeds(table: pd.DataFrame) -> str:
-    n = table["seed"].nunique()
-    return f"{n} seed{'s' if n > 1 else ''}"
+    return counted(table["seed"].nunique(), "seed")
 
 
 def _rate(rate: float, table: pd.DataFrame) -> str:
@@ -124,13 +124,14 @@ def compared(table: pd.DataFrame, measure: Measure) -> dict[str, list[int]]:
     return out
 
 
-def _same(found: dict[str, list[int]]) -> Literal["yes", "no", "in part", "not decided"]:
-    if found["lower"]:
-        return "in part" if any(found[k] for k in ("same", "higher", "neither")) else "yes"
-    return "no" if found["higher"] else "not decided"
+def _same(found: dict[str, list[int]]) -> Verdict:
+    """Widths without a difference count against the statement once another width has one."""
+    if not found["lower"] and not found["higher"]:
+        return decide(None)
+    return decide(*(kind == "lower" for kind, widths in found.items() for _ in widths))
 
 
-def _verdict(found: dict[str, list[int]], does: str) -> str:
+def _in_words(found: dict[str, list[int]], does: str) -> str:
     words = {
         "lower": "at lower rates than QKV-Norm",
         "same": "at the same rate of this grid",
@@ -163,7 +164,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             "; ".join(
                 f"{PLACEMENT_NAMES[p]}: {f.sum()} of {len(f)} runs fail" for p, f in failed.items()
             ),
-            "yes" if failed["pre"].any() and not failed["qkv"].any() else "no",
+            decide(bool(failed["pre"].any() and not failed["qkv"].any())),
             why,
         )
     ]
@@ -173,7 +174,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             Claim(
                 f"Pre-Norm {does} at lower learning rates than QKV-Norm",
                 "fails at 1e-3, where QKV-Norm trains, for large models (Fig. 24)",
-                _verdict(found, does),
+                _in_words(found, does),
                 _same(found),
                 f"{why}; {_seeds(table)}",
             )

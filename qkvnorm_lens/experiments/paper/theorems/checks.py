@@ -380,15 +380,7 @@ def boundary(n: int, n_points: int) -> pd.DataFrame:
             low, high = torch.full_like(star, -0.99), torch.full_like(star, 3.0)
             found = bisect(moved, low, high)
             frames.append(
-                frame(
-                    "boundary",
-                    7,
-                    placement,
-                    f"{rho:g}",
-                    star,
-                    found,
-                    rho * (1 + star) - 1,
-                )
+                frame("boundary", 7, placement, f"{rho:g}", star, found, rho * (1 + star) - 1)
             )
         block, x = _candidates(placement, (1.0, 1 / POINTS_RHO))
         sizes = torch.linspace(-0.99, 4, n, dtype=F64)

@@ -6,11 +6,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    COLOURS,
-    PLACEMENT_NAMES,
-    panels,
-)
+from qkvnorm_lens.experiments.core import COLOURS, PLACEMENT_NAMES, panels
 from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, RUNS, grid, plain
 
 if TYPE_CHECKING:

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from qkvnorm_lens.experiments.core import (
-    Part,
-    Size,
-    Subject,
-)
+from qkvnorm_lens.experiments.core import Part, Size, Subject
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    PLACEMENT_NAMES,
-    panels,
-)
+from qkvnorm_lens.experiments.core import PLACEMENT_NAMES, error_bar, panels
 from qkvnorm_lens.experiments.paper.accuracy import KINDS
+from qkvnorm_lens.experiments.related.centring.measure import gain, gains, placements_in
 from qkvnorm_lens.plots.charts import BLUE, GREY, ORANGE, grid, log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.related.centring.measure import gain, placements_in, values
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -53,18 +50,10 @@ def _differences(ax: Axes, table: pd.DataFrame, placements: list[str]) -> None:
         marker = "os"[i % 2]
         at = np.arange(len(KINDS)) + 0.24 * (i - (len(placements) - 1) / 2)
         for x, kind in zip(at, KINDS, strict=True):
-            quantity = f"accuracy, {kind}"
-            found = gain(table, placement, quantity)
-            ax.errorbar(
-                x,
-                100 * found.value,
-                yerr=100 * np.nan_to_num(found.half),
-                fmt=marker,
-                color="k",
-                capsize=3,
-                label=PLACEMENT_NAMES[placement] if kind == KINDS[0] else None,
-            )
-            change = values(table, placement, 1, quantity) - values(table, placement, 0, quantity)
+            found = gain(table, placement, "accuracy", kind)
+            name = PLACEMENT_NAMES[placement] if kind == KINDS[0] else None
+            error_bar(ax, x, found, marker=marker, color="k", capsize=3, label=name)
+            change = gains(table, placement, "accuracy", kind)
             ax.plot([x + 0.08] * len(change), 100 * change, ".", color=GREY)
     ax.axhline(0, color=GREY, linewidth=0.9)
     ax.set_xticks(range(len(KINDS)), [k.replace(" ", "\n", 1) for k in KINDS], fontsize=8)

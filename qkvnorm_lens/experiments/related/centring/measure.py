@@ -11,11 +11,13 @@ import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
     AMOUNT,
+    PLAIN,
     Mean,
     Part,
     Size,
     Subject,
     mean,
+    pick,
     reading,
     trained,
 )
@@ -39,26 +41,25 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
     assert subject.path is not None
     log = pd.read_csv(subject.path / "log.csv")
     rows = [
-        ("curve", int(s), "loss", float(x)) for s, x in zip(log["step"], log["loss"], strict=True)
+        ("curve", int(s), "loss", PLAIN, float(x))
+        for s, x in zip(log["step"], log["loss"], strict=True)
     ]
     last = int(log["step"].iloc[-1])
-    rows.append(("number", last, FINAL, float(log["loss"].iloc[-LAST:].mean())))
-    rows.append(("number", last, WHOLE, float(log["loss"].mean())))
+    rows.append(("number", last, FINAL, PLAIN, float(log["loss"].iloc[-LAST:].mean())))
+    rows.append(("number", last, WHOLE, PLAIN, float(log["loss"].mean())))
     table = accuracies(subject, SUMS[size])
     rows += [
-        ("number", last, f"accuracy, {kind}", float(value))
+        ("number", last, "accuracy", kind, float(value))
         for kind, value in zip(table["kind"], table["per_token"], strict=True)
     ]
     read = reading(subject, AMOUNT[size])
     report = hooks.spectral_gap(subject.load(), read.ids, batch_size=32, progress=False)
     whole = report.to_frame("prompt")[list(SPECTRUM)].mean()
-    rows += [("number", last, name, float(whole[name])) for name in SPECTRUM]
+    rows += [("number", last, name, PLAIN, float(whole[name])) for name in SPECTRUM]
+    names = ("what", "step", "quantity", "variant", "value")
     fix = int(subject.group.startswith("centred"))
     return pd.DataFrame(
-        [
-            {**subject.columns, "fix": fix, "what": a, "step": s, "quantity": q, "value": v}
-            for a, s, q, v in rows
-        ]
+        [{**subject.columns, "fix": fix, **dict(zip(names, row, strict=True))} for row in rows]
     )
 
 
@@ -107,21 +108,27 @@ def _check_pair(plain: Path, fixed: Path) -> None:
 # -- reading the table ----------------------------------------------------------------------
 
 
-def values(table: pd.DataFrame, placement: str, fix: int, quantity: str) -> pd.Series[float]:
+def values(
+    table: pd.DataFrame, placement: str, fix: int, quantity: str, variant: str = PLAIN
+) -> pd.Series[float]:
     """One number for each seed."""
-    chosen = table[
-        (table["placement"] == placement)
-        & (table["fix"] == fix)
-        & (table["what"] == "number")
-        & (table["quantity"] == quantity)
-    ]
+    chosen = pick(
+        table, placement=placement, fix=fix, what="number", quantity=quantity, variant=variant
+    )
     return chosen.set_index("seed")["value"].astype(float)
 
 
-def gain(table: pd.DataFrame, placement: str, quantity: str) -> Mean:
-    """With the fix minus without it: mean over seeds of the difference within a seed."""
-    change = values(table, placement, 1, quantity) - values(table, placement, 0, quantity)
-    return mean(change.dropna().tolist())
+def gains(
+    table: pd.DataFrame, placement: str, quantity: str, variant: str = PLAIN
+) -> pd.Series[float]:
+    """With the fix minus without it, seed by seed."""
+    without, fixed = (values(table, placement, fix, quantity, variant) for fix in (0, 1))
+    return fixed - without
+
+
+def gain(table: pd.DataFrame, placement: str, quantity: str, variant: str = PLAIN) -> Mean:
+    """Mean over seeds of the difference within a seed."""
+    return mean(gains(table, placement, quantity, variant).dropna().tolist())
 
 
 def placements_in(table: pd.DataFrame) -> list[str]:

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    PLACEMENT_NAMES,
-    Claim,
-    Mean,
-    markdown,
-    mean,
-)
+from qkvnorm_lens.experiments.core import PLACEMENT_NAMES, Claim, below, decide, markdown, mean
 from qkvnorm_lens.experiments.paper.accuracy import KINDS
 from qkvnorm_lens.experiments.related.centring.measure import (
     FINAL,
@@ -34,15 +25,16 @@ def text(table: pd.DataFrame) -> str:
         for fix in (0, 1):
             of = {
                 q: mean(values(table, placement, fix, q).tolist())
-                for q in (FINAL, WHOLE, *SPECTRUM, *(f"accuracy, {k}" for k in KINDS))
+                for q in (FINAL, WHOLE, *SPECTRUM)
             }
+            right = [mean(values(table, placement, fix, "accuracy", k).tolist()) for k in KINDS]
             body.append(
                 [
                     PLACEMENT_NAMES[placement],
                     "A - U" if fix else "none",
                     str(of[FINAL].n),
-                    *(_plain(of[q]) for q in (FINAL, WHOLE)),
-                    *(of[f"accuracy, {kind}"].percent() for kind in KINDS),
+                    *(of[q].words(".3f") for q in (FINAL, WHOLE)),
+                    *(m.percent() for m in right),
                     *(f"{of[q].value:.2f}" for q in SPECTRUM),
                 ]
             )
@@ -58,18 +50,14 @@ def text(table: pd.DataFrame) -> str:
     for placement in placements_in(table):
         lines += [
             f"- {PLACEMENT_NAMES[placement]}, fix minus none, seed by seed: final loss "
-            f"{_plain(gain(table, placement, FINAL))}, mean loss "
-            f"{_plain(gain(table, placement, WHOLE))}, accuracy "
+            f"{gain(table, placement, FINAL).words('.3f')}, mean loss "
+            f"{gain(table, placement, WHOLE).words('.3f')}, accuracy "
             + ", ".join(
-                f"{kind} {gain(table, placement, f'accuracy, {kind}').percent()}" for kind in KINDS
+                f"{kind} {gain(table, placement, 'accuracy', kind).percent()}" for kind in KINDS
             )
             + " points."
         ]
     return "\n".join(lines)
-
-
-def _plain(m: Mean) -> str:
-    return f"{m.value:.3f}" if math.isnan(m.half) else f"{m.value:.3f} ± {m.half:.3f}"
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
@@ -77,19 +65,14 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     out = []
     for placement in placements_in(table):
         found = {q: gain(table, placement, q) for q in (FINAL, WHOLE)}
-        better = [m.excludes_zero and m.value < 0 for m in found.values()]
-        worse = [m.excludes_zero and m.value > 0 for m in found.values()]
-        same: Any = "not decided"
-        if any(better) or any(worse):
-            same = "in part" if any(better) and any(worse) else "yes" if any(better) else "no"
-        n = found[FINAL].n
+        lower = [below(m) for m in found.values()]
         out.append(
             Claim(
                 f"training gains from the fix ({PLACEMENT_NAMES[placement]})",
                 "lower loss, faster (reviewers questioned it)",
-                "; ".join(f"{q} {_plain(m)}" for q, m in found.items())
-                + f" (fix minus none, {n} seed{'s' * (n != 1)})",
-                same,
+                "; ".join(f"{q} {m.words('.3f')}" for q, m in found.items())
+                + f" (fix minus none, {found[FINAL].seeds})",
+                decide(*(each for each in lower if each is not None)),  # one decided is enough
                 "a causal model of 2 layers with skip connections, on sums of some 12 tokens: the "
                 "paper's gap is that of long, unmasked sequences",
             )

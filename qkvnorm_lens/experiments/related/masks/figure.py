@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import panels
+from qkvnorm_lens.experiments.related.masks.words import LOCAL, WITHOUT_CENTRE, N, runs
 from qkvnorm_lens.plots.charts import GREY, RUNS, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.related.masks.words import LOCAL, WITHOUT_CENTRE, N, runs
 
 
 def figure(table: pd.DataFrame) -> Figure:

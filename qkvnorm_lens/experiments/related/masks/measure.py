@@ -19,7 +19,6 @@ from qkvnorm_lens.experiments.related.masks.words import (
     MASKS,
     SETTINGS,
     SMALL,
-    WITHOUT_CENTRE,
     D,
     N,
 )
@@ -50,24 +49,20 @@ SCALES: Final[dict[Size, Scale]] = {
 
 
 def mask_of(name: str, n: int = N) -> Any:
-    """A mask by its name; ``window 4``: four tokens to each side, ``one-way 4``: to the left."""
+    """A mask by its name; ``"two parts"``: two halves, neither of which sees the other."""
     import torch
 
-    from qkvnorm_lens.theory import (
-        causal_mask,
-        complete_mask,
-        one_way_window_mask,
-        window_mask,
-    )
+    from qkvnorm_lens.theory import causal_mask, complete_mask, one_way_window_mask, window_mask
 
-    if name == WITHOUT_CENTRE:  # two halves, neither of which sees the other
-        half = torch.arange(n) < n // 2
-        return half[:, None] == half
-    kind, _, width = name.partition(" ")
-    if not width:
-        return {"complete": complete_mask, "causal": causal_mask}[kind](n)
-    build = {"window": window_mask, "one-way": one_way_window_mask}[kind]
-    return build(n, int(width))
+    kind, width = MASKS[name]
+    half = torch.arange(n) < n // 2
+    return {
+        "complete": lambda: complete_mask(n),
+        "causal": lambda: causal_mask(n),
+        "window": lambda: window_mask(n, width),
+        "one-way": lambda: one_way_window_mask(n, width),
+        "two parts": lambda: half[:, None] == half,
+    }[kind]()
 
 
 def dynamics_of(mask: str, setting: str, seed: int, layers: int) -> Dynamics:
@@ -77,11 +72,7 @@ def dynamics_of(mask: str, setting: str, seed: int, layers: int) -> Dynamics:
     """
     import torch
 
-    from qkvnorm_lens.theory import (
-        Dynamics,
-        gaussian,
-        orthogonal,
-    )
+    from qkvnorm_lens.theory import Dynamics, gaussian, orthogonal
 
     chosen = dict(SETTINGS[setting])
     values, mlp = chosen.pop("values", "orthogonal"), chosen.pop("mlp", False)
@@ -251,7 +242,7 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     settings = {"seeds": list(scale.seeds), "layers": scale.layers, "tokens": N, "width": D}
     out = []
     for i, setting in enumerate(SETTINGS):
-        masks = MASKS if setting == "attention" else FEW
+        masks = tuple(MASKS) if setting == "attention" else FEW
         work = partial(measure, setting, masks, scale)
         out.append(Part(f"decay-{i}", work, None, {**settings, "setting": setting, "masks": masks}))
     return [*out, Part("equilibria", partial(held, scale), None, {"layers": scale.held})]

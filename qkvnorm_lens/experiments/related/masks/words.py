@@ -5,29 +5,36 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Claim, Mean, markdown, mean
+from qkvnorm_lens.experiments.core import (
+    Claim,
+    Finding,
+    Mean,
+    above,
+    decide,
+    graded,
+    markdown,
+    mean,
+)
 
 N: Final = 32  # tokens
 D: Final = 32  # width
 EVEN_MOST: Final = 30.0  # a decay rate that leaves nothing but rounding
 SMALL: Final = 1e-3  # share of its start at which relative mu counts as collapsed
 LINE: Final = 0.5  # nats about a line through ln mu (root mean square) up to which it is one
-MASKS: Final = (
-    "complete",
-    "causal",
-    "window 8",
-    "window 4",
-    "window 2",
-    "one-way 8",
-    "one-way 4",
-    "one-way 2",
-    "two parts",
-)
+WITHOUT_CENTRE: Final = "two parts"
+MASKS: Final[Mapping[str, tuple[str, int]]] = {
+    "complete": ("complete", 0),
+    "causal": ("causal", 0),
+    **{f"window {width}": ("window", width) for width in (8, 4, 2)},
+    **{f"one-way {width}": ("one-way", width) for width in (8, 4, 2)},
+    WITHOUT_CENTRE: ("two parts", 0),
+}
+"""By name: its kind, and of a window how many tokens it shows to each side, or to the left."""
 LOCAL: Final = {
     "two-way windows": ("complete", "window 8", "window 4", "window 2"),
     "one-way windows": ("causal", "one-way 8", "one-way 4", "one-way 2"),
@@ -49,8 +56,6 @@ SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "residual, RMSNorm": {"residual": True, "norm": "rms"},
     "residual, MLP, RMSNorm": {"residual": True, "mlp": True, "norm": "rms"},
 }
-Verdict = Literal["yes", "no", "not decided"]
-WITHOUT_CENTRE: Final = "two parts"
 
 
 def runs(table: pd.DataFrame, setting: str, mask: str) -> pd.DataFrame:
@@ -70,27 +75,20 @@ def exponential(table: pd.DataFrame, setting: str, mask: str) -> bool:
     return bool((mine["rate"].notna() & (mine["off"] < LINE)).all())
 
 
-def collapses(table: pd.DataFrame, setting: str, mask: str) -> Verdict:
+def collapses(table: pd.DataFrame, setting: str, mask: str) -> Finding:
     """Whether mu falls in every seed, exponentially or not: its trend, or that it is gone."""
     mine = runs(table, setting, mask)
     gone = mine["end"] < SMALL * mine["start"]
     if not bool((gone | (mine["rate"] > 0)).all()):
-        return "no"
-    found = rate(table, setting, mask)
-    return "yes" if bool(gone.all()) or (found.excludes_zero and found.n > 1) else "not decided"
-
-
-def _together(verdicts: Sequence[Verdict]) -> Literal["yes", "no", "in part", "not decided"]:
-    if "no" in verdicts:
-        return "no" if set(verdicts) == {"no"} else "in part"
-    return "not decided" if "not decided" in verdicts else "yes"
+        return False
+    return True if bool(gone.all()) else above(rate(table, setting, mask))
 
 
 def counts(table: pd.DataFrame, setting: str, masks: Sequence[str]) -> str:
     """``3 of 4 masks collapse (window 4: not decided), not exponential: complete (..., ...)``."""
     found = {mask: collapses(table, setting, mask) for mask in masks}
-    said = {"no": "not in every seed", "not decided": "not decided"}
-    rest = [f"{m}: {said[v]}" for m, v in found.items() if v != "yes"]
+    said = {False: "not in every seed", None: "not decided"}
+    rest = [f"{m}: {said[holds]}" for m, holds in found.items() if not holds]
     bent = [m for m in masks if not exponential(table, setting, m)]
     return "".join(
         (
@@ -126,9 +124,7 @@ def speed(table: pd.DataFrame, setting: str, mask: str) -> str:
     """The rate where there is one."""
     if not exponential(table, setting, mask):
         return "not exponential"
-    found = rate(table, setting, mask)
-    half = "" if math.isnan(found.half) else f" ± {found.half:.2g}"
-    return f"{found.value:.3g}{half}"
+    return rate(table, setting, mask).words(".3g", ".2g")
 
 
 def text(table: pd.DataFrame) -> str:
@@ -216,7 +212,7 @@ def _findings(table: pd.DataFrame) -> list[str]:
         f"With a centre: {counts(table, 'attention', with_centre)}. Without one (two parts that do "
         f"not see each other): mu/||X||_F {parts_['start'].mean():.2f} at the start, "
         f"{parts_['end'].mean():.2f} at the end. The bound was exceeded in {violated.sum():.0f} "
-        f"layers of {violated.count()} runs for which there is one; it is far from tight.",
+        f"layers of {violated.count()} runs for which there is one; it is far from tight."
     ]
     for kind, masks in LOCAL.items():
         said = "rise" if _in_order(table, masks) else "do not always rise"
@@ -296,12 +292,10 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     n_seeds = table[table["row"] == "run"]["seed"].nunique()
     how = f"{N} tokens of width {D}, {n_seeds} seeds, random weights in each layer"
     with_centre = [m for m in masks_of(table, "attention") if m != WITHOUT_CENTRE]
-    verdicts = [collapses(table, "attention", m) for m in with_centre]
     apart = runs(table, "attention", WITHOUT_CENTRE)
     stays = bool((apart["end"] > 0.1 * apart["start"]).all())
     ordered = {kind: _in_order(table, masks) for kind, masks in LOCAL.items()}
     normed = [(s, m) for s in ("RMSNorm", "LayerNorm") for m in FEW]
-    normed_verdicts = [collapses(table, *p) for p in normed]
     leaning = table[(table["row"] == "equilibrium") & (table["setting"] == "leaning")]
     stay = leaning["left"].isna() & (leaning["near_rank"] >= leaning["rank"])
     held_all = bool(stay.all())
@@ -311,7 +305,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             "exponentially, for every mask whose graph has a node from which all are reached",
             f"{counts(table, 'attention', with_centre)}; without a centre it "
             f"{'stays' if stays else 'falls too'}",
-            _together(verdicts) if stays else "in part",
+            decide(*(collapses(table, "attention", m) for m in with_centre), stays),
             f"{how}; here every token sees itself (the bound wants it of a centre). Where no line "
             "fits and it is gone after a few layers, it fell faster than one rate says",
         ),
@@ -322,14 +316,14 @@ def claims(table: pd.DataFrame) -> list[Claim]:
                 f"{k}: {'in' if v else 'not in'} the order of the radius"
                 for k, v in ordered.items()
             ),
-            "yes" if all(ordered.values()) else "in part" if any(ordered.values()) else "no",
+            decide(*ordered.values()),
             f"{how}; {_across(table)}",
         ),
         Claim(
             "a norm with orthogonal values",
             "LayerNorm does not prevent the exponential collapse",
             "; ".join(f"{s}: {counts(table, s, FEW)}" for s in ("RMSNorm", "LayerNorm")),
-            _together(normed_verdicts),
+            decide(*(collapses(table, *each) for each in normed)),
             how,
         ),
         Claim(
@@ -339,7 +333,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             "off"
             if held_all
             else "not all ranks stay",
-            "yes" if held_all else "in part",
+            graded(True, held_all),
             "our own construction, whose tokens return after a push; those solved for with random "
             "W_Q and W_K are equilibria too, but let go (see the multipliers)",
         ),

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    groups,
-    mean,
-    panels,
-)
+from qkvnorm_lens.experiments.core import error_bar, groups, mean, numbers, panels
+from qkvnorm_lens.experiments.related.positions.measure import CELLS, GAPS, LEAST, cell_name
 from qkvnorm_lens.plots.charts import GREY, RUNS, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.related.positions.measure import CELLS, GAPS, LEAST, cell_name, of
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -57,17 +52,9 @@ def _draw_accuracy(
     shown = (("per token", "o", -0.15), ("exact", "s", 0.15))
     for quantity, marker, shift in shown:
         for x, group in enumerate(names):
-            seeds = of(table, group, quantity)
-            m = mean(seeds)
-            ax.errorbar(
-                x + shift,
-                100 * m.value,
-                yerr=100 * np.nan_to_num(m.half),
-                fmt=marker,
-                color=colours.get(group, GREY),
-                capsize=3,
-                markersize=5,
-            )
+            seeds = numbers(table, quantity, group=group)
+            style: dict[str, Any] = {"marker": marker, "color": colours.get(group, GREY)}
+            error_bar(ax, x + shift, mean(seeds), capsize=3, markersize=5, **style)
             ax.plot([x + shift + 0.07] * len(seeds), [100 * s for s in seeds], ".", color=GREY)
         ax.plot([], [], marker, color=GREY, label=quantity)
     ax.set_ylim(-3, 105)
@@ -78,9 +65,9 @@ def _draw_accuracy(
 
 
 def _draw_gaps(ax: Axes, table: pd.DataFrame, names: list[str]) -> None:
-    for i, (quantity, (name, marker)) in enumerate(GAPS.items()):
+    for i, (variant, (name, marker)) in enumerate(GAPS.items()):
         for x, group in enumerate(names):
-            seeds = of(table, group, quantity)
+            seeds = numbers(table, "tv", variant=variant, group=group)
             at = x + 0.16 * (i - 1.5)
             ax.plot(
                 [at] * len(seeds),

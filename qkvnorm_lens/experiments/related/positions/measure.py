@@ -9,12 +9,7 @@ from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Part,
-    Size,
-    Subject,
-    trained,
-)
+from qkvnorm_lens.experiments.core import PLAIN, Part, Size, Subject, trained
 
 PREFIX: Final = "order-"
 CELLS: Final = {
@@ -32,12 +27,16 @@ SEED: Final = 20_240_617
 LOSSES: Final = (1.0, 0.3, 0.1)  # nats per token
 SHARES: Final = (0.5, 0.9)  # of tokens right
 LEAST: Final = 1e-8  # of the figure's logarithmic axis
+AS_IS, SWAPPED = "as is", "operands swapped"
 GAPS: Final = {
-    "tv, as is": ("permuted", "o"),
-    "tv, operands swapped": ("operands swapped", "D"),
-    "tv, positions removed": ("permuted, positions removed", "s"),
-    "tv, mask removed": ("permuted, mask removed", "^"),
+    AS_IS: ("permuted", "o"),
+    SWAPPED: ("operands swapped", "D"),
+    "positions removed": ("permuted, positions removed", "s"),
+    "mask removed": ("permuted, mask removed", "^"),
 }
+"""Variants of the total variation: what they are called, and their marks."""
+Fact = tuple[str, str, float, float]
+"""Quantity, variant (of the symmetry gap), where (a step, a layer, a level), and value."""
 
 
 # -- measuring --------------------------------------------------------------------------------
@@ -50,10 +49,10 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
 
     model = subject.load()
     accuracy = evaluate(model, subject.split, rows=SUMS[size], seed=TEST_SEED)
-    facts: list[tuple[str, float, float]] = [
-        ("per token", 0, accuracy.per_token),
-        ("per token without ]", 0, accuracy.per_token_without_end),
-        ("exact", 0, accuracy.exact),
+    facts: list[Fact] = [
+        ("per token", PLAIN, 0, accuracy.per_token),
+        ("per token without ]", PLAIN, 0, accuracy.per_token_without_end),
+        ("exact", PLAIN, 0, accuracy.exact),
         *of_log(subject),
     ]
     ids, swap = questions(subject, QUESTIONS[size])
@@ -61,10 +60,9 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
         model, ids, permutations=PERMUTATIONS[size], keep_first=True, batch_size=64, progress=False
     )
     for row in report.to_frame().to_dict("records"):
-        facts.append((f"tv, {row['variant']}", 0, row["tv"]))
-        facts.append((f"rounding, {row['variant']}", 0, row["floor_tv"]))
         none = {"none": 1.0, "gap": 0.0, "undecided": math.nan}[row["verdict"]]
-        facts.append((f"no gap, {row['variant']}", 0, none))
+        found = {"tv": row["tv"], "rounding": row["floor_tv"], "no gap": none}
+        facts += [(name, row["variant"], 0, value) for name, value in found.items()]
     unequal = [row for row in ids if [row[i] for i in swap] != row]
     swapped = hooks.symmetry_gap(
         model,
@@ -75,13 +73,12 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
         batch_size=64,
         progress=False,
     )
-    facts.append(("tv, operands swapped", 0, float(swapped.to_frame()["tv"].iloc[0])))
+    facts.append(("tv", SWAPPED, 0, float(swapped.to_frame()["tv"].iloc[0])))
     layers = report.to_frame("layer")
     for row in layers[layers["variant"] == "as is"].to_dict("records"):
-        facts.append(("nearer", row["layer"], row["nearer"]))
-    return pd.DataFrame(
-        [{**subject.columns, "quantity": q, "at": at, "value": value} for q, at, value in facts]
-    )
+        facts.append(("nearer", PLAIN, row["layer"], row["nearer"]))
+    names = ("quantity", "variant", "at", "value")
+    return pd.DataFrame([{**subject.columns, **dict(zip(names, f, strict=True))} for f in facts])
 
 
 def questions(subject: Subject, n: int) -> tuple[list[list[int]], list[int]]:
@@ -102,7 +99,7 @@ def questions(subject: Subject, n: int) -> tuple[list[list[int]], list[int]]:
     return [row[: row.index(EQUALS) + 1] for row in rows], swap
 
 
-def of_log(subject: Subject) -> list[tuple[str, float, float]]:
+def of_log(subject: Subject) -> list[Fact]:
     """The learning curve, and the steps until so low a loss, or so many right tokens.
 
     Every sum is new, so that the training loss (a mean over the steps between two rows of the log)
@@ -112,14 +109,16 @@ def of_log(subject: Subject) -> list[tuple[str, float, float]]:
     assert subject.path is not None
     log = pd.read_csv(subject.path / "log.csv")
     steps, losses = (log[name].astype(float).tolist() for name in ("step", "loss"))
-    facts = [("loss", step, loss) for step, loss in zip(steps, losses, strict=True)]
-    facts += [(f"steps to {x:g} nats", 0.0, steps_to(steps, losses, x)) for x in LOSSES]
+    facts: list[Fact] = [
+        ("loss", PLAIN, step, loss) for step, loss in zip(steps, losses, strict=True)
+    ]
+    facts += [("steps to loss", PLAIN, x, steps_to(steps, losses, x)) for x in LOSSES]
     seen = log.dropna(subset=["per_token"])
     for share in SHARES:
         reached = seen[seen["per_token"] >= share]["step"]
         first = float(reached.min()) if len(reached) else math.inf
-        facts.append((f"measured {share:.0%} of tokens", 0.0, first))
-    facts.append(("steps between measurements", 0.0, float(seen["step"].min())))
+        facts.append(("steps to share", PLAIN, share, first))
+    facts.append(("steps between measurements", PLAIN, 0.0, float(seen["step"].min())))
     return facts
 
 
@@ -169,12 +168,6 @@ def _order(name: str) -> tuple[int, str]:
 
 
 # -- reading the table --------------------------------------------------------------------------
-
-
-def of(table: pd.DataFrame, group: str, quantity: str) -> list[float]:
-    """One number for each seed, without those that are none."""
-    chosen = table[(table["group"] == group) & (table["quantity"] == quantity)]
-    return [float(v) for v in chosen["value"] if not math.isnan(v)]
 
 
 def cell_name(group: str) -> str:

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import Final, Literal
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
     Claim,
+    Finding,
     Mean,
+    Verdict,
+    above,
+    decide,
     difference,
+    graded,
     groups,
     markdown,
     mean,
+    numbers,
+    pick,
 )
 from qkvnorm_lens.experiments.related.positions.measure import (
+    AS_IS,
     GAPS,
     LEAST,
     LOSSES,
     SHARES,
+    SWAPPED,
     cell_name,
-    of,
 )
 
 
@@ -32,8 +42,7 @@ def _steps(values: list[float]) -> str:
         return "-"
     if len(reached) < len(values):
         return f"never in {len(values) - len(reached)} of {len(values)}"
-    m = mean(reached)
-    return f"{m.value:.0f}" + ("" if math.isnan(m.half) else f" ± {m.half:.0f}")
+    return mean(reached).words(".0f")
 
 
 def text(table: pd.DataFrame) -> str:
@@ -43,20 +52,21 @@ def text(table: pd.DataFrame) -> str:
     head += [f"TV, {name}" for name, _ in GAPS.values()]
     rows = []
     for group in groups(table):
-        gaps = [of(table, group, quantity) for quantity in GAPS]
+        of = partial(numbers, table, group=group)
+        gaps = [of("tv", variant=variant) for variant in GAPS]
         rows.append(
             [
                 cell_name(group),
-                str(len(of(table, group, "exact"))),
-                mean(of(table, group, "per token")).percent(),
-                mean(of(table, group, "per token without ]")).percent(),
-                mean(of(table, group, "exact")).percent(),
-                *(_steps(of(table, group, f"steps to {x:g} nats")) for x in LOSSES),
+                str(len(of("exact"))),
+                mean(of("per token")).percent(),
+                mean(of("per token without ]")).percent(),
+                mean(of("exact")).percent(),
+                *(_steps(of("steps to loss", at=x)) for x in LOSSES),
                 *(f"{mean(g).value:.2g}" if g else "-" for g in gaps),
             ]
         )
     last = int(table[table["quantity"] == "loss"]["at"].max())
-    between = of(table, groups(table)[0], "steps between measurements")[0]
+    between = numbers(table, "steps between measurements", group=groups(table)[0])[0]
     lines = [
         markdown(head, rows),
         "",
@@ -79,7 +89,7 @@ def _shares(table: pd.DataFrame) -> str:
     for group in groups(table):
         said = []
         for share in SHARES:
-            first = of(table, group, f"measured {share:.0%} of tokens")
+            first = numbers(table, "steps to share", group=group, at=share)
             got = [v for v in first if math.isfinite(v)]
             if len(got) < len(first):
                 said.append(f"{share:.0%} in {len(got)} of {len(first)} runs")
@@ -97,9 +107,9 @@ PAIRS: Final = (
 )
 
 
-def gap_between(table: pd.DataFrame, a: str, b: str, quantity: str) -> Mean | None:
+def gap_between(table: pd.DataFrame, a: str, b: str, quantity: str, **wanted: Any) -> Mean | None:
     """Mean of a minus mean of b with Welch's interval, where both have several seeds."""
-    x, y = of(table, a, quantity), of(table, b, quantity)
+    x, y = (numbers(table, quantity, group=group, **wanted) for group in (a, b))
     if min(len(x), len(y)) < 2 or not all(map(math.isfinite, [*x, *y])):
         return None
     return difference(x, y)
@@ -111,7 +121,7 @@ def _differences(table: pd.DataFrame) -> list[str]:
         per_token, exact = (gap_between(table, a, b, q) for q in ("per token", "exact"))
         if per_token is None or exact is None:
             continue
-        steps = gap_between(table, a, b, f"steps to {LOSSES[1]:g} nats")
+        steps = gap_between(table, a, b, "steps to loss", at=LOSSES[1])
         line = f"- {what}: {per_token.percent()} points per token, {exact.percent()} exact"
         if steps is not None:
             line += f", {steps.value:+.0f} ± {steps.half:.0f} steps to {LOSSES[1]:g} nats"
@@ -122,9 +132,10 @@ def _differences(table: pd.DataFrame) -> list[str]:
 def _order_words(table: pd.DataFrame) -> list[str]:
     out = []
     for group in groups(table):
-        none = of(table, group, "no gap, as is")
-        doubt = len(of(table, group, "exact")) - len(none)
-        swap, permuted = (of(table, group, q) for q in ("tv, operands swapped", "tv, as is"))
+        of = partial(numbers, table, group=group)
+        none = of("no gap", variant=AS_IS)
+        doubt = len(of("exact")) - len(none)
+        swap, permuted = (of("tv", variant=variant) for variant in (SWAPPED, AS_IS))
         ratio = mean(swap).value / max(mean(permuted).value, LEAST)
         out.append(
             f"{cell_name(group)}: {len(none) - int(sum(none))} of {len(none) + doubt} trained "
@@ -139,14 +150,14 @@ def _order_words(table: pd.DataFrame) -> list[str]:
     )
     out.append(
         "Version 2 of the paper found no definitive evidence that skip connections are "
-        f"responsible. Here: {_verdict(table)[1]}."
+        f"responsible. Here: {_skips(table).words}."
     )
     return out
 
 
 def _nearer(table: pd.DataFrame, group: str) -> list[float]:
     """Share of pairs in which the nearer position is more alike, by blocks passed; over seeds."""
-    rows = table[(table["group"] == group) & (table["quantity"] == "nearer")]
+    rows = pick(table, group=group, quantity="nearer")
     return [float(x) for x in rows.groupby("at")["value"].mean()]
 
 
@@ -154,84 +165,133 @@ def _nearer_words(table: pd.DataFrame, group: str) -> str:
     return ", ".join(f"{100 * x:.0f}%" for x in _nearer(table, group))
 
 
-def _verdict(table: pd.DataFrame) -> tuple[Literal["yes", "no", "in part", "not decided"], str]:
+@dataclass(frozen=True)
+class Skips:
+    """What is lost without skip connections where there are no positions.
+
+    Attributes:
+        lost: exact answers with skips minus without, by the cell without them.
+        worse: cells that lose some.
+        blind: of those, with a model that does not see the order of tokens.
+        unsure: of those, with a model of which rounding leaves that open.
+        control: what models with positions lose without skips; None where none was trained.
+    """
+
+    lost: dict[str, Mean]
+    worse: list[str]
+    blind: list[str]
+    unsure: list[str]
+    control: Mean | None
+
+    @property
+    def order_seen(self) -> Finding:
+        """Whether models that are worse without skips see the order all the same."""
+        return False if self.blind else None if self.unsure else True
+
+    @property
+    def control_worse(self) -> Finding:
+        """Whether models with positions are worse without skips too; no: they lose clearly less."""
+        if self.control is None or above(self.control):
+            return None if self.control is None else True
+        least = min(self.lost[b].value - self.lost[b].half for b in self.worse)
+        return False if self.control.value + self.control.half < least else None
+
+    @property
+    def verdict(self) -> Verdict:
+        """On: nothing tells that skip connections carry the order."""
+        if not self.lost:
+            return decide(None)
+        return graded(self.order_seen, self.control_worse) if self.worse else decide(True)
+
+    @property
+    def words(self) -> str:
+        """Differences, and what speaks for the order or against it."""
+        if not self.lost:
+            return "too few seeds are trained to say"
+        said = [
+            f"{cell_name(b)}: exact answers {g.percent()} points fewer than with skip connections"
+            if b in self.worse
+            else f"{cell_name(b)}: no difference in exact answers that the seeds decide "
+            f"({g.percent()} points)"
+            for b, g in self.lost.items()
+        ]
+        return "; ".join(said) + (self._why if self.worse else "")
+
+    @property
+    def _why(self) -> str:
+        if not self.order_seen:
+            cells = ", ".join(map(cell_name, self.blind or self.unsure))
+            return f"; {cells}: " + (
+                "some trained models do not see the order"
+                if self.blind
+                else "rounding is too large to say whether all trained models see the order"
+            )
+        why = "; yet every trained model sees the order, so that what is lacking is not the order"
+        if self.control is None:
+            why += ", and without a run that has positions and no skips"
+            return f"{why}, nothing more can be said"
+        but = {
+            True: ": with rotary positions, models without skips are worse too",
+            False: ", though models with rotary positions do without skips",
+            None: ": with rotary positions the seeds do not decide whether models without skips "
+            f"are worse ({self.control.percent()} points)",
+        }
+        return why + but[self.control_worse]
+
+
+def _skips(table: pd.DataFrame) -> Skips:
     """Do models without positions learn addition without skip connections?"""
     gaps = {b: gap_between(table, a, b, "exact") for a, b, _ in PAIRS if a == "order-nope"}
-    found = {b: g for b, g in gaps.items() if g is not None}
-    if not found:
-        return "not decided", "too few seeds are trained to say"
-    said = [
-        f"{cell_name(b)}: exact answers {g.percent()} points fewer than with skip connections"
-        if g.excludes_zero and g.value > 0
-        else f"{cell_name(b)}: no difference in exact answers that the seeds decide "
-        f"({g.percent()} points)"
-        for b, g in found.items()
-    ]
-    worse = [b for b, g in found.items() if g.excludes_zero and g.value > 0]
-    blind = [b for b in worse if sum(of(table, b, "no gap, as is")) > 0]
-    unsure = [b for b in worse if len(of(table, b, "no gap, as is")) < len(of(table, b, "exact"))]
-    words = "; ".join(said)
-    if not worse:
-        return "yes", words
-    control = gap_between(table, "order-rotary", "order-rotary-no-skip", "exact")
-    if blind:
-        words += f"; {', '.join(map(cell_name, blind))}: some trained models do not see the order"
-        return "no", words
-    if unsure:
-        words += f"; {', '.join(map(cell_name, unsure))}: rounding is too large to say whether all "
-        return "not decided", f"{words}trained models see the order"
-    words += "; yet every trained model sees the order, so that what is lacking is not the order"
-    if control is None:
-        words += ", and without a run that has positions and no skips, nothing more can be said"
-        return "not decided", words
-    if control.excludes_zero and control.value > 0:
-        return "yes", f"{words}: with rotary positions, models without skips are worse too"
-    least = min(found[b].value - found[b].half for b in worse)
-    if not control.value + control.half < least:
-        return "not decided", (
-            f"{words}: with rotary positions the seeds do not decide whether models without skips "
-            f"are worse ({control.percent()} points)"
-        )
-    return "in part", f"{words}, though models with rotary positions do without skips"
+    lost = {b: g for b, g in gaps.items() if g is not None}
+    worse = [b for b, g in lost.items() if above(g)]
+    none = {b: numbers(table, "no gap", variant=AS_IS, group=b) for b in worse}
+    return Skips(
+        lost,
+        worse,
+        blind=[b for b in worse if sum(none[b]) > 0],
+        unsure=[b for b in worse if len(none[b]) < len(numbers(table, "exact", group=b))],
+        control=gap_between(table, "order-rotary", "order-rotary-no-skip", "exact"),
+    )
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
     """Can addition be learned without positions; do skip connections carry the order?"""
     out = []
-    if of(table, "order-nope", "exact"):
-        exact, rotary = (mean(of(table, f"order-{c}", "exact")) for c in ("nope", "rotary"))
+    exact, rotary = (
+        mean(numbers(table, "exact", group=f"order-{cell}")) for cell in ("nope", "rotary")
+    )
+    if exact.n:
         out.append(
             Claim(
                 "three-digit addition without positional encoding",
                 "causal models without positional encoding see the order of tokens",
                 f"exact answers {exact.percent()}% without positions, {rotary.percent()}% with "
                 f"rotary ones ({exact.n} and {rotary.n} seeds)",
-                "yes" if exact.value > 0.5 else "no",
+                decide(exact.value > 0.5),
                 "no permutation of a sum's digits can be told apart without order; half of all "
                 "answers right is far above what the digits' set allows",
             )
         )
         shares = _nearer(table, "order-nope")[1:]
-        more = sum(x > 0.5 for x in shares)
         out.append(
             Claim(
                 "nearby positions are alike in trained models without positional encoding",
                 "nearby embeddings are more similar than faraway ones (arXiv 2501.00073)",
                 "the nearer position is more alike in "
                 f"{', '.join(f'{100 * x:.0f}%' for x in shares)} of pairs behind the blocks "
-                f"({exact.n} seed{'s' * (exact.n != 1)})",
-                "yes" if more == len(shares) else "in part" if more else "no",
+                f"({exact.seeds})",
+                decide(*(x > 0.5 for x in shares)),
                 "questions of nine tokens, whose digits and + differ more by what they are than by "
                 "where they stand",
             )
         )
-    same, words = _verdict(table)
+    skips = _skips(table)
     out.append(
         Claim(
             "skip connections carry the order",
             "no definitive evidence that residual connections are responsible (version 2)",
-            words,
-            same,
+            skips.words,
+            skips.verdict,
             "2 layers of width 64, one task, few seeds; a model without skips may fail to train "
             "for other reasons than order",
         )

@@ -14,11 +14,11 @@ from qkvnorm_lens.experiments.core import (
     panels,
     placement_of,
 )
+from qkvnorm_lens.experiments.related.rank.measure import SHOWN, STATES, ends, stream
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from qkvnorm_lens.experiments.related.rank.measure import SHOWN, STATES, ends, stream
 
 
 def figure(table: pd.DataFrame) -> Figure:

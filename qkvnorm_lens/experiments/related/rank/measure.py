@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Amount,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading, reading_parts
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -100,11 +93,7 @@ def at_start(subject: Subject) -> TransformerBridge | None:
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
-    amount = AMOUNT[size]
-    return [
-        Part(s.name, partial(measure, s, amount), s, {**amount.settings(s), "start": SEED})
-        for s in subjects
-    ]
+    return reading_parts(subjects, size, measure, start=SEED)
 
 
 # -- reading the table ----------------------------------------------------------------------

@@ -11,7 +11,6 @@ from qkvnorm_lens.experiments.core import (
     PLACEMENT_NAMES,
     STUDY,
     Claim,
-    Mean,
     by_group,
     difference,
     group_mean,
@@ -21,11 +20,6 @@ from qkvnorm_lens.experiments.core import (
 from qkvnorm_lens.experiments.related.rank.measure import NOT_BUILT, SHOWN, STATES, ends, stream
 
 LEVEL: Final = 0.95  # of an interval
-
-
-def _number(found: Mean, digits: int = 2) -> str:
-    half = "" if math.isnan(found.half) else f" ± {found.half:.{digits}f}"
-    return f"{found.value:.{digits}f}{half}"
 
 
 def text(table: pd.DataFrame) -> str:
@@ -41,7 +35,7 @@ def text(table: pd.DataFrame) -> str:
                 continue
             last, start = ends(mine, state), some[some["depth"] == 0]
             cells = [
-                f"{_number(group_mean(start, name))} → {_number(group_mean(last, name))}"
+                " → ".join(group_mean(at, name).words(".2f") for at in (start, last))
                 for name in SHOWN
             ]
             least = math.log10(max(group_mean(last, "relative_least").value, 1e-300))

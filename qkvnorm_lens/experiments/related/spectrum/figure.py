@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import groups, panels
+from qkvnorm_lens.experiments.core import groups, panels, pick
 from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, RUNS, grid, log_ticks, plain
 
 if TYPE_CHECKING:
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 PURPLE: Final = RUNS[3]
 STYLES: Final = {(0, 0): "-", (1, 0): "--", (0, 1): ":", (1, 1): "-."}
 WITH: Final = {(0, 0): "", (1, 0): "LayerNorm", (0, 1): "skip", (1, 1): "both"}
-
-
-def pick(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
-    """Rows with these values in these columns."""
-    chosen = np.ones(len(table), dtype=bool)
-    for column, value in wanted.items():
-        chosen &= (table[column] == value).to_numpy()
-    return table[chosen]
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -127,12 +119,8 @@ def _depth(ax: Axes, rows: pd.DataFrame, *, legend: bool = False) -> None:
     n = int(rows["tokens"].iloc[0])
     kind = "gradients" if legend else "rank in depth"
     ax.set_title(f"{kind} (random Markov, no mask, $T$ = {n})", fontsize=10)
-    for attention, fix, colour in (
-        ("markov", 0, BLUE),
-        ("markov", 1, ORANGE),
-        ("markov scaled", 1, GREEN),
-    ):
-        mine = pick(rows, attention=attention, fix=fix)
+    for fix, scaled, colour in ((0, 0, BLUE), (1, 0, ORANGE), (1, 1, GREEN)):
+        mine = pick(rows, attention="markov", fix=fix, scaled=scaled)
         for (norm, skip), style in STYLES.items():
             of = pick(mine, norm=norm, skip=skip)
             if len(of):

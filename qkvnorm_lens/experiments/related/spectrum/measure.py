@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hooks import SpectrumReport
     from qkvnorm_lens.theory import Recursion
 
-COLUMNS: Final = ("model", "group", "placement", "seed", "what", "attention", "mask", "fix", "norm",
-                  "skip", "tokens", "layer", "quantity", "value")  # fmt: skip
+COLUMNS: Final = ("model", "group", "placement", "seed", "what", "attention", "scaled", "mask",
+                  "fix", "norm", "skip", "tokens", "layer", "quantity", "value")  # fmt: skip
 LEADING: Final = 3
 NARROW: Final = 16  # the head dimension of the study models
 LENGTHS: Final = {"addition": (8, 12, 16), "language": (20, 50, 100, 150)}
@@ -58,7 +58,7 @@ def _row(what: str, attention: str, quantity: str, value: float, **more: Any) ->
     """A row about a constructed network."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
     row |= {"model": "constructed", "group": "constructed", "seed": 0, "mask": "none"}
-    row |= {"fix": 0, "norm": 0, "skip": 0, "tokens": 0, "layer": -1}
+    row |= {"scaled": 0, "fix": 0, "norm": 0, "skip": 0, "tokens": 0, "layer": -1}
     row |= {"what": what, "attention": attention, "quantity": quantity, "value": value}
     return row | more
 
@@ -123,16 +123,16 @@ def depth(scale: Scale, attention: str, mask: str) -> pd.DataFrame:
     for made in networks(attention, mask, scale.deep):
         where: dict[str, Any] = {"mask": mask, "tokens": scale.deep, "fix": int(made.centred)}
         where |= {"norm": int(made.norm), "skip": int(made.skip)}
-        name = attention if made.gain == 1 else f"{attention} scaled"
+        where["scaled"] = int(made.gain != 1)
         for seed in range(scale.seeds):
             signal = propagate(made, scale.deep, scale.depth, seed=seed)
             at = {**where, "seed": seed}
             for layer, x in enumerate(signal.states):
                 rank = _rank(x.detach())
-                rows.append(_row("depth", name, "stable rank", rank, layer=layer, **at))
+                rows.append(_row("depth", attention, "stable rank", rank, layer=layer, **at))
             norms = gradient_norms(signal, probes=scale.probes, seed=seed)
             rows += [
-                _row("gradient", name, "norm", g, layer=layer, **at)
+                _row("gradient", attention, "norm", g, layer=layer, **at)
                 for layer, g in enumerate(norms)
             ]
     return _frame(rows)

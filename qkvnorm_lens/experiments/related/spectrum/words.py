@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Claim, Mean, groups, markdown, mean
-from qkvnorm_lens.experiments.related.spectrum.figure import pick
+from qkvnorm_lens.experiments.core import (
+    Claim,
+    Mean,
+    counted,
+    decide,
+    graded,
+    groups,
+    markdown,
+    mean,
+    pick,
+)
 
 CAUSAL: Final = (1.72, 1.25, 0.85)  # published, T = 150
-NETWORKS: Final = {
-    "A": ("", 0),
-    "A - U": ("", 1),
-    "√T (A - U)": (" scaled", 1),
-}
+NETWORKS: Final = {"A": (0, 0), "A - U": (0, 1), "√T (A - U)": (1, 1)}  # scaled, with the fix
 LIMIT: Final = 3 / (27 / 4) ** 2  # m2 and edge^2 of a product of two, Fuss-Catalan; derived
 DEEP: Final = (("markov", "none"), ("markov", "causal"), ("softmax", "none"), ("softmax", "causal"))
 CLAIMED: Final = {
@@ -37,8 +42,7 @@ def _said(m: Mean, digits: int = 3) -> str:
     """``1.02 ± 0.01``."""
     if math.isnan(m.value):
         return "-"
-    value = f"{m.value:.{digits}g}"
-    return value if math.isnan(m.half) or m.half == 0 else f"{value} ± {m.half:.1g}"
+    return m.words(f".{digits}g", ".1g") if m.half else f"{m.value:.{digits}g}"
 
 
 def _ranks(values: pd.Series[float]) -> str:
@@ -149,8 +153,7 @@ def _spectra(table: pd.DataFrame) -> list[str]:
 
 
 def _seeds(rows: pd.DataFrame) -> str:
-    n = rows["seed"].nunique()
-    return f"{n} seed{'s' * (n != 1)}"
+    return counted(rows["seed"].nunique(), "seed")
 
 
 def slope(rows: pd.DataFrame) -> float:
@@ -191,12 +194,12 @@ def _depth(table: pd.DataFrame) -> list[str]:
     head = ["network", f"stable rank of XX^T, layer {last}", "gradient, first layer", "last layer"]
     body = []
     for attention, mask in DEEP:
-        for what, (suffix, fix) in NETWORKS.items():
-            if suffix and mask == "causal":  # no one factor keeps lengths there
+        for what, (scaled, fix) in NETWORKS.items():
+            if scaled and mask == "causal":  # no one factor keeps lengths there
                 continue
             for part, (norm, skip) in PARTS.items():
-                at: dict[str, Any] = {"attention": attention + suffix, "mask": mask, "fix": fix}
-                at |= {"norm": norm, "skip": skip}
+                at: dict[str, Any] = {"attention": attention, "scaled": scaled, "mask": mask}
+                at |= {"fix": fix, "norm": norm, "skip": skip}
                 of = pick(gradients, **at)
                 if not len(of):
                     continue
@@ -283,7 +286,7 @@ def _unmasked(table: pd.DataFrame) -> Claim:
         "limits for T to infinity",
         f"s1 at most {top:.3f}; s2 over 2/√T: "
         + ", ".join(f"{r:.2f} (T = {n})" for n, r in ratios.items()),
-        "yes" if near else "in part",
+        graded(True, near),
         "at small T the second lies on either side of the edge: entries are lognormal, whose large "
         "ones make single rows stand out, and the edge is a limit",
     )
@@ -304,7 +307,7 @@ def _softmax(table: pd.DataFrame) -> Claim:
         f"second singular value at T = {n}: {_said(of['markov'])} (random Markov), "
         f"{_said(of['softmax'])} (softmax, d_head = T), {_said(of['softmax narrow'])} (softmax, "
         "d_head = 16)",
-        "yes" if close and narrow else "in part" if close else "no",
+        graded(close, narrow),
         "scores of heads narrower than T are of low rank, so that their entries are not "
         "independent and the second singular value does not fall as 2/√T",
     )
@@ -326,7 +329,7 @@ def _causal(table: pd.DataFrame) -> list[Claim]:
             "the same under a causal mask, T = 150",
             ", ".join(f"{c:.2f}" for c in CAUSAL) + ": no single large value",
             "; ".join(f"{m:.2f} ({low:.2f} to {high:.2f} over seeds)" for m, low, high in spans),
-            "yes" if inside else "in part",
+            graded(True, inside),
             f"the mask does it: uniform causal attention alone has {', '.join(beside)}",
         )
     ]
@@ -343,7 +346,7 @@ def _in_width(table: pd.DataFrame) -> Claim:
         "for random Markov attention without a mask",
         f"{_said(first, 4)} at T = {_tokens(rows)[0]}, {_said(of['none'], 4)} at T = {n}; under a "
         f"causal mask {_said(of['causal'])}, growing as T^{slopes['causal']:.2f}",
-        "yes" if of["none"].value < 1.05 and of["none"].value <= first.value else "no",
+        decide(of["none"].value < 1.05 and of["none"].value <= first.value),
         "one direction, the tokens' mean, keeps its length while the others shrink by 1/√T; a "
         "causal mask leaves several",
     )
@@ -358,7 +361,7 @@ def _fixed_width(table: pd.DataFrame) -> Claim:
         "with the fix the stable rank grows with T",
         "proportional to T",
         f"{_said(found)} at T = {n}, over T = {_tokens(rows)[0]} to {n} as T^{grows:.2f}",
-        "yes" if close else "in part" if grows > 0.2 else "no",
+        graded(close or grows > 0.2, close),
         f"two square random matrices, A - U and W, have {LIMIT:.3f} T in the limit, which is "
         f"{LIMIT * n:.1f} here; at small T the largest singular value is still below its limit",
     )
@@ -369,7 +372,7 @@ def _in_depth(table: pd.DataFrame) -> Claim:
     last, n = int(rows["layer"].max()), int(rows["tokens"].iloc[0])
     said, better = [], []
     for (attention, mask), name in CLAIMED.items():
-        mine = pick(rows, attention=attention, mask=mask, layer=last)
+        mine = pick(rows, attention=attention, scaled=0, mask=mask, layer=last)
         if not len(mine):  # a table of version 1
             continue
         of = []
@@ -386,7 +389,7 @@ def _in_depth(table: pd.DataFrame) -> Claim:
         "with the fix)",
         "the gap makes rank collapse in depth worse",
         "; ".join(said),
-        _share(better),
+        decide(*better),
         "the skip connection keeps what the fix leaves; without it a product of random matrices "
         "loses rank whatever A is, and scores that are made of tokens alike are alike; under a "
         "causal mask softmax keeps little without LayerNorm",
@@ -399,7 +402,7 @@ def _gradients(table: pd.DataFrame) -> Claim:
     said, closer = [], []
     n = int(rows["tokens"].iloc[0])
     for (attention, mask), name in CLAIMED.items():
-        mine = pick(rows, attention=attention, mask=mask, layer=0)
+        mine = pick(rows, attention=attention, scaled=0, mask=mask, layer=0)
         if not len(mine):  # a table of version 1
             continue
         of, single = [], of_one_layer(table, attention, mask, n)
@@ -415,7 +418,7 @@ def _gradients(table: pd.DataFrame) -> Claim:
         "-> with the fix)",
         "removing it makes gradients milder",
         f"{'; '.join(said)}; geometric means over seeds",
-        _share(closer),
+        decide(*closer),
         "where the stream is added up (skip) the fix takes the growth away, under a causal mask a "
         "part of it; where nothing else holds the signal (neither) the fix alone makes it vanish, "
         "without a mask by 1/√T a layer, which updates times √T make up for; with LayerNorm alone "
@@ -428,10 +431,6 @@ def of_one_layer(table: pd.DataFrame, attention: str, mask: str, n: int) -> floa
     rows = pick(table, what="spectrum", attention=attention, mask=mask, tokens=n)
     edge = over_seeds(rows, quantity="edge_left").value  # 2 |A - U|_F / sqrt(T)
     return n * edge * math.sqrt(n) / 2
-
-
-def _share(found: list[bool]) -> Literal["yes", "no", "in part"]:
-    return "yes" if all(found) else "in part" if any(found) else "no"
 
 
 def _of_models(table: pd.DataFrame) -> list[Claim]:

@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    by_group,
-    panels,
-)
-from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, grid
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from qkvnorm_lens.experiments.core import by_group, panels
 from qkvnorm_lens.experiments.related.symmetry.measure import (
     LAYERS,
     PLACEMENTS,
@@ -26,6 +18,11 @@ from qkvnorm_lens.experiments.related.symmetry.measure import (
     random_kinds,
     trained,
 )
+from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS: Final = dict(zip(VARIANTS, ("#000000", BLUE, ORANGE, GREEN), strict=True))
 

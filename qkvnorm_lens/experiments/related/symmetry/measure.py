@@ -8,13 +8,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Amount,
-    Part,
-    Size,
-    Subject,
-    reading,
-)
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, pick, reading
 
 VARIANTS: Final = ("as is", "positions removed", "mask removed", "both removed")
 LAYERS: Final = (1, 2, 4)
@@ -22,6 +16,7 @@ PLACEMENTS: Final = ("none", "pre", "qkv")
 SKIPS: Final = {"both": "skip connections", "none": "no skip connections"}
 LENGTH: Final = 24  # tokens that random models read
 CONSTRUCTED: Final = "random"
+GIVEN: Final = "-"  # skip connections of models that were given, not constructed
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ def measure(subject: Subject, scale: Scale) -> pd.DataFrame:
         batch_size=64 if subject.kind == "addition" else 8,
         progress=False,
     )
-    return frames(report, {**subject.columns, "layers": int(model.cfg.n_layers), "skip": "-"})
+    return frames(report, {**subject.columns, "layers": int(model.cfg.n_layers), "skip": GIVEN})
 
 
 def prompts_of(subject: Subject, amount: Amount) -> list[list[int]]:
@@ -150,15 +145,12 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
 
 def trained(table: pd.DataFrame) -> pd.DataFrame:
     """Rows about models that were given."""
-    return table[~table["group"].str.startswith(f"{CONSTRUCTED}-")]
+    return table[table["skip"] == GIVEN]
 
 
 def constructed(table: pd.DataFrame, **cell: Any) -> pd.DataFrame:
     """Rows by variant about random models, of one cell."""
-    rows = table[table["group"].str.startswith(f"{CONSTRUCTED}-") & (table["by"] == "variant")]
-    for name, value in cell.items():
-        rows = rows[rows[name] == value]
-    return rows
+    return pick(table[table["skip"] != GIVEN], by="variant", **cell)
 
 
 # -- words ------------------------------------------------------------------------------------
@@ -172,6 +164,5 @@ def nearer_stream(table: pd.DataFrame, variant: str) -> pd.Series[float]:
 
 def random_kinds(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Random models with and without skip connections: they differ in this."""
-    random = table[table["group"].str.startswith(f"{CONSTRUCTED}-")]
-    kinds = [(words, random[random["skip"] == skip]) for skip, words in SKIPS.items()]
+    kinds = [(words, pick(table, skip=skip)) for skip, words in SKIPS.items()]
     return [(words, mine) for words, mine in kinds if len(mine)]

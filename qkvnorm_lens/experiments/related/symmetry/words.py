@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
-import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments.core import (
     Claim,
+    Finding,
     by_group,
+    decide,
+    every,
+    graded,
     group_mean,
     markdown,
 )
@@ -81,8 +84,7 @@ def _gap(of: pd.DataFrame) -> str:
         return f"0 (≤ {of['tv'].max():.0e})"
     found = group_mean(of, "tv")
     doubt = "" if zero(of) + seen(of) == len(of) else " ?"
-    half = "" if np.isnan(found.half) else f" ± {found.half:.3f}"
-    return f"{found.value:.3f}{half}{doubt}"
+    return found.words(".3f") + doubt
 
 
 def _constructed_words(table: pd.DataFrame) -> list[str]:
@@ -178,7 +180,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             "the prediction is invariant to permutations of the earlier tokens",
             f"no gap in {zero(free)} of {len(free)} models"
             + (f", a gap in {seen(free)}" if zero(free) < len(free) else ""),
-            "yes" if zero(free) == len(free) else "no" if seen(free) else "not decided",
+            decide(every(_no_gap(free))),
             "sums over sets; what is left is rounding, which is measured beside it",
         ),
         Claim(
@@ -186,7 +188,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             "without positions the order can be seen through the causal mask",
             f"one layer: a gap in {seen(one)} of {len(one)} random models; two and four layers: in "
             f"{seen(deep)} of {len(deep)}",
-            _breaks(one, deep),
+            graded(seen(deep) > 0, seen(deep) == len(deep) and seen(one) == len(one)),
             "the last row of the first layer sees a set; only rows that saw prefixes, in the "
             "second, tell of the order",
         ),
@@ -195,10 +197,8 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     ]
 
 
-def _breaks(one: pd.DataFrame, deep: pd.DataFrame) -> Literal["yes", "no", "in part"]:
-    if seen(deep) < len(deep):
-        return "in part" if seen(deep) else "no"
-    return "in part" if seen(one) < len(one) else "yes"
+def _no_gap(rows: pd.DataFrame) -> list[Finding]:
+    return [True] * zero(rows) + [False] * seen(rows) + [None] * int(rows["vanishes"].isna().sum())
 
 
 def _skip_claim(deep: pd.DataFrame) -> Claim:
@@ -208,7 +208,7 @@ def _skip_claim(deep: pd.DataFrame) -> Claim:
         "version 2 found no definitive evidence that residual connections are responsible",
         f"random models of 2 and 4 causal layers without any skip connection: a gap in "
         f"{seen(bare)} of {len(bare)}",
-        "yes" if seen(bare) else "no",
+        decide(seen(bare) > 0),
         "they are not needed for the order to be seen; whether they help to learn from it is asked "
         "in the experiment `positions`",
     )
@@ -236,7 +236,7 @@ def _neighbour_claims(table: pd.DataFrame) -> list[Claim]:
             "nearby positions are alike in random models, where order comes from the mask alone",
             _PUBLISHED_NEAR,
             f"the nearer is more alike, {'; '.join(said)}",
-            _more_than_half(pd.concat(both)),
+            decide(*(share > 0.5 for share in pd.concat(both))),
             f"random tokens, {LENGTH} of them; rows that attend to almost the same prefix",
         )
     ]
@@ -254,14 +254,9 @@ def _neighbour_claims(table: pd.DataFrame) -> list[Claim]:
                 _PUBLISHED_NEAR,
                 f"the nearer is more alike in {', '.join(by)} of pairs (more than half in "
                 f"{int((shares > 0.5).sum())} of {len(shares)} models)",
-                _more_than_half(shares),
+                decide(*(share > 0.5 for share in shares)),
                 "these were trained with positions, which are taken out afterwards; models that "
                 "never had any are in the experiment `positions`",
             )
         )
     return out
-
-
-def _more_than_half(shares: pd.Series[float]) -> Literal["yes", "no", "in part"]:
-    more = int((shares > 0.5).sum())
-    return "yes" if more == len(shares) else "in part" if more else "no"

@@ -1,0 +1,122 @@
+"""From numbers to a verdict: laws of the one helper that decides what the pages say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from hypothesis import given, strategies as st
+
+from qkvnorm_lens.experiments.core import (
+    Mean,
+    above,
+    agrees,
+    below,
+    decide,
+    denied,
+    every,
+    graded,
+    reaches,
+    within,
+)
+from qkvnorm_lens.experiments.core.verdict import Finding
+
+NUMBER = st.floats(-1e3, 1e3).map(lambda x: round(x, 3))
+FINDINGS = st.lists(st.sampled_from([True, False, None]), max_size=6)
+MEANS = st.builds(Mean, NUMBER, NUMBER.map(abs), st.just(3))
+ONE_SEED = st.builds(Mean, NUMBER, st.just(math.nan), st.just(1))
+
+
+def resolved(findings: list[Finding]) -> list[list[bool]]:
+    """Everything that the undecided findings could turn out to be."""
+    return [
+        list(each)
+        for each in itertools.product(*([f] if f is not None else [True, False] for f in findings))
+    ]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6))
+def test_a_verdict_on_decided_cases_counts_them(cases: list[bool]) -> None:
+    wanted = {len(cases): "yes", 0: "no"}.get(sum(cases), "in part")
+    assert decide(*cases) == wanted
+
+
+@given(FINDINGS.filter(bool))
+def test_a_verdict_stands_whatever_the_undecided_turn_out_to_be(findings: list[Finding]) -> None:
+    possible = {decide(*cases) for cases in resolved(findings)}
+    assert decide(*findings) == (possible.pop() if len(possible) == 1 else "not decided")
+
+
+def test_nothing_tried_decides_nothing() -> None:
+    assert decide() == "not decided"
+    assert every([]) is True
+
+
+@given(FINDINGS)
+def test_the_order_of_cases_does_not_matter(findings: list[Finding]) -> None:
+    other = sorted(findings, key=str)
+    assert decide(*findings) == decide(*other)
+    assert every(findings) is every(other)
+
+
+@given(FINDINGS)
+def test_all_hold_if_every_way_to_decide_says_so(findings: list[Finding]) -> None:
+    possible = {all(cases) for cases in resolved(findings)}
+    assert every(findings) is (possible.pop() if len(possible) == 1 else None)
+
+
+@given(st.sampled_from([True, False, None]), st.sampled_from([True, False, None]))
+def test_without_its_core_nothing_of_a_statement_holds(core: Finding, whole: Finding) -> None:
+    found = graded(core, whole)
+    assert (found == "no") == (core is False)
+    assert (found == "yes") == (core is True and whole is True)
+    assert (found == "in part") == (core is True and whole is False)
+
+
+@given(MEANS, NUMBER)
+def test_above_and_below_exclude_each_other(found: Mean, bound: float) -> None:
+    assert below(found, bound) is denied(above(found, bound))
+    mirrored = Mean(-found.value, found.half, found.n)
+    assert below(found, bound) is above(mirrored, -bound)
+    if above(found, bound) is not None:
+        assert above(found, bound) is (found.value > bound)
+    assert (above(found) is not None) == found.excludes_zero
+
+
+@given(MEANS, NUMBER, NUMBER)
+def test_a_lower_bound_is_easier_to_lie_above(found: Mean, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    if above(found, high):
+        assert above(found, low)
+    if reaches(found, high):
+        assert reaches(found, low)
+
+
+@given(ONE_SEED, NUMBER)
+def test_one_seed_decides_no_side(found: Mean, bound: float) -> None:
+    assert above(found, bound) is None
+    assert below(found, bound) is None
+    assert within(found, bound, bound + 1) is not False
+    assert agrees(found, bound) is None
+
+
+@given(MEANS, NUMBER, st.floats(0, 100))
+def test_a_mean_within_a_span_is_at_no_distance(found: Mean, low: float, width: float) -> None:
+    high = low + width
+    held = within(found, low, high)
+    assert (held is True) == (low <= found.value <= high)
+    if above(found, high) or below(found, low):
+        assert held is False
+    wider = Mean(found.value, math.inf, found.n)
+    assert within(wider, low, high) is not False
+
+
+@given(MEANS, NUMBER.filter(bool))
+def test_a_difference_agrees_with_its_like(found: Mean, published: float) -> None:
+    mirrored = Mean(-found.value, found.half, found.n)
+    assert agrees(found, published) is agrees(mirrored, -published)
+    if found.excludes_zero:
+        assert agrees(found, found.value) is True
+        assert agrees(found, -found.value) is False
+    else:
+        assert agrees(found, found.value or 1.0) is not True
