@@ -31,7 +31,7 @@ HELP = "train a model on addition"
 DESCRIPTION = """\
 Train a model with No-Norm, Pre-Norm or QKV-Norm attention on sums such as [12+34-N5=51], and
 measure it. The same command resumes a stopped run, and ends with the same weights as an
-uninterrupted one. DIR gets state.pt, run.json, log.csv, and DIR/model with the model and its card."""
+uninterrupted one. DIR gets state.pt, run.json, log.csv, and DIR/model (the model and its card)."""
 EPILOG = """\
 examples:
   qkvnorm-lens train --config study --placement pre --out runs/study-pre
