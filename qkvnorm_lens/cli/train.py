@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 HELP = "train a model on addition"
 DESCRIPTION = """\
 Train a model with No-Norm, Pre-Norm or QKV-Norm attention on sums such as [12+34-N5=51], and
-measure it. The same command goes on with a run that was stopped, and ends with the same weights as
-one that was not. DIR gets state.pt, run.json, log.csv, and in DIR/model the model with its card."""
+measure it. The same command resumes a stopped run, and ends with the same weights as an
+uninterrupted one. DIR gets state.pt, run.json, log.csv, and DIR/model (the model and its card)."""
 EPILOG = """\
 examples:
   qkvnorm-lens train --config study --placement pre --out runs/study-pre
