@@ -20,7 +20,7 @@ from qkvnorm_lens import cli, plots, tables
 from qkvnorm_lens.page import svg
 from qkvnorm_lens.page.report import caveats, html_report, write_html
 from qkvnorm_lens.plots.charts.chart import Axis, Chart, Line
-from qkvnorm_lens.plots.html import circuits, rows, safe
+from qkvnorm_lens.plots.html import offline, rows, safe
 from tests.support import models
 from tests.support.pages import HOSTILE, Reader, hostile
 
@@ -340,7 +340,7 @@ def test_views_refuse_what_they_can_not_show(report: CollapseReport) -> None:
 
 
 def test_circuitsvis_is_there_once_and_ends_nothing(page: str) -> None:
-    library = circuits.library()
+    library = offline.library()
     assert "</script" not in library.lower()
     assert "sourceMappingURL" not in library
     assert page.count(library[:2000]) == 1
