@@ -20,7 +20,7 @@ from qkvnorm_lens.arguments import brief, near
 from qkvnorm_lens.cli import experiment, models, probe, report, train
 
 PROG = "qkvnorm-lens"
-_COMMANDS = {
+COMMANDS = {
     "probe": probe,
     "report": report,
     "models": models,
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, module in _COMMANDS.items():
+    for name, module in COMMANDS.items():
         command = commands.add_parser(
             name,
             help=module.HELP,

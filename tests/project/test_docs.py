@@ -109,10 +109,10 @@ def test_commands_exist(page: Path) -> None:
 
 
 def test_every_command_and_experiment_is_listed() -> None:
-    from qkvnorm_lens.cli.command import _COMMANDS
+    from qkvnorm_lens.cli.command import COMMANDS
     from qkvnorm_lens.experiments.core.registry import NAMES
 
-    for page, names in (("api/command-line.md", _COMMANDS), ("how-to/reproduce.md", NAMES)):
+    for page, names in (("api/command-line.md", COMMANDS), ("how-to/reproduce.md", NAMES)):
         rows = [x.split("|")[1] for x in (DOCS / page).read_text().splitlines() if x[:1] == "|"]
         assert set(names) <= {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
 
