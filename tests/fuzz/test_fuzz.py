@@ -19,6 +19,7 @@ import torch
 from tests.fuzz import cases, judge, zoo
 from tests.fuzz.cases import Case
 from tests.oracles import forward as oracle, probability as reference
+from tests.support.marks import slowly
 from tests.support.paths import ROOT
 from tests.support.watching import shape_checks_off
 
@@ -46,8 +47,9 @@ def fuzz(*options: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
-def test_a_few_combinations() -> None:
-    fuzz("--few", "--n", "24")
+@pytest.mark.parametrize("n", [10, *slowly(24)])
+def test_a_few_combinations(n: int) -> None:
+    fuzz("--few", "--n", str(n))
 
 
 @pytest.mark.long

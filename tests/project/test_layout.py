@@ -91,7 +91,7 @@ IMPORTS = {name: imported(p) for found in EVERY.values() for name, p in found.it
 def rooms() -> Iterator[tuple[str, str, int]]:
     """A floor plan's package, a module in it, and the floor on which that stands."""
     for package, floors in FLOORS.items():
-        for name in KNOWN:
+        for name in sorted(KNOWN):
             if name.startswith(f"{package}."):
                 part = name.removeprefix(f"{package}.").split(".")[0]
                 yield package, name, floors.index(part) if part in floors else len(floors)

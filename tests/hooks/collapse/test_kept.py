@@ -110,7 +110,7 @@ def test_no_draw_moves_the_row_at_less(llama: Any, law: str) -> None:
 def _moves(model: Any, report: CollapseReport, i: int, sigma: float, draw: int) -> bool:
     kept = report.kept
     layer, head = int(report.settings.layers[kept.layer[i]]), int(kept.head[i])
-    sites = attention_sites(model).layer(layer)
+    sites = _sites(model).layer(layer)
     prompt, query, star = (int(getattr(kept, n)[i]) for n in ("prompt", "query", "key"))
     scores = _scores(model, layer)[prompt, head, query, : len(kept.weights(i)[0])]
     f = NormNoise(sigma=sigma, on="k", law=report.settings.law, draw=draw).factors(
@@ -121,9 +121,14 @@ def _moves(model: Any, report: CollapseReport, i: int, sigma: float, draw: int) 
 
 
 @functools.cache
+def _sites(model: Any) -> Any:
+    return attention_sites(model)
+
+
+@functools.cache
 def _scores(model: Any, layer: int) -> np.ndarray:
     kept: list[torch.Tensor] = []
-    name = attention_sites(model).layer(layer).scores
+    name = _sites(model).layer(layer).scores
     with torch.no_grad(), model.hooks(fwd_hooks=[(name, lambda x, hook: kept.append(x.clone()))]):
         model(ids)
     return kept[0].double().numpy()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.support import models
+from tests.support.marks import slowly
 from tests.support.probes import SIGMAS, assert_frames, assert_same_numbers, ids, probe
 from tests.support.watching import (
     Found,
@@ -112,7 +113,7 @@ def test_a_probe_in_training_mode_is_a_probe_in_eval_mode() -> None:
     assert model.training
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", *slowly("bloom", "qwen3")])
 def test_compatibility_mode_and_double_precision_agree(name: str) -> None:
     plain, compatible, double = (models.TINY[name]() for _ in range(3))
     compatible.enable_compatibility_mode()

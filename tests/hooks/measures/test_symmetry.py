@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import hooks
@@ -77,11 +78,18 @@ def judged(
     return other.verdict("as is")
 
 
+@functools.cache
+def measured() -> SymmetryReport:
+    with shape_checks_off():
+        return gap(GPT2, positions=True, mask=True)
+
+
+@settings(max_examples=30)
 @given(n=st.integers(3, 6), floor=st.floats(1e-7, 1e-5), other=st.floats(0, 1e6))
 def test_a_chaotic_prompt_hides_no_other(n: int, floor: float, other: float) -> None:
     """A gap of one prompt is one, however large rounding is in another."""
     with shape_checks_off():
-        report = gap(GPT2, positions=True, mask=True)
+        report = measured()
         report = replace(report, **{a: np.repeat(getattr(report, a)[:, :1], n, 1) for a in SIZED})
         gaps = [100 * floor, other, *[floor] * (n - 2)]
         assert judged(report, gaps, [floor, max(other, floor), *[floor] * (n - 2)], 0.5, 0.1) == (
@@ -91,7 +99,7 @@ def test_a_chaotic_prompt_hides_no_other(n: int, floor: float, other: float) -> 
 
 def test_the_verdict_is_as_defined() -> None:
     with shape_checks_off():
-        report = gap(GPT2, positions=True, mask=True)
+        report = measured()
         assert judged(report, [10.1, 1], [1, 1], 0.5, 0.3) == "gap"
         assert judged(report, [9.9, 1], [1, 1], 0.5, 0.3) == "undecided"
         assert judged(report, [9.9, 1], [1, 1], 0.5, 1e-4) == "none"  # rounding is small

@@ -523,6 +523,12 @@ def test_the_first_model_of_a_group_shows_maps() -> None:
     assert got == [sparsity.MAP_HEADS, 0, sparsity.MAP_HEADS]
 
 
+@pytest.fixture(scope="module")
+def one_model() -> pd.DataFrame:
+    (subject,) = find_subjects(["addition-pre"])
+    return spread.measure(subject, Amount(sums=8, windows=1))
+
+
 def seeds(table: pd.DataFrame, column: str, of: dict[str, list[float]]) -> pd.DataFrame:
     """One model's rows made into study models of several seeds, one number of theirs changed."""
     frames = []
@@ -549,11 +555,9 @@ def seeds(table: pd.DataFrame, column: str, of: dict[str, list[float]]) -> pd.Da
     ],
 )
 def test_whether_qkv_norm_is_wider_is_decided_over_seeds(
-    pre: list[float], qkv: list[float], verdict: str
+    one_model: pd.DataFrame, pre: list[float], qkv: list[float], verdict: str
 ) -> None:
-    (subject,) = find_subjects(["addition-pre"])
-    table = spread.measure(subject, Amount(sums=8, windows=1))
-    table = seeds(table, "band", {"pre": pre, "qkv": qkv})
+    table = seeds(one_model, "band", {"pre": pre, "qkv": qkv})
     (claim,) = [c for c in spread_words.claims(table) if "against" in c.what]
     assert claim.same == verdict
     assert "3 seeds each" in claim.ours
