@@ -554,12 +554,15 @@ assert after.per_token < before.per_token - 0.2
 
 # %%
 table = pd.read_csv(RESULTS / "addition/centring/table.csv")
-numbers = table[table["what"] == "number"].pivot_table("value", "seed", ["quantity", "fix"])
+numbers = table[table["what"] == "number"]
+numbers = numbers.pivot_table("value", "seed", ["quantity", "variant", "fix"])
 rows = {}
-for name in ("final loss", "mean loss", "accuracy, in distribution", "accuracy, interpolation"):
-    gain = numbers[name][1] - numbers[name][0]  # seed by seed
+kinds = ("in distribution", "interpolation")
+for of in (("final loss", "-"), ("mean loss", "-"), *(("accuracy", kind) for kind in kinds)):
+    name = ", ".join(part for part in of if part != "-")
+    gain = numbers[of][1] - numbers[of][0]  # seed by seed
     half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain)
-    rows[name] = {"without": numbers[name][0].mean(), "with": numbers[name][1].mean()}
+    rows[name] = {"without": numbers[of][0].mean(), "with": numbers[of][1].mean()}
     rows[name] |= {"difference": gain.mean(), "±": half}
     assert abs(gain.mean()) < half  # not decided
 pd.DataFrame(rows).T.round(3)

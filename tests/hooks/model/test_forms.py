@@ -26,7 +26,7 @@ from tests.support.given import (
     weights,
 )
 from tests.support.models import (
-    _bridge,
+    bridge,
     tiny_gpt2,
     tiny_llama,
     tiny_llama_config,
@@ -234,7 +234,7 @@ def test_positions_by_the_batchs_width_are_refused_by_name() -> None:
     }
     config = tiny_llama_config()
     config.rope_parameters = scaling
-    model = _bridge(LlamaForCausalLM, config)
+    model = bridge(LlamaForCausalLM, config)
     mask = ONES.clone()
     mask[1, 10:] = 0
     with pytest.raises(UnsupportedModelError, match=r"padding: wanted .* width of the batch"):

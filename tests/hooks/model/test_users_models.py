@@ -21,8 +21,8 @@ from qkvnorm_lens import load_checkpoint
 from qkvnorm_lens.text import sums
 from tests.support.marks import slowly
 from tests.support.models import (
-    _bridge,
     _llama_like,
+    bridge,
     tiny_gpt2,
     tiny_gpt2_config,
     tiny_hf,
@@ -69,7 +69,7 @@ def toy(n_ctx: int, n_head: int) -> Any:
         vocab_size=114, n_positions=n_ctx, n_embd=32, n_layer=2, n_head=n_head,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return _bridge(GPT2LMHeadModel, config)
+    return bridge(GPT2LMHeadModel, config)
 
 
 @pytest.mark.parametrize(("n_ctx", "n_head"), [(3, 4), (2, 4), (4, 4), (4, 8), (5, 1), (3, 2)])

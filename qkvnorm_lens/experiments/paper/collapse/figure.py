@@ -6,86 +6,70 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import COLOURS, PLAIN, groups, label, panels, pick
-from qkvnorm_lens.plots.charts import log_ticks, plain
+from qkvnorm_lens.experiments.core import (
+    COLOURS,
+    PLAIN,
+    by_group,
+    label,
+    legend_below,
+    panels,
+    pick,
+    placement_of,
+)
+from qkvnorm_lens.plots.charts import GREY, Axis, Chart, Line, draw
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+EXACT = ((PLAIN, "-", "loose, exact"), ("without sinks", "--", "loose, exact, sinks left out"))
 
 
 def figure(table: pd.DataFrame) -> Figure:
     """A panel for each group of models: exact lines, sampled points, strict, without sinks."""
-    names = groups(table)
-    columns = min(3, len(names))
-    fig, axes = panels(-(-len(names) // columns), columns, height=2.9, share_y=True)
-    for ax, group in zip(axes, names, strict=False):
-        _draw(ax, table[table["group"] == group])
-        ax.set_title(label(group, table[table["group"] == group]["placement"].iloc[0]), fontsize=9)
-    for ax in axes[len(names) :]:
+    named = by_group(table)
+    columns = min(3, len(named))
+    size = (-(-len(named) // columns), columns)
+    height = 2.9 if columns > 1 else 3.9  # the legend below takes a line for each entry
+    fig, axes = panels(*size, height=height, share_y=True)
+    charts = [_chart(*each, first=i % columns == 0) for i, each in enumerate(named)]
+    draw(charts, axes[: len(charts)], "matplotlib", size)
+    for ax in axes[len(charts) :]:
         ax.remove()
-    for i, ax in enumerate(axes[: len(names)]):
-        if i % columns == 0:
-            ax.set_ylabel("sparse rows that collapse (%)")
-        ax.set_xlabel("RMS of the noise, σ (%)")
-    handles = {h.get_label(): h for ax in axes[: len(names)] for h in _handles(ax)}
-    fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, fontsize=8)
+    legend_below(fig, axes[0], ncols=columns)
     return fig
 
 
-def _handles(ax: Axes) -> list[Any]:
-    return list(ax.get_legend_handles_labels()[0])
-
-
-def _draw(ax: Axes, mine: pd.DataFrame) -> None:
-    colour = COLOURS[mine["placement"].iloc[0]]
-    whole = mine[mine["layer"] == -1]
+def _chart(group: str, mine: pd.DataFrame, *, first: bool) -> Chart:
+    """A line for each model; only the first one's are named."""
+    whole, lines = pick(mine, layer=-1), []
+    colour = COLOURS[placement_of(mine)]
     for i, model in enumerate(dict.fromkeys(whole["model"])):
-        one = whole[whole["model"] == model]
-        first = i == 0
+        hidden = "_" * (i > 0)
 
-        def curve(quantity: str, variant: str, one: pd.DataFrame = one) -> pd.DataFrame:
-            return pick(one, quantity=quantity, variant=variant).sort_values("sigma")
+        def line(
+            quantity: str,
+            variant: str,
+            name: str,
+            model: str = model,
+            hidden: str = hidden,
+            **more: Any,
+        ) -> Line:
+            rows = pick(whole, model=model, quantity=quantity, variant=variant)
+            rows = rows.sort_values("sigma")
+            x, y = (100 * rows[c].to_numpy(dtype=float) for c in ("sigma", "value"))
+            if more.get("bars"):
+                more["error"] = 200 * rows["se"].to_numpy(dtype=float)
+            return Line(x, y, hidden + name, **{"colour": colour, "width": 1, **more})
 
-        for variant, style, name in (
-            (PLAIN, "-", "loose, exact"),
-            ("without sinks", "--", "loose, exact, sinks left out"),
-        ):
-            c = curve("loose", variant)
-            ax.plot(
-                100 * c["sigma"],
-                100 * c["value"],
-                style,
-                color=colour,
-                linewidth=1,
-                label=name if first else None,
-            )
-        c = curve("loose", "sampled")
-        ax.errorbar(
-            100 * c["sigma"],
-            100 * c["value"],
-            yerr=200 * c["se"].fillna(0),
-            fmt="o",
-            markersize=3,
-            color=colour,
-            markerfacecolor="none",
-            linewidth=1,
-            label="loose, sampled (2 s.e. over draws)" if first else None,
-        )
-        c = curve("strict", PLAIN)
-        ax.plot(
-            100 * c["sigma"],
-            100 * c["value"],
-            ":",
-            color="black",
-            linewidth=1,
-            label="strict, sampled" if first else None,
-        )
-    ax.axhline(1, color="grey", linewidth=0.7)
-    ax.set_xscale("log")
-    ax.set_yscale("log", nonpositive="mask")
-    ax.set_xlim(0.9, 60)
-    ax.set_ylim(0.01, 100)
-    log_ticks(ax.xaxis)
-    ax.yaxis.set_major_formatter(plain)
-    ax.grid(visible=True, linewidth=0.4, alpha=0.6)
+        lines += [line("loose", variant, name, dash=dash) for variant, dash, name in EXACT]
+        name = "loose, sampled (2 s.e. over draws)"
+        lines.append(line("loose", "sampled", name, dash="none", marker=3, bars=True))
+        lines.append(line("strict", PLAIN, "strict, sampled", dash=":", colour="black"))
+    return Chart(
+        Axis("RMS of the noise, σ (%)", "log", 0.9, 60, ticks="log"),
+        Axis("sparse rows that collapse (%)" * first, "log", 0.01, 100, ticks="plain"),
+        title=label(group, placement_of(mine)),
+        lines=lines,
+        levels=[(1, GREY)],
+        legend=None,
+    )

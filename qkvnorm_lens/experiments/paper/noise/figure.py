@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import PLACEMENT_NAMES, groups, panels
+from qkvnorm_lens.experiments.core import PLACEMENT_NAMES, groups, panels, pick
 from qkvnorm_lens.experiments.paper.noise.rows import (
     LABELS,
     ROWS,
@@ -17,7 +17,7 @@ from qkvnorm_lens.experiments.paper.noise.rows import (
     kept_mean,
     main_targets,
 )
-from qkvnorm_lens.plots.charts import RUNS, grid, log_ticks
+from qkvnorm_lens.plots.charts import RUNS, Axis, Band, Chart, Line, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,15 +36,15 @@ def figure(table: pd.DataFrame) -> Figure:
     fig, axes = panels(
         2, len(columns), width=min(3.6, 10.2 / len(columns)), height=2.9, share_y=True
     )
-    for i, (title, ordered) in enumerate(columns):
-        above, below = axes[i], axes[len(columns) + i]
-        _draw(above, main, ordered, (*VECTORS, SHIELDED))
-        _draw(below, main, ordered, ROWS)
-        above.set_title(title, fontsize=10)
+    charts = [
+        _chart(main, title * above, ordered, conditions, y="accuracy kept (% of clean)" * (i == 0))
+        for above, conditions in ((True, (*VECTORS, SHIELDED)), (False, ROWS))
+        for i, (title, ordered) in enumerate(columns)
+    ]
+    draw(charts, axes, "matplotlib", (2, len(columns)))
     fig.supxlabel("RMS of the relative change of norms, σ (%)", fontsize=10)
     for ax, title in ((axes[0], "noise on"), (axes[len(columns)], "noise on q and k of")):
         _legend(ax, axes, title)
-        ax.set_ylabel("accuracy kept (% of clean)")
     return fig
 
 
@@ -71,33 +71,32 @@ def _legend(ax: Axes, axes: list[Axes], title: str) -> None:
     ax.legend(found.values(), found.keys(), fontsize=8, title=title, title_fontsize=8)
 
 
-def _draw(
-    ax: Axes, table: pd.DataFrame, ordered: list[str], conditions: tuple[Condition, ...]
-) -> None:
-    for j, condition in enumerate(conditions):
-        style = "--" if condition is SHIELDED else "-"
+def _chart(
+    table: pd.DataFrame,
+    title: str,
+    ordered: list[str],
+    conditions: tuple[Condition, ...],
+    *,
+    y: str,
+) -> Chart:
+    lines, bands = [], []
+    for colour, condition in zip(RUNS, conditions, strict=False):
         for i, group in enumerate(ordered):
-            mine = condition.of(table[table["group"] == group])
+            mine = condition.of(pick(table, group=group))
             if mine.empty:
                 continue
             sigmas = sorted(s for s in mine["sigma"].unique() if s > 0)
             points = [kept_mean(mine, s) for s in sigmas]
             x = 100 * np.asarray(sigmas)
-            y = np.asarray([100 * p.value for p in points])
-            half = np.asarray([100 * p.half for p in points])
-            ax.plot(
-                x,
-                y,
-                style if i == 0 else ":",
-                color=RUNS[j],
-                linewidth=1.6 if i == 0 else 1.0,
-                marker="o" if i == 0 else None,
-                markersize=3,
-                label=LABELS[condition] if i == 0 else None,
+            value, half = (
+                100 * np.asarray([getattr(p, n) for p in points]) for n in ("value", "half")
             )
-            if i == 0:
-                ax.fill_between(x, y - half, y + half, color=RUNS[j], alpha=0.15, linewidth=0)
-    ax.set_xscale("log")
-    ax.set_ylim(-3, 108)
-    log_ticks(ax.xaxis)
-    grid(ax)
+            if i:
+                lines.append(Line(x, value, "_", colour, dash=":", width=1.0))
+                continue
+            dash = "--" if condition is SHIELDED else "-"
+            lines.append(Line(x, value, LABELS[condition], colour, dash=dash, width=1.6, marker=3))
+            bands.append(Band(x, value - half, value + half, "_", colour, opacity=0.15))
+    return Chart(
+        Axis("", "log", ticks="log"), Axis(y, low=-3, high=108), title, lines, bands, legend=None
+    )

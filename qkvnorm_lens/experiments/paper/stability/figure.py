@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import COLOURS, PLACEMENT_NAMES, panels
+from qkvnorm_lens.experiments.core import COLOURS, PLACEMENT_NAMES, legend_below, panels
 from qkvnorm_lens.plots.charts import GREY, grid, plain
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def figure(table: pd.DataFrame) -> Figure:
         fontsize=8,
         color=GREY,
     )
-    fig.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
-    )
+    legend_below(fig, axes[0], ncols=4)
     return fig
 
 
