@@ -28,15 +28,15 @@ SAME: Final = ("yes", "in part", "no", "not decided", "-")
 HEAD: Final = """\
 # Reproduction
 
-What became of each published number and figure of Menary, Kaski and Freitas (arXiv 2406.17837),
-what their open questions gave, and the measurements of three related papers: rank collapse (Wu et
-al., arXiv 2405.18781), the spectral gap (Naderi et al., arXiv 2410.07799) and permutation symmetry
-(Zuo and Guerzhoy, arXiv 2402.05969). A page for each experiment, and this one, are made by
-`{command}` from the files under `{results}`,
-each of which says the command, configuration, seeds and versions that it came from.
+How each published number and figure of Menary, Kaski and Freitas (arXiv 2406.17837) compares with
+ours, what their open questions gave, and the measurements of three related papers: rank collapse
+(Wu et al., arXiv 2405.18781), the spectral gap (Naderi et al., arXiv 2410.07799) and permutation
+symmetry (Zuo and Guerzhoy, arXiv 2402.05969). This page and those of the experiments are made by
+`{command}` from the files under `{results}`. Each file records the command, configuration, seeds
+and versions that it came from.
 
 **Scale.** The paper's Baseline has 10 layers of width 512 (about 21.6M parameters) and was trained
-on 110M sums of 3 to 6 numbers with 2 or 3 digits. {ours} Where the paper's numbers hang on size,
+on 110M sums of 3 to 6 numbers with 2 or 3 digits. {ours} Where the paper's numbers depend on size,
 ours can't confirm or refute them; the column "same" is about what is stated, at our size.
 """
 

@@ -167,7 +167,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         seeds = counted(moved.n, "model")
         out.append(
             Claim(
-                f"content rows that hang on the common length ({group})",
+                f"content rows that depend on the common length ({group})",
                 "not measured: interference is simulated, not observed (limitations)",
                 f"{moved.percent(2)}% ({seeds}: {_each(whole, MOVED)}); with the first token "
                 f"spared {_each(of(mine, 'model', first=SPARED[True]), MOVED)}",

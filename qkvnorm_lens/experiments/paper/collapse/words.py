@@ -115,7 +115,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
                 published,
                 f"{ours}% (score level {_fact(table, group, 'score level').value:.3g})",
                 decide(within(sigma, min(PUBLISHED.values()), max(PUBLISHED.values()))),
-                "the number hangs on the score level (see gauge), which the paper does not give, "
+                "the number depends on the score level (see gauge), which the paper does not give, "
                 "and on the model: its three differ twofold, not in the order of their size, and "
                 "ours are smaller than all of them",
             )
