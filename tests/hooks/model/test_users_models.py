@@ -21,7 +21,7 @@ from qkvnorm_lens import load_checkpoint
 from qkvnorm_lens.text import sums
 from tests.support.marks import slowly
 from tests.support.models import (
-    _llama_like,
+    llama_like,
     bridge,
     tiny_gpt2,
     tiny_gpt2_config,
@@ -163,7 +163,7 @@ def test_no_check_that_passed_has_an_error_beyond_its_tolerance(
 
 def test_a_window_of_nothing_is_refused_by_name() -> None:
     """Rows that see no key: Hugging Face averages over all of them, later ones too."""
-    config = MistralConfig(**_llama_like({}), sliding_window=0)
+    config = MistralConfig(**llama_like({}), sliding_window=0)
     hf = tiny_hf(MistralForCausalLM, config)
     model = build_bridge_from_module(hf, "MistralForCausalLM", hf_config=config, device="cpu")
     with pytest.raises(UnsupportedModelError, match=r"layer 0: .*: wanted .*; got"):
