@@ -21,8 +21,8 @@ from qkvnorm_lens import load_checkpoint
 from qkvnorm_lens.text import sums
 from tests.support.marks import slowly
 from tests.support.models import (
-    llama_like,
     bridge,
+    llama_like,
     tiny_gpt2,
     tiny_gpt2_config,
     tiny_hf,
