@@ -25,6 +25,7 @@ from tests.support.given import (
     sparse_rows,
     weights,
 )
+from tests.support.marks import slowly
 from tests.support.models import (
     bridge,
     tiny_gpt2,
@@ -72,7 +73,7 @@ def test_every_form_of_the_same_ids_is_the_same_prompt(llama: Any, plain: Any, n
     assert probed(llama, forms()[name]) == sparse_rows(weights(plain, IDS))
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.uint32, torch.int16])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, *slowly(torch.uint16, torch.uint32)])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_kind_of_integer_can_be_padded(kind: torch.dtype, side: str) -> None:
     model = tiny_llama()
