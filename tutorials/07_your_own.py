@@ -115,7 +115,7 @@ class Outliers:
 
 
 law = Outliers()
-assert isinstance(law, hooks.laws.Law)  # it has all that a law needs
+assert isinstance(law, hooks.Law)  # it has all that a law needs
 
 # %% [markdown]
 # A law is a handful of formulas that must fit together, so test that they do: mean 1, RMS
