@@ -43,12 +43,6 @@ def built(path: Path) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def _its_calls_are_checked() -> None:
-    """The shapes and types of the first calls of each function, in each test."""
-    shape_checks.next_test()
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Whatever a test before it set."""

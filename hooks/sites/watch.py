@@ -9,14 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.arguments import (
+    brief,
+    check_booleans,
+    check_choice,
+    check_integers,
+    check_kind,
+    check_optional,
+    check_text,
+    read_list,
+)
 from hooks.errors import UnsupportedModelError
 from hooks.model import (
+    ROLES,
     AttentionTap,
     Finished,
     HookedModel,
@@ -24,6 +35,7 @@ from hooks.model import (
     Prompts,
     Role,
     Taken,
+    check_model,
     over_batches,
     run_with,
 )
@@ -31,6 +43,8 @@ from hooks.sites.scores import ScoreParts, recheck, split, visible
 from hooks.sites.types import LayerSites
 
 Hook = tuple[str, Callable[..., Any]]
+_LAYERS = "a list of layers of attention_sites"
+_HOOKS = "a list of pairs, a hook's name and a function"
 
 
 @dataclass(frozen=True)
@@ -103,8 +117,23 @@ def observe(
 
     Raises:
         UnsupportedModelError: a stream that the model has no hook for; keys beside the tokens'.
+        TypeError, ValueError: a wrong argument.
     """
-    on_seen = _Showing(tuple(vectors), stream, beside, on_layer)
+    check_model(model)
+    layers = read_list("layers", layers, _LAYERS)
+    for layer in layers:
+        check_kind("layers", layer, LayerSites, _LAYERS)
+    check_kind("prompts", prompts, Prompts, "what hooks.encode gives")
+    roles = read_list("vectors", vectors, "some of q, k and v")
+    shown = tuple(cast(Role, check_choice("vectors", role, ROLES)) for role in roles)
+    stream, beside = check_booleans(stream=stream, beside=beside)
+    (batch_size,) = check_integers(batch_size=(batch_size, 1))
+    (progress,) = check_optional(progress=progress)
+    what = check_text("what", what)
+    if not callable(on_layer):
+        raise TypeError(f"on_layer: wanted a function of a LayerView; got {brief(on_layer)}")
+    hooks = [_check_hook(hook) for hook in read_list("hooks", hooks, _HOOKS)]
+    on_seen = _Showing(shown, stream, beside, on_layer)
     streams = [stream_hook(model, sites) for sites in layers] if stream else []
 
     def measure(indices: Sequence[int], given: ModelInput) -> None:
@@ -113,12 +142,21 @@ def observe(
             given,
             layers,
             lambda seen: on_seen(seen, indices),
-            roles=vectors,
+            roles=shown,
             streams=streams,
             hooks=hooks,
         )
 
     over_batches(model, prompts, batch_size, measure, what=what, progress=progress)
+
+
+def _check_hook(hook: Any) -> Hook:
+    if not isinstance(hook, (tuple, list)) or len(hook) != 2:
+        raise TypeError(f"hooks: wanted {_HOOKS}; got {brief(hook)} in it")
+    name, hook_fn = hook
+    if not isinstance(name, str) or not callable(hook_fn):
+        raise TypeError(f"hooks: wanted {_HOOKS}; got {brief(hook)} in it")
+    return name, hook_fn
 
 
 @dataclass(frozen=True)

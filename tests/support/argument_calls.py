@@ -33,6 +33,7 @@ NAMES = (
     "rank_profile",
     "spectral_gap",
     "symmetry_gap",
+    "observe",
     "NormNoise.uniforms",
     "NormNoise.factors",
     "NormNoise.hooks",
@@ -169,6 +170,12 @@ def measurements(model: Any) -> dict[str, Call]:
     base = {"model": hold(model), "tokens": hold(IDS)}
     probe = base | {"sigmas": hold([0.3]), "draws": hold(2)}
     sweep = base | {"sigmas": hold([0.1]), "replicates": hold(1)}
+    observed = {
+        "model": hold(model),
+        "layers": hold(list(hooks.attention_sites(model))),
+        "prompts": hold(hooks.encode(model, IDS)),
+        "on_layer": hold(lambda view: None),
+    }
     return {
         "NormNoise": Call(hooks.NormNoise, {"sigma": hold(0.1)}),
         "CentredAttention": Call(hooks.CentredAttention),
@@ -179,6 +186,7 @@ def measurements(model: Any) -> dict[str, Call]:
         "rank_profile": Call(hooks.rank_profile, base, skip=GIVEN),
         "spectral_gap": Call(hooks.spectral_gap, base, skip=GIVEN),
         "symmetry_gap": Call(hooks.symmetry_gap, base | {"permutations": hold(1)}, skip=GIVEN),
+        "observe": Call(hooks.observe, observed, skip=("model",)),
     }
 
 

@@ -3,7 +3,6 @@
 jaxtyping's own hook wraps every function, at 20 to 40 microseconds a call, and closures anew each
 time they are made. Here it wraps those whose annotations name a shape, beartype alone the other
 functions of a module or class, and closures go free: probes of tiny models take half the time.
-A function that one test calls again and again is checked in its first calls, and then in some.
 """
 
 from __future__ import annotations
@@ -20,18 +19,6 @@ from beartype import BeartypeConf, beartype
 _beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 OURS = ("hooks", "qkvnorm_lens")
-FIRST, EVERY = 3, 16  # of a function's calls in one test
-
-
-class _Test:
-    """Which test it is that calls."""
-
-    number = 0
-
-
-def next_test() -> None:
-    """Every function's calls are counted anew."""
-    _Test.number += 1
 
 
 def install() -> None:
@@ -49,7 +36,7 @@ def install() -> None:
             return fn
         hints = {name: _read(hint, fn.__globals__) for name, hint in fn.__annotations__.items()}
         if "jaxtyping." in repr(hints):
-            return _at_first(fn, whole(fn, typechecker=typechecker))
+            return whole(fn, typechecker=typechecker)
         return _types_alone(fn, hints)
 
     jaxtyping.jaxtyped = checked  # the hook writes this name before each function
@@ -63,24 +50,10 @@ def _types_alone(fn: Any, hints: dict[str, Any]) -> Callable[..., Any]:
     finally:
         fn.__annotations__ = said
     checked.__annotations__ = said
-    return _at_first(fn, checked)
 
-
-def _at_first(fn: Any, checked: Callable[..., Any]) -> Callable[..., Any]:
-    """The checked function in a test's first calls of it, and then in one of many."""
-    calls, test = 0, -1
-
-    @functools.wraps(checked)
+    @functools.wraps(fn)
     def either(*args: Any, **named: Any) -> Any:
-        nonlocal calls, test
-        if jaxtyping.config.jaxtyping_disable:
-            return fn(*args, **named)
-        if test != _Test.number:
-            calls, test = 0, _Test.number
-        calls += 1
-        if calls > FIRST and calls % EVERY:
-            return fn(*args, **named)
-        return checked(*args, **named)
+        return (fn if jaxtyping.config.jaxtyping_disable else checked)(*args, **named)
 
     return either
 

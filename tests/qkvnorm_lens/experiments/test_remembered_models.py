@@ -21,6 +21,7 @@ from qkvnorm_lens.experiments.core.digest import digest_of, digest_of_hub
 from qkvnorm_lens.experiments.core.subjects import find_subjects
 from qkvnorm_lens.models import loading
 from qkvnorm_lens.models.bridge import save_pretrained
+from qkvnorm_lens.models.cards import read_card, write_card
 from qkvnorm_lens.models.shipped import checkpoint_path
 from tests.support.counting import Counting
 
@@ -67,9 +68,9 @@ def other_directory(folder: Path) -> None:
 
 def other_card(folder: Path) -> None:
     path = folder / "card.json"
-    card = json.loads(path.read_text())
+    card = read_card(path)
     card["run"]["split"] = {"counts": [2], "digits": [1]}
-    path.write_text(json.dumps(card))
+    write_card(card, path)
 
 
 CHANGES: list[Callable[[Path], None]] = [
@@ -167,7 +168,7 @@ def test_a_model_rewritten_while_a_run_has_begun_is_refused(
         (folder / "config.json").write_text('{"a": 1}')
         return model
 
-    monkeypatch.setattr(loading, "load_model", meanwhile)
+    monkeypatch.setattr("qkvnorm_lens.models.load_model", meanwhile)
     with pytest.raises(ValueError, match="another was written in its place"):
         subject.load()
     assert "model" not in base.latest
