@@ -124,7 +124,7 @@ class QKVNormArchitectureAdapter(ArchitectureAdapter):
             raise ImportError(
                 f"a TransformerBridge of {ARCHITECTURE} needs transformer-lens 4 (tested with 4.0 "
                 f"to 4.3), got {version('transformer-lens')}; on 3.9 make a HookedTransformer: "
-                "qkvnorm_lens.models.to_hooked_transformer"
+                "qkvnorm_lens.models.hooked_transformer.to_hooked_transformer"
             )
         if not isinstance(cfg, QKVNormConfig):
             raise TypeError(f"cfg: wanted a QKVNormConfig; got {type(cfg).__name__}")
