@@ -27,6 +27,7 @@ from qkvnorm_lens.experiments.related.symmetry import (
     measure as symmetry,
     words as symmetry_words,
 )
+from qkvnorm_lens.experiments.related.symmetry.figure import deepest
 from qkvnorm_lens.training.addition import VOCAB
 from tests.support.watching import shape_checks_off
 
@@ -72,7 +73,7 @@ def test_a_whole_run_and_its_table(
     mine = symmetry.trained(table)
     assert set(mine["variant"]) == set(symmetry.VARIANTS)
     assert (mine["positions"] == "removable").all()
-    assert symmetry_figure.deepest(table) == "addition-pre"
+    assert deepest(table) == "addition-pre"
     assert "could not be removed" not in outcome.text
 
 
