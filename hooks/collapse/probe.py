@@ -219,7 +219,7 @@ def _reduce(seen: SeenLayer, reducer: LayerReducer, query_block: int | None) -> 
     sites, fused = seen.sites, None if seen.taken is None else seen.taken.fused
     vectors = None
     if sites.has_bias:
-        of = seen.vectors(("q", "k"))
+        of = seen.vectors()
         wide = torch.promote_types(of["q"].dtype, torch.float32)
         vectors = of["q"].to(wide), of["k"].to(wide)
     if fused is not None:

@@ -244,17 +244,15 @@ def within_tails(law: int, s_star: float, s: float, sigma: float) -> bool:
 @compiled
 def exact_biased(rule: Rule, use: Scratch, n: int, s_star: float, sums: Array) -> None:
     """Add the row's probability where biases are added; competitors nearest first."""
+    law, on_q, on_k, s, beta = rule.law, rule.on_q, rule.on_k, use.near, use.beta
     for i in range(len(rule.sigmas)):
         sigma, count = rule.sigmas[i], n
-        if rule.law == UNIFORM:
+        if law == UNIFORM:
             count = 0
             while count < n and use.a[count] < math.sqrt(3.0) * sigma:
                 count += 1
         if count and sigma > 0:
-            sums[i] += biased(
-                rule.law, s_star, use.near, use.beta, count, sigma, rule.on_q, rule.on_k, use.work,
-                use.grid,
-            )  # fmt: skip
+            sums[i] += biased(law, s_star, s, beta, count, sigma, on_q, on_k, use.work, use.grid)
 
 
 # -- scores and factors ---------------------------------------------------------------------------

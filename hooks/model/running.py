@@ -64,18 +64,14 @@ def counting(total: int, what: str, unit: str, progress: bool | None) -> Iterato
         yield bar
 
 
-def checked_logits(logits: Any, rows: int | None = None) -> Float[Tensor, "batch pos d_vocab"]:
-    """A pass's output as logits; a classifier's have one position.
+def checked_logits(logits: Any, *, classifier: bool = True) -> Float[Tensor, "batch pos d_vocab"]:
+    """A pass's output as logits; a classifier's have one position, where they are accepted.
 
     Raises:
         UnsupportedModelError: it is something else.
     """
-    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if (
-        not isinstance(logits, Tensor)
-        or logits.ndim not in (2, 3)
-        or (rows is not None and logits.shape[0] != rows)
-    ):
+    if not isinstance(logits, Tensor) or logits.ndim not in ((2, 3) if classifier else (3,)):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UnsupportedModelError(
             "logits to compare", wanted="a tensor [batch, pos, d_vocab]", got=f"{shape}"
         )

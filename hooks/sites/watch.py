@@ -182,18 +182,24 @@ class SeenLayer:
         recheck(self.sites, scores, pattern)
         return scores, pattern
 
-    def vectors(self, roles: Collection[Role]) -> dict[Role, Tensor]:
-        """Those of q, k and v that were asked for, ``[batch, pos, head, d_head]``."""
+    def vectors(self, roles: Collection[Role] = ()) -> dict[Role, Tensor]:
+        """These of q, k, v, and q and k where a bias is added: ``[batch, pos, head, d_head]``."""
+        needed = _needed(self.sites, roles)
         if self.sites.bare:
             assert self.taken is not None
             taken = self.taken.vectors(self.sites.kv_leaders)
-            return {role: taken[role] for role in sorted(roles)}
-        dots = {role: self.sites.vector(role).dot for role in sorted(roles)}
+            return {role: taken[role] for role in needed}
+        dots = {role: self.sites.vector(role).dot for role in needed}
         return {role: dot.by_position(self._kept.pop(role)) for role, dot in dots.items()}
 
     def stream(self) -> Tensor:
         """The residual stream at the block's input."""
         return self._kept.pop("stream")
+
+
+def _needed(sites: LayerSites, roles: Collection[Role]) -> list[Role]:
+    """Roles whose vectors a layer is shown with: a bias is told apart by q and k."""
+    return sorted({*roles, "q", "k"} if sites.has_bias else {*roles})
 
 
 def watch_layers(
@@ -220,10 +226,9 @@ def watch_layers(
     tap = AttentionTap() if any(s.tapped for s in layers) else None
     entries = list(hooks)
     for index, sites in enumerate(layers):
-        keeping: set[Role] = {*roles, "q", "k"} if sites.has_bias else {*roles}
         points: dict[str, str] = {"stream": streams[index]} if streams else {}
         if not sites.bare:
-            points |= {role: sites.vector(role).dot.hook for role in sorted(keeping)}
+            points |= {role: sites.vector(role).dot.hook for role in _needed(sites, roles)}
         entries += _layer_hooks(index, sites, points, tap, on_seen, index == len(layers) - 1)
     run_with(model, given, entries, tap)
 
@@ -286,7 +291,6 @@ class _Showing:
         stream = seen.stream() if self.stream else None
         if stream is not None:
             refuse_several_streams(stream, sites)
-        roles: set[Role] = {*self.roles, "q", "k"} if sites.has_bias else {*self.roles}
         wide = torch.promote_types(scores.dtype, torch.float32)
         view = LayerView(
             index=seen.index,
@@ -294,7 +298,7 @@ class _Showing:
             prompts=indices,
             scores=scores.to(wide),
             pattern=pattern.to(wide),
-            vectors=seen.vectors(roles),
+            vectors=seen.vectors(self.roles),
             stream=stream,
         )
         self.on_layer(view)

@@ -271,7 +271,7 @@ class _Run:
         }
         kept: dict[str, Tensor] = {}
         given = ModelInput(ids, {**self.options, **named})
-        logits = checked_logits(run_with(self.model, given, self._hooks(kept, tried)), len(ids))
+        logits = run_with(self.model, given, self._hooks(kept, tried))
         for sites, name in zip(self.layers, self.ends, strict=True):
             if name not in kept or not bool(torch.isfinite(kept[name]).all()):
                 raise UnsupportedModelError(
@@ -281,7 +281,7 @@ class _Run:
                     layer=sites.layer,
                 )
             refuse_several_streams(kept[name], sites)
-        last = _finite(logits)
+        last = _finite(checked_logits(logits, classifier=False))
         whole = [kept[self.starts[0]], *(kept[name] for name in self.ends)]
         starts, ends = (
             torch.stack([kept[n][:, -1] for n in names], 1).double().cpu()

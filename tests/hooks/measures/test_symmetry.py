@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,30 @@ def test_the_model_is_left_as_it_was_found() -> None:
 def test_wrong_options_are_refused(gpt2: Any, options: dict[str, Any], message: str) -> None:
     with shape_checks_off(), pytest.raises((ValueError, TypeError), match=message):
         gap(gpt2, **options)
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "of a classifier": lambda x: x[:, -1],
+    "of one position, summed": lambda x: x.sum(1),
+    "one number": lambda x: x.mean(),
+    "with a further axis": lambda x: x[:, :, None],
+    "of the whole batch": lambda x: x.flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_without_logits_of_each_position_is_refused(gpt2: Any, name: str) -> None:
+    """What the last position predicts is what is compared: a classifier's output is another."""
+
+    def other(x: Tensor, hook: Any) -> Tensor:
+        return OUTPUTS[name](x)
+
+    hooks.attention_sites(gpt2)
+    with (
+        gpt2.hooks(fwd_hooks=[("unembed.hook_out", other)]),
+        pytest.raises(UnsupportedModelError, match="logits to compare: wanted a tensor"),
+    ):
+        gap(gpt2)
 
 
 @pytest.mark.parametrize(
