@@ -126,19 +126,19 @@ def _run(hf: Any, inputs: Inputs, watch: _Watch) -> None:
         return x.to(dtype) if x.is_floating_point() else x
 
     args, kwargs = inputs
-    with torch.no_grad(), _default_dtype(dtype), watch:
+    with torch.no_grad(), default_dtype(dtype), watch:
         hf(*map(copies, args), **{name: copies(x) for name, x in kwargs.items()})
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """XGLM puts float64's least number into a tensor of the default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    before = torch.getdefault_dtype()
+    torch.setdefault_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        torch.setdefault_dtype(before)
 
 
 @dataclass(frozen=True)

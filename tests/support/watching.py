@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     MambaConfig,
@@ -71,6 +73,19 @@ def tiny_opt() -> TransformerBridge:
         max_position_embeddings=models.N_CTX,
     )
     return models.bridge(OPTForCausalLM, config)
+
+
+def tiny_bert() -> TransformerBridge:
+    """No causal mask, and no next token."""
+    config = BertConfig(
+        vocab_size=models.VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=models.N_CTX,
+    )
+    return models.bridge(BertForMaskedLM, config)
 
 
 def tiny_mamba() -> TransformerBridge:

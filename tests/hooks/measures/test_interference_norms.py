@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, Olmo2Config, Olmo2ForCausalLM
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from hooks import UnsupportedModelError, attention_sites
 from hooks.model.inputs import short_input
@@ -17,6 +17,7 @@ from qkvnorm_lens.models.model import QKVNormTransformer
 from tests.support import models
 from tests.support.interference import KINDS, measure, raw_norm
 from tests.support.watching import (
+    tiny_bert,
     tiny_gemma2,
 )
 
@@ -35,18 +36,6 @@ def test_the_norm_found_is_the_module_s(name: str, dtype: torch.dtype) -> None:
         assert norm.centred == centred
         assert norm.eps == pytest.approx(eps, rel=0.1, abs=2e-8)
         assert norm.after == f"blocks.{layer}.ln1.hook_out"
-
-
-def tiny_bert() -> Any:
-    config = BertConfig(
-        vocab_size=models.VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=models.N_CTX,
-    )
-    return models.bridge(BertForMaskedLM, config)
 
 
 def tiny_olmo2() -> Any:

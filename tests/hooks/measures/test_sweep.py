@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 import hooks
 from hooks import NormNoise, SweepReport
@@ -20,7 +20,7 @@ from hooks.measures.sweep.score import UNSCORED, argmax, score
 from hooks.noise.streams import draw_uniforms, philox_keys
 from tests.support import models
 from tests.support.marks import slowly
-from tests.support.watching import Found, tiny_gemma2
+from tests.support.watching import Found, tiny_bert, tiny_gemma2
 
 SIGMAS = (0.05, 0.2)
 ids = models.tokens(3, 17)
@@ -44,15 +44,7 @@ def gpt2() -> Any:
 
 @pytest.fixture(scope="module")
 def bert() -> Any:
-    config = BertConfig(
-        vocab_size=models.VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=models.N_CTX,
-    )
-    return double(models.bridge(BertForMaskedLM, config))
+    return double(tiny_bert())
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from torch import Tensor
 import hooks
 from hooks.model import state
 from hooks.model.inputs import without_cache
+from tests.oracles.shifts import default_dtype
 from tests.support import models
 from tests.support.marks import slowly
 from tests.support.watching import shape_checks_off
@@ -113,16 +114,6 @@ def test_autocast_leaves_float64_alone() -> None:
 
 
 # -- modes of torch -----------------------------------------------------------------------------
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager
