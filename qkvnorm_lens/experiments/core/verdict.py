@@ -32,7 +32,7 @@ def below(found: Mean, bound: float = 0.0) -> Finding:
 
 
 def reaches(found: Mean, bound: float) -> Finding:
-    """Whether the mean is at least a bound; None where only its interval gets there."""
+    """Whether the mean is at least a bound, one seed's too; None where only its interval is."""
     if found.value >= bound:
         return True
     return None if found.value + found.half >= bound else False
