@@ -133,12 +133,12 @@ def _run(hf: Any, inputs: Inputs, watch: _Watch) -> None:
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """XGLM puts float64's least number into a tensor of the default dtype."""
-    before = torch.getdefault_dtype()
-    torch.setdefault_dtype(dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.setdefault_dtype(before)
+        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
