@@ -116,13 +116,14 @@ def every_row(sigmas: np.ndarray) -> Rule:
         sink=np.full(1, -np.inf),
         kv_head=np.zeros(1, np.int64),
         first=np.zeros((1, 1), np.float32),
+        biased=False,
     )
 
 
 def measure(batch: int, pos: int, repeats: int) -> list[dict[str, Any]]:
     scores, pattern = layer(batch, pos)
     sigmas = np.array(DEFAULT_SIGMAS)
-    rule, use = every_row(sigmas), scratch(pos)
+    rule, use = every_row(sigmas), scratch(pos, len(sigmas))
     times: list[list[float]] = [[] for _ in STAGES]
     found = 0
     for repeat in range(repeats + 1):

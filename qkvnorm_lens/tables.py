@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ def _rates(report: CollapseReport) -> str:
             share(row["loose"], row["se"] if sampled else row["se_prompts"]),
             share(row["loose_content"]),
             share(row["loose_centred"]),
-            share(row["strict"], row["se_strict"]),
+            strict(report, row),
         ]
         for row in frame.to_dict("records")
     ]
@@ -76,10 +76,27 @@ def _rates(report: CollapseReport) -> str:
     return (
         "Share of sparse rows whose arg max moves, by noise (RMS):\n"
         + table(["sigma", "collapse", "sinks left out", "centred gauge", "strict"], rows, left=())
-        + f"\n± is one standard error: of collapse over {error}, of strict (onto another sparse "
-        f"maximum) over {report.settings.draws} draws.\nA row is one head's attention from one "
-        "token. In the centred gauge, each row's mean q.k score is subtracted first."
+        + f"\n± is one standard error, over {error}. Strict: onto another sparse maximum"
+        f"{strict_error(report)}.\nA row is one head's attention from one token. In the centred "
+        "gauge, each row's mean q.k score is subtracted first."
     )
+
+
+def strict(report: CollapseReport, row: Mapping[Any, Any]) -> str:
+    """The strict share of a row of ``to_frame`` as text, with what is known of its error."""
+    if report.settings.strict == "sampled":
+        return share(row["strict"], row["se_strict"])
+    low, high = percent(row["strict_low"]), percent(row["strict_high"])
+    value = share(row["strict"])
+    return value if low == high else f"{value} ({low} to {high})"
+
+
+def strict_error(report: CollapseReport) -> str:
+    """What stands beside a strict share, as the end of a sentence."""
+    if report.settings.strict == "computed":
+        return ", with bounds"
+    draws = report.settings.draws
+    return f" (± over {draws} draws)" if draws else ": not sampled"
 
 
 def heads(report: CollapseReport) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The exact collapse probe."""
 
+from hooks.collapse.form import FORM
 from hooks.collapse.kept import KeptRows
 from hooks.collapse.probe import DEFAULT_SIGMAS, check_sparse, collapse_probe, read_grid
 from hooks.collapse.report import CollapseReport
@@ -13,6 +14,7 @@ __all__ = [
     "CollapseReport",
     "DEFAULT_SIGMAS",
     "DRAWS",
+    "FORM",
     "KeptRows",
     "ProbeSettings",
     "RowTable",

@@ -68,7 +68,7 @@ def collapse_probe(
     shared: Shared = "none",
     layers: Sequence[int] | None = None,
     sparse: float = SPARSE,
-    draws: int = 16,
+    draws: int | None = None,
     seed: int = 0,
     attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
@@ -83,9 +83,9 @@ def collapse_probe(
 
     Under noise on the vectors that enter the dot product a row's scores become
     (1 + kq)(1 + k_t) s_t + b_t, exactly. ``exact`` computes the probability that the arg max moves
-    from the clean scores; ``sample`` draws the noise of :class:`NormNoise` and counts. The strict
-    rate (the new maximum is again >= ``sparse``) is sampled under both. Source: Menary et al. 2024,
-    Fig. 3 and theorem 7.
+    from the clean scores, and the strict rate (the new maximum is again >= ``sparse``) with bounds;
+    ``sample`` draws the noise of :class:`NormNoise` and counts. Source: Menary et al. 2024, Fig. 3
+    and theorem 7.
 
     Args:
         model: a TransformerBridge (or anything that can be called and has ``cfg``, ``hook_dict``,
@@ -104,7 +104,9 @@ def collapse_probe(
             probability does not depend on it.
         layers: block indices; default: every attention layer.
         sparse: least maximum of a sparse row.
-        draws: samples of the noise; of the strict rate only, under ``"exact"``.
+        draws: samples of the noise; under ``"exact"``, of the strict rate only, to check what is
+            computed (or, for ``sparse`` <= 0.5, to have one at all). Default: none under
+            ``"exact"``, 16 under ``"sample"``.
         seed: of the noise.
         attention_mask: 1 for real tokens. Without it, the tokenizer's pad tokens at either end of a
             row of a tensor are padding, unless they are also its first or last token (bos, eos);
@@ -144,8 +146,9 @@ def collapse_probe(
     method = cast(Method, check_choice("method", method, get_args(Method)))
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
     sparse = check_sparse(sparse)
+    least, usual = (2, 16) if method == "sample" else (0, 0)
     draws, batch_size, keep, keep_rows, block, first_prompt = check_integers(
-        draws=(draws, 2 if method == "sample" else 0, MANY),
+        draws=(usual if draws is None else draws, least, MANY),
         batch_size=(batch_size, 1),
         keep=(keep, 1),
         keep_rows=(keep_rows, 0),
@@ -175,6 +178,8 @@ def collapse_probe(
         seed=noise.seed,
         keep=keep,
         keep_rows=keep_rows,
+        # With less, several tokens can be sparse maxima at once, which is not computed.
+        strict="computed" if method == "exact" and sparse > 0.5 else "sampled",
     )
     tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
     with Workers().open() as workers:

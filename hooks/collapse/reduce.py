@@ -30,6 +30,8 @@ from hooks.kernels import (
     Rule,
     Sums,
     Table,
+    add_strict,
+    no_pending,
     scan,
     scratch,
 )
@@ -193,13 +195,17 @@ class LayerReducer:
     ) -> None:
         n_matrices, n_query, n_key = layer.scores.shape
         own = self._sums(n_matrices)  # whole arrays: each layout would be compiled for itself
-        use = scratch(n_key)
+        use = scratch(n_key, len(self.settings.sigmas))
         table = empty_piece(_ROWS, max(_ENTRIES, 2 * n_key), self.tally.biased)
+        computed = self.settings.strict == "computed"
+        pending = no_pending(_ROWS if computed else 0, len(self.settings.sigmas))
         at = 0
         while at < n_matrices * n_query:
             table.used[:] = 0
             near = rule._replace(cutoff=self.tally.parts.cutoff, first_matrix=first)
-            at = scan(near, layer, draws, own, table, use, at)
+            at = scan(near, layer, draws, own, table, pending, use, at)
+            if pending.used[0]:
+                add_strict(near, layer, own, pending, use)
             heads = self.sites.n_heads
             self.tally.parts.take(table, near.cutoff, self.index, heads, self.prompts)
             self.tally.showing.take(
@@ -244,6 +250,7 @@ class LayerReducer:
             sink=np.asarray(sink, dtype=np.float64),
             kv_head=np.asarray(self.sites.kv_head_of, dtype=np.int64),
             first=self._first_tokens(n_key),
+            biased=self.sites.has_bias,
         )
 
     def _sums(self, n: int) -> Sums:
@@ -255,6 +262,9 @@ class LayerReducer:
             level=np.zeros((n, 2)),
             loose=np.zeros((n_s, n, 2)),
             centred=np.zeros((n_s, n, 2)),
+            strict=np.zeros((n_s, n, 2)),
+            strict_low=np.zeros((n_s, n, 2)),
+            strict_high=np.zeros((n_s, n, 2)),
             loose_draws=np.zeros((n_s, sampled, n, 2)),
             centred_draws=np.zeros((n_s, sampled, n, 2)),
             strict_draws=np.zeros((n_s, n_d, n, 2)),
@@ -276,17 +286,20 @@ class LayerReducer:
         add(tally.able[self.index], sums.counts[ABLE : ABLE + 2].T, 0)
         add(tally.rows[self.index], sums.rows, 0)
         add(tally.level[self.index], sums.level, 0)
-        exact = self.settings.method == "exact"
-        for name, total, draws in (
-            ("loose", sums.loose, sums.loose_draws),
-            ("centred", sums.centred, sums.centred_draws),
-            ("strict", None, sums.strict_draws),
+        exact, computed = self.settings.method == "exact", self.settings.strict == "computed"
+        for name, total, draws, known in (
+            ("loose", sums.loose, sums.loose_draws, exact),
+            ("centred", sums.centred, sums.centred_draws, exact),
+            ("strict", sums.strict, sums.strict_draws, computed),
         ):
-            if total is None or not exact:
+            if not known:
                 total = draws.sum(1) / max(1, self.settings.draws)
             add(tally.sums[name][:, self.index], total, 1)
             by_head = draws.reshape(*draws.shape[:2], batch, heads, 2).sum(2)
             tally.draws[name][:, :, self.index, :heads] += by_head
+        for name, bound in tally.bounds.items() if computed else ():
+            of_heads = getattr(sums, name).reshape(-1, batch, heads, 2).sum(1)
+            bound[:, self.index, :heads] += of_heads
 
     def _drawn(self, n_query: int, n_key: int) -> Draws:
         """The numbers from which NormNoise with this seed makes its factors, uniform or normal."""
@@ -351,4 +364,6 @@ def _array(x: Tensor) -> np.ndarray:
     return array
 
 
-_MATRIX_AXIS = {"counts": 1, "rows": 0, "level": 0, "loose": 1, "centred": 1}
+_MATRIX_AXIS = {"counts": 1, "rows": 0, "level": 0} | dict.fromkeys(
+    ("loose", "centred", "strict", "strict_low", "strict_high"), 1
+)

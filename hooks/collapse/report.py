@@ -25,24 +25,14 @@ from hooks.arguments import (
     read_array,
 )
 from hooks.collapse.kept import KeptRows, join_kept, no_rows
-from hooks.collapse.row_checks import ROW, check_kept, check_table
 from hooks.collapse.settings import CONTENT, SINK, By, ProbeSettings
-from hooks.collapse.solve import rate_of_rows, solve_sigma_at
+from hooks.collapse.solve import first_crossing, rate_of_rows, solve_sigma_at
 from hooks.collapse.table import RowTable, join
 from hooks.collapse.words import summarise
-from hooks.kernels import LAW_CODES
-from hooks.noise import NormNoise, Shared, check_sigma, get_law
+from hooks.noise import NormNoise, check_sigma, get_law
 from hooks.reports import (
     CorpusReport,
-    Form,
-    Unsound,
-    check_ascending,
-    check_counts,
-    check_numbers,
-    check_sums,
-    check_word,
     first_tokens,
-    per_layer,
     se_draws,
     se_prompts,
 )
@@ -74,6 +64,7 @@ class CollapseReport(CorpusReport):
         loose, strict, centred: sums over rows of the probability that the arg max moves; that it
             moves to a new maximum that is sparse again; that it moves when each row's mean visible
             q.k part is subtracted first (the centred gauge, a control).
+        strict_low, strict_high: bounds of ``strict``, where it was computed (``settings.strict``).
         loose_draws, strict_draws, centred_draws: these sums per draw, where they were sampled.
         table: the rows that collapse first.
         kept: the very first of them, with their attention before and after noise.
@@ -99,6 +90,13 @@ class CollapseReport(CorpusReport):
     centred_draws: Float[np.ndarray, "sigma loose_draw layer head kind"] = field(repr=False)
     table: RowTable = field(repr=False)
     kept: KeptRows = field(repr=False, default_factory=no_rows)
+    # Not written where the strict rate was sampled.
+    strict_low: Float[np.ndarray, "bound layer head kind"] = field(
+        repr=False, default_factory=lambda: np.zeros((0, 0, 0, 2))
+    )
+    strict_high: Float[np.ndarray, "bound layer head kind"] = field(
+        repr=False, default_factory=lambda: np.zeros((0, 0, 0, 2))
+    )
     starts: tuple[tuple[int, ...], ...] = field(repr=False, default=())
 
     @property
@@ -120,11 +118,15 @@ class CollapseReport(CorpusReport):
         Columns:
             layer, head, label: block index; head; ``L5H1`` (``L5`` by layer).
             rows, sinks: sparse rows; those that attend to the first token.
-            loose, strict: share of the sparse rows that collapse (strict: NaN without draws).
+            loose, strict: share of the sparse rows that collapse (strict: NaN where it was neither
+                computed nor sampled).
+            strict_low, strict_high: bounds between which the computed strict share lies, up to
+                0.002 of error of its grids; NaN where it was sampled.
+            strict_drawn: the strict share of the draws, to check the computed one; NaN without.
             loose_content: the loose share with the sinks left out.
             loose_centred: the loose share in the centred gauge.
             score_level: mean q.k part of the attended score.
-            se, se_strict: standard error over draws of ``loose`` (0: exact) and of ``strict``.
+            se, se_strict: standard error over draws of ``loose`` (0: exact) and ``strict_drawn``.
             se_prompts: standard error of ``loose`` over prompts (NaN for one prompt).
 
         Rates are NaN where there are no rows.
@@ -144,18 +146,17 @@ class CollapseReport(CorpusReport):
             columns = {
                 "loose": sums["loose"].sum((-1, -2)) / total,
                 "strict": sums["strict"].sum((-1, -2)) / total,
+                **self._strict_beside(pool, total),
                 "loose_content": sums["loose"][..., CONTENT].sum(-1) / content,
                 "loose_centred": sums["centred"].sum((-1, -2)) / total,
                 "se": se_draws(pool(self.loose_draws, 2).sum(-1) / total),
-                "se_strict": se_draws(pool(self.strict_draws, 2).sum(-1) / total),
                 "se_prompts": se_prompts(sums["loose"].sum(-1), rows.sum(-1)),
             }
             level = pool(self.level, 0).sum((-1, -2)) / total
         if self.settings.method == "exact":
             columns["se"] = np.where(total > 0, 0.0, np.nan) * np.ones_like(columns["loose"])
-        if self.settings.draws == 0:  # the strict rate is only ever sampled
-            for name in ("strict", "se_strict"):
-                columns[name] = np.full_like(columns["loose"], np.nan)
+        if self.settings.draws == 0 and self.settings.strict == "sampled":
+            columns["strict"] = np.full_like(columns["loose"], np.nan)
         shape = columns["loose"].shape
         grids = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
         frame = pd.DataFrame({"sigma": np.asarray(self.settings.sigmas)[grids[0].ravel()]})
@@ -172,13 +173,28 @@ class CollapseReport(CorpusReport):
         for name in ("loose", "strict", "loose_content", "loose_centred"):
             frame[name] = columns[name].ravel()
         frame["score_level"] = np.broadcast_to(level, shape).ravel()
-        for name in ("se", "se_strict", "se_prompts"):
+        for name in ("se", "se_strict", "se_prompts", "strict_low", "strict_high", "strict_drawn"):
             frame[name] = columns[name].ravel()
         if by == "head":  # layers may have different numbers of heads
             heads = self.model["heads"]
             known = dict(zip(self.settings.layers, heads, strict=True))
             frame = frame[frame["head"] < frame["layer"].map(known)].reset_index(drop=True)
         return frame
+
+    def _strict_beside(
+        self, pool: Callable[[np.ndarray, int], np.ndarray], total: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Columns that say how well the strict rate is known."""
+        none = np.full((len(self.settings.sigmas), *total.shape), np.nan)
+        drawn = pool(self.strict_draws, 2).sum(-1) / total
+        columns = {
+            "se_strict": se_draws(drawn) if self.settings.draws else none,
+            "strict_drawn": drawn.mean(1) if self.settings.draws else none,
+        }
+        for name in ("strict_low", "strict_high"):
+            bound = getattr(self, name)
+            columns[name] = pool(bound, 1).sum(-1) / total if len(bound) else none
+        return columns
 
     @property
     def n_sparse(self) -> int:
@@ -214,28 +230,36 @@ class CollapseReport(CorpusReport):
     # -- thresholds -------------------------------------------------------------------------
 
     def sigma_at(
-        self, rate: float = 0.01, *, by: By = "model", content: bool = False
+        self, rate: float = 0.01, *, by: By = "model", content: bool = False, strict: bool = False
     ) -> float | pd.Series | pd.DataFrame:
-        """The sigma at which a share ``rate`` of the sparse rows collapses (loose).
+        """The sigma at which a share ``rate`` of the sparse rows collapses.
 
-        Solved on the exact curve of the table's rows, not on the grid of sigmas.
+        The loose rate is solved on the exact curve of the table's rows, not on the grid of sigmas;
+        the strict one between the grid's, as if the root of the rate were a line there.
 
         Args:
             rate: share of the rows, in (0, 1).
             by: ``"model"`` for one number, ``"layer"`` for a Series, ``"head"`` for a frame of
                 layers by heads.
             content: leave attention sinks out.
+            strict: of rows that collapse onto another sparse maximum.
 
         Returns:
-            inf where the law never reaches the rate, NaN where there are no rows.
+            inf where the law never reaches the rate (strict: where no sigma of the grid does), NaN
+            where there are no rows.
 
         Raises:
-            ValueError: a rate outside (0, 1), or one at which competitors matter that did not fit
-                into the table.
+            ValueError: a rate outside (0, 1), one at which competitors matter that did not fit into
+                the table, or a strict rate that was neither computed nor sampled.
         """
         rate = check_number("rate", rate, "a share between 0 and 1", lambda x: 0 < x < 1)
-        (content,) = check_booleans(content=content)
+        content, strict = check_booleans(content=content, strict=strict)
         check_choice("by", by, get_args(By))
+        if strict and self.settings.strict == "sampled" and not self.settings.draws:
+            raise ValueError(
+                "strict: wanted a report with strict rates; got one that neither computed nor "
+                "sampled them (probe again with draws=)"
+            )
         n_layers, n_heads = self.rows.shape[:2]
         groups = {
             "head": (self.table.layer * n_heads + self.table.head, n_layers * n_heads),
@@ -254,15 +278,14 @@ class CollapseReport(CorpusReport):
         keep = np.isin(of_kind, kinds)
         listed = np.zeros(n_groups, dtype=np.int64)
         np.add.at(listed, of_row[keep], np.diff(self.table.start)[keep])
-        sigma = solve_sigma_at(
-            self.table,
-            self.settings,
-            rate,
-            of_row,
-            keep,
-            pooled(self.rows),
-            pooled(self.able) - listed,
-        )
+        counts = pooled(self.rows)
+        if strict:
+            curves = np.stack([pooled(x) for x in self.strict])
+            sigma = first_crossing(self.settings.sigmas, curves, rate, counts)
+        else:
+            sigma = solve_sigma_at(
+                self.table, self.settings, rate, of_row, keep, counts, pooled(self.able) - listed
+            )
         if by == "model":
             return float(sigma[0])
         layers = pd.Index(self.settings.layers, name="layer")
@@ -423,69 +446,6 @@ class CollapseReport(CorpusReport):
             # What a rounding error above the limit has, a geometric grid's end may have.
             check_sigma(end / (1 + 1e-9) if end > 0 else end, law)
         return at, np.broadcast_to(each, at.shape)
-
-
-def _check_settings(s: ProbeSettings) -> None:
-    check_word("settings.law", s.law, sorted(LAW_CODES))
-    check_word("settings.shared", s.shared, get_args(Shared))
-    check_word("settings.method", s.method, ("exact", "sample"))
-    for sigma in s.sigmas:
-        NormNoise(sigma=sigma, on=s.on, law=s.law, shared=s.shared, layers=s.layers, seed=s.seed)  # type: ignore[arg-type]
-    check_ascending("settings.sigmas", s.sigmas)
-    if not 0 < s.sparse <= 1:
-        raise Unsound("settings.sparse", wanted="a maximum in (0, 1]", got=f"{s.sparse}")
-    least = 2 if s.method == "sample" else 0
-    check_integers(draws=(s.draws, least), keep=(s.keep, 1), keep_rows=(s.keep_rows, 0))
-
-
-def _sizes(s: ProbeSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
-    per_layer(s, model, "labels", "heads", "kv_heads")
-    return {
-        "sigma": len(s.sigmas),
-        "draw": s.draws,
-        "loose_draw": s.draws if s.method == "sample" else 0,
-        "layer": len(s.layers),
-        "head": max(model["heads"]),
-        "prompt": prompts,
-        "kind": 2,
-    }
-
-
-def _check_numbers(report: CollapseReport) -> None:
-    check_counts(report, "examined", "single_key", "padding", "able")
-    check_counts(report, "ties", most=report.examined)
-    check_counts(report, "rows", most=report.examined[..., None])
-    check_numbers("rows", report.rows.sum(-1), 0, report.examined)
-    most = 3.5e38 * (1.0 + report.rows)  # what float32 scores add up to
-    check_numbers("level", report.level, -most, most)
-    check_sums(report, "loose", "strict", "centred", most=report.rows)
-    check_sums(report, "loose_draws", "strict_draws", "centred_draws", most=report.rows.sum(-2))
-    check_table(report)
-    check_kept(report)
-
-
-_FORM = Form(
-    CollapseReport,
-    "collapse report",
-    4,
-    _check_settings,
-    _sizes,
-    _check_numbers,
-    {
-        **dict.fromkeys(("sites", "architecture", "dtype", "device"), str),
-        "labels": tuple[str, ...],
-        "heads": tuple[int, ...],
-        "kv_heads": tuple[int, ...],
-        "shields": Mapping[str, tuple[str, ...]],
-        "versions": Mapping[str, str],
-    },
-    {
-        **{f"table.{name}": "I32" for name in ROW},
-        **{f"table.{name}": "F32" for name in ("s_star", "s", "beta", "a", "cutoff")},
-        **{f"kept.{name}": "I32" for name in (*ROW, "draw")},
-        **{f"kept.{name}": "F32" for name in ("half_width", "clean", "noisy")},
-    },
-)
 
 
 def _token(tokens: tuple[str, ...], position: int) -> str:

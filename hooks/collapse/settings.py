@@ -26,6 +26,7 @@ class ProbeSettings:
     seed: int
     keep: int
     keep_rows: int = 0  # reports written before rows were kept have none
+    strict: str = "sampled"  # as in reports written before it was "computed"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -161,3 +161,25 @@ def _solve(
         lo[near], hi[near] = x[near], x[near]
     solved = (counts > 0) & ~open_
     return np.where(solved, hi, out)
+
+
+def first_crossing(
+    sigmas: Sequence[float],
+    sums: Float[np.ndarray, "sigma group"],
+    rate: float,
+    counts: Int[np.ndarray, "group"],
+) -> Float[np.ndarray, "group"]:
+    """Per group, where its rate first reaches ``rate``, from sums of probabilities on a grid.
+
+    The root of the rate is taken as a line between two sigmas, the first of them 0. inf where none
+    reaches it, NaN without rows.
+    """
+    x = np.array([0.0, *sigmas])
+    y = np.sqrt(np.vstack([np.zeros(len(counts)), sums / np.maximum(counts, 1)]))
+    wanted = math.sqrt(rate)
+    at = np.argmax(y >= wanted, axis=0)  # 0 where there is none: y begins at 0
+    before, group = np.maximum(at - 1, 0), np.arange(len(counts))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part = (wanted - y[before, group]) / (y[at, group] - y[before, group])
+    found = x[before] + part * (x[at] - x[before])
+    return np.where(counts == 0, math.nan, np.where(at > 0, found, math.inf))

@@ -42,6 +42,8 @@ class Tally:
         self.able = np.zeros((*per_row, 2), dtype=np.int64)
         self.level = np.zeros((*per_row, 2))
         self.sums = {n: np.zeros((n_s, *per_row, 2)) for n in ("loose", "strict", "centred")}
+        n_b = n_s if settings.strict == "computed" else 0
+        self.bounds = {n: np.zeros((n_b, n_l, n_h, 2)) for n in ("strict_low", "strict_high")}
         self.draws = {
             "loose": np.zeros((n_s, sampled, n_l, n_h, 2)),
             "strict": np.zeros((n_s, n_d, n_l, n_h, 2)),
@@ -67,6 +69,7 @@ class Tally:
             level=self.level,
             **self.counts,
             **self.sums,
+            **self.bounds,
             **{f"{name}_draws": values for name, values in self.draws.items()},
             table=table,
             kept=kept,

@@ -2,7 +2,7 @@
 
 from hooks.kernels.compile import compiled
 from hooks.kernels.integrals import GRID, LAW_CODES
-from hooks.kernels.loop import scan, scratch
+from hooks.kernels.loop import add_strict, no_pending, scan, scratch
 from hooks.kernels.row import (
     ABLE,
     BROKEN,
@@ -42,6 +42,7 @@ __all__ = [
     "Sums",
     "TIES",
     "Table",
+    "add_strict",
     "collect_plain",
     "compiled",
     "count_above",
@@ -51,6 +52,7 @@ __all__ = [
     "largest",
     "last_seen",
     "lowest_able",
+    "no_pending",
     "scan",
     "scratch",
     "sort_descending",

@@ -47,7 +47,7 @@ def _legendre() -> tuple[Array, Array]:
     return x, w
 
 
-_LEGENDRE_X, _LEGENDRE_W = _legendre()
+LEGENDRE_X, LEGENDRE_W = _legendre()
 
 # The normal distribution function at steps of 1/64: cubic Hermite interpolation is good to 1e-9.
 _PHI_END, _PHI_STEP = 8.5, 1.0 / 64
@@ -115,11 +115,11 @@ def _panels(A: Array, g: Array, d: Array, n: int, width: float) -> float:
         nodes = j // 2 + 1  # a polynomial of degree j
         mean = 0.0
         for k in range(nodes):
-            y = start + (stop - start) * _LEGENDRE_X[nodes, k]
+            y = start + (stop - start) * LEGENDRE_X[nodes, k]
             h = 1.0
             for t in range(j):
                 h *= A[t] - g[t] * y
-            mean += _LEGENDRE_W[nodes, k] * h
+            mean += LEGENDRE_W[nodes, k] * h
         total += (stop - start) * mean
     return total
 
@@ -378,7 +378,7 @@ def _turning_points(s_star: float, s: Array, beta: Array, n: int, a: float, edge
 
 
 @compiled
-def _normal_rule(step: float, z: float) -> float:
+def normal_rule(step: float, z: float) -> float:
     """Weight of a node z of the trapezoidal rule for the normal law."""
     return step * math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
 
@@ -408,7 +408,7 @@ def _smooth(
             stays *= _not_winning(law, own + shift, s[t], sigma)
             if stays < 1e-12:
                 break
-        total += _normal_rule(_Z_STEP, z) * (1 - stays)
+        total += normal_rule(_Z_STEP, z) * (1 - stays)
     return total
 
 
@@ -455,16 +455,16 @@ def biased(
             f_q = drawn_factor(law, z, sigma)
             if f_q > 0:
                 p = _smooth(law, s_star, s, beta, True, f_q, n, sigma)
-                total += _normal_rule(_Z_STEP, z) * p
+                total += normal_rule(_Z_STEP, z) * p
         return total
     edges = np.empty(len(_Q_PANELS) + 4 * _Q_NEAREST)
     count = _turning_points(s_star, s, beta, n, a, edges)
     for i in range(count - 1):
         span = edges[i + 1] - edges[i]
         for k in range(_Q_NODES):
-            f_q = edges[i] + span * _LEGENDRE_X[_Q_NODES, k]
+            f_q = edges[i] + span * LEGENDRE_X[_Q_NODES, k]
             p = _uniform_shifted(s_star, s, beta, f_q, n, a, work, grid)
-            total += _LEGENDRE_W[_Q_NODES, k] * span * p
+            total += LEGENDRE_W[_Q_NODES, k] * span * p
     return total / (2 * a)
 
 

@@ -41,6 +41,7 @@ from hooks.kernels.row import (
     uncapped,
     visible_sum,
 )
+from hooks.kernels.strict import CROWD, strict_rates
 from hooks.kernels.types import (
     BEYOND,
     MASKED,
@@ -48,6 +49,7 @@ from hooks.kernels.types import (
     Draws,
     Floats,
     Layer,
+    Pending,
     Place,
     Rule,
     Scratch,
@@ -56,7 +58,7 @@ from hooks.kernels.types import (
 )
 
 
-def scratch(n_key: int) -> Scratch:
+def scratch(n_key: int, n_sigmas: int) -> Scratch:
     """Working memory for rows of this many keys."""
     floats = [np.empty(n_key) for _ in range(6)]
     ints = [np.empty(n_key, np.int64) for _ in range(3)]
@@ -73,14 +75,23 @@ def scratch(n_key: int) -> Scratch:
         at=ints[2],
         work=np.empty((3, n_key)),
         grid=np.empty(GRID),
+        crowd=np.empty((CROWD, n_key)),
+        rates=np.empty(n_sigmas),
     )
 
 
 @compiled
 def scan(
-    rule: Rule, layer: Layer, draws: Draws, sums: Sums, table: Table, use: Scratch, first: int
+    rule: Rule,
+    layer: Layer,
+    draws: Draws,
+    sums: Sums,
+    table: Table,
+    pending: Pending,
+    use: Scratch,
+    first: int,
 ) -> int:
-    """Add rows to ``sums`` and ``table`` from row ``first`` on, until the table may be full.
+    """Add rows to ``sums``, ``table`` and ``pending`` from row ``first`` on, until one may be full.
 
     Returns the row to continue with, ``matrices * queries`` at the end.
     """
@@ -88,6 +99,8 @@ def scan(
     n_rows: int = n_matrices * n_query
     for at in range(first, n_rows):
         if table.used[0] == len(table.s_star) or table.used[1] + n_key > len(table.s):
+            return at
+        if len(pending.row) and pending.used[0] == len(pending.row):
             return at
         m, q = at // n_query, at % n_query
         row = layer.scores[m, q]
@@ -112,9 +125,9 @@ def scan(
         # Under a causal mask, keys after the query's own need not be read again.
         row = row[: last_seen(row, n_key - n_query + q + 1)]
         if layer.qk.size or rule.soft_cap > 0:
-            _unpacked_row(rule, layer, draws, sums, table, use, m, q)
+            _unpacked_row(rule, layer, draws, sums, table, pending, use, m, q)
         else:
-            _plain_row(rule, row, draws, sums, table, use, m, q)
+            _plain_row(rule, row, draws, sums, table, pending, use, m, q)
     return n_rows
 
 
@@ -132,7 +145,15 @@ def _place(rule: Rule, m: int, q: int, star: int) -> Place:
 
 @compiled
 def _plain_row(
-    rule: Rule, row: Floats, draws: Draws, sums: Sums, table: Table, use: Scratch, m: int, q: int
+    rule: Rule,
+    row: Floats,
+    draws: Draws,
+    sums: Sums,
+    table: Table,
+    pending: Pending,
+    use: Scratch,
+    m: int,
+    q: int,
 ) -> None:
     """A row whose scores are its q.k parts: only competitors are copied."""
     top, star, reach = largest(row), first_of_largest(row), _reach(rule)
@@ -162,7 +183,9 @@ def _plain_row(
         use.a[t] = half_width(top, use.near[t], 0.0, rule.on_q, rule.on_k)
     _list(rule, use, n, float(top), at, table)
     if rule.exact:
-        exact_plain(rule, use, n, top, sums.loose[:, m, at.kind])
+        _no_rates(use)
+        exact_plain(rule, use, n, top, use.rates)
+        _add_loose(use, sums, at, pending)
     if draws.k.shape[0]:
         _draw(rule, row, draws, sums, use, n, at, float(top), 0, 0)
     for t in range(n):
@@ -171,6 +194,27 @@ def _plain_row(
         exact_plain(rule, use, n, top - mean, sums.centred[:, m, at.kind])
     elif draws.k.shape[0]:
         _draw(rule, row, draws, sums, use, n, at, top - mean, 1, 0)
+
+
+@compiled
+def _no_rates(use: Scratch) -> None:
+    for i in range(len(use.rates)):  # slices take seconds to compile
+        use.rates[i] = 0.0
+
+
+@compiled
+def _add_loose(use: Scratch, sums: Sums, at: Place, pending: Pending) -> None:
+    """Add the row's loose rates, and put it down for the strict ones."""
+    some, r = 0.0, pending.used[0]
+    for i in range(len(use.rates)):
+        sums.loose[i, at.matrix, at.kind] += use.rates[i]
+        some = max(some, use.rates[i])
+    if some > 0.0 and r < len(pending.row):
+        pending.row[r, 0], pending.row[r, 1] = at.matrix, at.query
+        pending.row[r, 2], pending.row[r, 3] = at.star, at.kind
+        for i in range(len(use.rates)):
+            pending.rates[r, i] = use.rates[i]
+        pending.used[0] = r + 1
 
 
 @compiled
@@ -216,7 +260,15 @@ def _unpack(rule: Rule, layer: Layer, use: Scratch, m: int, q: int) -> tuple[int
 
 @compiled
 def _unpacked_row(
-    rule: Rule, layer: Layer, draws: Draws, sums: Sums, table: Table, use: Scratch, m: int, q: int
+    rule: Rule,
+    layer: Layer,
+    draws: Draws,
+    sums: Sums,
+    table: Table,
+    pending: Pending,
+    use: Scratch,
+    m: int,
+    q: int,
 ) -> None:
     """A row with a bias or under a soft cap."""
     n, star = _unpack(rule, layer, use, m, q)
@@ -242,11 +294,16 @@ def _unpacked_row(
         if not gauge:
             sums.counts[ABLE + at.kind, m] += able
             _list(rule, use, count, s_star, at, table)
-        out = sums.centred[:, m, at.kind] if gauge else sums.loose[:, m, at.kind]
+        _no_rates(use)
         if rule.exact and biased:
-            exact_biased(rule, use, count, s_star, out)
+            exact_biased(rule, use, count, s_star, use.rates)
         elif rule.exact:
-            exact_plain(rule, use, count, s_star, out)
+            exact_plain(rule, use, count, s_star, use.rates)
+        if gauge:
+            for i in range(len(use.rates)):
+                sums.centred[i, m, at.kind] += use.rates[i]
+        else:
+            _add_loose(use, sums, at, pending)
         if draws.k.shape[0] and (gauge == 0 or not rule.exact):
             _draw(rule, layer.scores[m, q], draws, sums, use, count, at, s_star, gauge, n)
 
@@ -343,3 +400,37 @@ def _visible(row: Floats, use: Scratch) -> int:
             use.s[n], use.bias[n], use.visible[n] = row[k], 0.0, k
             n += 1
     return n
+
+
+# -- the strict rate ------------------------------------------------------------------------------
+
+
+def no_pending(n_rows: int, n_sigmas: int) -> Pending:
+    """Room for rows whose strict rate is still to be computed."""
+    return Pending(
+        row=np.empty((n_rows, 4), np.int64),
+        rates=np.empty((n_rows, n_sigmas)),
+        used=np.zeros(1, np.int64),
+    )
+
+
+@compiled
+def add_strict(rule: Rule, layer: Layer, sums: Sums, pending: Pending, use: Scratch) -> None:
+    """Add the strict rates of the rows put down to ``sums``; then there are none.
+
+    A function of its own, as what :func:`scan` calls is compiled into it again.
+    """
+    for r in range(pending.used[0]):
+        m, q = pending.row[r, 0], pending.row[r, 1]
+        star, kind = pending.row[r, 2], pending.row[r, 3]
+        if layer.qk.size or rule.soft_cap > 0:
+            n, own = _unpack(rule, layer, use, m, q)
+        else:
+            n, own = _visible(layer.scores[m, q], use), 0
+            while use.visible[own] != star:
+                own += 1
+        for i in range(len(use.rates)):
+            use.rates[i] = pending.rates[r, i]
+        out = sums.strict[:, m, kind], sums.strict_low[:, m, kind], sums.strict_high[:, m, kind]
+        strict_rates(rule, use, n, own, rule.sink[(m + rule.first_matrix) % rule.n_heads], out)
+    pending.used[0] = 0

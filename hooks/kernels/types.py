@@ -38,6 +38,7 @@ class Rule(NamedTuple):
     sink: Array  # per head; -inf without one
     kv_head: Ints
     first: Floats  # [batch, key]: where a document begins
+    biased: bool  # whether the layer adds a bias
 
 
 class Layer(NamedTuple):
@@ -63,9 +64,20 @@ class Sums(NamedTuple):
     level: Array  # [matrix, kind]
     loose: Array  # [sigma, matrix, kind]
     centred: Array
+    strict: Array
+    strict_low: Array
+    strict_high: Array
     loose_draws: Array  # [sigma, draw, matrix, kind]
     centred_draws: Array
     strict_draws: Array
+
+
+class Pending(NamedTuple):
+    """Rows whose strict rate is still to be computed, with their loose rates; no room: none is."""
+
+    row: Ints  # [row, (matrix, query, key, kind)]
+    rates: Array  # [row, sigma]
+    used: Ints
 
 
 class Table(NamedTuple):
@@ -94,6 +106,8 @@ class Scratch(NamedTuple):
     at: Ints
     work: Array
     grid: Array
+    crowd: Array  # of the strict rate
+    rates: Array  # one row's, at each sigma
 
 
 class Drawn(NamedTuple):

@@ -138,7 +138,11 @@ class Form(Generic[R]):
         check_facts(head["model"], {"name": str, "fingerprint": str, **self.facts})
         check_texts(head)
         sizes = self.sizes(head["settings"], head["model"], len(head["tokens"]))
-        absent = set() if digested else _absent(self.report, file.entries)
+        absent = {
+            n
+            for n in _absent(self.report, file.entries)
+            if _is_empty(kinds[n], sizes) or not (digested or hasattr(kinds[n], "dim_str"))
+        }
         _check_layout(_specs(kinds, sizes, self.dtypes, absent), sizes, file)
         hashed = start_digest(file.words, file.entries)
         arrays = {n: file.array(n, hashed.update) for n in sorted(file.entries)}
@@ -249,9 +253,10 @@ def _has_arrays(kind: Any) -> bool:
 
 
 def _arrays_of(report: Any) -> Iterable[tuple[str, np.ndarray]]:
+    optional = {n for n in _absent(type(report), {}) if hasattr(_kinds(type(report))[n], "dim_str")}
     for name, kind in _kinds(type(report)).items():
         value = getattr(report, name)
-        if not _has_arrays(kind):
+        if not _has_arrays(kind) or (name in optional and not np.size(value)):
             continue
         if get_origin(kind) is tuple:
             yield from ((f"{name}.{i}", array) for i, array in enumerate(value))
@@ -268,8 +273,13 @@ def _absent(report: Any, entries: Mapping[str, Any]) -> set[str]:
         f.name
         for f in dataclasses.fields(report)
         if f.default_factory is not dataclasses.MISSING
-        and not any(name.startswith(f"{f.name}.") for name in entries)
+        and not any(name.startswith(f"{f.name}.") or name == f.name for name in entries)
     }
+
+
+def _is_empty(kind: Any, sizes: Sizes) -> bool:
+    """Whether the settings leave an array no entry."""
+    return hasattr(kind, "dim_str") and any(sizes.get(axis) == 0 for axis in kind.dim_str.split())
 
 
 def _specs(
@@ -337,6 +347,9 @@ def _grouped(
     """Arrays as the fields of a report."""
     out: dict[str, Any] = {}
     for name, kind in kinds.items():
+        if name in absent and hasattr(kind, "dim_str"):  # not written, as it has no entry
+            out[name] = np.zeros([sizes[axis] for axis in kind.dim_str.split()])
+            continue
         if not _has_arrays(kind) or name in absent:
             continue
         if get_origin(kind) is tuple:

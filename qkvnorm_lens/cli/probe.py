@@ -133,9 +133,8 @@ def _noise(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--draws",
         type=count,
-        default=16,
         metavar="N",
-        help="samples, of the strict rate at least [16]",
+        help="samples; with --method exact only to check the strict rate [0, or 16 to sample]",
     )
     group.add_argument("--layers", type=layers, metavar="LIST", help="as 0,3,5-7 [all]")
     group.add_argument(
@@ -203,7 +202,7 @@ def run(args: argparse.Namespace) -> str:
     source = find(args.model)  # what can fail early fails before torch is imported
     if args.out is not None:
         directory("--out", args.out)
-    if args.method == "sample" and args.draws < 2:
+    if args.method == "sample" and args.draws is not None and args.draws < 2:
         raise ValueError(f"--draws: wanted 2 or more with --method sample; got {args.draws}")
     given = read(args)
     with _folder(args.out):

@@ -234,8 +234,15 @@ def _caption(report: CollapseReport) -> str:
     return (
         f"{settings.law.capitalize()} noise on the L2 norms of {', '.join(settings.on)}, in each "
         f"layer on its own; collapse is {how}. The dotted level is 1%. Strict: the new maximum is "
-        f"again at least {settings.sparse:g}; bars are standard errors over {settings.draws} draws."
+        f"again at least {settings.sparse:g}{_strict_bars(report)}."
     )
+
+
+def _strict_bars(report: CollapseReport) -> str:
+    if report.settings.strict == "computed":
+        return "; its bars are computed bounds"
+    draws = report.settings.draws
+    return f"; bars are standard errors over {draws} draws" if draws else ", not sampled"
 
 
 def _heads(report: CollapseReport, content: bool) -> dict[str, Any]:
@@ -357,7 +364,7 @@ def _rates(report: CollapseReport) -> _Table:
             ("sinks left out", False),
             ("centred gauge", False),
             ("strict", False),
-            ("± strict", False),
+            *((name, False) for name in _strict_columns(report)),
         ]
     )
     for row in report.to_frame("model").to_dict("records"):
@@ -368,10 +375,17 @@ def _rates(report: CollapseReport) -> _Table:
             row["loose_content"],
             row["loose_centred"],
             row["strict"],
-            row["se_strict"],
+            *(row[column] for column in _strict_columns(report).values()),
         ]
         table.rows.append([_number(float(v), _share) for v in values])
     return table
+
+
+def _strict_columns(report: CollapseReport) -> dict[str, str]:
+    """What is known of the strict rate's error: headings and columns of ``to_frame``."""
+    if report.settings.strict == "computed":
+        return {"strict, least": "strict_low", "strict, most": "strict_high"}
+    return {"± strict": "se_strict"}
 
 
 def _share(x: float) -> str:
@@ -380,6 +394,8 @@ def _share(x: float) -> str:
 
 def _rates_note(report: CollapseReport) -> str:
     over = "the draws" if report.settings.method == "sample" else "the prompts"
+    if report.settings.strict == "computed":
+        return f"± is one standard error, over {over}. Strict lies between its two bounds."
     return (
         f"± is one standard error: of collapse over {over}, of strict over "
         f"{report.settings.draws} draws."
@@ -412,8 +428,8 @@ def _method(report: CollapseReport, source: str) -> list[tuple[str, str]]:
         ("σ", ", ".join(f"{100 * s:g}%" for s in settings.sigmas)),
         (
             "Rates",
-            f"{'computed from clean scores' if exact else 'counted over draws'}; strict rate from "
-            f"{settings.draws} draws",
+            f"{'computed from clean scores' if exact else 'counted over draws'}; strict rate "
+            + ("computed" if settings.strict == "computed" else f"from {settings.draws} draws"),
         ),
         ("Sparse", f"rows whose largest weight is at least {settings.sparse:g}"),
         ("Read", f"{source + '; ' if source else ''}{n:,} prompts, {tokens:,} tokens"),

@@ -60,7 +60,8 @@ def collapse_curve(
         report: what :func:`hooks.collapse_probe` gave.
         ax: draw here; default: a new figure.
         by: ``"model"``: collapse (with the exact curve behind the points where it was sampled),
-            sinks left out, the centred gauge, and strict collapse with error bars over draws.
+            sinks left out, the centred gauge, and strict collapse, with bars up to its farther
+            bound or, where it was sampled, of its standard error over draws.
             ``"layer"``: collapse, a line per layer.
         published: mark the sigmas at which 1% collapse in the paper's Pre-Norm models.
         backend: ``"matplotlib"`` or ``"plotly"``.
@@ -207,7 +208,13 @@ def _model_lines(report: CollapseReport) -> list[Line]:
         ("loose_centred", ":", GREY, "centred gauge (control)"),
     ):
         lines.append(Line(x, shown[name], label, colour, dash=dash, width=1.5))
-    if draws:
+    if report.settings.strict == "computed":
+        label = "strict: onto another sparse maximum"
+        away = np.maximum(
+            shown["strict_high"] - shown["strict"], shown["strict"] - shown["strict_low"]
+        )
+        lines.append(Line(x, shown["strict"], label, ORANGE, error=away, **points))
+    elif draws:
         label = f"strict: onto another sparse maximum, {draws} draws"
         lines.append(Line(x, shown["strict"], label, ORANGE, error=shown["se_strict"], **points))
     return lines

@@ -82,7 +82,14 @@ def test_rates_rise_with_sigma_and_strict_is_no_more_than_loose(model: Any) -> N
     assert frame["strict"].max() > 0
     # The strict rate is the same sample under both methods.
     both = probe(model, draws=8)
-    np.testing.assert_allclose(both.strict, sampled.strict)
+    np.testing.assert_array_equal(both.strict_draws, sampled.strict_draws)
+    # The computed one lies between its bounds, and where draws put it.
+    frame = probe(model, draws=300).to_frame("model")
+    assert (frame["strict_low"] <= frame["strict"]).all()
+    assert (frame["strict"] <= frame["strict_high"]).all()
+    away = (frame["strict"] - frame["strict_drawn"]).abs()
+    assert (away <= 4 * frame["se_strict"] + 1e-3).all()
+    assert (frame["strict"] <= frame["loose"] + 1e-12).all()
 
 
 def test_errors_over_draws_are_those_of_the_draws(llama: Any) -> None:
@@ -112,11 +119,33 @@ def test_the_bootstrap_is_over_prompts(llama: Any) -> None:
     assert got == pytest.approx(math.sqrt((residual**2).sum()) / rows.sum(), rel=0.2)
 
 
-def test_without_draws_the_strict_rate_is_unknown_not_zero(llama: Any) -> None:
-    frame = probe(llama, draws=0).to_frame("model")
+def test_a_strict_rate_that_is_not_known_is_none(llama: Any) -> None:
+    """Below 0.5 several tokens can be sparse at once: only draws tell."""
+    report = probe(llama, sparse=0.5)
+    frame = report.to_frame("model")
     assert frame["loose"].iloc[-1] > 0.1
-    assert frame["strict"].isna().all()
-    assert not (frame["se_strict"] == 0).any()
+    for name in ("strict", "strict_low", "strict_high", "strict_drawn", "se_strict"):
+        assert frame[name].isna().all()
+    with pytest.raises(ValueError, match="strict: wanted a report with strict rates; got one"):
+        report.sigma_at(strict=True)
+    drawn = probe(llama, sparse=0.5, draws=4).to_frame("model")
+    np.testing.assert_array_equal(drawn["strict"], drawn["strict_drawn"])
+
+
+def test_the_sigma_of_a_strict_rate(llama: Any) -> None:
+    """On the grid it is the grid's; between two sigmas it lies between them."""
+    report = probe(llama, sigmas=np.linspace(0.02, 0.5, 25))
+    curve = report.to_frame("model").set_index("sigma")["strict"]
+    sigma = float(curve.index[12])
+    assert report.sigma_at(float(curve.iloc[12]), strict=True) == pytest.approx(sigma)
+    rate = float(curve.iloc[12:14].mean())
+    assert sigma < report.sigma_at(rate, strict=True) < curve.index[13]
+    finer = probe(llama, sigmas=np.linspace(0.01, 0.5, 99)).sigma_at(rate, strict=True)
+    assert report.sigma_at(rate, strict=True) == pytest.approx(finer, rel=2e-3)
+    assert report.sigma_at(0.99, strict=True) == math.inf
+    assert report.sigma_at(0.01, strict=True) >= report.sigma_at(0.01)
+    by_head = report.sigma_at(0.01, by="head", strict=True)
+    assert by_head.shape == report.rows.shape[:2]
 
 
 def test_an_unknown_pooling_is_refused(llama: Any) -> None:

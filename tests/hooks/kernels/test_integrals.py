@@ -238,7 +238,7 @@ def test_the_nearest_decide_as_all_keys_do(
     s = s_star - np.sort(gaps)
     base = np.random.default_rng(seed).uniform(-1, 1, len(s) + 1)
     near = int((s > -0.3 * s_star).sum())  # the others lie below them, and are not told of
-    use = kernels.scratch(len(s))
+    use = kernels.scratch(len(s), 1)
     use.near[:], use.place[:] = s, np.arange(1, len(s) + 1)
     drawn = Drawn(sigma, f_q, base[0], base)
     verdict = sparse_by_nearest(every_row(np.array([sigma])), use, near, s_star, drawn)

@@ -44,7 +44,7 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
     add("loose", PLAIN, whole, "loose", "se_prompts")
     add("loose", "without sinks", whole, "loose_content")
     add("loose", "centred gauge", whole, "loose_centred")
-    add("strict", PLAIN, whole, "strict", "se_strict")
+    add("strict", PLAIN, whole, "strict_drawn", "se_strict")
     add("loose", PLAIN, layers, "loose")
     add("loose", "sampled", sampled.to_frame("model"), "loose", "se")
     facts = {
@@ -53,7 +53,7 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
         ("score level", PLAIN): float(whole["score_level"].iloc[0]),
         ("sigma at 1%", PLAIN): _at(exact, content=False),
         ("sigma at 1%", "without sinks"): _at(exact, content=True),
-        ("sigma at 1%", "strict"): crossing(whole["sigma"], whole["strict"], RATE),
+        ("sigma at 1%", "strict"): crossing(whole["sigma"], whole["strict_drawn"], RATE),
     }
     n, nowhere = exact.n_sparse, {"layer": -1, "sigma": math.nan}
     rows += [
