@@ -22,6 +22,8 @@ _beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 _whole: Any = jaxtyping.jaxtyped
 
 OURS = ("hooks", "qkvnorm_lens")
+# It walks through all that a model holds, whatever that is: 20,000 calls for a fingerprint.
+FREE = ("hooks.model.words",)
 
 
 def install() -> None:
@@ -34,7 +36,7 @@ def install() -> None:
             return lambda fn: checked(fn, typechecker=typechecker)
         if typechecker is None or not inspect.isfunction(fn):
             return _whole(fn, typechecker=typechecker)
-        if "<locals>" in fn.__qualname__:
+        if "<locals>" in fn.__qualname__ or fn.__module__ in FREE:
             return fn
         hints = {name: _read(hint, fn.__globals__) for name, hint in fn.__annotations__.items()}
         return _checked(fn, hints, shapes="jaxtyping." in repr(hints))
