@@ -12,6 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := .venv/installed
 LEGACY := .venv-legacy
 NEWEST := .venv-newest
+# Every process would translate some 500 modules anew.
+export PYTHONDONTWRITEBYTECODE :=
 # A process per core, with one thread each: small models gain nothing from more.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
@@ -47,7 +49,7 @@ probe: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/qkvnorm-lens probe --out runs/probe $(ARGS)
 
 test: real-model
-	$(PARALLEL) --dist loadfile --durations=5 \
+	$(PARALLEL) --dist loadfile --no-loadscope-reorder --durations=5 \
 		-m "not slow and not long and not matrix and not browser and not notebooks" $(ARGS)
 
 matrix: $(SETUP)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.support import models, real_models
+from tests.support import compiling, models, real_models
 from tests.support.watching import one_thread
 
 if TYPE_CHECKING:
@@ -35,6 +35,20 @@ settings.register_profile(
 )
 settings.register_profile("explore", parent=settings.get_profile("default"), derandomize=False)
 settings.load_profile("default")  # others with --hypothesis-profile
+
+
+# Files that take long, first: or one process is busy with them while the others have no more to do.
+LONG = ("tests/fuzz/", "tests/qkvnorm_lens/experiments/", "tests/project/test_docs.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before there are several processes that would each compile the kernels."""
+    if config.getoption("numprocesses", None) and not config.getoption("collectonly"):
+        compiling.compile_once()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 def built(path: Path) -> Path:

@@ -43,18 +43,17 @@ def _cache_folder() -> str | None:
     return None
 
 
-_FOLDER = _cache_folder()
+FOLDER = _cache_folder()
+"""Where the machine code of these sources is kept."""
 
 
 def _compile(function: _F, allowed: set[str]) -> _F:
     plain = inspect.unwrap(function)  # the tests' shape checks wrap every function
     config: Any = numba.config
     before = config.CACHE_DIR
-    config.CACHE_DIR = _FOLDER or before
+    config.CACHE_DIR = FOLDER or before
     try:
-        decorate = njit(
-            cache=_FOLDER is not None, nogil=True, error_model="numpy", fastmath=allowed
-        )
+        decorate = njit(cache=FOLDER is not None, nogil=True, error_model="numpy", fastmath=allowed)
         made: Any = decorate(plain)
     finally:
         config.CACHE_DIR = before

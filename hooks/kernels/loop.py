@@ -156,7 +156,8 @@ def _plain_row(
     q: int,
 ) -> None:
     """A row whose scores are its q.k parts: only competitors are copied."""
-    top, star, reach = largest(row), first_of_largest(row), _reach(rule)
+    top = np.float64(largest(row))  # or all that takes it is compiled for float32 as well
+    star, reach = first_of_largest(row), _reach(rule)
     if (not rule.on_k or top == 0) and tied(row, star, rule.eps):
         sums.counts[TIES, m] += 1
         return
@@ -181,13 +182,13 @@ def _plain_row(
     for t in range(n):
         use.near[t], use.beta[t] = use.key[t], 0.0
         use.a[t] = half_width(top, use.near[t], 0.0, rule.on_q, rule.on_k)
-    _list(rule, use, n, float(top), at, table)
+    _list(rule, use, n, top, at, table)
     if rule.exact:
         _no_rates(use)
         exact_plain(rule, use, n, top, use.rates)
         _add_loose(use, sums, at, pending)
     if draws.k.shape[0]:
-        _draw(rule, row, draws, sums, use, n, at, float(top), 0, 0)
+        _draw(rule, row, draws, sums, use, n, at, top, 0, 0)
     for t in range(n):
         use.near[t] -= mean
     if rule.exact:

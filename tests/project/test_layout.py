@@ -6,6 +6,7 @@ import ast
 import re
 import statistics
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -59,9 +60,10 @@ EVERY = {package: modules(package) for package in PACKAGES}
 KNOWN = {name for found in EVERY.values() for name in found}
 
 
-def imported(path: Path) -> set[str]:
-    """Modules of ours that a file imports, wherever the statement stands; also in stubs."""
-    found = set()
+@cache
+def imports(name: str) -> set[str]:
+    """Modules of ours that a module imports, wherever the statement stands; also in its stub."""
+    path, found = EVERY[name.split(".")[0]][name], set()
     stub = path.with_suffix(".pyi")
     source = path.read_text() + (stub.read_text() if stub.exists() else "")
     here = ".".join(path.relative_to(ROOT).parent.parts)
@@ -85,9 +87,6 @@ def room(name: str) -> str:
     return name if is_face(name) else name.rpartition(".")[0]
 
 
-IMPORTS = {name: imported(p) for found in EVERY.values() for name, p in found.items()}
-
-
 def rooms() -> Iterator[tuple[str, str, int]]:
     """A floor plan's package, a module in it, and the floor on which that stands."""
     for package, floors in FLOORS.items():
@@ -102,7 +101,7 @@ PLAN = {(package, name): floor for package, name, floor in rooms()}
 
 @pytest.mark.parametrize(("package", "name"), PLAN)
 def test_modules_import_what_is_below(package: str, name: str) -> None:
-    for other in IMPORTS[name]:
+    for other in imports(name):
         if package == "hooks":
             assert other.startswith("hooks"), f"{name} imports {other}"
             assert other != "hooks", f"{name} imports the package's own face"
@@ -121,7 +120,7 @@ def test_every_part_has_a_floor() -> None:
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_nobody_imports_past_a_face(name: str) -> None:
     """A module of another folder is reached by that folder's `__init__`; top-level ones by name."""
-    for other in IMPORTS[name]:
+    for other in imports(name):
         mine, theirs = room(name), room(other)
         if is_face(other) or "." not in theirs or mine == theirs:
             continue
@@ -139,7 +138,7 @@ def test_nobody_imports_a_private_name(package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_circle(package: str) -> None:
-    graph = {n: IMPORTS[n] - {n} for n in EVERY[package]}
+    graph = {n: imports(n) - {n} for n in EVERY[package]}
     try:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:

@@ -18,6 +18,7 @@ from qkvnorm_lens.cli import main
 from qkvnorm_lens.models.shipped import checkpoint_card, checkpoints
 from tests.support import models, real_models
 from tests.support.paths import ROOT
+from tests.support.watching import shape_checks_off
 
 
 def _modules_after(*imports: str) -> set[str]:
@@ -122,6 +123,7 @@ def test_wrong_shapes_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "from jaxtyping import Float\n"
         "from torch import Tensor\n"
         "def same(a: Float[Tensor, 'n'], b: Float[Tensor, 'n']) -> None: ...\n"
+        "def first(a: Float[Tensor, 'n']) -> Float[Tensor, 'n']: same(a[:1], a[:1]); return a[:1]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with install_import_hook("shape_probe", "beartype.beartype"):
@@ -129,6 +131,11 @@ def test_wrong_shapes_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     probe.same(torch.zeros(2), torch.zeros(2))
     with pytest.raises(TypeCheckError):
         probe.same(torch.zeros(2), torch.zeros(3))
+    assert len(probe.first(torch.ones(1))) == 1
+    with pytest.raises(TypeCheckError, match="return"):
+        probe.first(torch.ones(2))  # the call within it has a size of its own, 1
+    with shape_checks_off():
+        assert len(probe.first(torch.ones(2))) == 1
 
 
 @pytest.mark.real_model
