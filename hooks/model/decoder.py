@@ -10,10 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks.model.given import (
-    taken,
-    tensor_of,
-)
+from hooks.model.given import taken, tensor_of
 from hooks.model.inputs import input_device
 from hooks.model.prompts import Prompts, Spans
 from hooks.model.token_rows import integers, token_rows

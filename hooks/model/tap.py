@@ -266,11 +266,7 @@ class AttentionTap(TorchFunctionMode):
         if expected.factors is None or expected.fitting != expected.sites.anchor.product:
             return args
         product.written = expected.written = True
-        return (
-            expected.scaled("q", left),
-            expected.scaled("k", k).transpose(-1, -2),
-            *args[2:],
-        )
+        return (expected.scaled("q", left), expected.scaled("k", k).transpose(-1, -2), *args[2:])
 
     def _subtracted(self, args: tuple[Any, ...], out: Any) -> None:
         """Remembers a subtraction of one number from a whole row, which no softmax sees."""

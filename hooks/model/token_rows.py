@@ -15,11 +15,7 @@ from hooks.model.inputs import real_spans
 
 
 def token_rows(
-    model: Any,
-    tokens: Any,
-    attention_mask: Any,
-    prepend_bos: bool | None,
-    lengths: tuple[int, ...],
+    model: Any, tokens: Any, attention_mask: Any, prepend_bos: bool | None, lengths: tuple[int, ...]
 ) -> tuple[list[Tensor], list[tuple[int, int]], list[str]]:
     """Each prompt's ids, where they began and ended in the padded row, and notes."""
     if isinstance(tokens, str) or is_chat(tokens):

@@ -296,11 +296,7 @@ class NormNoise:
             yield self
 
     def _hooks(
-        self,
-        model: HookedModel,
-        sites: AttentionSites,
-        clock: Clock,
-        tap: AttentionTap | None,
+        self, model: HookedModel, sites: AttentionSites, clock: Clock, tap: AttentionTap | None
     ) -> HookList:
         """Hooks on the model; ``tap`` writes in layers where no hook does."""
         clock.module = getattr(model, "original_model", None)
@@ -418,10 +414,7 @@ class NormNoise:
             q, k = (kept.__dict__.pop(role, None) for role in ("q", "k"))
             parts = split(sites, scores, q, k, dtype=_wide(scores))
             # (length, first position)
-            spans = {
-                "q": (n_query, clock.cached),
-                "k": (n_key, clock.first_key(n_query, n_key)),
-            }
+            spans = {"q": (n_query, clock.cached), "k": (n_key, clock.first_key(n_query, n_key))}
             drawn = {
                 role: clock.drawn(
                     self, sites, role, sites.vector(role).dot, (scores.shape[0], *spans[role])

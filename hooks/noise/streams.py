@@ -71,12 +71,7 @@ def stream_keys(
 
 
 def numbers(
-    noise: NormNoise,
-    keys: UInt64[np.ndarray, "n 2"],
-    *,
-    n_pos: int,
-    n_heads: int,
-    start: int = 0,
+    noise: NormNoise, keys: UInt64[np.ndarray, "n 2"], *, n_pos: int, n_heads: int, start: int = 0
 ) -> Float[np.ndarray, "n pos width"]:
     """The numbers in (0, 1) of each stream from position ``start``; ``width`` as above."""
     width = 1 if noise.shared in ("heads", "token") else n_heads

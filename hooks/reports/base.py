@@ -412,9 +412,7 @@ def told(model: Mapping[str, Any]) -> str:
 
 
 def first_tokens(
-    starts: Sequence[Sequence[int]],
-    prompt: Int[np.ndarray, "n"],
-    position: Int[np.ndarray, "n"],
+    starts: Sequence[Sequence[int]], prompt: Int[np.ndarray, "n"], position: Int[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n"]:
     """Whether these tokens are a prompt's first, or the first of a document packed into it."""
     first: np.ndarray = position == 0

@@ -240,12 +240,7 @@ class LayerCheck(Evidence):
             self.undecided(check, float(effect.flatten()[at]), needed)
 
     def _compare_scores(
-        self,
-        role: str,
-        clean: ScoreParts,
-        factor: Tensor,
-        noisy: ScoreParts,
-        tolerance: Tensor,
+        self, role: str, clean: ScoreParts, factor: Tensor, noisy: ScoreParts, tolerance: Tensor
     ) -> None:
         """Compare scores with their prediction; the noise must always show in them."""
         check = f"scores under {role}-noise, predicted from clean scores"

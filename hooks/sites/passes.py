@@ -18,13 +18,7 @@ from hooks.sites.types import Anchor
 CANDIDATES: dict[Role, tuple[str, ...]] = {
     role: tuple(
         name.format(role)
-        for name in (
-            "hook_{}",
-            "{}.hook_out",
-            "{}_norm.hook_out",
-            "hook_{}_normed",
-            "hook_rot_{}",
-        )
+        for name in ("hook_{}", "{}.hook_out", "{}_norm.hook_out", "hook_{}_normed", "hook_rot_{}")
     )
     for role in ROLES
 }

@@ -300,10 +300,7 @@ def verify(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
                 try:
                     sites = _check_all(example, found.layers, attempt)
                     return replace(
-                        sites,
-                        silent=found.silent,
-                        outside=found.outside,
-                        left_out=found.left_out,
+                        sites, silent=found.silent, outside=found.outside, left_out=found.left_out
                     )
                 except Undecided as error:  # another prompt may show more
                     undecided = undecided or error.refusal

@@ -191,11 +191,7 @@ def with_factors(
 
 
 def shuffles(
-    seed: int,
-    layer: int,
-    prompts: Sequence[int],
-    spared: Bool[Tensor, "batch pos"],
-    draw: int,
+    seed: int, layer: int, prompts: Sequence[int], spared: Bool[Tensor, "batch pos"], draw: int
 ) -> Int[Tensor, "batch pos"]:
     """A permutation of each prompt's tokens: a function of seed, layer, prompt and draw alone.
 

@@ -19,11 +19,7 @@ class Output:
     """Clean logits of a batch, and others compared with them at the scored positions."""
 
     def __init__(
-        self,
-        model: HookedModel,
-        prompts: Prompts,
-        targets: Any,
-        example: ModelInput,
+        self, model: HookedModel, prompts: Prompts, targets: Any, example: ModelInput
     ) -> None:
         self.model = model
         self.wanted = scored_targets(model, prompts, targets, example)

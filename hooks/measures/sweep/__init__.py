@@ -5,10 +5,4 @@ from hooks.measures.sweep.report import SweepReport, SweepSettings
 from hooks.measures.sweep.score import UNSCORED
 from hooks.measures.sweep.targets import scored_targets
 
-__all__ = [
-    "SweepReport",
-    "SweepSettings",
-    "UNSCORED",
-    "scored_targets",
-    "sweep",
-]
+__all__ = ["SweepReport", "SweepSettings", "UNSCORED", "scored_targets", "sweep"]

@@ -10,13 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks.measures.sweep.score import UNSCORED
-from hooks.model import (
-    HookedModel,
-    ModelInput,
-    Prompts,
-    shorten,
-    tensor_of,
-)
+from hooks.model import HookedModel, ModelInput, Prompts, shorten, tensor_of
 
 
 def _rows_of(targets: Any) -> list[Tensor]:

@@ -195,10 +195,7 @@ class _Layer:
     """What one layer's hooks keep of a pass until z comes."""
 
     def __init__(
-        self,
-        sites: LayerSites,
-        tap: AttentionTap | TapOfThreads | None,
-        module: Any = None,
+        self, sites: LayerSites, tap: AttentionTap | TapOfThreads | None, module: Any = None
     ) -> None:
         self.sites = sites
         self.tap = tap

@@ -19,12 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooks.arguments import (
-    SEEDS,
-    check_booleans,
-    check_integers,
-    check_optional,
-)
+from hooks.arguments import SEEDS, check_booleans, check_integers, check_optional
 from hooks.errors import UnsupportedModelError
 from hooks.measures.symmetry.orders import asked_orders, orders_of
 from hooks.measures.symmetry.positions import find_removals, rounding, taken

@@ -340,9 +340,5 @@ _FORM = Form(
     _check_settings,
     _sizes,
     _check_numbers,
-    {
-        "labels": tuple[str, ...],
-        "positions": Mapping[str, str],
-        "mask": Mapping[str, str],
-    },
+    {"labels": tuple[str, ...], "positions": Mapping[str, str], "mask": Mapping[str, str]},
 )
