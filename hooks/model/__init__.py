@@ -7,6 +7,7 @@ from hooks.model.given import (
     MaskLike,
     Tokens,
     added,
+    arguments_of,
     chat_ids,
     is_chat,
     refuse_other_inputs,
@@ -27,7 +28,7 @@ from hooks.model.inputs import (
 )
 from hooks.model.known_wrong import refuse_known_wrong
 from hooks.model.prompts import Prompts, example_of
-from hooks.model.protocol import ROLES, HookedModel, Role
+from hooks.model.protocol import ROLES, Anchor, HookedModel, Role
 from hooks.model.running import checked_logits, counting, over_batches, run_with
 from hooks.model.standing import Standing, names, resting, users
 from hooks.model.state import (
@@ -50,6 +51,7 @@ __all__ = [
     "over_batches",
     "counting",
     "checked_logits",
+    "Anchor",
     "AttentionTap",
     "Finished",
     "Fused",
@@ -99,6 +101,7 @@ __all__ = [
     "shorten",
     "standing_hooks",
     "states",
+    "arguments_of",
     "tensor_of",
     "text_ids",
     "users",

@@ -6,7 +6,6 @@ data set become texts, rows of ids, or a mapping of tensors with an axis of prom
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooks.arguments import near
 from hooks.errors import UnsupportedModelError
 
 Tokens: TypeAlias = str | Iterable[Any] | np.ndarray | Tensor
@@ -74,7 +74,7 @@ def first_name(model: Any) -> str:
     return "input_values" if getattr(model.cfg, "is_audio_model", False) else "input_ids"
 
 
-def taken(model: Any) -> set[str]:
+def arguments_of(model: Any) -> set[str]:
     """Names of the arguments of the model's forward pass."""
     forward = getattr(getattr(model, "original_model", None), "forward", None)
     return set(inspect.signature(forward).parameters) if callable(forward) else set()
@@ -171,7 +171,7 @@ def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def _refuse_unknown(model: Any, tokens: Mapping[str, Any]) -> None:
     """Refuse unknown names: their inputs would be dropped silently."""
-    takes = taken(model)
+    takes = arguments_of(model)
     if not takes:
         return
     known = takes | _NO_INPUT | TOKENS_ALONE | {"decoder_attention_mask", first_name(model)}
@@ -179,10 +179,9 @@ def _refuse_unknown(model: Any, tokens: Mapping[str, Any]) -> None:
     strange = [n for n, v in tokens.items() if n not in known and not isinstance(v, bool)]
     if not strange:
         return
-    near = difflib.get_close_matches(str(strange[0]), known, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(
-        f"inputs: wanted names that the model's forward pass takes; got {strange[0]!r}{hint}"
+        f"inputs: wanted names that the model's forward pass takes; got {strange[0]!r}"
+        f"{near(str(strange[0]), known)}"
     )
 
 
@@ -343,22 +342,14 @@ def shorten(value: Any, room: int = 80) -> str:
 def refuse_other_inputs(
     what: str, names: Iterable[str], *, wanted: str = "prompts of tokens alone"
 ) -> None:
-    """Refuse inputs that a measurement would not pass on.
-
-    Raises:
-        UnsupportedModelError: there are such inputs.
-    """
+    """Refuse inputs that a measurement would not pass on."""
     some = sorted(names)
     if some:
         raise UnsupportedModelError(what, wanted=wanted, got=", ".join(some))
 
 
 def as_list(tokens: Any) -> list[Any]:
-    """Prompts of a list, a series or a column.
-
-    Raises:
-        TypeError: something else.
-    """
+    """Prompts of a list, a series or a column."""
     if isinstance(tokens, (bytes, dict, set, frozenset)) or not (
         isinstance(tokens, Sequence)
         or (hasattr(tokens, "__len__") and isinstance(tokens, Iterable))

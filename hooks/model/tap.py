@@ -340,13 +340,8 @@ def _take_fused(taps: list[AttentionTap], args: tuple[Any, ...], kwargs: dict[st
             expected.written = True
         seen.append((q, k, v))
     z = _FUSED(**given)
-    fused = Fused(
-        given["query"],
-        given["key"],
-        given.get("attn_mask"),
-        given.get("is_causal", False),
-        given.get("scale"),
-    )
+    mask, causal, scale = given.get("attn_mask"), given.get("is_causal", False), given.get("scale")
+    fused = Fused(given["query"], given["key"], mask, causal, scale)
     for tap, (q, k, v) in zip(taps, seen, strict=True):
         tap._pending = None
         tap._latest = taken = Taken(None, fused, q, k, v, z)
