@@ -7,13 +7,20 @@ from hooks.sites.scores import (
     ScoreParts,
     expand_factors,
     qk_part,
-    recheck,
     split,
     uncapped,
     visible,
 )
 from hooks.sites.selfcheck import attention_sites, sites_for
-from hooks.sites.types import AttentionSites, LayerSites, Site, Stream, VectorSite, choose_layers
+from hooks.sites.types import (
+    AttentionSites,
+    LayerSites,
+    Site,
+    Stream,
+    VectorSite,
+    as_hooked,
+    choose_layers,
+)
 from hooks.sites.watch import (
     Hook,
     LayerView,
@@ -38,6 +45,7 @@ __all__ = [
     "Site",
     "Stream",
     "VectorSite",
+    "as_hooked",
     "attention_facts",
     "attention_sites",
     "check_masks",
@@ -47,7 +55,6 @@ __all__ = [
     "model_facts",
     "observe",
     "qk_part",
-    "recheck",
     "refuse_several_streams",
     "sites_for",
     "split",

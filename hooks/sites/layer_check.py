@@ -13,8 +13,7 @@ from torch import Tensor
 from hooks.errors import UnsupportedModelError
 from hooks.kernels import MASKED
 from hooks.model import ROLES, Role
-from hooks.sites.copies import HALF_WIDTH
-from hooks.sites.evidence import Evidence, Undecided
+from hooks.sites.copies import HALF_WIDTH, Evidence, Undecided
 from hooks.sites.scores import ScoreParts, expand_factors, qk_product, split, visible
 from hooks.sites.types import Averaging, LayerSites, Shield, VectorSite
 from hooks.sites.value_check import HALF_PRECISION, MARGIN, ValueCheck
@@ -28,11 +27,7 @@ class Unpredicted(UnsupportedModelError):
 
 
 class LayerCheck(Evidence):
-    """Verdict on one layer, and the table on which it is based.
-
-    Args:
-        copies: the layer's, after the pass.
-    """
+    """Verdict on one layer after the pass over its copies, and the table on which it is based."""
 
     def judge(self) -> LayerSites:
         """The layer's sites with what was measured, or the refusal.
@@ -54,13 +49,9 @@ class LayerCheck(Evidence):
         sites = replace(sites, sink=sink)
         clean = replace(clean, sink=clean.s.new_tensor(sink) if sink else None)
         tolerance = self._score_tolerance(clean, q, k, sites)
+        own = pattern[:1]
         self._compare(
-            "pattern = softmax(scores)",
-            clean.pattern(),
-            pattern[:1],
-            pattern[:1],
-            tolerance,
-            must_act=False,
+            "pattern = softmax(scores)", clean.pattern(), own, own, tolerance, must_act=False
         )
         for role in ROLES[:2]:
             self._judge_noise(role, sites, clean, pattern, tolerance)
@@ -98,14 +89,8 @@ class LayerCheck(Evidence):
             shown = self.seen.tensors["scores"][self.copies.at(role)]
             noisy = split(sites, shown, dtype=torch.float64, whole=True)
             self._compare_scores(role, clean, factor, noisy, allowed)
-            self._compare(
-                f"pattern = softmax(scores) under {role}-noise",
-                noisy.pattern(),
-                observed,
-                observed,
-                allowed,
-                must_act=False,
-            )
+            other = f"pattern = softmax(scores) under {role}-noise"
+            self._compare(other, noisy.pattern(), observed, observed, allowed, must_act=False)
 
     def _averaging(self, pattern: Tensor, tolerance: Tensor) -> Averaging:
         """What z is."""

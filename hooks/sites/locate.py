@@ -135,24 +135,16 @@ def _label(module: Module) -> str:
     return f"{kind or module.stack.removesuffix('_blocks')}{module.block}"
 
 
+@dataclass(frozen=True)
 class _Finder:
     """Identifies the hook points of one attention."""
 
-    def __init__(
-        self,
-        module: Module,
-        layer: int,
-        firings: list[Firing],
-        taken: Taken | None,
-        soft_cap: float,
-        product: Multiplied | None = None,
-    ) -> None:
-        self.module = module
-        self.layer = layer
-        self.firings = firings
-        self.taken = taken
-        self.soft_cap = soft_cap
-        self.product = product
+    module: Module
+    layer: int
+    firings: list[Firing]
+    taken: Taken | None
+    soft_cap: float
+    product: Multiplied | None
 
     def sites(self) -> LayerSites:
         """The sites, not yet verified."""
@@ -194,11 +186,12 @@ class _Finder:
 
     def bare(self, product: Multiplied) -> LayerSites:
         """The sites where q, k, v and z are read and written at the products that take them."""
+        none = VectorSite(_NONE, _NONE, "none")
         sites = LayerSites(
             layer=self.layer,
-            q=VectorSite(_NONE, _NONE, "none"),
-            k=VectorSite(_NONE, _NONE, "none"),
-            v=VectorSite(_NONE, _NONE, "none"),
+            q=none,
+            k=none,
+            v=none,
             scores="",
             pattern="",
             z=None,

@@ -18,11 +18,7 @@ _PLACES = 256  # and of these, by the lengths of padded prompts
 
 
 def check_masks(model: HookedModel, prompts: Prompts) -> None:
-    """Refuse padding and masks that do not do to the model what they say.
-
-    Raises:
-        UnsupportedModelError: they do.
-    """
+    """Refuse padding and masks that do not do to the model what they say."""
     squares = prompts.each.get("attention_mask", ())
     square = next((i for i, x in enumerate(squares) if x.dtype == torch.bool), None)
     if prompts.padded or prompts.masked or square is not None:
@@ -42,9 +38,6 @@ def _check_padding(model: HookedModel, prompts: Prompts, at: int, key: _Key) -> 
     """Refuse padding that the model, or a user's hook, counts as positions or as length.
 
     A prompt must have the same logits with and without its padding.
-
-    Raises:
-        UnsupportedModelError: they differ.
     """
     given, cut = prompts.padded[at], prompts.batch([at])
     spans = (prompts.spans[at], *prompts.decoder_spans[at : at + 1])
@@ -107,9 +100,6 @@ def _check_mask(model: HookedModel, prompts: Prompts, key: _Key) -> None:
 
     A bridge may use a given mask in place of its own. Another last token must leave the logits
     before it unchanged, if it does so without the mask.
-
-    Raises:
-        UnsupportedModelError: it does not.
     """
     lengths = [len(x) if x.ndim == 1 and not x.is_floating_point() else 0 for x in prompts.first]
     at = min(range(len(prompts)), key=lambda i: (lengths[i] < 2, lengths[i]))
@@ -151,9 +141,6 @@ def _check_square(model: HookedModel, given: ModelInput, key: _Key) -> None:
     """Refuse True and False where the attention adds them to its scores, as 1 and 0.
 
     transformers' eager attention does; TransformerLens's own hides what is False.
-
-    Raises:
-        UnsupportedModelError: it does.
     """
     known = _squares.setdefault(model, set())
     if key in known:

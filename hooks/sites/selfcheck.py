@@ -25,7 +25,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -60,8 +60,7 @@ from hooks.model import (
     states,
     users,
 )
-from hooks.sites.copies import KINDS, LayerCopies
-from hooks.sites.evidence import Undecided
+from hooks.sites.copies import KINDS, LayerCopies, Undecided
 from hooks.sites.layer_check import LayerCheck, Unpredicted
 from hooks.sites.locate import locate
 from hooks.sites.masks import beginning, check_masks
@@ -165,11 +164,7 @@ def _unusual(prompts: Prompts) -> tuple[str, ...]:
 
 
 def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
-    """The check with all hooks on the model or, if that fails, without the user's own.
-
-    Raises:
-        UnsupportedModelError: both fail.
-    """
+    """The check with all hooks on the model or, if that fails, without the user's own."""
     standing = users(model)
     try:
         sites = verify(model, examples)
@@ -200,11 +195,7 @@ _whole: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def _check_longest(model: HookedModel, sites: AttentionSites, prompts: Prompts) -> None:
-    """The check on the longest prompt, as hooks at the scores may act on no other.
-
-    Raises:
-        UnsupportedModelError: it fails there.
-    """
+    """The check on the longest prompt, as hooks at the scores may act on no other."""
     standing = users(model)
     edits = _on_scores(model, sites, standing) if standing else []
     if not edits:
@@ -267,13 +258,13 @@ def _draws(model: HookedModel, example: _Example) -> bool:
     return first.shape != second.shape or not torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
+@dataclass(frozen=True)
 class _Example:
     """Makes the copies of a check's prompt: random, or from the caller's prompts."""
 
-    def __init__(self, model: HookedModel, prompts: Prompts | None, *, whole: bool = False) -> None:
-        self.model = model
-        self.prompts = prompts
-        self.whole = whole  # the longest prompt, to its end
+    model: HookedModel
+    prompts: Prompts | None
+    whole: bool = False  # the longest prompt, to its end
 
     def copies(self, batch: int, avoid: set[int], attempt: int = 0) -> ModelInput:
         """A batch of one prompt, a different one at each attempt where possible."""
