@@ -1,5 +1,6 @@
 """The noise model: laws of a factor, factors on a model, collapse probabilities."""
 
+from hooks.noise.cache_check import HookList
 from hooks.noise.clock import Clock, Factors, refuse_cache
 from hooks.noise.laws import (
     LAWS,
@@ -11,7 +12,7 @@ from hooks.noise.laws import (
     get_law,
     read_sigmas,
 )
-from hooks.noise.norm_noise import NON_SPARSE, SPARSE, At, HookList, NormNoise, Rows, Shared
+from hooks.noise.norm_noise import NON_SPARSE, SPARSE, At, NormNoise, Rows, Shared
 from hooks.noise.probability import collapse_probability, critical_half_width
 from hooks.noise.streams import draw_uniforms, numbers, stream_keys
 

@@ -41,7 +41,7 @@ from hooks.model import (
     on_cpu,
     paused_in_checks,
 )
-from hooks.noise.cache_check import cached_steps
+from hooks.noise.cache_check import HookList, cached_steps
 from hooks.noise.clock import Clock, read_masks
 from hooks.noise.laws import LAWS, check_sigma, get_law
 from hooks.noise.writing import Writer
@@ -58,7 +58,6 @@ from hooks.sites import (
 Shared = Literal["none", "heads", "kv", "token"]
 At = Literal["dot", "projection"]
 Rows = Literal["all", "sparse", "non-sparse"]
-HookList = list[tuple[str, Callable[..., Any]]]
 
 SPARSE = 0.95
 """A row is sparse where max_t a_t >= 0.95 (Menary et al. 2024)."""
@@ -395,11 +394,8 @@ class NormNoise:
             )
         kept = threading.local()
 
-        def keep(role: Role) -> Callable[..., None]:
-            def hook_fn(tensor: Tensor, hook: Any) -> None:
-                kept.__dict__[role] = sites.vector(role).dot.by_position(tensor)
-
-            return hook_fn
+        def keep(tensor: Tensor, hook: Any, role: Role) -> None:
+            kept.__dict__[role] = sites.vector(role).dot.by_position(tensor)
 
         def scale_rows(scores: Tensor, hook: Any) -> Tensor:
             clock.guard(scores, hook)
@@ -429,7 +425,8 @@ class NormNoise:
 
         entries: HookList = []
         if sites.has_bias:
-            entries += [(sites.vector(r).dot.hook, keep(r)) for r in ("q", "k")]
+            roles: tuple[Role, ...] = ("q", "k")
+            entries += [(sites.vector(r).dot.hook, partial(keep, role=r)) for r in roles]
         entries.append((sites.scores, scale_rows))
         return entries
 

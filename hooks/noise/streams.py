@@ -87,11 +87,7 @@ def numbers(
 
 
 def philox_keys(seed: int, *words: np.ndarray) -> UInt64[np.ndarray, "*grid 2"]:
-    """``SeedSequence((seed, *words)).generate_state(2, uint64)`` for arrays of words.
-
-    Raises:
-        ValueError: a word that does not fit in 32 bits.
-    """
+    """``SeedSequence((seed, *words)).generate_state(2, uint64)`` for arrays of words."""
     for word in words:
         if word.size and not 0 <= word.min() <= word.max() < 2**32:
             raise ValueError(f"wanted draws, layers and prompts below 2**32; got {word.max()}")
