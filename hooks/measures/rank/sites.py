@@ -58,11 +58,7 @@ class Found:
 
 
 def blocks_of(model: HookedModel) -> dict[str, list[Block]]:
-    """Blocks of each stack that has hooks on its stream.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
+    """Blocks of each stack that has hooks on its stream."""
     names = model.hook_dict
     stacks: dict[str, dict[int, Block]] = {}
     for name in names:
@@ -95,16 +91,8 @@ def _inner(model: HookedModel, prefix: str) -> tuple[str, ...]:
         for name in names
         if name.startswith(f"{prefix}.") and name.count(".") == prefix.count(".") + 2
     }
-    wanted = [
-        f"{prefix}.{name}"
-        for name in (
-            "hook_resid_mid",
-            "hook_resid_mid2",
-            "hook_attn_out",
-            "hook_cross_attn_out",
-            "hook_mlp_out",
-        )
-    ]
+    outs = ("hook_attn_out", "hook_cross_attn_out", "hook_mlp_out")
+    wanted = [f"{prefix}.{name}" for name in ("hook_resid_mid", "hook_resid_mid2", *outs)]
     for child in sorted(children):
         if _NORM.search(child):
             wanted += [f"{prefix}.{child}.hook_in", f"{prefix}.{child}.hook_out"]
@@ -123,9 +111,7 @@ def final_norm(model: HookedModel, stack: str) -> str | None:
 def resolve(block: Block, kept: Mapping[str, Tensor]) -> tuple[list[Found], list[str]]:
     """Sites of a block in the order of its pass, and notes on those that are missing.
 
-    Args:
-        block: its hooks.
-        kept: tensors by hook; the block's own as ``in`` and ``out``.
+    ``kept``: tensors by hook; the block's own as ``in`` and ``out``.
     """
     streams, notes = _streams(block, kept)
     found = [_found(block, "in", block.input, kept["in"])]

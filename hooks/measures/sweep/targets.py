@@ -14,11 +14,7 @@ from hooks.model import HookedModel, ModelInput, Prompts, shorten, tensor_of
 
 
 def _rows_of(targets: Any) -> list[Tensor]:
-    """A row for each prompt; one prompt's own may stand alone.
-
-    Raises:
-        TypeError: no integers.
-    """
+    """A row for each prompt; one prompt's own may stand alone."""
     try:
         given = [tensor_of(row) for row in targets]
         return [torch.stack(given)] if given and given[0].ndim == 0 else given
@@ -80,6 +76,21 @@ def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Te
             )
         cut.append(mine)
     return list(cut)
+
+
+def scored_places(
+    row: Tensor | None, index: int, n_pos: int
+) -> tuple[Int[Tensor, "place"], Int[Tensor, "place"]]:
+    """Positions of a prompt that are scored, and their targets; all, `UNSCORED`, without any."""
+    if row is None:
+        return torch.arange(n_pos), torch.full((n_pos,), UNSCORED)
+    if len(row) != n_pos:
+        raise ValueError(
+            f"targets: prompt {index}: wanted {n_pos}, one for each position of the logits; got "
+            f"{len(row)}"
+        )
+    where = (row != UNSCORED).nonzero().flatten()
+    return where, row[where]
 
 
 def has_next_token(model: HookedModel, example: ModelInput) -> bool:

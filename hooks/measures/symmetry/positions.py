@@ -16,7 +16,6 @@ verified:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hooks.errors import UnsupportedModelError
-from hooks.model import HookedModel, Prompts, model_dtype, pass_dtype
+from hooks.model import HookedModel, Prompts, arguments_of, model_dtype, pass_dtype
 from hooks.sites import LayerSites, LayerView, observe
 
 Status = Literal["removable", "absent", "unremovable"]
@@ -125,14 +124,8 @@ class Removals:
 
 
 def find_removals(model: HookedModel, layers: Sequence[LayerSites], prompts: Prompts) -> Removals:
-    """What can be removed from this model, tried on it.
-
-    Args:
-        model: left as found.
-        layers: all of its attention layers.
-        prompts: masks are tried on the longest.
-    """
-    takes = taken(model)
+    """What can be removed from this model, tried on it; masks on the longest prompt."""
+    takes = arguments_of(model)
     dtype = model_dtype(model)
     longest = max(prompts.first, key=len).cpu()
     plain = _look(model, layers, longest, {})
@@ -141,12 +134,6 @@ def find_removals(model: HookedModel, layers: Sequence[LayerSites], prompts: Pro
     at_first = Removals(Removal("removable"), mask, takes_mask, kind, says)
     positions = _try_positions(model, layers, longest, plain, takes, at_first)
     return Removals(positions, mask, takes_mask, kind, says)
-
-
-def taken(model: HookedModel) -> set[str]:
-    """Names of the arguments of the model's forward pass."""
-    forward = getattr(getattr(model, "original_model", None), "forward", None)
-    return set(inspect.signature(forward).parameters) if callable(forward) else set()
 
 
 def rounding(dtype: torch.dtype) -> float:
