@@ -17,27 +17,8 @@ from hooks.noise.probability import collapse_probability, critical_half_width
 from hooks.noise.streams import draw_uniforms, numbers, stream_keys
 
 __all__ = [
-    "At",
-    "Clock",
-    "Factors",
-    "Gaussian",
-    "HookList",
-    "LAWS",
-    "Law",
-    "LogNormal",
-    "NON_SPARSE",
-    "NormNoise",
-    "Rows",
-    "SPARSE",
-    "Shared",
-    "Uniform",
-    "check_sigma",
-    "collapse_probability",
-    "critical_half_width",
-    "draw_uniforms",
-    "get_law",
-    "numbers",
-    "read_sigmas",
-    "refuse_cache",
+    "LAWS", "NON_SPARSE", "SPARSE", "At", "Clock", "Factors", "Gaussian", "HookList", "Law",
+    "LogNormal", "NormNoise", "Rows", "Shared", "Uniform", "check_sigma", "collapse_probability",
+    "critical_half_width", "draw_uniforms", "get_law", "numbers", "read_sigmas", "refuse_cache",
     "stream_keys",
-]
+]  # fmt: skip
