@@ -82,10 +82,13 @@ def arguments_of(model: Any) -> set[str]:
 
 def is_named(tokens: Any) -> bool:
     """Whether these are named inputs: a mapping, or rows of a data set (not chat messages)."""
-    if isinstance(tokens, Mapping):
-        return True
-    rows = isinstance(tokens, Sequence) and not isinstance(tokens, (str, bytes)) and len(tokens) > 0
-    return rows and all(isinstance(r, Mapping) and "input_ids" in r for r in tokens)
+    return isinstance(tokens, Mapping) or _each_has("input_ids", tokens)
+
+
+def _each_has(name: str, rows: Any) -> bool:
+    """Whether these are one mapping or more in a list, each with that name."""
+    several = isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)) and len(rows) > 0
+    return several and all(isinstance(row, Mapping) and name in row for row in rows)
 
 
 def rows_of(tokens: Any) -> Any:
@@ -121,12 +124,7 @@ def dense(name: str, given: Tensor) -> Tensor:
 
 def is_chat(tokens: Any) -> bool:
     """Whether this is one conversation: messages with a role and a content."""
-    return (
-        isinstance(tokens, Sequence)
-        and not isinstance(tokens, (str, bytes))
-        and len(tokens) > 0
-        and all(isinstance(m, Mapping) and "role" in m for m in tokens)
-    )
+    return _each_has("role", tokens)
 
 
 def named(model: Any, tokens: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Named:
@@ -339,13 +337,11 @@ def shorten(value: Any, room: int = 80) -> str:
     return words if len(words) <= room else f"{words[: room - 4]} ..."
 
 
-def refuse_other_inputs(
-    what: str, names: Iterable[str], *, wanted: str = "prompts of tokens alone"
-) -> None:
+def refuse_other_inputs(what: str, names: Iterable[str]) -> None:
     """Refuse inputs that a measurement would not pass on."""
     some = sorted(names)
     if some:
-        raise UnsupportedModelError(what, wanted=wanted, got=", ".join(some))
+        raise UnsupportedModelError(what, wanted="prompts of tokens alone", got=", ".join(some))
 
 
 def as_list(tokens: Any) -> list[Any]:
