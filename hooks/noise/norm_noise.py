@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -118,16 +118,12 @@ class NormNoise:
     draw: int = 0
 
     def __post_init__(self) -> None:
-        known = (
-            ("shared", ("none", "heads", "kv", "token")),
-            ("at", ("dot", "projection")),
-            ("rows", ("all", "sparse", "non-sparse")),
-        )
+        known = (("shared", Shared), ("at", At), ("rows", Rows))
         seed, draw = check_integers(seed=(self.seed, 0, SEEDS), draw=(self.draw, 0, SEEDS))
         read: dict[str, Any] = {
             "law": check_choice("law", self.law, sorted(LAWS)),
             "on": _roles(self.on),
-            **{name: check_choice(name, getattr(self, name), names) for name, names in known},
+            **{n: check_choice(n, getattr(self, n), get_args(kind)) for n, kind in known},
             "seed": seed,
             "draw": draw,
             "layers": None if self.layers is None else check_layers(self.layers),
