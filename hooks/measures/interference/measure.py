@@ -203,16 +203,14 @@ def _settings(
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Clean:
-    """What is kept of one layer from a clean pass."""
+    """What is kept of one layer from a clean pass: its q, its norm's scales and their median."""
 
-    x: Tensor | None = None
-    y: Tensor | None = None
-    q: Tensor | None = None
-    scale: Tensor | None = None
-    constant: Tensor | None = None
-    rows: CleanRows | None = None
+    q: Tensor
+    scale: Float[Tensor, "batch pos"]
+    constant: Float[Tensor, "batch"]
+    rows: CleanRows
 
 
 @dataclass
@@ -247,13 +245,14 @@ class _Run:
 
     def batch(self, prompts: Prompts, indices: Sequence[int], done: Callable[[], Any]) -> None:
         """One batch of prompts of one length: a clean pass, then one for each way to freeze."""
-        clean = [_Clean() for _ in self.layers]
+        seen: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        clean: dict[int, _Clean] = {}
         seeing = partial(observe, self.model, vectors=("q", "k"), batch_size=len(prompts))
 
         def take(view: LayerView) -> None:
-            self._take_clean(view, clean[view.index], indices)
+            clean[view.index] = self._take_clean(view, seen[view.index], indices)
 
-        seeing(self.layers, prompts, take, hooks=self._reading(clean))
+        seeing(self.layers, prompts, take, hooks=self._reading(seen))
         done()
         if self.end is not None:
             self.end.clean(prompts, indices)
@@ -268,41 +267,40 @@ class _Run:
                     for name, values in self.end.compare(prompts, indices, hooks).items():
                         self.ends[name][j, index, list(indices)] = values
                     done()
-            clean[index] = _Clean()  # its vectors are not needed any more
+            del clean[index]  # its vectors are not needed any more
         if self.end is not None:
             self.end.forget()
 
     # -- the model as it is ------------------------------------------------------------------
 
-    def _reading(self, clean: Sequence[_Clean]) -> list[Hook]:
+    def _reading(self, seen: Sequence[dict[str, Tensor]]) -> list[Hook]:
         """Hooks that keep each norm's input and output, and q at its hook."""
         entries: list[Hook] = []
-        for sites, norm, kept in zip(self.layers, self.norms, clean, strict=True):
+        for sites, norm, kept in zip(self.layers, self.norms, seen, strict=True):
             places = (("x", norm.before), ("y", norm.after), ("q", sites.q.dot.hook))
             entries += [(name, partial(_keep, kept=kept, what=what)) for what, name in places]
         return entries
 
-    def _take_clean(self, view: LayerView, kept: _Clean, indices: Sequence[int]) -> None:
+    def _take_clean(
+        self, view: LayerView, seen: dict[str, Tensor], indices: Sequence[int]
+    ) -> _Clean:
         """Everything that follows from the clean pass alone."""
         norm, settings = self.norms[view.index], self.settings
-        assert kept.x is not None
-        assert kept.y is not None
-        norm.check(kept.x, kept.y)
-        kept.scale = norm.scale(kept.x)
-        if view.scores.shape[-1] != kept.scale.shape[1]:
+        norm.check(seen["x"], seen.pop("y"))
+        scale = norm.scale(seen.pop("x"))
+        if view.scores.shape[-1] != scale.shape[1]:
             raise UnsupportedModelError(
                 CHECK,
                 wanted="an output for each key",
-                got=f"{kept.scale.shape[1]} outputs, {view.scores.shape[-1]} keys",
+                got=f"{scale.shape[1]} outputs, {view.scores.shape[-1]} keys",
                 layer=norm.layer,
             )
-        kept.x, kept.y = None, None
-        kept.constant = torch.quantile(kept.scale, 0.5, dim=1)
         first = first_of([self.starts[i] for i in indices], view.scores.shape[-1])
-        rows = kept.rows = clean_rows(view, settings.sparse, self._numbers(indices), first)
+        rows = clean_rows(view, settings.sparse, self._numbers(indices), first)
+        kept = _Clean(seen.pop("q"), scale, torch.quantile(scale, 0.5, dim=1), rows)
         layer, mine = view.index, list(indices)
         self.sums["constant"][layer, mine] = kept.constant.cpu().numpy()
-        self.sums["scale_spread"][layer, mine] = scale_spread(kept.scale, rows.first)
+        self.sums["scale_spread"][layer, mine] = scale_spread(scale, rows.first)
         self._add("examined", (layer,), rows.sums(rows.examined).sum(-1), mine)
         self._add("ties", (layer,), rows.sums(rows.ties).sum(-1), mine)
         self._add("rows", (layer,), rows.sums(rows.sparse), mine)
@@ -320,6 +318,7 @@ class _Run:
             order = shuffles(settings.seed, norm.layer, numbers, spared, draw)
             moved = with_factors(view.parts, rows, factor.gather(1, order.to(factor.device)))
             self._add("permuted", (draw, layer), rows.sums(moved), mine)
+        return kept
 
     def _numbers(self, indices: Sequence[int]) -> list[int]:
         """Indices of the prompts in the whole corpus."""
@@ -327,11 +326,8 @@ class _Run:
 
     def _factor(self, kept: _Clean, constant: float) -> Float[Tensor, "batch pos"]:
         """s_t / c, or 1 for a spared first token."""
-        assert kept.scale is not None
-        assert kept.constant is not None
         factor = kept.scale / (constant * kept.constant)[:, None]
         if self.settings.spare_first:
-            assert kept.rows is not None
             factor[kept.rows.first] = 1.0
         return factor
 
@@ -350,8 +346,6 @@ class _Run:
     ) -> tuple[list[Hook], Callable[[LayerView], None]]:
         """What freezes a layer's norm, and counts; ``at``: indices of on, constant and layer."""
         index, rows, q = at[2], kept.rows, kept.q
-        assert rows is not None
-        assert q is not None
         constant = self.settings.constants[at[1]]
         hooks = [self._frozen_norm(index, kept, constant)]
         if on == "k":
@@ -392,5 +386,5 @@ class _Run:
         )
 
 
-def _keep(tensor: Tensor, hook: Any, kept: _Clean, what: str) -> None:
-    setattr(kept, what, tensor.clone())  # against edits in place
+def _keep(tensor: Tensor, hook: Any, kept: dict[str, Tensor], what: str) -> None:
+    kept[what] = tensor.clone()  # against edits in place

@@ -25,6 +25,8 @@ _CROSS: Final = ("cross_attn",)
 _MLP: Final = ("mlp", "moe", "ffn")
 _FEW: Final = 16  # units of rounding by which a sum may be off
 
+_Places = dict[str, tuple[str, Tensor]]  # hook and tensor of each site
+
 
 @dataclass(frozen=True)
 class Block:
@@ -128,9 +130,7 @@ def _found(block: Block, site: str, hook: str, tensor: Tensor) -> Found:
     return Found(RankSite(stack=block.stack, layer=block.layer, site=site, hook=hook), tensor)
 
 
-def _streams(
-    block: Block, kept: Mapping[str, Tensor]
-) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
+def _streams(block: Block, kept: Mapping[str, Tensor]) -> tuple[_Places, list[str]]:
     """The stream at the input and between the branches, as sums of it and the branches show."""
 
     def get(name: str) -> Tensor | None:
@@ -160,8 +160,8 @@ def _streams(
 
 
 def _behind_a_norm(
-    block: Block, kept: Mapping[str, Tensor], streams: dict[str, tuple[str, Tensor]]
-) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
+    block: Block, kept: Mapping[str, Tensor], streams: _Places
+) -> tuple[_Places, list[str]]:
     """Post-norm: the norms follow the sums, and their outputs are the stream."""
     read = _reads(block, kept, _MLP)
     behind = {name: kept[f"{name}.hook_out"] for name in _norm_names(block, kept)}
@@ -178,12 +178,10 @@ def _behind_a_norm(
     ]
 
 
-def _norms(
-    block: Block, kept: Mapping[str, Tensor], streams: Mapping[str, tuple[str, Tensor]]
-) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
+def _norms(block: Block, kept: Mapping[str, Tensor], streams: _Places) -> tuple[_Places, list[str]]:
     """The output of the norm of each branch's input."""
     branches = {"attn": _ATTENTION, "mixer": ("mixer",), "cross": _CROSS, "mlp": _MLP}
-    found: dict[str, tuple[str, Tensor]] = {}
+    found: _Places = {}
     notes = []
     for branch, children in branches.items():
         read = _reads(block, kept, children)

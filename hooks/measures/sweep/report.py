@@ -11,6 +11,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from hooks.arguments import Settings, check_choice, check_integers, check_number
+from hooks.noise import LAWS, At, NormNoise, Rows, Shared
 from hooks.reports import (
     CorpusReport,
     Form,
@@ -228,8 +229,6 @@ class SweepReport(CorpusReport):
 
 
 def _check_settings(s: SweepSettings) -> None:
-    from hooks.noise import LAWS, At, NormNoise, Rows, Shared
-
     check_word("settings.shared", s.shared, get_args(Shared))
     check_word("settings.at", s.at, get_args(At))
     check_word("settings.rows", s.rows, get_args(Rows))

@@ -24,13 +24,11 @@ def _rows_of(targets: Any) -> list[Tensor]:
         ) from None
 
 
-def next_tokens(prompts: Prompts, known: bool) -> list[Tensor | None]:
-    """Targets of each prompt: its next tokens; None for a model that predicts none.
+def next_tokens(prompts: Prompts) -> list[Tensor | None]:
+    """Targets of each prompt: its next tokens.
 
     A packed document's last token has none: what follows it is another document's.
     """
-    if not known:
-        return [None] * len(prompts)
     rows = prompts.decoder or prompts.first
     out: list[Tensor | None] = []
     for index, row in enumerate(rows):
@@ -117,4 +115,5 @@ def scored_targets(
     """Each prompt's targets: those given, or its next tokens; None where it has none."""
     if targets is not None:
         return given_targets(model, targets, prompts)
-    return next_tokens(prompts, bool(prompts.decoder) or has_next_token(model, example))
+    known = bool(prompts.decoder) or has_next_token(model, example)
+    return next_tokens(prompts) if known else [None] * len(prompts)

@@ -164,9 +164,6 @@ def symmetry_gap(
     )
 
 
-# -- what is asked for ------------------------------------------------------------------------
-
-
 def _refuse_two_sequences(model: HookedModel) -> None:
     cfg = model.cfg
     signal = getattr(cfg, "is_visual_model", False) or getattr(cfg, "is_audio_model", False)
