@@ -15,7 +15,7 @@ from hooks.kernels import MASKED
 from hooks.model import ROLES, Role
 from hooks.sites.copies import HALF_WIDTH, Evidence, Undecided
 from hooks.sites.scores import ScoreParts, expand_factors, qk_product, split, visible
-from hooks.sites.types import Averaging, LayerSites, Shield, VectorSite
+from hooks.sites.types import LayerSites, Shield, VectorSite
 from hooks.sites.value_check import HALF_PRECISION, MARGIN, ValueCheck
 
 _SAME_PRODUCT = 0.1  # a score differs from its product by rounding, or by much more
@@ -44,18 +44,19 @@ class LayerCheck(Evidence):
         self._refuse_pattern_as_scores(scores)
         self._refuse_scores_as_masks(scores)
         sites = self.measure_bias(scores, q, k)
-        clean = split(sites, scores[:1], q[:1], k[:1], dtype=torch.float64)
-        sink = self.measure_sink(clean, pattern[:1])
+        clean, own = split(sites, scores[:1], q[:1], k[:1], dtype=torch.float64), pattern[:1]
+        sink = self.measure_sink(clean, own)
         sites = replace(sites, sink=sink)
         clean = replace(clean, sink=clean.s.new_tensor(sink) if sink else None)
         tolerance = self._score_tolerance(clean, q, k, sites)
-        own = pattern[:1]
         self._compare(
             "pattern = softmax(scores)", clean.pattern(), own, own, tolerance, must_act=False
         )
         for role in ROLES[:2]:
             self._judge_noise(role, sites, clean, pattern, tolerance)
-        averaging = self._averaging(pattern, tolerance)
+        of_scores = tolerance if self.seen.fused else torch.zeros_like(tolerance)
+        shown = visible(scores)[:1]
+        averaging = ValueCheck(self, pattern, self.seen.double("v"), shown, of_scores).verdict()
         wrong = self.copies.miswritten  # noise at half strength looks like a bias, and agrees
         if wrong is not None:
             raise wrong
@@ -91,12 +92,6 @@ class LayerCheck(Evidence):
             self._compare_scores(role, clean, factor, noisy, allowed)
             other = f"pattern = softmax(scores) under {role}-noise"
             self._compare(other, noisy.pattern(), observed, observed, allowed, must_act=False)
-
-    def _averaging(self, pattern: Tensor, tolerance: Tensor) -> Averaging:
-        """What z is."""
-        of_scores = tolerance if self.seen.fused else torch.zeros_like(tolerance)
-        shown = visible(self.seen.tensors["scores"])[:1]
-        return ValueCheck(self, pattern, self.seen.double("v"), shown, of_scores).verdict()
 
     def _refuse_other_firings(self) -> None:
         """Every tensor by which this layer is judged must have been shown exactly once."""

@@ -145,12 +145,10 @@ def observe(
 
 
 def _check_hook(hook: Any) -> Hook:
-    if not isinstance(hook, (tuple, list)) or len(hook) != 2:
+    pair = isinstance(hook, (tuple, list)) and len(hook) == 2
+    if not pair or not isinstance(hook[0], str) or not callable(hook[1]):
         raise TypeError(f"hooks: wanted {_HOOKS}; got {brief(hook)} in it")
-    name, hook_fn = hook
-    if not isinstance(name, str) or not callable(hook_fn):
-        raise TypeError(f"hooks: wanted {_HOOKS}; got {brief(hook)} in it")
-    return name, hook_fn
+    return hook[0], hook[1]
 
 
 @dataclass(frozen=True)
