@@ -352,6 +352,13 @@ def check_fields(settings: Any) -> None:
         object.__setattr__(settings, name, _field(name, getattr(settings, name), kind))
 
 
+class Settings:
+    """A frozen dataclass whose fields :func:`check_fields` has checked."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 @lru_cache
 def _hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from transformer_lens.hook_points import HookPoint
 
 from hooks.errors import UnsupportedModelError
 from hooks.model.ambient import OF_THREADS
@@ -95,9 +96,7 @@ def apart(model: Any) -> Iterator[None]:
     before = _here.mine
     points = list({id(p): p for p in model.hook_dict.values()}.values())
     with _lock:
-        shared = _shared.get(model)
-        if shared is None:
-            shared = _shared[model] = _Shared()
+        shared = _shared.setdefault(model, _Shared())
     shared.enter(model, points)
     try:
         _here.mine = _Mine(model, points, _of_others(model, points))
@@ -116,7 +115,7 @@ def apart(model: Any) -> Iterator[None]:
 
 def _versions(model: Any) -> list[int]:
     """How often each weight was written to in place, as autograd counts it."""
-    parameters = [p for m in _modules(model) for p in m.parameters(recurse=False)]
+    parameters = [p for m in modules(model) for p in m.parameters(recurse=False)]
     return [p._version for p in parameters if not p.is_inference()]
 
 
@@ -125,10 +124,9 @@ def _versions(model: Any) -> list[int]:
 
 def mark_hooks() -> None:
     """From now on each hook remembers the thread that added it."""
-    module = sys.modules.get("transformer_lens.hook_points")
-    if module is None or hasattr(module.HookPoint.add_hook, _THREAD):
+    plain: Any = HookPoint.add_hook
+    if hasattr(plain, _THREAD):
         return
-    plain = module.HookPoint.add_hook
 
     def add_hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         known = {id(h) for h in (*self.fwd_hooks, *self.bwd_hooks)}
@@ -140,7 +138,7 @@ def mark_hooks() -> None:
 
     add_hook.__doc__, add_hook.__wrapped__ = plain.__doc__, plain  # type: ignore[attr-defined]
     setattr(add_hook, _THREAD, True)
-    module.HookPoint.add_hook = add_hook
+    HookPoint.add_hook = add_hook  # type: ignore[method-assign]
 
 
 def mark(handle: Any) -> None:
@@ -182,9 +180,9 @@ def _of_others(model: Any, points: Sequence[Any]) -> set[int]:
 def _passes(model: Any) -> set[int]:
     """Other threads that are inside the model."""
     roots = {id(m) for m in (model, getattr(model, "original_model", None)) if m is not None}
-    modules = roots | {id(m) for m in _modules(model)}
+    inside = roots | {id(m) for m in modules(model)}
     me, frames = threading.get_ident(), sys._current_frames()
-    return {t for t, frame in frames.items() if t != me and _is_inside(frame, modules)}
+    return {t for t, frame in frames.items() if t != me and _is_inside(frame, inside)}
 
 
 def _is_inside(frame: FrameType | None, modules: set[int]) -> bool:
@@ -196,7 +194,8 @@ def _is_inside(frame: FrameType | None, modules: set[int]) -> bool:
     return False
 
 
-def _modules(model: Any) -> list[nn.Module]:
+def modules(model: Any) -> list[nn.Module]:
+    """Every module of the model, the wrapped one of a TransformerBridge included."""
     roots = [m for m in (model, getattr(model, "original_model", None)) if isinstance(m, nn.Module)]
     return list({id(m): m for root in roots for m in root.modules()}.values())
 
@@ -259,18 +258,13 @@ def _dispatch(point: Any) -> Callable[..., Any]:
 def _kinds(model: Any, points: Sequence[Any]) -> set[type]:
     """Classes of TransformerLens whose instances keep state during a pass."""
     conversions = (getattr(p, "hook_conversion", None) for p in points)
-    things = [model, *_modules(model), *(c for c in conversions if hasattr(c, "batch_seq"))]
+    things = [model, *modules(model), *(c for c in conversions if hasattr(c, "batch_seq"))]
     found = set()
     for kind in {type(thing) for thing in things}:
         ours = [k for k in kind.__mro__ if k.__module__.startswith("transformer_lens.")]
-        if ours and not issubclass(kind, _hook_point()):
+        if ours and not issubclass(kind, HookPoint):
             found.add(ours[0])
     return found
-
-
-def _hook_point() -> type:
-    module = sys.modules.get("transformer_lens.hook_points")
-    return _Here if module is None else module.HookPoint
 
 
 _made_private: list[set[tuple[type, str]]] = []  # for each model that is measured
@@ -352,11 +346,11 @@ class _Gate:
             if self.owners[me] > 1:
                 return
         try:
-            modules = _modules(model)
+            every = modules(model)
             if others():
-                self.handles = [m.register_forward_pre_hook(self._wait) for m in modules]
+                self.handles = [m.register_forward_pre_hook(self._wait) for m in every]
             self._outwait(model, time.monotonic() + PATIENCE)
-            for module in modules:
+            for module in every:
                 if module.training:
                     self.flags.append(module)
                     module.training = False
@@ -431,13 +425,13 @@ def not_training(model: Any) -> Iterator[None]:
     """
     with _lock:
         gate = _gates.get(model)
-        if gate is None and any(m.training for m in _modules(model)):
+        if gate is None and any(m.training for m in modules(model)):
             gate = _gates[model] = _Gate()
     if gate is not None:
         gate.close(model)
     try:
         yield
-        changed = [m for m in _modules(model) if m.training]
+        changed = [m for m in modules(model) if m.training]
         if changed and others():
             raise UnsupportedModelError(
                 "a model in eval mode",

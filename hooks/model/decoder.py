@@ -10,10 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks.model.given import (
-    taken,
-    tensor_of,
-)
+from hooks.model.given import arguments_of, tensor_of
 from hooks.model.inputs import input_device
 from hooks.model.prompts import Prompts, Spans
 from hooks.model.token_rows import integers, token_rows
@@ -76,10 +73,8 @@ def with_decoder(
     if labels is not None:
         labels = integers(torch.as_tensor(labels).cpu(), 2)
         if given is None:
-            given, notes = (
-                _from_labels(model, labels),
-                ("the decoder's tokens are the labels, shifted by one",),
-            )
+            given = _from_labels(model, labels)
+            notes = ("the decoder's tokens are the labels, shifted by one",)
         if mask is None and isinstance(given, Tensor) and given.shape == labels.shape:
             moved = torch.nn.functional.pad(labels[:, :-1] != IGNORED, (1, 0), value=True)
             mask = _until_last(moved)
@@ -91,7 +86,7 @@ def with_decoder(
         prompts,
         decoder=tuple(rows),
         decoder_strings=tuple(strings_of(model, row) for row in rows),
-        decoder_masked=mask is not None and "decoder_attention_mask" in taken(model),
+        decoder_masked=mask is not None and "decoder_attention_mask" in arguments_of(model),
         decoder_spans=tuple(spans),
         decoder_width=0 if target is None else target.shape[1],
         notes=(*prompts.notes, *notes),
@@ -132,11 +127,7 @@ def _until_last(real: Tensor) -> Tensor:
 
 
 def _from_labels(model: Any, labels: Tensor) -> Tensor:
-    """The labels shifted by one, as the model itself does where it gets only labels.
-
-    Raises:
-        ValueError: the model does not say how.
-    """
+    """The labels shifted by one, as the model itself does where it gets only labels."""
     inner = model.original_model
     moved = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
     if not callable(moved):

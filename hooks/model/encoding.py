@@ -21,12 +21,12 @@ from hooks.model.decoder import (
 )
 from hooks.model.given import (
     LABELS,
+    arguments_of,
     first_name,
     is_named,
     named,
     rows_of,
     shorten,
-    taken,
     tensor_of,
 )
 from hooks.model.inputs import ModelInput, check_model, has_decoder
@@ -91,7 +91,7 @@ def encode(
         first=tuple(rows),
         padding=tuple(n - (end - at) for n, (at, end) in zip(whole, spans, strict=True)),
         strings=tuple(strings_of(model, row) for row in rows),
-        masked=mask is not None and mask.ndim < 4 and "attention_mask" in taken(model),
+        masked=mask is not None and mask.ndim < 4 and "attention_mask" in arguments_of(model),
         spans=tuple(spans),
         width=width,
         notes=(*notes, *said),
@@ -126,7 +126,7 @@ def _behind_padding(
     Batched with the longest, which decides in some models how a whole batch is rotated (rotary
     positions of two lengths).
     """
-    if "attention_mask" not in taken(model):
+    if "attention_mask" not in arguments_of(model):
         ids = None
     sides = [
         (rows, spans)
@@ -168,7 +168,7 @@ def _as_given(
             named[name] = value[rows] if several else value
     if target is not None:
         named["decoder_input_ids"] = target[rows]
-        if "decoder_attention_mask" in taken(model):
+        if "decoder_attention_mask" in arguments_of(model):
             named["decoder_attention_mask"] = _real(target, prompts.decoder_spans)[rows]
     elif prompts.decoder:
         named["decoder_input_ids"] = prompts.decoder[rows[0]][None]

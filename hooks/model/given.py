@@ -6,7 +6,6 @@ data set become texts, rows of ids, or a mapping of tensors with an axis of prom
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooks.arguments import near
 from hooks.errors import UnsupportedModelError
 
 Tokens: TypeAlias = str | Iterable[Any] | np.ndarray | Tensor
@@ -74,7 +74,7 @@ def first_name(model: Any) -> str:
     return "input_values" if getattr(model.cfg, "is_audio_model", False) else "input_ids"
 
 
-def taken(model: Any) -> set[str]:
+def arguments_of(model: Any) -> set[str]:
     """Names of the arguments of the model's forward pass."""
     forward = getattr(getattr(model, "original_model", None), "forward", None)
     return set(inspect.signature(forward).parameters) if callable(forward) else set()
@@ -82,10 +82,13 @@ def taken(model: Any) -> set[str]:
 
 def is_named(tokens: Any) -> bool:
     """Whether these are named inputs: a mapping, or rows of a data set (not chat messages)."""
-    if isinstance(tokens, Mapping):
-        return True
-    rows = isinstance(tokens, Sequence) and not isinstance(tokens, (str, bytes)) and len(tokens) > 0
-    return rows and all(isinstance(r, Mapping) and "input_ids" in r for r in tokens)
+    return isinstance(tokens, Mapping) or _each_has("input_ids", tokens)
+
+
+def _each_has(name: str, rows: Any) -> bool:
+    """Whether these are one mapping or more in a list, each with that name."""
+    several = isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)) and len(rows) > 0
+    return several and all(isinstance(row, Mapping) and name in row for row in rows)
 
 
 def rows_of(tokens: Any) -> Any:
@@ -121,12 +124,7 @@ def dense(name: str, given: Tensor) -> Tensor:
 
 def is_chat(tokens: Any) -> bool:
     """Whether this is one conversation: messages with a role and a content."""
-    return (
-        isinstance(tokens, Sequence)
-        and not isinstance(tokens, (str, bytes))
-        and len(tokens) > 0
-        and all(isinstance(m, Mapping) and "role" in m for m in tokens)
-    )
+    return _each_has("role", tokens)
 
 
 def named(model: Any, tokens: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Named:
@@ -171,7 +169,7 @@ def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def _refuse_unknown(model: Any, tokens: Mapping[str, Any]) -> None:
     """Refuse unknown names: their inputs would be dropped silently."""
-    takes = taken(model)
+    takes = arguments_of(model)
     if not takes:
         return
     known = takes | _NO_INPUT | TOKENS_ALONE | {"decoder_attention_mask", first_name(model)}
@@ -179,10 +177,9 @@ def _refuse_unknown(model: Any, tokens: Mapping[str, Any]) -> None:
     strange = [n for n, v in tokens.items() if n not in known and not isinstance(v, bool)]
     if not strange:
         return
-    near = difflib.get_close_matches(str(strange[0]), known, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(
-        f"inputs: wanted names that the model's forward pass takes; got {strange[0]!r}{hint}"
+        f"inputs: wanted names that the model's forward pass takes; got {strange[0]!r}"
+        f"{near(str(strange[0]), known)}"
     )
 
 
@@ -340,25 +337,15 @@ def shorten(value: Any, room: int = 80) -> str:
     return words if len(words) <= room else f"{words[: room - 4]} ..."
 
 
-def refuse_other_inputs(
-    what: str, names: Iterable[str], *, wanted: str = "prompts of tokens alone"
-) -> None:
-    """Refuse inputs that a measurement would not pass on.
-
-    Raises:
-        UnsupportedModelError: there are such inputs.
-    """
+def refuse_other_inputs(what: str, names: Iterable[str]) -> None:
+    """Refuse inputs that a measurement would not pass on."""
     some = sorted(names)
     if some:
-        raise UnsupportedModelError(what, wanted=wanted, got=", ".join(some))
+        raise UnsupportedModelError(what, wanted="prompts of tokens alone", got=", ".join(some))
 
 
 def as_list(tokens: Any) -> list[Any]:
-    """Prompts of a list, a series or a column.
-
-    Raises:
-        TypeError: something else.
-    """
+    """Prompts of a list, a series or a column."""
     if isinstance(tokens, (bytes, dict, set, frozenset)) or not (
         isinstance(tokens, Sequence)
         or (hasattr(tokens, "__len__") and isinstance(tokens, Iterable))

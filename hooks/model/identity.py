@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformer_lens.hook_points import HookPoint
 
-from hooks.model import state
+from hooks.model import apart, state
 from hooks.model.ambient import autocast_of_passes
 from hooks.model.standing import bare, of_a_library, standing, users
 from hooks.model.words import (
@@ -57,7 +58,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
             matrices are multiplied.
     """
     inner = getattr(model, "original_model", None)
-    every = state.modules(model)
+    every = apart.modules(model)
     root = inner if isinstance(inner, nn.Module) else model
     tensors = isinstance(root, nn.Module)
     with inside(every):
@@ -92,15 +93,15 @@ def key_of(model: Any) -> tuple[str, str]:
     Our hooks rest in a self-check. Versions can't change within a process.
     """
     found = fingerprint(model)
-    with inside(state.modules(model)):
+    with inside(apart.modules(model)):
         found["hooks"] = [*standing_hooks(model, ours=False)]
-    device = str(next((p.device for m in state.modules(model) for p in m.parameters()), "cpu"))
+    device = str(next((p.device for m in apart.modules(model) for p in m.parameters()), "cpu"))
     return digest(found), device
 
 
 def autocast(model: Any) -> str:
     """The dtype that autocast computes in on the model's device; empty where it is off."""
-    kinds = {p.device.type for m in state.modules(model) for p in m.parameters(recurse=False)}
+    kinds = {p.device.type for m in apart.modules(model) for p in m.parameters(recurse=False)}
     cast = [(device, dtype) for device, dtype in autocast_of_passes() if device in kinds]
     return ", ".join(f"{device} {str(dtype).removeprefix('torch.')}" for device, dtype in cast)
 
@@ -131,8 +132,6 @@ def _of_modules(modules: Iterable[nn.Module]) -> list[Any]:
 
     Private attributes of TransformerLens and transformers change from pass to pass.
     """
-    from transformer_lens.hook_points import HookPoint
-
     rows: list[Any] = []
     for index, module in enumerate(modules):
         if isinstance(module, HookPoint):
@@ -260,7 +259,7 @@ def _steady(owner: Any, found: dict[Path, str]) -> dict[Path, str]:
 
 def states(model: Any) -> States:
     """For each hook and module of the user's: where it is, what holds its state, and its parts."""
-    every = state.modules(model)
+    every = apart.modules(model)
     with inside(every):
         found: States = [(h.where, _owner(h.function), parts(h.function)) for h in users(model)]
     with inside(every, tokens=False):

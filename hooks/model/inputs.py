@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from hooks.errors import UnsupportedModelError
 from hooks.model import state
 from hooks.model.ambient import model_pass
+from hooks.model.given import arguments_of
 from hooks.model.protocol import HookedModel
 from hooks.model.standing import names, raised_by, raised_in, resting, users
 
@@ -87,11 +87,7 @@ class ModelInput:
             ) from error
 
     def _refuse(self, error: Exception) -> None:
-        """Name the inputs beside the tokens, where the model's own code raised on them.
-
-        Raises:
-            ValueError: it did.
-        """
+        """Name the inputs beside the tokens, where the model's own code raised on them."""
         named = sorted({*self.named} - _OF_TOKENS)
         raised = isinstance(error, (IndexError, TypeError, ValueError, RuntimeError))
         if isinstance(error, torch.OutOfMemoryError) or not raised or raised_in(error, "hooks"):
@@ -190,9 +186,8 @@ def _signal(model: HookedModel, generator: torch.Generator) -> Tensor | None:
     if getattr(model.cfg, "is_audio_model", False):
         frames, bands = (getattr(config, n, None) for n in ("max_length", "num_mel_bins"))
         if isinstance(frames, int) and isinstance(bands, int):
-            return torch.randn(
-                1, frames, bands, generator=generator, dtype=torch.float32
-            )  # a spectrogram
+            spectrogram = (1, frames, bands)
+            return torch.randn(spectrogram, generator=generator, dtype=torch.float32)
         strides = getattr(config, "conv_stride", None) or (320,)
         frame = int(torch.tensor(list(strides)).prod())
         return torch.randn(1, 20 * frame, generator=generator, dtype=torch.float32)
@@ -201,10 +196,7 @@ def _signal(model: HookedModel, generator: torch.Generator) -> Tensor | None:
 
 def without_cache(model: HookedModel) -> dict[str, Any]:
     """Options that keep a model from copying every key and value to a cache that nobody reads."""
-    forward = getattr(getattr(model, "original_model", None), "forward", None)
-    if not callable(forward) or "use_cache" not in inspect.signature(forward).parameters:
-        return {}
-    return {"use_cache": False}
+    return {"use_cache": False} if "use_cache" in arguments_of(model) else {}
 
 
 def input_device(model: HookedModel) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Role = Literal["q", "k", "v"]
@@ -33,21 +34,22 @@ class HookedModel(Protocol):
         """One forward pass with temporary hooks."""
 
 
-@runtime_checkable
-class Anchor(Protocol):
-    """Where in a pass a layer's attention begins, and which of its products is q.k."""
+@dataclass(frozen=True)
+class Anchor:
+    """What distinguishes a layer's attention from the others in a forward pass.
 
-    @property
-    def hook(self) -> str:
-        """The hook point before it."""
+    Attributes:
+        hook: the attention is the first of its shape after this hook point.
+        product: which product with its number of heads, queries and components after the hook is
+            that of its queries and keys, from 1; 0 in a fused attention.
+        d_head: components of a query.
+        kv_heads: key/value head of each query head, found by comparing the keys.
+    """
 
-    @property
-    def product(self) -> int:
-        """Which product of matching operands it is, from 0."""
-
-    @property
-    def d_head(self) -> int:
-        """Of the operands."""
+    hook: str
+    product: int
+    d_head: int
+    kv_heads: tuple[int, ...]
 
 
 @runtime_checkable

@@ -42,13 +42,8 @@ def over_batches(
 ) -> None:
     """Call ``measure`` for each batch of prompts of one length, in eval mode, without gradients.
 
-    Args:
-        model: left as found.
-        prompts: what it is given.
-        batch_size: prompts of a batch, at most.
-        measure: takes the prompts' indices and the model's input.
-        what: title of the progress bar.
-        progress: show it; None: in a terminal or a notebook.
+    It takes the prompts' indices and the model's input. ``progress`` shows a bar with the title
+    ``what``; None: in a terminal or a notebook.
     """
     with evaluating(model), counting(len(prompts), what, "prompt", progress) as bar:
         for indices, given in prompts.batches(batch_size):
@@ -65,11 +60,7 @@ def counting(total: int, what: str, unit: str, progress: bool | None) -> Iterato
 
 
 def checked_logits(logits: Any, *, classifier: bool = True) -> Float[Tensor, "batch pos d_vocab"]:
-    """A pass's output as logits; a classifier's have one position, where they are accepted.
-
-    Raises:
-        UnsupportedModelError: it is something else.
-    """
+    """A pass's output as logits; a classifier's have one position, where they are accepted."""
     if not isinstance(logits, Tensor) or logits.ndim not in ((2, 3) if classifier else (3,)):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UnsupportedModelError(

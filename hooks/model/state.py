@@ -11,19 +11,10 @@ import torch
 from torch import nn
 
 from hooks.model import ambient, apart
+from hooks.model.apart import modules
 from hooks.model.threads import OURS
 
 _DROPOUT_RATES = ("dropout", "attention_dropout", "attn_dropout", "dropout_p", "p_dropout")
-
-
-def modules(model: Any) -> list[nn.Module]:
-    """Every module of the model, the wrapped one of a TransformerBridge included."""
-    roots = [m for m in (model, getattr(model, "original_model", None)) if isinstance(m, nn.Module)]
-    seen: dict[int, nn.Module] = {}
-    for root in roots:
-        for module in root.modules():
-            seen.setdefault(id(module), module)
-    return list(seen.values())
 
 
 _checking: ContextVar[bool] = ContextVar("checking", default=False)
@@ -64,12 +55,6 @@ class Resting:
 def paused_in_checks(hook_fn: Callable[..., Any], says: str) -> Callable[..., Any]:
     """The hook as a :class:`Resting` one."""
     return Resting(hook_fn, says)
-
-
-def foreign_hooks(point: Any) -> list[Any]:
-    """Handles of the hooks on a hook point that are not ours."""
-    handles = getattr(point, "fwd_hooks", ())
-    return [h for h in handles if not hasattr(getattr(h, "user_hook", None), OURS)]
 
 
 class Finished(Exception):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from hooks.model.protocol import Role, Watched
+from hooks.model.protocol import Anchor, Role, Watched
 from hooks.model.taken import Fused, Taken
 
 __all__ = ["AttentionTap", "Factors", "Fused", "Taken"]
@@ -68,6 +68,7 @@ class _Expected:
     """The attention of the layer whose anchor the pass has last passed."""
 
     sites: Watched
+    anchor: Anchor
     batch: int
     n_query: int
     factors: Factors | None
@@ -77,9 +78,7 @@ class _Expected:
 
     def fits(self, q: Tensor, k: Tensor) -> bool:
         """Whether these are operands ``[batch, head, pos, d_head]`` of the expected shape."""
-        anchor = self.sites.anchor
-        assert anchor is not None
-        wanted = (self.batch, self.sites.n_heads, self.n_query, anchor.d_head)
+        wanted = (self.batch, self.sites.n_heads, self.n_query, self.anchor.d_head)
         return tuple(q.shape) == wanted and k.shape[1] in (1, self.sites.n_heads)
 
     def unwritten(self, product: _Product) -> bool:
@@ -99,11 +98,9 @@ class _Expected:
 
     def error(self, what: str) -> RuntimeError:
         """The error for a model that does not do what the self-check saw."""
-        anchor = self.sites.anchor
-        assert anchor is not None
         return RuntimeError(
             f"layer {self.sites.layer}: wanted the attention that the self-check saw after "
-            f"{anchor.hook}; got {what}"
+            f"{self.anchor.hook}; got {what}"
         )
 
 
@@ -202,7 +199,8 @@ class AttentionTap(TorchFunctionMode):
             raise self._expected.error("none")
         batch, n_query = entering.shape[:2]
         self._product = self._pending = None
-        self._expected = _Expected(sites, batch, n_query, factors, show)
+        assert sites.anchor is not None
+        self._expected = _Expected(sites, sites.anchor, batch, n_query, factors, show)
 
     def take(self, batch: int) -> Taken | None:
         """The latest attention, with its axes identified; None where there was none."""
@@ -262,15 +260,10 @@ class AttentionTap(TorchFunctionMode):
         if expected is None or not expected.fits(q, k):
             return args
         expected.fitting += 1
-        assert expected.sites.anchor is not None
-        if expected.factors is None or expected.fitting != expected.sites.anchor.product:
+        if expected.factors is None or expected.fitting != expected.anchor.product:
             return args
         product.written = expected.written = True
-        return (
-            expected.scaled("q", left),
-            expected.scaled("k", k).transpose(-1, -2),
-            *args[2:],
-        )
+        return (expected.scaled("q", left), expected.scaled("k", k).transpose(-1, -2), *args[2:])
 
     def _subtracted(self, args: tuple[Any, ...], out: Any) -> None:
         """Remembers a subtraction of one number from a whole row, which no softmax sees."""
@@ -344,13 +337,8 @@ def _take_fused(taps: list[AttentionTap], args: tuple[Any, ...], kwargs: dict[st
             expected.written = True
         seen.append((q, k, v))
     z = _FUSED(**given)
-    fused = Fused(
-        given["query"],
-        given["key"],
-        given.get("attn_mask"),
-        given.get("is_causal", False),
-        given.get("scale"),
-    )
+    mask, causal, scale = given.get("attn_mask"), given.get("is_causal", False), given.get("scale")
+    fused = Fused(given["query"], given["key"], mask, causal, scale)
     for tap, (q, k, v) in zip(taps, seen, strict=True):
         tap._pending = None
         tap._latest = taken = Taken(None, fused, q, k, v, z)

@@ -30,7 +30,7 @@ Entries = Sequence[tuple[str, Callable[..., Any]]]
 def hooked(model: Any, entries: Entries) -> Iterator[None]:
     """Inside, a measurement's hooks are on; they act only in passes of this thread."""
     owner = threading.get_ident()
-    with _on(model, [(name, _of_thread(hook_fn, owner)) for name, hook_fn in entries]):
+    with _on(model, [(name, _Hook(hook_fn, owner)) for name, hook_fn in entries]):
         yield
 
 
@@ -50,26 +50,20 @@ def standing_hooks(point: Any) -> list[Any]:
 
 
 class _Hook:
-    """A hook that runs without autocast; with an owner, only in that thread."""
+    """A hook that runs without autocast; with an owner, a measurement's in that thread only."""
 
     def __init__(self, hook_fn: Callable[..., Any], owner: int | None = None) -> None:
         self.__dict__.update(getattr(hook_fn, "__dict__", {}))  # what it is marked with
         self.hook_fn = hook_fn
         self.owner = owner
+        for mark in (OURS, MEASURING) if owner is not None else ():
+            setattr(self, mark, True)
 
     def __call__(self, tensor: Any, hook: Any) -> Any:
         if self.owner is not None and threading.get_ident() != self.owner:
             return None
         with without_autocast():
             return self.hook_fn(tensor, hook)
-
-
-def _of_thread(hook_fn: Callable[..., Any], owner: int) -> _Hook:
-    """The hook, without autocast, in its own thread; nothing in others."""
-    made = _Hook(hook_fn, owner)
-    for mark in (OURS, MEASURING):
-        setattr(made, mark, True)
-    return made
 
 
 @contextmanager

@@ -15,11 +15,7 @@ from hooks.model.inputs import real_spans
 
 
 def token_rows(
-    model: Any,
-    tokens: Any,
-    attention_mask: Any,
-    prepend_bos: bool | None,
-    lengths: tuple[int, ...],
+    model: Any, tokens: Any, attention_mask: Any, prepend_bos: bool | None, lengths: tuple[int, ...]
 ) -> tuple[list[Tensor], list[tuple[int, int]], list[str]]:
     """Each prompt's ids, where they began and ended in the padded row, and notes."""
     if isinstance(tokens, str) or is_chat(tokens):
@@ -87,21 +83,13 @@ def _counted(notes: Sequence[str]) -> list[str]:
 
 
 def refuse_bos(prepend_bos: bool | None) -> None:
-    """Refuse ``prepend_bos`` with token ids, which are taken as they are.
-
-    Raises:
-        ValueError: ``prepend_bos`` was given.
-    """
+    """Refuse ``prepend_bos`` with token ids, which are taken as they are."""
     if prepend_bos is not None:
         raise ValueError(f"prepend_bos: wanted text beside it; got {prepend_bos} and token ids")
 
 
 def integers(ids: Tensor, n_dims: int) -> Tensor:
-    """Ids as int64.
-
-    Raises:
-        TypeError: they are not integers, or have other axes.
-    """
+    """Ids as int64."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim != n_dims:
         raise TypeError(
             f"tokens: wanted integer ids with {n_dims} axis or axes; got {ids.dtype} of shape "
@@ -135,11 +123,7 @@ def _from_tensor(
 
 
 def _mask(attention_mask: Any, ids: Tensor) -> Tensor:
-    """The mask ``[batch, pos]`` of 0 and 1; ones for a mask ``[batch, head, query, key]``.
-
-    Raises:
-        ValueError: another shape, or other numbers.
-    """
+    """The mask ``[batch, pos]`` of 0 and 1; ones for a mask ``[batch, head, query, key]``."""
     try:
         mask = tensor_of(attention_mask).cpu()
     except (TypeError, ValueError, RuntimeError):
@@ -165,11 +149,7 @@ def _mask(attention_mask: Any, ids: Tensor) -> Tensor:
 
 
 def _check_hides(mask: Tensor) -> None:
-    """Check that an additive mask hides keys or leaves them: anything else would be a bias.
-
-    Raises:
-        ValueError: it holds other numbers.
-    """
+    """Check that an additive mask hides keys or leaves them: anything else would be a bias."""
     other = torch.zeros_like(mask) if mask.dtype == torch.bool else mask
     strange = other[~((other == 0) | (other <= MASKED))]
     if len(strange):

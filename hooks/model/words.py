@@ -84,9 +84,9 @@ def inside(modules: Iterable[nn.Module], *, tokens: bool = True) -> Iterator[Non
         _model.reset(token)
 
 
-def digest(value: Any, depth: int = 0) -> str:
+def digest(value: Any) -> str:
     """Digest of a value and all it holds."""
-    return short(_words(value, depth))
+    return short(_words(value, 0))
 
 
 def short(data: str | bytes) -> str:

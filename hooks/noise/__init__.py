@@ -1,5 +1,6 @@
 """The noise model: laws of a factor, factors on a model, collapse probabilities."""
 
+from hooks.noise.cache_check import HookList
 from hooks.noise.clock import Clock, Factors, refuse_cache
 from hooks.noise.laws import (
     LAWS,
@@ -11,32 +12,13 @@ from hooks.noise.laws import (
     get_law,
     read_sigmas,
 )
-from hooks.noise.norm_noise import NON_SPARSE, SPARSE, At, HookList, NormNoise, Rows, Shared
+from hooks.noise.norm_noise import NON_SPARSE, SPARSE, At, NormNoise, Rows, Shared
 from hooks.noise.probability import collapse_probability, critical_half_width
 from hooks.noise.streams import draw_uniforms, numbers, stream_keys
 
 __all__ = [
-    "At",
-    "Clock",
-    "Factors",
-    "Gaussian",
-    "HookList",
-    "LAWS",
-    "Law",
-    "LogNormal",
-    "NON_SPARSE",
-    "NormNoise",
-    "Rows",
-    "SPARSE",
-    "Shared",
-    "Uniform",
-    "check_sigma",
-    "collapse_probability",
-    "critical_half_width",
-    "draw_uniforms",
-    "get_law",
-    "numbers",
-    "read_sigmas",
-    "refuse_cache",
+    "LAWS", "NON_SPARSE", "SPARSE", "At", "Clock", "Factors", "Gaussian", "HookList", "Law",
+    "LogNormal", "NormNoise", "Rows", "Shared", "Uniform", "check_sigma", "collapse_probability",
+    "critical_half_width", "draw_uniforms", "get_law", "numbers", "read_sigmas", "refuse_cache",
     "stream_keys",
-]
+]  # fmt: skip

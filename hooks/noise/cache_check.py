@@ -30,11 +30,10 @@ from hooks.model import (
     model_pass,
     short_input,
 )
-from hooks.noise.clock import Clock, cache_in_output
-from hooks.noise.steps import CachedSteps
-from hooks.sites import AttentionSites
+from hooks.noise.clock import CachedSteps, Clock, cache_in_output
+from hooks.sites import AttentionSites, Hook
 
-HookList = list[tuple[str, Callable[..., Any]]]
+HookList = list[Hook]
 
 _LAST_STEPS = (1, 2)  # new tokens of the steps after the first one
 _TOLERANCE = 0.1  # of what wrong positions do
@@ -49,12 +48,9 @@ _tried: weakref.WeakKeyDictionary[Any, tuple[AttentionSites, CachedSteps]] = (
 def cached_steps(
     model: HookedModel, sites: AttentionSites, noising: Callable[[Clock, AttentionTap], HookList]
 ) -> CachedSteps:
-    """The verdict on a model, remembered as long as its self-check is.
+    """The verdict on a model with ``original_model``, remembered as long as its self-check is.
 
-    Args:
-        model: a model with ``original_model``.
-        sites: the result of its self-check.
-        noising: hooks of a strong noise in all layers, for a clock and a tap.
+    ``noising`` gives hooks of a strong noise in all layers, for a clock and a tap.
     """
     known = _tried.get(model)
     if known is not None and known[0] is sites:

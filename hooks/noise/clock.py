@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,13 +21,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.arguments import check_integers, read_array
+from hooks.errors import UnsupportedModelError
 from hooks.model import HookedModel, Role, has_decoder, is_checking, on_cpu, real_spans
-from hooks.noise.steps import CachedSteps
 from hooks.sites import LayerSites, Site, Stream
 
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 _CALL = nn.Module._call_impl.__code__
 _DEPTH = 4  # of a cache's own structure: cache, layers, layer, tensors
+_ADVICE = "pass use_past_kv_cache=False (use_cache=False to a Hugging Face model)"
 
 
 # -- caches -----------------------------------------------------------------------------------
@@ -127,6 +129,29 @@ def _marks(thing: Any, depth: int = _DEPTH) -> Iterator[tuple[int, int]]:
             parts = vars(thing).values()
         for part in parts:
             yield from _marks(part, depth - 1)
+
+
+@dataclass(frozen=True)
+class CachedSteps:
+    """Why no cached step is trusted, or none of several tokens; "" where all are."""
+
+    wrong: str = ""
+    several_wrong: str = ""
+
+    def refuse(self, cached: int, new: int | None) -> None:
+        """Raise where a step with ``new`` tokens after ``cached`` ones would be wrong."""
+        if self.wrong:
+            raise UnsupportedModelError(
+                "generate with a cache",
+                wanted="cached steps that give what the whole pass gives",
+                got=f"{self.wrong}; {_ADVICE}",
+            )
+        if self.several_wrong and cached and new != 1:
+            raise UnsupportedModelError(
+                "a cached step of several tokens",
+                wanted="what the whole pass gives",
+                got=f"{self.several_wrong}; pass one new token at a time, or {_ADVICE}",
+            )
 
 
 @runtime_checkable

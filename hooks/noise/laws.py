@@ -186,11 +186,7 @@ LAWS: dict[str, Law] = {law.name: law for law in (Uniform(), Gaussian(), LogNorm
 
 
 def get_law(name: str) -> Law:
-    """The law with this name.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """The law with this name."""
     return LAWS[check_choice("law", name, sorted(LAWS))]
 
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from hooks.model import (
     on_cpu,
     paused_in_checks,
 )
-from hooks.noise.cache_check import cached_steps
+from hooks.noise.cache_check import HookList, cached_steps
 from hooks.noise.clock import Clock, read_masks
 from hooks.noise.laws import LAWS, check_sigma, get_law
 from hooks.noise.writing import Writer
@@ -58,7 +58,6 @@ from hooks.sites import (
 Shared = Literal["none", "heads", "kv", "token"]
 At = Literal["dot", "projection"]
 Rows = Literal["all", "sparse", "non-sparse"]
-HookList = list[tuple[str, Callable[..., Any]]]
 
 SPARSE = 0.95
 """A row is sparse where max_t a_t >= 0.95 (Menary et al. 2024)."""
@@ -119,16 +118,12 @@ class NormNoise:
     draw: int = 0
 
     def __post_init__(self) -> None:
-        known = (
-            ("shared", ("none", "heads", "kv", "token")),
-            ("at", ("dot", "projection")),
-            ("rows", ("all", "sparse", "non-sparse")),
-        )
+        known = (("shared", Shared), ("at", At), ("rows", Rows))
         seed, draw = check_integers(seed=(self.seed, 0, SEEDS), draw=(self.draw, 0, SEEDS))
         read: dict[str, Any] = {
             "law": check_choice("law", self.law, sorted(LAWS)),
             "on": _roles(self.on),
-            **{name: check_choice(name, getattr(self, name), names) for name, names in known},
+            **{n: check_choice(n, getattr(self, n), get_args(kind)) for n, kind in known},
             "seed": seed,
             "draw": draw,
             "layers": None if self.layers is None else check_layers(self.layers),
@@ -296,11 +291,7 @@ class NormNoise:
             yield self
 
     def _hooks(
-        self,
-        model: HookedModel,
-        sites: AttentionSites,
-        clock: Clock,
-        tap: AttentionTap | None,
+        self, model: HookedModel, sites: AttentionSites, clock: Clock, tap: AttentionTap | None
     ) -> HookList:
         """Hooks on the model; ``tap`` writes in layers where no hook does."""
         clock.module = getattr(model, "original_model", None)
@@ -399,11 +390,8 @@ class NormNoise:
             )
         kept = threading.local()
 
-        def keep(role: Role) -> Callable[..., None]:
-            def hook_fn(tensor: Tensor, hook: Any) -> None:
-                kept.__dict__[role] = sites.vector(role).dot.by_position(tensor)
-
-            return hook_fn
+        def keep(tensor: Tensor, hook: Any, role: Role) -> None:
+            kept.__dict__[role] = sites.vector(role).dot.by_position(tensor)
 
         def scale_rows(scores: Tensor, hook: Any) -> Tensor:
             clock.guard(scores, hook)
@@ -418,10 +406,7 @@ class NormNoise:
             q, k = (kept.__dict__.pop(role, None) for role in ("q", "k"))
             parts = split(sites, scores, q, k, dtype=_wide(scores))
             # (length, first position)
-            spans = {
-                "q": (n_query, clock.cached),
-                "k": (n_key, clock.first_key(n_query, n_key)),
-            }
+            spans = {"q": (n_query, clock.cached), "k": (n_key, clock.first_key(n_query, n_key))}
             drawn = {
                 role: clock.drawn(
                     self, sites, role, sites.vector(role).dot, (scores.shape[0], *spans[role])
@@ -436,7 +421,8 @@ class NormNoise:
 
         entries: HookList = []
         if sites.has_bias:
-            entries += [(sites.vector(r).dot.hook, keep(r)) for r in ("q", "k")]
+            roles: tuple[Role, ...] = ("q", "k")
+            entries += [(sites.vector(r).dot.hook, partial(keep, role=r)) for r in roles]
         entries.append((sites.scores, scale_rows))
         return entries
 

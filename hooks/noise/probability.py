@@ -176,30 +176,19 @@ def collapse_probability(
         valid = valid & (a_star < math.sqrt(3) * sigma[:, None])
     counts = valid.sum(1)
     # Rows of like size together: the padding of a block is at most twofold.
-    for size in _powers_of_two(int(counts[rows].max()) if len(rows) else 0):
+    most = int(counts[rows].max()) if len(rows) else 1
+    for size in (1 << power for power in range((most - 1).bit_length() + 1)):
         block = rows[(counts[rows] <= size) & (counts[rows] > size // 2)]
         per_row = _elements_per_row(size, law, beta is not None, noise_on_q)
         for part in block.split(max(1, _BUDGET // per_row)):
             # Nearest first; never-winning competitors of an unbounded law before padding.
             near = a_star[part].clamp(max=2).masked_fill(~valid[part], math.inf)
             first = near.topk(min(size, s.shape[1]), dim=1, largest=False).indices
-            out[part] = _integrate(
-                s_star[part],
-                s[part].gather(1, first),
-                sigma[part],
-                law,
-                valid[part].gather(1, first),
-                None if beta is None else beta[part].gather(1, first),
-                noise_on_q,
-            )
+            near_s, near_valid = s[part].gather(1, first), valid[part].gather(1, first)
+            near_beta = None if beta is None else beta[part].gather(1, first)
+            stays = _stays if near_beta is None or not noise_on_q else _stays_under_q
+            out[part] = 1 - stays(s_star[part], near_s, sigma[part], law, near_valid, near_beta)
     return out
-
-
-def _powers_of_two(top: int) -> list[int]:
-    sizes = [1]
-    while sizes[-1] < top:
-        sizes.append(2 * sizes[-1])
-    return sizes
 
 
 def _elements_per_row(size: int, law: Law, biased: bool, noise_on_q: bool) -> int:
@@ -224,19 +213,11 @@ def _q_alone(
     return (1 - inside).clamp(0, 1)
 
 
-def _integrate(
-    s_star: Tensor,
-    s: Tensor,
-    sigma: Tensor,
-    law: Law,
-    valid: Tensor,
-    beta: Tensor | None,
-    noise_on_q: bool,
+def _stays_under_q(
+    s_star: Tensor, s: Tensor, sigma: Tensor, law: Law, valid: Tensor, beta: Tensor | None
 ) -> Tensor:
-    if beta is None:
-        return 1 - _stays(s_star, s, sigma, law, valid, None)
-    if not noise_on_q:
-        return 1 - _stays(s_star, s, sigma, law, valid, beta)
+    """E_{f_q} of :func:`_stays`, with beta_t / f_q for beta_t."""
+    assert beta is not None
     edges = _query_edges(s_star, s, sigma, law, valid, beta)
     f_q, weight = _panels(edges)
     weight = weight * law.density(f_q, sigma[:, None])
@@ -247,7 +228,7 @@ def _integrate(
 
     shifted = (beta[:, None, :] / f_q[:, :, None]).reshape(-1, n_t)
     stays = _stays(spread(s_star), spread(s), spread(sigma), law, spread(valid), shifted)
-    return 1 - (stays.reshape(-1, n_q) * weight).sum(1) / weight.sum(1)
+    return (stays.reshape(-1, n_q) * weight).sum(1) / weight.sum(1)
 
 
 def _query_edges(

@@ -71,12 +71,7 @@ def stream_keys(
 
 
 def numbers(
-    noise: NormNoise,
-    keys: UInt64[np.ndarray, "n 2"],
-    *,
-    n_pos: int,
-    n_heads: int,
-    start: int = 0,
+    noise: NormNoise, keys: UInt64[np.ndarray, "n 2"], *, n_pos: int, n_heads: int, start: int = 0
 ) -> Float[np.ndarray, "n pos width"]:
     """The numbers in (0, 1) of each stream from position ``start``; ``width`` as above."""
     width = 1 if noise.shared in ("heads", "token") else n_heads
@@ -92,11 +87,7 @@ def numbers(
 
 
 def philox_keys(seed: int, *words: np.ndarray) -> UInt64[np.ndarray, "*grid 2"]:
-    """``SeedSequence((seed, *words)).generate_state(2, uint64)`` for arrays of words.
-
-    Raises:
-        ValueError: a word that does not fit in 32 bits.
-    """
+    """``SeedSequence((seed, *words)).generate_state(2, uint64)`` for arrays of words."""
     for word in words:
         if word.size and not 0 <= word.min() <= word.max() < 2**32:
             raise ValueError(f"wanted draws, layers and prompts below 2**32; got {word.max()}")

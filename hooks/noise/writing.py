@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from hooks.model import AttentionTap, Role
+from hooks.noise.clock import Clock, Factors
 from hooks.sites import LayerSites
 
-if TYPE_CHECKING:
-    from hooks.noise.clock import Clock, Factors
 
-
+@dataclass
 class Writer:
-    """Passes the factors of the running pass to a tap, layer by layer.
+    """Passes the factors of the running pass to a tap, inside which it runs, layer by layer."""
 
-    Args:
-        noise: whose factors.
-        clock: has the prompts and positions of the pass.
-        tap: multiplies; the pass runs inside it.
-    """
-
-    def __init__(self, noise: Factors, clock: Clock, tap: AttentionTap) -> None:
-        self.noise = noise
-        self.clock = clock
-        self.tap = tap
-        self._beside: set[int] = set()  # layers with keys beside the tokens'
+    noise: Factors
+    clock: Clock  # has the prompts and positions of the pass
+    tap: AttentionTap
+    _beside: set[int] = field(default_factory=set)  # layers with keys beside the tokens'
 
     def hook(self, sites: LayerSites) -> Callable[..., None]:
         """A hook for the layer's anchor."""

@@ -14,23 +14,7 @@ from hooks.reports.values import (
 )
 
 __all__ = [
-    "CorpusReport",
-    "SavedReport",
-    "se_draws",
-    "se_prompts",
-    "Form",
-    "TensorFile",
-    "Unsound",
-    "check_ascending",
-    "check_counts",
-    "check_numbers",
-    "check_starts",
-    "check_sums",
-    "check_word",
-    "first_tokens",
-    "per_layer",
-    "read_json",
-    "told",
-    "with_words",
-    "write_whole",
-]
+    "CorpusReport", "Form", "SavedReport", "TensorFile", "Unsound", "check_ascending",
+    "check_counts", "check_numbers", "check_starts", "check_sums", "check_word", "first_tokens",
+    "per_layer", "read_json", "se_draws", "se_prompts", "told", "with_words", "write_whole",
+]  # fmt: skip

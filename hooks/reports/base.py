@@ -72,12 +72,7 @@ class Form(Generic[R]):
         _FORMS[self.report] = self
 
     def save(self, report: R, path: str | Path) -> Path:
-        """Write a report, whole or not at all; returns the path.
-
-        Raises:
-            IsADirectoryError: the path is a directory.
-            OSError: it can't be written; the message says what was kept.
-        """
+        """See :meth:`SavedReport.save`."""
         path = check_path("path", path)
         if path.is_dir():
             raise IsADirectoryError(f"path: wanted a file's name; got the directory {path}")
@@ -92,12 +87,7 @@ class Form(Generic[R]):
         return write_whole(path, with_words(save(arrays), words))
 
     def load(self, path: str | Path) -> R:
-        """Read what `save` wrote.
-
-        Raises:
-            ReportFileError: not such a report, or not whole.
-            OSError: no such file, or one that can't be read.
-        """
+        """See :meth:`SavedReport.load`."""
         path = check_path("path", path)
         if not path.is_file():
             kind = IsADirectoryError if path.is_dir() else FileNotFoundError
@@ -173,7 +163,7 @@ class SavedReport:
         """Write one safetensors file with the settings as JSON in its header; returns its path.
 
         Raises:
-            OSError: it can't be written; the message says what was kept.
+            OSError: it can't be written (a directory, a full disk); the message says what was kept.
         """
         return _FORMS[type(self)].save(self, path)
 
@@ -183,6 +173,7 @@ class SavedReport:
 
         Raises:
             ReportFileError: the file is not a report of this kind, or not whole.
+            OSError: no such file, or one that can't be read.
         """
         form: Form[R] = _FORMS[cls]
         return form.load(path)
@@ -307,11 +298,7 @@ def _specs(
 
 
 def same_names(what: str, wanted: Iterable[str], got: Iterable[str]) -> None:
-    """Refuse other names than these.
-
-    Raises:
-        Unsound: a name is missing or too many.
-    """
+    """Refuse other names than these."""
     missing, more = sorted({*wanted} - {*got}), sorted({*got} - {*wanted})
     if missing or more:
         said = [f"no {name}" for name in missing] + [f"{name!r:.80}" for name in more]
@@ -425,9 +412,7 @@ def told(model: Mapping[str, Any]) -> str:
 
 
 def first_tokens(
-    starts: Sequence[Sequence[int]],
-    prompt: Int[np.ndarray, "n"],
-    position: Int[np.ndarray, "n"],
+    starts: Sequence[Sequence[int]], prompt: Int[np.ndarray, "n"], position: Int[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n"]:
     """Whether these tokens are a prompt's first, or the first of a document packed into it."""
     first: np.ndarray = position == 0

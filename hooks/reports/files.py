@@ -26,7 +26,6 @@ _SIZES: Final = {
 }  # fmt: skip
 _NUMPY: Final = {"BOOL": "?", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
 _NAMES: Final = {np.dtype(kind): name for name, kind in _NUMPY.items()}
-_BLOCK: Final = 1 << 22
 _AXES: Final = 16
 _LARGEST: Final = 1 << 56  # bytes or numbers: no file is longer
 
@@ -128,17 +127,14 @@ class TensorFile:
         at = start
         for entry in sorted(entries, key=lambda e: (e.begin, e.end)):
             if entry.begin != at:
-                raise Unsound(
-                    entry.name,
-                    wanted=f"its first byte at {at - start}",
-                    got=f"{entry.begin - start}",
-                )
+                got = f"{entry.begin - start}"
+                raise Unsound(entry.name, wanted=f"its first byte at {at - start}", got=got)
             at = entry.end
         if at != size:
             raise Unsound("arrays", wanted=f"{at - start} bytes", got=f"{size - start}")
         return cls(stream, words, {entry.name: entry for entry in entries})
 
-    def array(self, name: str, saw: Callable[[Any], None] | None = None) -> np.ndarray:
+    def array(self, name: str, saw: Callable[[Any], None]) -> np.ndarray:
         """Read one array; its bytes are passed to ``saw``."""
         entry = self.entries[name]
         out = np.empty(entry.shape, np.dtype(_NUMPY[entry.dtype]))
@@ -146,35 +142,16 @@ class TensorFile:
         room = out.reshape(-1).view(np.uint8).data
         if self.stream.readinto(room) != entry.end - entry.begin:  # type: ignore[attr-defined]
             raise Unsound(name, wanted=f"{entry.end - entry.begin} bytes", got="fewer")
-        if saw is not None:
-            saw(room)
+        saw(room)
         if entry.dtype == "BOOL" and (out.view(np.uint8) > 1).any():
             raise Unsound(name, wanted="bytes 0 and 1", got="another")
         return out
 
-    def digest(self) -> str:
-        """`digest_of` everything in the file, which is read once."""
-        hashed = start_digest(self.words, self.entries)
-        for name in sorted(self.entries):
-            entry = self.entries[name]
-            self.stream.seek(entry.begin)
-            left = entry.end - entry.begin
-            while left and (block := self.stream.read(min(left, _BLOCK))):
-                hashed.update(block)
-                left -= len(block)
-        return f"sha256:{hashed.hexdigest()}"
-
     def check_digest(self, found: str) -> None:
-        """Compare a digest with the one in the header.
-
-        Raises:
-            Unsound: they differ.
-        """
+        """Compare a digest with the one in the header."""
         if self.words.get(DIGEST) != found:
-            raise Unsound(DIGEST, wanted=f"{found}, that of what it holds", got=self._said())
-
-    def _said(self) -> str:
-        return repr(self.words.get(DIGEST, "none"))
+            said = repr(self.words.get(DIGEST, "none"))
+            raise Unsound(DIGEST, wanted=f"{found}, that of what it holds", got=said)
 
 
 def digest_of(
@@ -221,22 +198,14 @@ def _entry(name: str, said: Any, start: int) -> Entry:
             raise Unsound(name, wanted=f"{what} of integers >= 0", got=f"{numbers!r:.80}")
         if len(numbers) > _AXES or any(n > _LARGEST for n in numbers):
             raise Unsound(name, wanted=f"{what} that a file can have", got=f"{numbers!s:.80}")
-    wanted = math.prod(shape) * _SIZES[dtype]
-    if offsets[1] - offsets[0] != wanted or math.prod(n for n in shape if n) > _LARGEST:
-        raise Unsound(
-            name,
-            wanted=f"{wanted} bytes of {dtype} {shape!r:.80}",
-            got=f"{offsets[1] - offsets[0]}",
-        )
+    wanted, size = math.prod(shape) * _SIZES[dtype], offsets[1] - offsets[0]
+    if size != wanted or math.prod(n for n in shape if n) > _LARGEST:
+        raise Unsound(name, wanted=f"{wanted} bytes of {dtype} {shape!r:.80}", got=f"{size}")
     return Entry(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
 def read_json(text: str | bytes, field: str) -> Any:
-    """Read JSON in which no name occurs twice.
-
-    Raises:
-        Unsound: it is not.
-    """
+    """Read JSON in which no name occurs twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

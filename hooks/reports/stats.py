@@ -8,9 +8,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 
-def se_draws(
-    rates: Float[np.ndarray, "sigma draw *group"],
-) -> Float[np.ndarray, "sigma *group"]:
+def se_draws(rates: Float[np.ndarray, "sigma draw *group"]) -> Float[np.ndarray, "sigma *group"]:
     """Standard error of the mean over draws; NaN for fewer than two."""
     n = rates.shape[1]
     if n < 2:

@@ -1,4 +1,4 @@
-"""Checks that values of a report's file have the type and range that a call gives them."""
+"""Checks that values of a report's file are those that a call gives; else they raise `Unsound`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ _SOMETIMES: Final = {"given": tuple[str, ...], "centred": tuple[str, ...]}
 
 
 def as_kind(kind: Any, value: Any, field: str) -> Any:
-    """A JSON value as a type: lists become tuples, objects settings; the rest is not converted.
-
-    Raises:
-        Unsound: another type.
-    """
+    """A JSON value as a type: lists become tuples, objects settings; the rest is not converted."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
         some = next(k for k in inner if k is not NoneType)
@@ -70,11 +66,7 @@ def _as_settings(kind: Any, value: Any, field: str) -> Any:
 
 
 def check_facts(model: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Check that the facts that a report reads exist and have their types; others may be anything.
-
-    Raises:
-        Unsound: one is missing, or of another type.
-    """
+    """Check that the facts that a report reads exist and have their types; others may be any."""
     for name, kind in facts.items():
         if name not in model:
             raise Unsound(f"model.{name}", wanted="a value", got="none")
@@ -84,11 +76,7 @@ def check_facts(model: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
 
 
 def check_texts(head: Mapping[str, Any]) -> None:
-    """Check for as many decoder texts as prompts, or none, and for valid indices.
-
-    Raises:
-        Unsound: they do not fit.
-    """
+    """Check for as many decoder texts as prompts, or none, and for valid indices."""
     prompts = len(head["tokens"])
     if not prompts:
         raise Unsound("tokens", wanted="one prompt or more", got="none")
@@ -114,11 +102,7 @@ def _check_documents(starts: Sequence[Sequence[int]], tokens: Sequence[Sequence[
 
 
 def per_layer(settings: Any, model: Mapping[str, Any], *names: str) -> None:
-    """Check facts of which each layer has one.
-
-    Raises:
-        Unsound: more or fewer, or numbers of heads below 1.
-    """
+    """Check facts of which each layer has one."""
     n = len(settings.layers)
     if not n:
         raise Unsound("settings.layers", wanted="one or more", got="none")
@@ -158,9 +142,6 @@ def check_numbers(
         least, most: a number, or as many as the array.
         nan: whether, or where, NaN is allowed.
         infinite: whether infinity is allowed, whatever the range.
-
-    Raises:
-        Unsound: there is one.
     """
     # A comparison in float32 could not even hold the ends of the range.
     values = np.atleast_1d(array.astype(float) if array.dtype.kind == "f" else array)
@@ -177,51 +158,31 @@ def check_numbers(
 
 
 def check_counts(report: Any, *names: str, most: Any = MOST) -> None:
-    """Refuse counts that are negative or too large.
-
-    Raises:
-        Unsound: there is one.
-    """
+    """Refuse counts that are negative or too large."""
     for name in names:
         check_numbers(name, getattr(report, name), 0, most)
 
 
 def check_sums(report: Any, *names: str, most: Any) -> None:
-    """Refuse sums of probabilities that are negative or too large by more than rounding.
-
-    Raises:
-        Unsound: there is one.
-    """
+    """Refuse sums of probabilities that are negative or too large by more than rounding."""
     for name in names:
         check_numbers(name, getattr(report, name), -1e-6, most * (1 + 1e-6) + 1e-6)
 
 
 def check_word(field: str, word: str, known: Sequence[str]) -> None:
-    """Refuse any word but these.
-
-    Raises:
-        Unsound: it is another.
-    """
+    """Refuse any word but these."""
     if word not in known:
         raise _unlike(field, f"one of {list(known)}", word)
 
 
 def check_ascending(field: str, numbers: Sequence[Any]) -> None:
-    """Refuse numbers that do not ascend, and an empty array.
-
-    Raises:
-        Unsound: it does not.
-    """
+    """Refuse numbers that do not ascend, and an empty array."""
     if not numbers or any(b <= a for a, b in pairwise(numbers)):
         raise _unlike(field, "one or more numbers, ascending", list(numbers))
 
 
 def check_starts(field: str, start: np.ndarray, rows: int, entries: int, *, least: Any = 1) -> None:
-    """Check where each row's entries begin: from 0 to all of them, at least ``least`` per row.
-
-    Raises:
-        Unsound: they do not.
-    """
+    """Check where each row's entries begin: from 0 to all of them, at least ``least`` per row."""
     if len(start) != rows + 1:
         raise Unsound(field, wanted=f"{rows + 1} edges of {rows} rows", got=f"{len(start)}")
     ends = (int(start[0]), int(start[-1]))

@@ -7,13 +7,20 @@ from hooks.sites.scores import (
     ScoreParts,
     expand_factors,
     qk_part,
-    recheck,
     split,
     uncapped,
     visible,
 )
 from hooks.sites.selfcheck import attention_sites, sites_for
-from hooks.sites.types import AttentionSites, LayerSites, Site, Stream, VectorSite, choose_layers
+from hooks.sites.types import (
+    AttentionSites,
+    LayerSites,
+    Site,
+    Stream,
+    VectorSite,
+    as_hooked,
+    choose_layers,
+)
 from hooks.sites.watch import (
     Hook,
     LayerView,
@@ -25,32 +32,9 @@ from hooks.sites.watch import (
 )
 
 __all__ = [
-    "uncapped",
+    "CHECK", "AttentionSites", "Hook", "InnerNorm", "LayerSites", "LayerView", "ScoreParts",
+    "SeenLayer", "Site", "Stream", "VectorSite", "as_hooked", "attention_facts", "attention_sites",
+    "check_masks", "choose_layers", "expand_factors", "inner_norms", "model_facts", "observe",
+    "qk_part", "refuse_several_streams", "sites_for", "split", "stream_hook", "uncapped", "visible",
     "watch_layers",
-    "SeenLayer",
-    "AttentionSites",
-    "CHECK",
-    "Hook",
-    "InnerNorm",
-    "LayerSites",
-    "LayerView",
-    "ScoreParts",
-    "Site",
-    "Stream",
-    "VectorSite",
-    "attention_facts",
-    "attention_sites",
-    "check_masks",
-    "choose_layers",
-    "expand_factors",
-    "inner_norms",
-    "model_facts",
-    "observe",
-    "qk_part",
-    "recheck",
-    "refuse_several_streams",
-    "sites_for",
-    "split",
-    "stream_hook",
-    "visible",
-]
+]  # fmt: skip

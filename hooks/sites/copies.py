@@ -7,7 +7,9 @@ See :mod:`hooks.sites.selfcheck` for the pass over the copies, and
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from hooks.errors import UnsupportedModelError
 from hooks.model import ROLES, AttentionTap, Finished, Role, Taken
 from hooks.sites.scores import visible
-from hooks.sites.types import LayerSites, Site, VectorSite
+from hooks.sites.types import LayerSites, Site
 
 KINDS = ("q", "k", "v", "zero")
 """A layer's own copies of the prompt: noise on q; on k; on v, and scores edited; q set to zero."""
@@ -44,34 +46,19 @@ class _Seen:
         return self.tensors[name].double()
 
 
+@dataclass
 class LayerCopies:
-    """Hooks of one layer for the pass over all copies, and what they showed.
+    """Hooks of one layer for the pass over all copies, and what they showed."""
 
-    Args:
-        sites: where the layer's vectors and scores seem to be.
-        index: the layer's index among those that share this forward pass; decides which copies are
-            its own.
-        batch: all copies in the pass.
-        generator: draws the noise.
-        eps: machine epsilon of the scores' dtype, on which every tolerance depends.
-        tap: shows what the hooks of a tapped layer do not; the forward pass runs inside it.
-    """
+    sites: LayerSites  # where the layer's vectors and scores seem to be
+    index: int  # among the layers that share this pass; decides which copies are its own
+    batch: int  # all copies in the pass
+    generator: torch.Generator  # draws the noise
+    eps: float  # of the scores' dtype, on which every tolerance depends
+    tap: AttentionTap  # shows what the hooks of a tapped layer do not; the pass runs inside it
 
-    def __init__(
-        self,
-        sites: LayerSites,
-        index: int,
-        batch: int,
-        generator: torch.Generator,
-        eps: float,
-        tap: AttentionTap,
-    ) -> None:
-        self.sites = sites
-        self.eps = eps
-        self.batch = batch
-        self.tap = tap
-        self.generator = generator
-        first = 1 + index * len(KINDS)
+    def __post_init__(self) -> None:
+        first = 1 + self.index * len(KINDS)
         self.copy = {kind: first + i for i, kind in enumerate(KINDS)}
         self.rows = [0, *self.copy.values()]
         self.seen = _Seen()
@@ -83,11 +70,11 @@ class LayerCopies:
         """Hooks that noise this layer's copies and record what its hook points show."""
         entries: list[tuple[str, Any]] = []
         for role in ROLES:
-            site = self.sites.vector(role)
-            if site.projection != site.dot and site.projection.hooked:
-                entries.append((site.projection.hook, self._at_projection(role, site)))
-            if site.dot.hooked:
-                entries.append((site.dot.hook, self._at_dot(role, site)))
+            first, dot = self.sites.vector(role).projection, self.sites.vector(role).dot
+            if first != dot and first.hooked:
+                entries.append((first.hook, partial(self._at_projection, role=role, site=first)))
+            if dot.hooked:
+                entries.append((dot.hook, partial(self._at_dot, role=role, site=dot)))
         if self.sites.bare:
             assert self.sites.anchor is not None
             return [*entries, (self.sites.anchor.hook, self._at_anchor)]
@@ -95,7 +82,7 @@ class LayerCopies:
             entries.append((self.sites.scores, self._at_scores))
             entries.append((self.sites.pattern, self._at_pattern))
         if self.sites.z is not None:
-            entries.append((self.sites.z.hook, self._at_z(self.sites.z)))
+            entries.append((self.sites.z.hook, partial(self._at_z, site=self.sites.z)))
         return entries
 
     def _drawn(self, role: Role, site: Site, n_pos: int, device: torch.device) -> Tensor:
@@ -163,32 +150,24 @@ class LayerCopies:
             )
         return scaled
 
-    def _at_projection(self, role: Role, site: VectorSite) -> Any:
+    def _at_projection(self, tensor: Tensor, hook: Any, role: Role, site: Site) -> Tensor:
         """Noises the projection in the copy that is not needed at the dot product."""
+        return self._multiply(tensor, role, site, {self.copy["zero"]: 1.0})
 
-        def hook(tensor: Tensor, hook: Any) -> Tensor:
-            return self._multiply(tensor, role, site.projection, {self.copy["zero"]: 1.0})
-
-        return hook
-
-    def _at_dot(self, role: Role, site: VectorSite) -> Any:
+    def _at_dot(self, tensor: Tensor, hook: Any, role: Role, site: Site) -> Tensor:
         """Keeps the vectors as they come, and noises their copy (q: sets one to zero)."""
+        if tensor.shape[0] != self.batch:
+            raise UnsupportedModelError(
+                f"{site.hook} keeps the batch",
+                wanted=f"{self.batch} prompts",
+                got=f"{tensor.shape[0]}",
+                layer=self.sites.layer,
+            )
+        self.seen.keep(role, site.by_position(tensor)[self.rows])
         copies = {self.copy[role]: 1.0}
         if role == "q":
             copies[self.copy["zero"]] = 0.0
-
-        def hook(tensor: Tensor, hook: Any) -> Tensor:
-            if tensor.shape[0] != self.batch:
-                raise UnsupportedModelError(
-                    f"{site.dot.hook} keeps the batch",
-                    wanted=f"{self.batch} prompts",
-                    got=f"{tensor.shape[0]}",
-                    layer=self.sites.layer,
-                )
-            self.seen.keep(role, site.dot.by_position(tensor)[self.rows])
-            return self._multiply(tensor, role, site.dot, copies)
-
-        return hook
+        return self._multiply(tensor, role, site, copies)
 
     def _at_scores(self, tensor: Tensor, hook: Any) -> Tensor:
         self.seen.keep("scores", tensor[self.rows])
@@ -201,13 +180,58 @@ class LayerCopies:
     def _at_pattern(self, tensor: Tensor, hook: Any) -> None:
         self.seen.keep("pattern", tensor[self.rows])
 
-    def _at_z(self, site: Site) -> Any:
+    def _at_z(self, tensor: Tensor, hook: Any, site: Site) -> None:
         """Keeps z, and in a tapped layer what the tap took before z."""
+        self.seen.keep("z", site.by_position(tensor)[self.rows])
+        taken = self.tap.take(self.batch) if self.sites.tapped else None
+        if taken is not None:
+            self._see_softmax(taken)
 
-        def hook(tensor: Tensor, hook: Any) -> None:
-            self.seen.keep("z", site.by_position(tensor)[self.rows])
-            taken = self.tap.take(self.batch) if self.sites.tapped else None
-            if taken is not None:
-                self._see_softmax(taken)
 
-        return hook
+# -- what they prove --------------------------------------------------------------------------
+
+
+class Undecided(Exception):
+    """This prompt proves nothing; another may. ``refusal`` is raised if none does."""
+
+    def __init__(self, refusal: UnsupportedModelError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
+class Evidence:
+    """What the hooks of one layer showed in its copies, after the pass."""
+
+    def __init__(self, copies: LayerCopies) -> None:
+        self.copies = copies
+        self.sites = copies.sites
+        self.seen = copies.seen
+        self.eps = copies.eps
+        self.table: list[dict[str, Any]] = []
+
+    def keys(self, per_kv_head: Tensor) -> Tensor:
+        """Keys or values ``[batch, pos, kv_head, ...]`` for each query head."""
+        return per_kv_head[:, :, list(self.sites.kv_head_of)]
+
+    def record(self, check: str, error: float, effect: float, tolerance: float) -> None:
+        """One line of :attr:`hooks.AttentionSites.check`."""
+        self.table.append(
+            {
+                "layer": self.sites.layer,
+                "check": check,
+                "error": error,
+                "effect": effect,
+                "tolerance": tolerance,
+            }
+        )
+
+    def undecided(self, check: str, effect: float, needed: float) -> NoReturn:
+        """The refusal for a prompt whose effect is too small for this check."""
+        raise Undecided(
+            UnsupportedModelError(
+                f"{check}: not verifiable",
+                wanted=f"an effect above {needed:.2g}, so that rounding can't hide an error",
+                got=f"{effect:.2g}",
+                layer=self.sites.layer,
+            )
+        )

@@ -13,10 +13,9 @@ from torch import Tensor
 from hooks.errors import UnsupportedModelError
 from hooks.kernels import MASKED
 from hooks.model import ROLES, Role
-from hooks.sites.copies import HALF_WIDTH
-from hooks.sites.evidence import Evidence, Undecided
+from hooks.sites.copies import HALF_WIDTH, Evidence, Undecided
 from hooks.sites.scores import ScoreParts, expand_factors, qk_product, split, visible
-from hooks.sites.types import Averaging, LayerSites, Shield, VectorSite
+from hooks.sites.types import LayerSites, Shield, VectorSite
 from hooks.sites.value_check import HALF_PRECISION, MARGIN, ValueCheck
 
 _SAME_PRODUCT = 0.1  # a score differs from its product by rounding, or by much more
@@ -28,11 +27,7 @@ class Unpredicted(UnsupportedModelError):
 
 
 class LayerCheck(Evidence):
-    """Verdict on one layer, and the table on which it is based.
-
-    Args:
-        copies: the layer's, after the pass.
-    """
+    """Verdict on one layer after the pass over its copies, and the table on which it is based."""
 
     def judge(self) -> LayerSites:
         """The layer's sites with what was measured, or the refusal.
@@ -49,22 +44,19 @@ class LayerCheck(Evidence):
         self._refuse_pattern_as_scores(scores)
         self._refuse_scores_as_masks(scores)
         sites = self.measure_bias(scores, q, k)
-        clean = split(sites, scores[:1], q[:1], k[:1], dtype=torch.float64)
-        sink = self.measure_sink(clean, pattern[:1])
+        clean, own = split(sites, scores[:1], q[:1], k[:1], dtype=torch.float64), pattern[:1]
+        sink = self.measure_sink(clean, own)
         sites = replace(sites, sink=sink)
         clean = replace(clean, sink=clean.s.new_tensor(sink) if sink else None)
         tolerance = self._score_tolerance(clean, q, k, sites)
         self._compare(
-            "pattern = softmax(scores)",
-            clean.pattern(),
-            pattern[:1],
-            pattern[:1],
-            tolerance,
-            must_act=False,
+            "pattern = softmax(scores)", clean.pattern(), own, own, tolerance, must_act=False
         )
         for role in ROLES[:2]:
             self._judge_noise(role, sites, clean, pattern, tolerance)
-        averaging = self._averaging(pattern, tolerance)
+        of_scores = tolerance if self.seen.fused else torch.zeros_like(tolerance)
+        shown = visible(scores)[:1]
+        averaging = ValueCheck(self, pattern, self.seen.double("v"), shown, of_scores).verdict()
         wrong = self.copies.miswritten  # noise at half strength looks like a bias, and agrees
         if wrong is not None:
             raise wrong
@@ -98,20 +90,8 @@ class LayerCheck(Evidence):
             shown = self.seen.tensors["scores"][self.copies.at(role)]
             noisy = split(sites, shown, dtype=torch.float64, whole=True)
             self._compare_scores(role, clean, factor, noisy, allowed)
-            self._compare(
-                f"pattern = softmax(scores) under {role}-noise",
-                noisy.pattern(),
-                observed,
-                observed,
-                allowed,
-                must_act=False,
-            )
-
-    def _averaging(self, pattern: Tensor, tolerance: Tensor) -> Averaging:
-        """What z is."""
-        of_scores = tolerance if self.seen.fused else torch.zeros_like(tolerance)
-        shown = visible(self.seen.tensors["scores"])[:1]
-        return ValueCheck(self, pattern, self.seen.double("v"), shown, of_scores).verdict()
+            other = f"pattern = softmax(scores) under {role}-noise"
+            self._compare(other, noisy.pattern(), observed, observed, allowed, must_act=False)
 
     def _refuse_other_firings(self) -> None:
         """Every tensor by which this layer is judged must have been shown exactly once."""
@@ -240,12 +220,7 @@ class LayerCheck(Evidence):
             self.undecided(check, float(effect.flatten()[at]), needed)
 
     def _compare_scores(
-        self,
-        role: str,
-        clean: ScoreParts,
-        factor: Tensor,
-        noisy: ScoreParts,
-        tolerance: Tensor,
+        self, role: str, clean: ScoreParts, factor: Tensor, noisy: ScoreParts, tolerance: Tensor
     ) -> None:
         """Compare scores with their prediction; the noise must always show in them."""
         check = f"scores under {role}-noise, predicted from clean scores"

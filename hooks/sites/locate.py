@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NoReturn
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from hooks.sites.passes import (
     module_of,
 )
 from hooks.sites.scores import visible
-from hooks.sites.types import LayerSites, Site, VectorSite
+from hooks.sites.types import AttentionSites, LayerSites, Site, VectorSite
 
 _ATTENTION = re.compile(r"^(?P<prefix>.+)\.(?:hook_attn_scores|hook_z)$")
 _SEVERAL = "as it takes several attentions, which no hook tells apart"
@@ -36,25 +37,8 @@ _NONE = Site("", 0, 2)
 _CLOSE = 1e-2  # enough to tell a pattern from scores; the self-check is strict
 
 
-@dataclass(frozen=True)
-class Located:
-    """The attentions of one forward pass.
-
-    Attributes:
-        layers: those in a stack of blocks that ran, in the order of the forward pass.
-        silent: attention modules whose hooks did not fire, by name.
-        outside: attention modules whose hooks fired, but which are in no stack of blocks.
-        left_out: attentions of blocks without a row of weights over keys, and what was seen.
-    """
-
-    layers: tuple[LayerSites, ...]
-    silent: tuple[str, ...] = ()
-    outside: tuple[str, ...] = ()
-    left_out: tuple[tuple[str, str], ...] = ()
-
-
-def locate(model: HookedModel, given: ModelInput) -> Located:
-    """The hook points of each attention that runs, and the attentions that are left out.
+def locate(model: HookedModel, given: ModelInput) -> AttentionSites:
+    """The hook points of each attention that runs, and the attentions that are left out; unchecked.
 
     Raises:
         UnsupportedModelError: the model has no attention, or a hook point is missing, fires more
@@ -86,8 +70,9 @@ def locate(model: HookedModel, given: ModelInput) -> Located:
             wanted="an attention with a row of weights over the keys of a sequence",
             got="; ".join(f"{name} left out, {why}" for name, why in left_out),
         )
-    return Located(
+    return AttentionSites(
         tuple(layers),
+        pd.DataFrame(),
         silent=tuple(p for p in prefixes if p not in first),
         outside=tuple(p for p in prefixes if p in first and p not in modules),
         left_out=tuple(left_out),
@@ -135,24 +120,16 @@ def _label(module: Module) -> str:
     return f"{kind or module.stack.removesuffix('_blocks')}{module.block}"
 
 
+@dataclass(frozen=True)
 class _Finder:
     """Identifies the hook points of one attention."""
 
-    def __init__(
-        self,
-        module: Module,
-        layer: int,
-        firings: list[Firing],
-        taken: Taken | None,
-        soft_cap: float,
-        product: Multiplied | None = None,
-    ) -> None:
-        self.module = module
-        self.layer = layer
-        self.firings = firings
-        self.taken = taken
-        self.soft_cap = soft_cap
-        self.product = product
+    module: Module
+    layer: int
+    firings: list[Firing]
+    taken: Taken | None
+    soft_cap: float
+    product: Multiplied | None
 
     def sites(self) -> LayerSites:
         """The sites, not yet verified."""
@@ -194,11 +171,12 @@ class _Finder:
 
     def bare(self, product: Multiplied) -> LayerSites:
         """The sites where q, k, v and z are read and written at the products that take them."""
+        none = VectorSite(_NONE, _NONE, "none")
         sites = LayerSites(
             layer=self.layer,
-            q=VectorSite(_NONE, _NONE, "none"),
-            k=VectorSite(_NONE, _NONE, "none"),
-            v=VectorSite(_NONE, _NONE, "none"),
+            q=none,
+            k=none,
+            v=none,
             scores="",
             pattern="",
             z=None,

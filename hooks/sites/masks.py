@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +14,11 @@ from hooks.errors import UnsupportedModelError
 from hooks.model import HookedModel, ModelInput, Prompts, checking, evaluating, key_of, pass_dtype
 
 _LONGEST = 128  # tokens of a prompt of the caller's that a check runs copies of
-_KEPT = 4  # answers of one model that are remembered
-_PLACES = 256  # and of these, by the lengths of padded prompts
+_KEPT = 256  # questions about one model whose answer is remembered
 
 
 def check_masks(model: HookedModel, prompts: Prompts) -> None:
-    """Refuse padding and masks that do not do to the model what they say.
-
-    Raises:
-        UnsupportedModelError: they do.
-    """
+    """Refuse padding and masks that do not do to the model what they say."""
     squares = prompts.each.get("attention_mask", ())
     square = next((i for i, x in enumerate(squares) if x.dtype == torch.bool), None)
     if prompts.padded or prompts.masked or square is not None:
@@ -31,31 +27,38 @@ def check_masks(model: HookedModel, prompts: Prompts) -> None:
             _check_padding(model, prompts, at, key)
         _check_mask(model, prompts, key)
         if square is not None:
-            _check_square(model, prompts.batch([square]), key)
+            given = prompts.batch([square])
+            once(model, ("square", *key), lambda: _check_square(model, given))
 
 
-_Key = tuple[str, str]
-_unpadded: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+_passed: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
-def _check_padding(model: HookedModel, prompts: Prompts, at: int, key: _Key) -> None:
+def once(model: Any, question: tuple[Any, ...], check: Callable[[], None]) -> None:
+    """Run a check of the model, unless it is known to pass."""
+    known = _passed.setdefault(model, set())
+    if question in known:
+        return
+    check()
+    if len(known) >= _KEPT:
+        known.clear()
+    known.add(question)
+
+
+def _check_padding(model: HookedModel, prompts: Prompts, at: int, key: tuple[str, str]) -> None:
     """Refuse padding that the model, or a user's hook, counts as positions or as length.
 
     A prompt must have the same logits with and without its padding.
-
-    Raises:
-        UnsupportedModelError: they differ.
     """
     given, cut = prompts.padded[at], prompts.batch([at])
     spans = (prompts.spans[at], *prompts.decoder_spans[at : at + 1])
-    inputs = (*key, spans, *_shape(given), *_shape(cut))
-    known = _unpadded.setdefault(model, set())
-    if inputs in known:
-        return
     left = any(first > 0 for first, _ in spans)
-    with evaluating(model), checking():
-        passes = [x.run(model) for x in (given, cut)]
-    if all(isinstance(x, Tensor) and x.ndim == 3 for x in passes):
+
+    def check() -> None:
+        with evaluating(model), checking():
+            passes = [x.run(model) for x in (given, cut)]
+        if not all(isinstance(x, Tensor) and x.ndim == 3 for x in passes):
+            return
         whole, alone = (x[0].double() for x in passes)
         first, end = (prompts.decoder_spans if prompts.decoder else prompts.spans)[at]
         if len(whole) == len(alone):
@@ -69,9 +72,8 @@ def _check_padding(model: HookedModel, prompts: Prompts, at: int, key: _Key) -> 
                 wanted="a pass that is the same without its padding",
                 got=f"logits off by {error:.2g}: {_why_padding_tells(mine, left)}",
             )
-    if len(known) >= _PLACES:
-        known.clear()
-    known.add(inputs)
+
+    once(model, ("padding", *key, spans, *_shape(given), *_shape(cut)), check)
 
 
 def _shape(given: ModelInput) -> tuple[Any, ...]:
@@ -99,24 +101,15 @@ def _why_padding_tells(logits: Tensor, left: bool) -> str:
     )
 
 
-_masked: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
-
-
-def _check_mask(model: HookedModel, prompts: Prompts, key: _Key) -> None:
+def _check_mask(model: HookedModel, prompts: Prompts, key: tuple[str, str]) -> None:
     """Refuse a mask of ones that shows a causal model its later tokens.
 
     A bridge may use a given mask in place of its own. Another last token must leave the logits
     before it unchanged, if it does so without the mask.
-
-    Raises:
-        UnsupportedModelError: it does not.
     """
     lengths = [len(x) if x.ndim == 1 and not x.is_floating_point() else 0 for x in prompts.first]
     at = min(range(len(prompts)), key=lambda i: (lengths[i] < 2, lengths[i]))
     if not prompts.masked or lengths[at] < 2 or prompts.decoder:
-        return
-    known = _masked.setdefault(model, set())
-    if key in known:
         return
 
     def reads_on(given: ModelInput) -> bool:
@@ -130,34 +123,25 @@ def _check_mask(model: HookedModel, prompts: Prompts, key: _Key) -> None:
         room = torch.finfo(pass_dtype(model)).eps ** 0.5 * float(a.abs().max())
         return not float((a - b).abs().max()) <= room
 
-    few = beginning(prompts.some([at]), set())
-    with evaluating(model), checking():
-        if reads_on(few.batch([0])) and not reads_on(replace(few, masked=False).batch([0])):
-            raise UnsupportedModelError(
-                "a mask of ones",
-                wanted="a pass that hides later tokens with it as without it",
-                got="one that shows them: this bridge takes the mask in the place of its own, so "
-                "what it computes is another model's; give tokens without a mask",
-            )
-    if len(known) >= _KEPT:
-        known.clear()
-    known.add(key)
+    def check() -> None:
+        few = beginning(prompts.some([at]), set())
+        with evaluating(model), checking():
+            if reads_on(few.batch([0])) and not reads_on(replace(few, masked=False).batch([0])):
+                raise UnsupportedModelError(
+                    "a mask of ones",
+                    wanted="a pass that hides later tokens with it as without it",
+                    got="one that shows them: this bridge takes the mask in the place of its own, "
+                    "so what it computes is another model's; give tokens without a mask",
+                )
+
+    once(model, ("mask", *key), check)
 
 
-_squares: weakref.WeakKeyDictionary[Any, set[_Key]] = weakref.WeakKeyDictionary()
-
-
-def _check_square(model: HookedModel, given: ModelInput, key: _Key) -> None:
+def _check_square(model: HookedModel, given: ModelInput) -> None:
     """Refuse True and False where the attention adds them to its scores, as 1 and 0.
 
     transformers' eager attention does; TransformerLens's own hides what is False.
-
-    Raises:
-        UnsupportedModelError: it does.
     """
-    known = _squares.setdefault(model, set())
-    if key in known:
-        return
     dtype = pass_dtype(model)
     least, mask = torch.finfo(dtype).min, given.named["attention_mask"]
     # The last key that a row sees, alone: whatever it is added to, that leaves the others in sight.
@@ -178,9 +162,6 @@ def _check_square(model: HookedModel, given: ModelInput, key: _Key) -> None:
                 got=f"logits off by {error:.2g} from those of 0 and {least:.2g}: this model's "
                 "attention adds the mask to its scores, True as 1; give it in that form",
             )
-    if len(known) >= _KEPT:
-        known.clear()
-    known.add(key)
 
 
 def beginning(prompts: Prompts, avoid: set[int]) -> Prompts:

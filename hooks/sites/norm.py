@@ -10,8 +10,9 @@ norm's real output, there and on every measured prompt.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -75,11 +76,7 @@ class InnerNorm:
         return float(off.nan_to_num(torch.inf, torch.inf).max())
 
     def check(self, x: Tensor, y: Tensor) -> None:
-        """Refuse an output that is not what the input predicts.
-
-        Raises:
-            UnsupportedModelError: the output differs.
-        """
+        """Refuse an output that is not what the input predicts."""
         off = self.error(x, y)
         if not off <= _ROUNDINGS:
             raise UnsupportedModelError(
@@ -101,11 +98,7 @@ def inner_norms(
     """The norm before each layer's attention, verified on the model.
 
     Its output is what q and k are made from, and edits there reach both; with q put back, k alone.
-
-    Args:
-        model: in eval mode.
-        layers: of `attention_sites`.
-        example: a short prompt.
+    The model is in eval mode, the example a short prompt.
 
     Raises:
         UnsupportedModelError: a layer has none (No-Norm, QKV-Norm, post-norm), or one that is
@@ -171,7 +164,7 @@ class _Finder:
         self.order: list[str] = []
         self.seen: dict[str, Tensor] = {}
         self.unlike: set[str] = set()  # those that carry other than one [batch, pos, d]
-        self._run([(name, self._record(name)) for name in sorted(wanted)])
+        self._run([(name, partial(self._record, name=name)) for name in sorted(wanted)])
 
     def place(self, sites: LayerSites) -> tuple[str, str]:
         """Hooks before and after the norm from which this layer's q and k are made."""
@@ -212,33 +205,23 @@ class _Finder:
         given: dict[str, Tensor] = {}
         got: dict[str, Tensor] = {}
 
-        def give(name: str) -> Callable[..., Tensor]:
-            def hook_fn(x: Tensor, hook: Any) -> Tensor:
-                given[name] = _vector(x.shape[-1], size, x)
-                return given[name].expand_as(x).clone()
+        def give(x: Tensor, hook: Any, name: str) -> Tensor:
+            given[name] = _vector(x.shape[-1], size, x)
+            return given[name].expand_as(x).clone()
 
-            return hook_fn
+        def take(y: Tensor, hook: Any, name: str) -> None:
+            got[name] = y[0, -1].double()
 
-        def take(name: str) -> Callable[..., None]:
-            def hook_fn(y: Tensor, hook: Any) -> None:
-                got[name] = y[0, -1].double()
-
-            return hook_fn
-
-        entries: list[Hook] = [(before, give(before)) for before, _ in places]
-        entries += [(after, take(after)) for _, after in places]
+        entries: list[Hook] = [(before, partial(give, name=before)) for before, _ in places]
+        entries += [(after, partial(take, name=after)) for _, after in places]
         self._run(entries)
         return [(given[before].double(), got[after]) for before, after in places]
 
     def see_edits(self, sites: LayerSites, norm: InnerNorm) -> None:
         """Do other scales reach q and k, and, with the clean q put back, k alone?"""
         x, y = self.seen[norm.before], self.seen[norm.after]
-        factor = (
-            torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float32)
-            .to(x)
-            .double()
-            .expand(x.shape[:2])
-        )
+        ramp = torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float32)
+        factor = ramp.to(x).double().expand(x.shape[:2])
         q, k = (_projection(sites, role) for role in ("q", "k"))
         edit: Hook = (norm.after, lambda t, hook: norm.frozen(y, factor))
         if not all(self._moved(sites, [edit], (q, k))):
@@ -261,39 +244,29 @@ class _Finder:
         """Which of these hooks carry other values under the edits."""
         kept: dict[str, Tensor] = {}
 
-        def look(name: str) -> Callable[..., None]:
-            def hook_fn(tensor: Tensor, hook: Any) -> None:
-                kept[name] = tensor
-                if len(kept) == len(set(names)):
-                    raise Finished
+        def look(tensor: Tensor, hook: Any, name: str) -> None:
+            kept[name] = tensor
+            if len(kept) == len(set(names)):
+                raise Finished
 
-            return hook_fn
-
-        self._run([*edits, *((name, look(name)) for name in names)])
+        self._run([*edits, *((name, partial(look, name=name)) for name in names)])
         return [not torch.equal(kept[name], self.seen[name]) for name in names]
 
-    def _record(self, name: str) -> Callable[..., None]:
-        def hook_fn(tensor: Any, hook: Any) -> None:
-            self.order.append(name)
-            if not isinstance(tensor, Tensor):
-                return
-            before = self.seen.setdefault(name, tensor.clone())
-            # HookedTransformer calls its norm once each for q, k and v.
-            if tensor.ndim != 3 or not torch.equal(before, tensor):
-                self.unlike.add(name)
-
-        return hook_fn
+    def _record(self, tensor: Any, hook: Any, name: str) -> None:
+        self.order.append(name)
+        if not isinstance(tensor, Tensor):
+            return
+        before = self.seen.setdefault(name, tensor.clone())
+        # HookedTransformer calls its norm once each for q, k and v.
+        if tensor.ndim != 3 or not torch.equal(before, tensor):
+            self.unlike.add(name)
 
     def _run(self, entries: Sequence[Hook]) -> None:
         run_with(self.model, self.example, entries)
 
 
 def _projection(sites: LayerSites, role: Role) -> str:
-    """Hook of a projection's output, before any norm of its own.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
+    """Hook of a projection's output, before any norm of its own."""
     name = sites.vector(role).projection.hook
     if not name:
         _refuse(sites, f"a hook at the projection of {role}", "none of TransformerLens's")

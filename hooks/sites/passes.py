@@ -12,19 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import UnsupportedModelError
-from hooks.model import ROLES, AttentionTap, HookedModel, ModelInput, Role, Taken, hooked
-from hooks.sites.types import Anchor
+from hooks.model import ROLES, Anchor, AttentionTap, HookedModel, ModelInput, Role, Taken, hooked
 
 CANDIDATES: dict[Role, tuple[str, ...]] = {
     role: tuple(
         name.format(role)
-        for name in (
-            "hook_{}",
-            "{}.hook_out",
-            "{}_norm.hook_out",
-            "hook_{}_normed",
-            "hook_rot_{}",
-        )
+        for name in ("hook_{}", "{}.hook_out", "{}_norm.hook_out", "hook_{}_normed", "hook_rot_{}")
     )
     for role in ROLES
 }
@@ -168,22 +161,11 @@ class SeenPass:
         before = self._tap.products[start:]
         mine = [(*s[:3], s[-1]) == (batch, n_heads, n_query, d_head) for s in before]
         if taken.fused is None:  # the last product is that of pattern and values
-            mine = mine[: _last_product(before, taken.shape) + 1]
-        self.products[module] = Multiplied(
-            len(self.firings),
-            taken.shape,
-            Anchor(
-                f"{module}.hook_in",
-                0 if taken.fused is not None else sum(mine),
-                d_head,
-                sharing(taken.k),
-            ),
-        )
-
-
-def _last_product(products: list[tuple[int, ...]], shape: tuple[int, ...]) -> int:
-    """Index of the last of these whose result has the scores' shape."""
-    return max(i for i, s in enumerate(products) if s[:4] == shape)
+            last = max(i for i, s in enumerate(before) if s[:4] == taken.shape)
+            mine = mine[: last + 1]
+        product = 0 if taken.fused is not None else sum(mine)
+        anchor = Anchor(f"{module}.hook_in", product, d_head, sharing(taken.k))
+        self.products[module] = Multiplied(len(self.firings), taken.shape, anchor)
 
 
 def _first_pass(model: HookedModel, given: ModelInput) -> None:

@@ -91,11 +91,7 @@ def softmax_with_sink(
 
 
 def recheck(sites: LayerSites, scores: Scores, pattern: Scores) -> None:
-    """Refuse a pattern that is not the softmax of its scores, where the user's hooks may edit.
-
-    Raises:
-        UnsupportedModelError: it is another.
-    """
+    """Refuse a pattern that is not the softmax of its scores, where the user's hooks may edit."""
     if not sites.recheck or bool(scores.isnan().any()):  # what reads NaN says so
         return
     seen = visible(scores)
@@ -157,12 +153,11 @@ def split(
     mask = visible(scores)
     w = scores if dtype is None else scores.to(dtype)
     w = w.masked_fill(~mask, 0.0)
+    sink = w.new_tensor(sites.sink) if sites.sink else None
     if whole:
-        sink = w.new_tensor(sites.sink) if sites.sink else None
         return ScoreParts(w, None, mask, 0.0, sink)
     if sites.soft_cap > 0:
         w = uncapped(w, sites.soft_cap, torch.finfo(scores.dtype).eps)
-    sink = w.new_tensor(sites.sink) if sites.sink else None
     if not sites.has_bias:
         return ScoreParts(w, None, mask, sites.soft_cap, sink)
     if q is None or k is None:

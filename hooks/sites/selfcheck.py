@@ -25,7 +25,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -60,11 +60,10 @@ from hooks.model import (
     states,
     users,
 )
-from hooks.sites.copies import KINDS, LayerCopies
-from hooks.sites.evidence import Undecided
+from hooks.sites.copies import KINDS, LayerCopies, Undecided
 from hooks.sites.layer_check import LayerCheck, Unpredicted
 from hooks.sites.locate import locate
-from hooks.sites.masks import beginning, check_masks
+from hooks.sites.masks import beginning, check_masks, once
 from hooks.sites.types import AttentionSites, LayerSites
 
 _ATTEMPTS = 3
@@ -165,11 +164,7 @@ def _unusual(prompts: Prompts) -> tuple[str, ...]:
 
 
 def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
-    """The check with all hooks on the model or, if that fails, without the user's own.
-
-    Raises:
-        UnsupportedModelError: both fail.
-    """
+    """The check with all hooks on the model or, if that fails, without the user's own."""
     standing = users(model)
     try:
         sites = verify(model, examples)
@@ -196,41 +191,31 @@ def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> 
     return sites
 
 
-_whole: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
-
-
 def _check_longest(model: HookedModel, sites: AttentionSites, prompts: Prompts) -> None:
-    """The check on the longest prompt, as hooks at the scores may act on no other.
-
-    Raises:
-        UnsupportedModelError: it fails there.
-    """
+    """The check on the longest prompt, as hooks at the scores may act on no other."""
     standing = users(model)
     edits = _on_scores(model, sites, standing) if standing else []
     if not edits:
         return
-    known = _whole.setdefault(model, set())
-    place = (*key_of(model), max(len(row) for row in prompts.first))
-    if place in known:
-        return
-    try:
-        with evaluating(model), checking():
-            again = _check_all(_Example(model, prompts, whole=True), sites.layers, 0)
-        for few, many in zip(sites.layers, again, strict=True):
-            if few.has_bias != many.has_bias:
-                raise UnsupportedModelError(
-                    "a bias of the scores",
-                    wanted="one at every length, or none",
-                    got="one on the longest prompt alone" if many.has_bias else "none on it",
-                    layer=few.layer,
-                )
-    except Undecided:
-        pass  # short prompts decided it
-    except UnsupportedModelError as error:
-        raise _naming(error, edits) from error
-    if len(known) >= _KEPT:
-        known.clear()
-    known.add(place)
+
+    def check() -> None:
+        try:
+            with evaluating(model), checking():
+                again = _check_all(_Example(model, prompts, whole=True), sites.layers, 0)
+            for few, many in zip(sites.layers, again, strict=True):
+                if few.has_bias != many.has_bias:
+                    raise UnsupportedModelError(
+                        "a bias of the scores",
+                        wanted="one at every length, or none",
+                        got="one on the longest prompt alone" if many.has_bias else "none on it",
+                        layer=few.layer,
+                    )
+        except Undecided:
+            pass  # short prompts decided it
+        except UnsupportedModelError as error:
+            raise _naming(error, edits) from error
+
+    once(model, ("longest", *key_of(model), max(len(row) for row in prompts.first)), check)
 
 
 def _on_scores(
@@ -267,13 +252,13 @@ def _draws(model: HookedModel, example: _Example) -> bool:
     return first.shape != second.shape or not torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
+@dataclass(frozen=True)
 class _Example:
     """Makes the copies of a check's prompt: random, or from the caller's prompts."""
 
-    def __init__(self, model: HookedModel, prompts: Prompts | None, *, whole: bool = False) -> None:
-        self.model = model
-        self.prompts = prompts
-        self.whole = whole  # the longest prompt, to its end
+    model: HookedModel
+    prompts: Prompts | None
+    whole: bool = False  # the longest prompt, to its end
 
     def copies(self, batch: int, avoid: set[int], attempt: int = 0) -> ModelInput:
         """A batch of one prompt, a different one at each attempt where possible."""
@@ -299,12 +284,7 @@ def verify(model: HookedModel, examples: Sequence[_Example]) -> AttentionSites:
             for attempt in range(_ATTEMPTS):
                 try:
                     sites = _check_all(example, found.layers, attempt)
-                    return replace(
-                        sites,
-                        silent=found.silent,
-                        outside=found.outside,
-                        left_out=found.left_out,
-                    )
+                    return replace(found, layers=sites.layers, check=sites.check)
                 except Undecided as error:  # another prompt may show more
                     undecided = undecided or error.refusal
         except NoRoom as error:
@@ -372,10 +352,10 @@ def _check_some(
     given = example.copies(batch, heads, attempt)
     generator = torch.Generator().manual_seed(2 + attempt)
     tap = AttentionTap()
-    copies = [
-        LayerCopies(sites, index, batch, generator, _rounding(model, sites), tap)
-        for index, sites in enumerate(layers)
-    ]
+    copies = []
+    for index, sites in enumerate(layers):
+        eps = torch.finfo(pass_dtype(model, sites.prefix)).eps
+        copies.append(LayerCopies(sites, index, batch, generator, eps, tap))
     fwd_hooks = [hook for layer in copies for hook in layer.hooks()]
     last = layers[-1]
     if last.bare:
@@ -387,11 +367,6 @@ def _check_some(
         warnings.filterwarnings("ignore", message=".*has already consumed the original values")
         run_with(model, given, fwd_hooks, tap if any(s.tapped for s in layers) else None)
     return [LayerCheck(layer) for layer in copies]
-
-
-def _rounding(model: HookedModel, sites: LayerSites) -> float:
-    """Machine epsilon of the dtype of a layer's scores."""
-    return torch.finfo(pass_dtype(model, sites.prefix)).eps
 
 
 def _finish(tensor: Tensor, hook: Any) -> None:

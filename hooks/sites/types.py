@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.arguments import brief, check_choice, check_layers, plain
-from hooks.model import ROLES, Role
+from hooks.model import ROLES, Anchor, Role
 
 Shield = Literal["none", "removed", "mixed", "unseen"]
 Averaging = Literal["plain", "gated", "centred", "unverified"]
@@ -51,10 +51,7 @@ class Site:
         """
         wide = torch.promote_types(vectors.dtype, factor.dtype)
         apart = self.by_position(vectors)
-        scaled: Tensor = (apart.to(wide) * factor[..., None].to(wide)).to(vectors.dtype)
-        if self.head_axis == 1:
-            return scaled.transpose(1, 2)
-        return scaled if self.head_axis == 2 else scaled.flatten(2)
+        return as_hooked(self, (apart.to(wide) * factor[..., None].to(wide)).to(vectors.dtype))
 
     def by_position(self, vectors: Float[Tensor, "batch *_"]) -> Float[Tensor, "batch pos head d"]:
         """The vectors as ``[batch, pos, head, d_head]``, whatever the hook's own layout."""
@@ -66,6 +63,13 @@ class Site:
     def n_pos(self, vectors: Float[Tensor, "batch *_"]) -> int:
         """Number of positions in a tensor of this hook."""
         return int(vectors.shape[2 if self.head_axis == 1 else 1])
+
+
+def as_hooked(site: Site, vectors: Float[Tensor, "batch pos head d"]) -> Tensor:
+    """Vectors by position in the hook's own layout: the inverse of :meth:`Site.by_position`."""
+    if site.head_axis == 1:
+        return vectors.transpose(1, 2)
+    return vectors if site.head_axis == 2 else vectors.flatten(2)
 
 
 @dataclass(frozen=True)
@@ -84,24 +88,6 @@ class VectorSite:
     projection: Site
     dot: Site
     shield: Shield
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """What distinguishes a layer's attention from the others in a forward pass.
-
-    Attributes:
-        hook: the attention is the first of its shape after this hook point.
-        product: which product with its number of heads, queries and components after the hook is
-            that of its queries and keys, from 1; 0 in a fused attention.
-        d_head: components of a query.
-        kv_heads: key/value head of each query head, found by comparing the keys.
-    """
-
-    hook: str
-    product: int
-    d_head: int
-    kv_heads: tuple[int, ...]
 
 
 @dataclass(frozen=True)

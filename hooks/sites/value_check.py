@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hooks.errors import UnsupportedModelError
 from hooks.model import ROLES, Role
-from hooks.sites.evidence import Evidence
+from hooks.sites.copies import Evidence
 from hooks.sites.types import Averaging
 
 MARGIN = 8.0  # an effect must exceed its tolerance this many times to prove anything
@@ -80,17 +80,17 @@ class ValueCheck:
         half = self.check.eps > HALF_PRECISION
         rounding = (2.0 if half else 64.0) * self.check.eps
         average, size = self.clean
-        if all(self._holds(role, torch.ones_like(average), rounding) for role in self.roles):
+        if self._holds(torch.ones_like(average), rounding):
             return self._acting("plain", rounding)
         # Where the terms nearly cancel, the gate is a quotient of rounding errors.
         clear = average.abs() > (_CLEAR_HALF if half else _CLEAR) * size
         gate = (self.z[:1] / average).where(clear, torch.full_like(average, torch.nan))
         enough = float(clear.double().mean()) >= _ENOUGH
-        if enough and all(self._holds(role, gate, rounding) for role in self.roles):
+        if enough and self._holds(gate, rounding):
             return self._acting("gated", rounding)
         self.taken = self.uniform
         self._predict()
-        if all(self._holds(role, torch.ones_like(average), rounding) for role in self.roles):
+        if self._holds(torch.ones_like(average), rounding):
             return self._acting("centred", rounding)
         self.taken = torch.zeros_like(self.uniform)
         self._predict()
@@ -104,18 +104,21 @@ class ValueCheck:
             )
         return self._acting("unverified", rounding)
 
-    def _holds(self, role: Role, gate: Tensor, rounding: float) -> bool:
-        """Whether z under this role's noise is the gate times the predicted average."""
-        average, size = self.noisy[role]
+    def _holds(self, gate: Tensor, rounding: float) -> bool:
+        """Whether z under the roles' noise is the gate times the predicted average."""
         # The gate is 1, or was read from the clean copy with that copy's rounding in it.
         of_gate = self.clean[1] / self.clean[0].abs()
         of_gate = of_gate.where(gate != 1, torch.zeros_like(gate))
         relative = rounding + self.of_scores
-        allowed = relative * gate.abs() * (size + average.abs() * of_gate)
-        # A small v is a difference of larger terms, and the copies round them differently.
-        allowed = allowed + 4 * self.check.eps * size.max()
-        error = (average * gate - self.z[self.check.copies.at(role)]).abs()
-        return bool((error <= allowed)[gate.isfinite()].all())  # NaN fails
+        for role in self.roles:
+            average, size = self.noisy[role]
+            allowed = relative * gate.abs() * (size + average.abs() * of_gate)
+            # A small v is a difference of larger terms, and the copies round them differently.
+            allowed = allowed + 4 * self.check.eps * size.max()
+            error = (average * gate - self.z[self.check.copies.at(role)]).abs()
+            if not bool((error <= allowed)[gate.isfinite()].all()):  # NaN fails
+                return False
+        return True
 
     def _acting(self, averaging: Averaging, rounding: float) -> Averaging:
         """Record and return this verdict, if noise on v shows in z at all."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -133,30 +133,22 @@ def observe(
     if not callable(on_layer):
         raise TypeError(f"on_layer: wanted a function of a LayerView; got {brief(on_layer)}")
     hooks = [_check_hook(hook) for hook in read_list("hooks", hooks, _HOOKS)]
-    on_seen = _Showing(shown, stream, beside, on_layer)
     streams = [stream_hook(model, sites) for sites in layers] if stream else []
 
     def measure(indices: Sequence[int], given: ModelInput) -> None:
-        watch_layers(
-            model,
-            given,
-            layers,
-            lambda seen: on_seen(seen, indices),
-            roles=shown,
-            streams=streams,
-            hooks=hooks,
-        )
+        def show(seen: SeenLayer) -> None:
+            on_layer(_view(seen, indices, shown, stream, beside))
+
+        watch_layers(model, given, layers, show, roles=shown, streams=streams, hooks=hooks)
 
     over_batches(model, prompts, batch_size, measure, what=what, progress=progress)
 
 
 def _check_hook(hook: Any) -> Hook:
-    if not isinstance(hook, (tuple, list)) or len(hook) != 2:
+    pair = isinstance(hook, (tuple, list)) and len(hook) == 2
+    if not pair or not isinstance(hook[0], str) or not callable(hook[1]):
         raise TypeError(f"hooks: wanted {_HOOKS}; got {brief(hook)} in it")
-    name, hook_fn = hook
-    if not isinstance(name, str) or not callable(hook_fn):
-        raise TypeError(f"hooks: wanted {_HOOKS}; got {brief(hook)} in it")
-    return name, hook_fn
+    return hook[0], hook[1]
 
 
 @dataclass(frozen=True)
@@ -215,8 +207,7 @@ def watch_layers(
     """One forward pass that hands each layer over while it exists, and ends after the last.
 
     Args:
-        model: in eval mode.
-        given: its input.
+        model, given: in eval mode, and its input.
         layers: in the order in which they run.
         on_seen: takes each.
         roles: which of q, k and v to keep for it; q and k are kept where a bias is added.
@@ -264,44 +255,37 @@ def _layer_hooks(
         assert tap is not None
         tap.expect(sites, tensor, show=show)
 
-    entries: list[Hook] = [(hook, _keep(kept, name)) for name, hook in points.items()]
+    keep = partial(_keep, kept=kept)
+    entries: list[Hook] = [(hook, partial(keep, name=name)) for name, hook in points.items()]
     if sites.bare:
         assert sites.anchor is not None
         return [*entries, (sites.anchor.hook, at_anchor)]
     if sites.tapped:
         assert sites.z is not None
         return [*entries, (sites.z.hook, at_z)]
-    return [*entries, (sites.scores, _keep(kept, "scores")), (sites.pattern, at_pattern)]
+    return [*entries, (sites.scores, partial(keep, name="scores")), (sites.pattern, at_pattern)]
 
 
-@dataclass(frozen=True)
-class _Showing:
-    """Makes a view of what a pass shows."""
-
-    roles: tuple[Role, ...]
-    stream: bool
-    beside: bool
-    on_layer: Callable[[LayerView], None]
-
-    def __call__(self, seen: SeenLayer, indices: Sequence[int]) -> None:
-        sites = seen.sites
-        scores, pattern = seen.scores_and_pattern()
-        if not self.beside:
-            _refuse_keys_beside(sites, scores)
-        stream = seen.stream() if self.stream else None
-        if stream is not None:
-            refuse_several_streams(stream, sites)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        view = LayerView(
-            index=seen.index,
-            sites=sites,
-            prompts=indices,
-            scores=scores.to(wide),
-            pattern=pattern.to(wide),
-            vectors=seen.vectors(self.roles),
-            stream=stream,
-        )
-        self.on_layer(view)
+def _view(
+    seen: SeenLayer, indices: Sequence[int], roles: tuple[Role, ...], streamed: bool, beside: bool
+) -> LayerView:
+    """What a pass shows, as a measurement reads it."""
+    scores, pattern = seen.scores_and_pattern()
+    if not beside:
+        _refuse_keys_beside(seen.sites, scores)
+    stream = seen.stream() if streamed else None
+    if stream is not None:
+        refuse_several_streams(stream, seen.sites)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return LayerView(
+        index=seen.index,
+        sites=seen.sites,
+        prompts=indices,
+        scores=scores.to(wide),
+        pattern=pattern.to(wide),
+        vectors=seen.vectors(roles),
+        stream=stream,
+    )
 
 
 def _refuse_keys_beside(sites: LayerSites, scores: Tensor) -> None:
@@ -316,11 +300,8 @@ def _refuse_keys_beside(sites: LayerSites, scores: Tensor) -> None:
         )
 
 
-def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook_fn(tensor: Tensor, hook: Any) -> None:
-        kept[name] = tensor
-
-    return hook_fn
+def _keep(tensor: Tensor, hook: Any, kept: dict[str, Tensor], name: str) -> None:
+    kept[name] = tensor
 
 
 def refuse_several_streams(stream: Tensor, sites: LayerSites) -> None:
@@ -334,19 +315,15 @@ def refuse_several_streams(stream: Tensor, sites: LayerSites) -> None:
         )
 
 
-def stream_hook(model: HookedModel, sites: LayerSites) -> str:
-    """Name of the hook with the residual stream at the input of a layer's block.
-
-    Raises:
-        UnsupportedModelError: the model has no hook of that name.
-    """
-    block = sites.block
-    for name in (f"{block}.hook_in", f"{block}.hook_resid_pre"):
+def stream_hook(model: HookedModel, sites: LayerSites, *, after: bool = False) -> str:
+    """Name of the hook with the residual stream at the input of a layer's block, or after it."""
+    check, ends = "the residual stream", ("hook_in", "hook_resid_pre")
+    if after:
+        check, ends = "the residual stream after a block", ("hook_out", "hook_resid_post")
+    names = [f"{sites.block}.{end}" for end in ends]
+    for name in names:
         if name in model.hook_dict:
             return name
     raise UnsupportedModelError(
-        "the residual stream",
-        wanted=f"a hook {block}.hook_in or {block}.hook_resid_pre",
-        got="neither",
-        layer=sites.layer,
+        check, wanted=f"a hook {names[0]} or {names[1]}", got="neither", layer=sites.layer
     )

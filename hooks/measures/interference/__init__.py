@@ -3,8 +3,4 @@
 from hooks.measures.interference.measure import interference
 from hooks.measures.interference.report import InterferenceReport, InterferenceSettings
 
-__all__ = [
-    "InterferenceReport",
-    "InterferenceSettings",
-    "interference",
-]
+__all__ = ["InterferenceReport", "InterferenceSettings", "interference"]

@@ -58,8 +58,9 @@ def clean_rows(
 ) -> CleanRows:
     """Sparse rows of a layer as it is; ``first``: first tokens, where a prompt has several."""
     refuse_broken(view, prompts, "")
-    top, star = _scores(view).max(-1)
-    shared = (_scores(view) == top[..., None]).sum(-1) > 1
+    scores = _scores(view)
+    top, star = scores.max(-1)
+    shared = (scores == top[..., None]).sum(-1) > 1
     examined = view.visible.sum(-1) > 1
     reached = examined & (view.pattern.amax(-1) >= sparse)
     if first is None:
@@ -76,11 +77,7 @@ def first_of(starts: Sequence[Sequence[int]], n_key: int) -> Bool[Tensor, "batch
 
 
 def refuse_broken(view: LayerView, prompts: Sequence[int], when: str) -> None:
-    """Refuse scores that are not finite.
-
-    Raises:
-        ValueError: NaN, or an infinite score that is not a mask.
-    """
+    """Refuse NaN, and infinite scores that are not masks."""
     broken = view.scores.isnan() | (view.scores == torch.inf)
     if bool(broken.any()):
         rows = broken.any(-1).flatten(1).sum(1)
@@ -91,29 +88,22 @@ def refuse_broken(view: LayerView, prompts: Sequence[int], when: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Moved:
-    """Sparse rows whose arg max is another key: loose; sparse again; on the first token now."""
-
-    loose: Bool[Tensor, "batch head query"]
-    strict: Bool[Tensor, "batch head query"]
-    to_first: Bool[Tensor, "batch head query"]
-
-
-def moved_rows(clean: CleanRows, scores: Tensor, pattern: Tensor, sparse: float) -> Moved:
-    """Rows that attend elsewhere under these scores, masked ones at -inf; a tie moves nothing."""
-    top, star = scores.max(-1)
-    own = scores.gather(-1, clean.star[..., None]).squeeze(-1)
-    loose = clean.sparse & (top > own)
-    return Moved(loose, loose & (pattern.amax(-1) >= sparse), loose & clean.on_first(star))
-
-
 def frozen_rows(
     view: LayerView, clean: CleanRows, sparse: float, prompts: Sequence[int], when: str
-) -> Moved:
-    """Rows that attend elsewhere once the layer's norm is frozen."""
+) -> dict[str, Bool[Tensor, "batch head query"]]:
+    """Sparse rows that attend elsewhere once the layer's norm is frozen; a tie moves nothing.
+
+    ``loose``: all of them; ``strict``: sparse again; ``to_first``: on the first token now.
+    """
     refuse_broken(view, prompts, when)
-    return moved_rows(clean, _scores(view), view.pattern, sparse)
+    scores = _scores(view)
+    top, star = scores.max(-1)
+    loose = clean.sparse & (top > scores.gather(-1, clean.star[..., None]).squeeze(-1))
+    return {
+        "loose": loose,
+        "strict": loose & (view.pattern.amax(-1) >= sparse),
+        "to_first": loose & clean.on_first(star),
+    }
 
 
 def _scores(view: LayerView) -> Float[Tensor, "batch head query key"]:
@@ -139,7 +129,7 @@ def row_sigma(
     return sigma
 
 
-def law_of(sigma: Tensor) -> Bool[Tensor, "*shape"]:
+def uniform_has(sigma: Tensor) -> Bool[Tensor, "*shape"]:
     """True where the uniform law can have this sigma; beyond, the lognormal law is used."""
     return sigma < LAWS["uniform"].limit * (1 - 1e-12)
 
@@ -161,7 +151,7 @@ def predicted(
             beta = bias.gather(1, star) - bias
         s_star, each = s.gather(1, star).squeeze(1), sigma[b, h, q].double().cpu()
         found = torch.zeros_like(s_star)
-        uniform = law_of(each)
+        uniform = uniform_has(each)
         for name, rows in (("uniform", uniform), ("lognormal", ~uniform)):
             if bool(rows.any()):
                 found[rows] = collapse_probability(
@@ -191,11 +181,7 @@ def with_factors(
 
 
 def shuffles(
-    seed: int,
-    layer: int,
-    prompts: Sequence[int],
-    spared: Bool[Tensor, "batch pos"],
-    draw: int,
+    seed: int, layer: int, prompts: Sequence[int], spared: Bool[Tensor, "batch pos"], draw: int
 ) -> Int[Tensor, "batch pos"]:
     """A permutation of each prompt's tokens: a function of seed, layer, prompt and draw alone.
 
@@ -252,14 +238,3 @@ def scale_spread(
     rows = [(row, row[~mine.to(row.device)]) for row, mine in zip(s, first, strict=True)]
     both = [[float(x.std(correction=0) / x.mean()) for x in pair] for pair in rows]
     return np.asarray(both)
-
-
-def median(s: Float[Tensor, "batch pos"]) -> Float[Tensor, "batch"]:
-    """Each prompt's median scale."""
-    out: Tensor = torch.quantile(s, 0.5, dim=1)
-    return out
-
-
-def sigma_squares(sigma: Tensor, clean: CleanRows) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over sparse rows of sigma^2, and of the rows whose law is the lognormal one."""
-    return clean.sums(sigma.square() * clean.sparse), clean.sums(clean.sparse & ~law_of(sigma))

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -39,12 +41,11 @@ from hooks.measures.interference.count import (
     clean_rows,
     first_of,
     frozen_rows,
-    median,
     predicted,
     row_sigma,
     scale_spread,
     shuffles,
-    sigma_squares,
+    uniform_has,
     variances,
     with_factors,
 )
@@ -110,9 +111,8 @@ def interference(
     7; the test itself is not in the paper.
 
     Args:
-        model: a TransformerBridge (or anything that can be called and has ``cfg``, ``hook_dict``,
-            ``hooks`` and ``run_with_hooks``). Left as found; run in eval mode.
-        tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress: as
+            in :func:`hooks.collapse_probe`.
         constants: in units of the default constant, the median of s_t over the tokens of each
             prompt and layer (per prompt, so that no prompt's numbers depend on the others);
             default: 1. Where neither the norm nor the projections nor the scores have a bias, no
@@ -127,14 +127,11 @@ def interference(
             in parallel blocks the feed-forward too): KL, agreement and loss, at the cost of whole
             passes for each layer and constant.
         targets: for ``output``, as in :func:`hooks.sweep`.
-        layers: block indices; default: every attention layer.
         sparse: least maximum of a sparse row.
         draws: shuffles of the factors.
         seed: of the shuffles.
-        batch_size: prompts per forward pass; only prompts of one length share a pass.
         first_prompt: index of the first prompt, where this is part of a corpus: see
             :meth:`InterferenceReport.merge`.
-        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`InterferenceReport`.
@@ -206,141 +203,112 @@ def _settings(
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Clean:
-    """What is kept of one layer from a clean pass."""
+    """What is kept of one layer from a clean pass: its q, its norm's scales and their median."""
 
-    x: Tensor | None = None
-    y: Tensor | None = None
-    q: Tensor | None = None
-    scale: Tensor | None = None
-    constant: Tensor | None = None
-    first: Tensor | None = None
-    rows: CleanRows | None = None
+    q: Tensor
+    scale: Float[Tensor, "batch pos"]
+    constant: Float[Tensor, "batch"]
+    rows: CleanRows
 
 
+@dataclass
 class _Run:
     """Passes over batches of prompts, and their sums."""
 
-    def __init__(
-        self,
-        model: HookedModel,
-        layers: tuple[LayerSites, ...],
-        norms: tuple[InnerNorm, ...],
-        settings: InterferenceSettings,
-        starts: Sequence[Sequence[int]],
-        first_prompt: int,
-        end: Output | None,
-    ) -> None:
-        self.model = model
-        self.starts, n_prompts = starts, len(starts)
-        self.layers = layers
-        self.norms = norms
-        self.settings = settings
-        self.first_prompt = first_prompt
-        self.end = end
-        n_l, n_h = len(layers), max(s.n_heads for s in layers)
+    model: HookedModel
+    layers: tuple[LayerSites, ...]
+    norms: tuple[InnerNorm, ...]
+    settings: InterferenceSettings
+    starts: Sequence[Sequence[int]]
+    first_prompt: int
+    end: Output | None
+
+    def __post_init__(self) -> None:
+        settings, n_prompts = self.settings, len(self.starts)
+        n_l, n_h = len(self.layers), max(s.n_heads for s in self.layers)
         per_row = (n_l, n_h, n_prompts, 2)
         frozen = (len(settings.on), len(settings.constants), *per_row)
-        self.counts = {
+        self.sums = {
             **{n: np.zeros(frozen, np.int64) for n in ("loose", "strict", "to_first")},
             **{n: np.zeros(per_row, np.int64) for n in ("rows", "factored", "lognormal")},
             **{n: np.zeros(per_row[:3], np.int64) for n in ("examined", "ties")},
             "permuted": np.zeros((settings.draws, *per_row), np.int64),
-        }
-        self.sums = {
             **{n: np.zeros(per_row) for n in ("predicted", "sigma_squared")},
             "variance": np.zeros((*per_row[:3], 3, 2, 3)),
             "constant": np.zeros((n_l, n_prompts)),
             "scale_spread": np.zeros((n_l, n_prompts, 2)),
         }
-        outputs = len(settings.constants) if end is not None else 0
+        outputs = len(settings.constants) if self.end is not None else 0
         self.ends = {n: np.zeros((outputs, n_l, n_prompts)) for n in ("kl", "agree", "loss")}
 
     def batch(self, prompts: Prompts, indices: Sequence[int], done: Callable[[], Any]) -> None:
         """One batch of prompts of one length: a clean pass, then one for each way to freeze."""
-        clean = [_Clean() for _ in self.layers]
-        self._observe(
-            self.layers,
-            prompts,
-            self._reading(clean),
-            lambda view: self._take_clean(view, clean[view.index], indices),
-        )
+        seen: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        clean: dict[int, _Clean] = {}
+        seeing = partial(observe, self.model, vectors=("q", "k"), batch_size=len(prompts))
+
+        def take(view: LayerView) -> None:
+            clean[view.index] = self._take_clean(view, seen[view.index], indices)
+
+        seeing(self.layers, prompts, take, hooks=self._reading(seen))
         done()
         if self.end is not None:
             self.end.clean(prompts, indices)
         for index in range(len(self.layers)):
             for j, constant in enumerate(self.settings.constants):
                 for i, on in enumerate(self.settings.on):
-                    self._freeze(prompts, indices, clean[index], (i, j, index), on)
+                    hooks, count = self._freezing(indices, clean[index], (i, j, index), on)
+                    seeing([self.layers[index]], prompts, count, hooks=hooks)
                     done()
                 if self.end is not None:
                     hooks = [self._frozen_norm(index, clean[index], constant)]
                     for name, values in self.end.compare(prompts, indices, hooks).items():
                         self.ends[name][j, index, list(indices)] = values
                     done()
-            clean[index] = _Clean()  # its vectors are not needed any more
+            del clean[index]  # its vectors are not needed any more
         if self.end is not None:
             self.end.forget()
 
-    def _observe(
-        self,
-        layers: Sequence[LayerSites],
-        prompts: Prompts,
-        hooks: Sequence[Hook],
-        on_layer: Callable[[LayerView], None],
-    ) -> None:
-        observe(
-            self.model,
-            layers,
-            prompts,
-            on_layer,
-            vectors=("q", "k"),
-            hooks=hooks,
-            batch_size=len(prompts),
-        )
-
     # -- the model as it is ------------------------------------------------------------------
 
-    def _reading(self, clean: Sequence[_Clean]) -> list[Hook]:
+    def _reading(self, seen: Sequence[dict[str, Tensor]]) -> list[Hook]:
         """Hooks that keep each norm's input and output, and q at its hook."""
         entries: list[Hook] = []
-        for sites, norm, kept in zip(self.layers, self.norms, clean, strict=True):
+        for sites, norm, kept in zip(self.layers, self.norms, seen, strict=True):
             places = (("x", norm.before), ("y", norm.after), ("q", sites.q.dot.hook))
-            entries += [(name, _keep(kept, what)) for what, name in places]
+            entries += [(name, partial(_keep, kept=kept, what=what)) for what, name in places]
         return entries
 
-    def _take_clean(self, view: LayerView, kept: _Clean, indices: Sequence[int]) -> None:
+    def _take_clean(
+        self, view: LayerView, seen: dict[str, Tensor], indices: Sequence[int]
+    ) -> _Clean:
         """Everything that follows from the clean pass alone."""
         norm, settings = self.norms[view.index], self.settings
-        assert kept.x is not None
-        assert kept.y is not None
-        norm.check(kept.x, kept.y)
-        kept.scale = norm.scale(kept.x)
-        if view.scores.shape[-1] != kept.scale.shape[1]:
+        norm.check(seen["x"], seen.pop("y"))
+        scale = norm.scale(seen.pop("x"))
+        if view.scores.shape[-1] != scale.shape[1]:
             raise UnsupportedModelError(
                 CHECK,
                 wanted="an output for each key",
-                got=f"{kept.scale.shape[1]} outputs, {view.scores.shape[-1]} keys",
+                got=f"{scale.shape[1]} outputs, {view.scores.shape[-1]} keys",
                 layer=norm.layer,
             )
-        kept.x, kept.y = None, None
-        kept.constant = median(kept.scale)
         first = first_of([self.starts[i] for i in indices], view.scores.shape[-1])
-        rows = kept.rows = clean_rows(view, settings.sparse, self._numbers(indices), first)
-        kept.first = rows.first
+        rows = clean_rows(view, settings.sparse, self._numbers(indices), first)
+        kept = _Clean(seen.pop("q"), scale, torch.quantile(scale, 0.5, dim=1), rows)
         layer, mine = view.index, list(indices)
         self.sums["constant"][layer, mine] = kept.constant.cpu().numpy()
-        self.sums["scale_spread"][layer, mine] = scale_spread(kept.scale, rows.first)
+        self.sums["scale_spread"][layer, mine] = scale_spread(scale, rows.first)
         self._add("examined", (layer,), rows.sums(rows.examined).sum(-1), mine)
         self._add("ties", (layer,), rows.sums(rows.ties).sum(-1), mine)
         self._add("rows", (layer,), rows.sums(rows.sparse), mine)
         self._add("variance", (layer,), variances(view, rows), mine)
         factor = self._factor(kept, 1.0)
         sigma = row_sigma(view, factor)
-        squares, lognormal = sigma_squares(sigma, rows)
-        self._add("sigma_squared", (layer,), squares, mine)
-        self._add("lognormal", (layer,), lognormal, mine)
+        self._add("sigma_squared", (layer,), rows.sums(sigma.square() * rows.sparse), mine)
+        self._add("lognormal", (layer,), rows.sums(rows.sparse & ~uniform_has(sigma)), mine)
         self._add("predicted", (layer,), rows.sums(predicted(view.parts, rows, sigma)), mine)
         moved = with_factors(view.parts, rows, factor)
         self._add("factored", (layer,), rows.sums(moved), mine)
@@ -350,6 +318,7 @@ class _Run:
             order = shuffles(settings.seed, norm.layer, numbers, spared, draw)
             moved = with_factors(view.parts, rows, factor.gather(1, order.to(factor.device)))
             self._add("permuted", (draw, layer), rows.sums(moved), mine)
+        return kept
 
     def _numbers(self, indices: Sequence[int]) -> list[int]:
         """Indices of the prompts in the whole corpus."""
@@ -357,12 +326,9 @@ class _Run:
 
     def _factor(self, kept: _Clean, constant: float) -> Float[Tensor, "batch pos"]:
         """s_t / c, or 1 for a spared first token."""
-        assert kept.scale is not None
-        assert kept.constant is not None
         factor = kept.scale / (constant * kept.constant)[:, None]
         if self.settings.spare_first:
-            assert kept.first is not None
-            factor[kept.first] = 1.0
+            factor[kept.rows.first] = 1.0
         return factor
 
     # -- with a frozen norm ------------------------------------------------------------------
@@ -375,18 +341,11 @@ class _Run:
 
         return norm.after, freeze
 
-    def _freeze(
-        self,
-        prompts: Prompts,
-        indices: Sequence[int],
-        kept: _Clean,
-        at: tuple[int, int, int],
-        on: str,
-    ) -> None:
-        """One pass to a layer whose norm is frozen; ``at``: indices of on, constant and layer."""
+    def _freezing(
+        self, indices: Sequence[int], kept: _Clean, at: tuple[int, int, int], on: str
+    ) -> tuple[list[Hook], Callable[[LayerView], None]]:
+        """What freezes a layer's norm, and counts; ``at``: indices of on, constant and layer."""
         index, rows, q = at[2], kept.rows, kept.q
-        assert rows is not None
-        assert q is not None
         constant = self.settings.constants[at[1]]
         hooks = [self._frozen_norm(index, kept, constant)]
         if on == "k":
@@ -395,10 +354,10 @@ class _Run:
 
         def count(view: LayerView) -> None:
             moved = frozen_rows(view, rows, self.settings.sparse, self._numbers(indices), when)
-            for name in ("loose", "strict", "to_first"):
-                self._add(name, at, rows.sums(getattr(moved, name)), list(indices))
+            for name, some in moved.items():
+                self._add(name, at, rows.sums(some), list(indices))
 
-        self._observe([self.layers[index]], prompts, hooks, count)
+        return hooks, count
 
     # -- sums --------------------------------------------------------------------------------
 
@@ -406,8 +365,8 @@ class _Run:
         self, name: str, at: tuple[int, ...], values: np.ndarray, prompts: Sequence[int]
     ) -> None:
         """``[head, batch, ...]`` of these prompts, at the leading indices ``at``."""
-        of = self.counts if name in self.counts else self.sums
-        of[name][at][: len(values), list(prompts)] += values.astype(of[name].dtype)
+        sums = self.sums[name]
+        sums[at][: len(values), list(prompts)] += values.astype(sums.dtype)
 
     def report(self, model: Mapping[str, Any], prompts: Prompts) -> InterferenceReport:
         """The frozen result."""
@@ -422,14 +381,10 @@ class _Run:
             positions=np.zeros(n, np.int64) if end is None else end.positions,
             targets=np.zeros(n, np.int64) if end is None else end.targets,
             clean_loss=np.zeros(n) if end is None else end.clean_loss,
-            **self.counts,
             **self.sums,
             **self.ends,
         )
 
 
-def _keep(kept: _Clean, what: str) -> Callable[..., None]:
-    def hook_fn(tensor: Tensor, hook: Any) -> None:
-        setattr(kept, what, tensor.clone())  # against edits in place
-
-    return hook_fn
+def _keep(tensor: Tensor, hook: Any, kept: dict[str, Tensor], what: str) -> None:
+    kept[what] = tensor.clone()  # against edits in place

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.measures.sweep import UNSCORED, scored_targets
+from hooks.measures.sweep import scored_places, scored_targets
 from hooks.model import HookedModel, ModelInput, Prompts, checked_logits, run_with
 from hooks.sites import Hook
 
@@ -19,11 +19,7 @@ class Output:
     """Clean logits of a batch, and others compared with them at the scored positions."""
 
     def __init__(
-        self,
-        model: HookedModel,
-        prompts: Prompts,
-        targets: Any,
-        example: ModelInput,
+        self, model: HookedModel, prompts: Prompts, targets: Any, example: ModelInput
     ) -> None:
         self.model = model
         self.wanted = scored_targets(model, prompts, targets, example)
@@ -37,11 +33,11 @@ class Output:
         """A pass of the model as it is."""
         self._clean = []
         for logits, index in zip(self._run(prompts, ()), indices, strict=True):
-            places, wanted = self._places(index, len(logits))
+            places, wanted = scored_places(self.wanted[index], index, len(logits))
             log_p = torch.log_softmax(logits[places].double(), -1)
             self._clean.append(log_p)
             self.positions[index] = len(places)
-            if wanted is not None:
+            if self.wanted[index] is not None:
                 self.targets[index] = len(places)
                 self.clean_loss[index] = self._loss(log_p, wanted)
 
@@ -51,11 +47,11 @@ class Output:
         """Sums over each prompt's scored positions with these hooks on."""
         out = {name: np.zeros(len(indices)) for name in ("kl", "agree", "loss")}
         for row, (logits, index) in enumerate(zip(self._run(prompts, hooks), indices, strict=True)):
-            places, wanted = self._places(index, len(logits))
+            places, wanted = scored_places(self.wanted[index], index, len(logits))
             log_q, log_p = torch.log_softmax(logits[places].double(), -1), self._clean[row]
             out["kl"][row] = float((log_p.exp() * (log_p - log_q)).sum())
             out["agree"][row] = int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            if wanted is not None:
+            if self.wanted[index] is not None:
                 out["loss"][row] = self._loss(log_q, wanted)
         return out
 
@@ -70,19 +66,6 @@ class Output:
         if not bool(torch.isfinite(logits).all()):
             raise ValueError("logits: wanted finite numbers; got NaN or inf")
         return logits
-
-    def _places(self, index: int, n_pos: int) -> tuple[Tensor, Tensor | None]:
-        """Scored positions of a prompt, and their targets."""
-        row = self.wanted[index]
-        if row is None:
-            return torch.arange(n_pos), None
-        if len(row) != n_pos:
-            raise ValueError(
-                f"targets: prompt {index}: wanted {n_pos}, one for each position of the logits; "
-                f"got {len(row)}"
-            )
-        where = (row != UNSCORED).nonzero().flatten()
-        return where, row[where]
 
     @staticmethod
     def _loss(log_p: Tensor, wanted: Tensor) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks.arguments import check_choice, check_fields, check_integers
+from hooks.arguments import Settings, check_choice, check_integers
 from hooks.collapse import CONTENT, SINK, By
 from hooks.measures.interference.count import ALL_ROWS, CONTENT_ROWS, DIRECTION, LENGTH, TOTAL
 from hooks.reports import (
@@ -30,7 +30,7 @@ _DROP: dict[str, tuple[int, ...]] = {"head": (), "layer": (1,), "model": (0, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterferenceSettings:
+class InterferenceSettings(Settings):
     """How interference was measured; two reports of equal settings can be merged."""
 
     on: tuple[str, ...]
@@ -40,9 +40,6 @@ class InterferenceSettings:
     draws: int
     layers: tuple[int, ...]
     seed: int
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -317,16 +314,9 @@ def _check_numbers(report: InterferenceReport) -> None:
     check_counts(report, "examined", "positions")
     check_counts(report, "ties", most=report.examined)
     check_numbers("rows", report.rows.sum(-1), 0, report.examined)
-    check_counts(
-        report,
-        "rows",
-        "loose",
-        "factored",
-        "permuted",
-        "lognormal",
-        most=report.examined.max(initial=0),
-    )
-    check_counts(report, "loose", "factored", "permuted", "lognormal", most=report.rows)
+    of_rows = ("loose", "factored", "permuted", "lognormal")
+    check_counts(report, "rows", *of_rows, most=report.examined.max(initial=0))
+    check_counts(report, *of_rows, most=report.rows)
     check_counts(report, "strict", "to_first", most=report.loose)
     check_sums(report, "predicted", most=report.rows)
     for name in ("constant", "scale_spread", "sigma_squared", "variance"):

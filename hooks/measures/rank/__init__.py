@@ -4,11 +4,4 @@ from hooks.measures.rank.measure import rank_profile
 from hooks.measures.rank.numbers import distance_to_mean, measures
 from hooks.measures.rank.report import RankReport, RankSettings, RankSite
 
-__all__ = [
-    "RankReport",
-    "RankSettings",
-    "RankSite",
-    "distance_to_mean",
-    "measures",
-    "rank_profile",
-]
+__all__ = ["RankReport", "RankSettings", "RankSite", "distance_to_mean", "measures", "rank_profile"]

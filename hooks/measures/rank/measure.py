@@ -6,6 +6,8 @@ Source: Wu et al. 2024.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from hooks.model import (
     ModelInput,
     Prompts,
     Tokens,
+    check_model,
     encode,
     measurement,
     over_batches,
@@ -62,12 +65,9 @@ def rank_profile(
     Source: Wu et al. 2024; Rudelson and Vershynin 2007 (stable rank); Roy and Vetterli 2007.
 
     Args:
-        model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and a forward
-            pass). Left as found; run in eval mode.
-        tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, attention_mask, prepend_bos, batch_size, progress: as in
+            :func:`hooks.collapse_probe`.
         layers: block indices (of an encoder-decoder: in both stacks); default: all.
-        batch_size: prompts per forward pass; only prompts of one length share a pass.
-        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`RankReport`.
@@ -80,11 +80,7 @@ def rank_profile(
         ValueError: an unknown layer, empty text, a sequence longer than the context.
         TypeError: not a TransformerBridge or HookedTransformer.
     """
-    if not isinstance(model, HookedModel):
-        raise TypeError(
-            "model: wanted a TransformerBridge (TransformerBridge.boot_transformers(name)) or a "
-            f"HookedTransformer; got {type(model).__name__}"
-        )
+    check_model(model)
     (batch_size,) = check_integers(batch_size=(batch_size, 1))
     _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
     asked = None if layers is None else tuple(sorted(check_layers(layers)))
@@ -124,27 +120,23 @@ class _Gathered:
 
     def __init__(self, rounding: float) -> None:
         self.rounding = rounding
-        self.values: dict[RankSite, dict[int, np.ndarray]] = {}
-        self.shares: dict[RankSite, dict[int, float]] = {}
+        self.values: dict[RankSite, dict[int, tuple[np.ndarray, float]]] = {}
         self.notes: dict[str, list[str]] = {}
 
     def add(self, found: Found, prompts: Sequence[int]) -> None:
         """One tensor ``[batch, pos, d_model]``."""
         x = found.tensor.detach()
-        where = f"{found.site.label} ({found.site.hook})"
         if x.device.type == "meta" or not bool(torch.isfinite(x).all()):
             got = "none, on the meta device" if x.device.type == "meta" else "an infinity or NaN"
+            where = f"{found.site.label} ({found.site.hook})"
+            check = f"the rank profile at {where}"
             raise UnsupportedModelError(
-                f"the rank profile at {where}",
-                wanted="finite numbers",
-                got=got,
-                layer=found.site.layer,
+                check, wanted="finite numbers", got=got, layer=found.site.layer
             )
         for row, prompt in zip(x.cpu().double(), prompts, strict=True):
             some = (row, row[1:])
             table = np.array([list(measures(part, self.rounding).values()) for part in some])
-            self.values.setdefault(found.site, {})[prompt] = table
-            self.shares.setdefault(found.site, {})[prompt] = first_share(row)
+            self.values.setdefault(found.site, {})[prompt] = table, first_share(row)
 
     def note(self, words: Sequence[str], label: str) -> None:
         """Note what is missing at a block."""
@@ -167,7 +159,9 @@ class _Gathered:
                     layer=site.layer,
                 )
         sites = tuple(self.values)
-        values = np.array([[self.values[s][i] for s in sites] for i in order])
+        values, shares = (
+            np.array([[self.values[s][i][part] for s in sites] for i in order]) for part in (0, 1)
+        )
         notes = [f"{', '.join(labels)}: {said}." for said, labels in self.notes.items()]
         return RankReport(
             settings=RankSettings(layers=layers, sites=sites),
@@ -175,28 +169,25 @@ class _Gathered:
             tokens=prompts.strings,
             decoder_tokens=prompts.decoder_strings,
             numbers=values.reshape(len(prompts), len(sites), len(WITH), len(MEASURES)),
-            first_share=np.array([[self.shares[s][i] for s in sites] for i in order]),
+            first_share=shares,
         )
 
 
+@dataclass
 class _Watch:
     """Hooks of one forward pass: a block's tensors are kept until its output comes."""
 
-    def __init__(
-        self,
-        stacks: dict[str, list[Block]],
-        chosen: set[int],
-        indices: Sequence[int],
-        gathered: _Gathered,
-    ) -> None:
-        self.stacks = stacks
-        self.chosen = chosen
-        self.indices = indices
-        self.gathered = gathered
+    stacks: dict[str, list[Block]]
+    chosen: set[int]
+    indices: Sequence[int]
+    gathered: _Gathered
+
+    def __post_init__(self) -> None:
         self.done: set[str] = set()
         self.out: dict[str, Tensor] = {}  # of the latest block of each stack
-        last = [b.prefix for blocks in stacks.values() for b in blocks if b.layer in chosen]
-        ends = {blocks[-1].prefix for blocks in stacks.values()}
+        every = [block for blocks in self.stacks.values() for block in blocks]
+        last = [block.prefix for block in every if block.layer in self.chosen]
+        ends = {blocks[-1].prefix for blocks in self.stacks.values()}
         # A stack's norm follows its last block: a pass can be cut short only before it.
         self.stop = last[-1] if not ends & set(last) else ""
 
@@ -212,15 +203,12 @@ class _Watch:
     def _of_block(self, block: Block) -> list[tuple[str, Any]]:
         kept: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Any:
-            def hook_fn(tensor: Any, hook: Any) -> None:
-                kept[name] = self._checked(tensor, block, hook.name).clone()
-
-            return hook_fn
+        def keep(tensor: Any, hook: Any, name: str) -> None:
+            kept[name] = self._checked(tensor, block, hook.name).clone()
 
         def at_in(tensor: Any, hook: Any) -> None:
             kept.clear()
-            kept["in"] = self._checked(tensor, block, hook.name).clone()
+            keep(tensor, hook, "in")
             self._check_chain(block, kept["in"])
 
         def at_out(tensor: Any, hook: Any) -> None:
@@ -247,7 +235,7 @@ class _Watch:
         inner = block.inner if block.layer in self.chosen else ()
         return [
             (block.input, at_in),
-            *((hook, keep(hook)) for hook in inner),
+            *((hook, partial(keep, name=hook)) for hook in inner),
             (block.output, at_out),
         ]
 
@@ -302,11 +290,7 @@ class _Watch:
             )
 
     def close(self) -> None:
-        """After a pass: every chosen block has run.
-
-        Raises:
-            UnsupportedModelError: one has not.
-        """
+        """After a pass: every chosen block has run."""
         for blocks in self.stacks.values():
             for block in blocks:
                 if block.layer in self.chosen and block.prefix not in self.done:

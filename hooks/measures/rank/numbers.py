@@ -101,7 +101,7 @@ def measures(
     least = float(s[-1])
     own = max(x.shape) * torch.finfo(torch.float64).eps * first
     rank = float((s > rounding * size + own).sum())
-    found = {
+    return {
         "mu": mu * top,
         "relative_mu": min(mu / size, 1.0),
         "stable_rank": max((size / first) ** 2, 1.0),
@@ -112,7 +112,6 @@ def measures(
         "mean_cosine": mean_cosine(scaled),
         "norm": size * top,
     }
-    return {name: found[name] for name in MEASURES}
 
 
 def first_share(x: Float[Tensor, "token d"]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from hooks.arguments import check_booleans, check_choice, check_fields
+from hooks.arguments import Settings, check_booleans, check_choice
 from hooks.measures.rank.numbers import MEASURES
 from hooks.reports import Form, SavedReport, Unsound, check_ascending, check_numbers
 
@@ -35,7 +35,7 @@ _STREAM: Final = ("in", "mid", "mid2", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankSite:
+class RankSite(Settings):
     """Where the tokens were measured.
 
     Attributes:
@@ -50,9 +50,6 @@ class RankSite:
     site: str
     hook: str
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     @property
     def label(self) -> str:
         """``L3 mid``; ``E3``, ``D3`` in an encoder and a decoder."""
@@ -60,14 +57,11 @@ class RankSite:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankSettings:
+class RankSettings(Settings):
     """Where a profile was measured; ``layers`` is None for all blocks."""
 
     layers: tuple[int, ...] | None
     sites: tuple[RankSite, ...]
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -25,6 +25,8 @@ _CROSS: Final = ("cross_attn",)
 _MLP: Final = ("mlp", "moe", "ffn")
 _FEW: Final = 16  # units of rounding by which a sum may be off
 
+_Places = dict[str, tuple[str, Tensor]]  # hook and tensor of each site
+
 
 @dataclass(frozen=True)
 class Block:
@@ -58,11 +60,7 @@ class Found:
 
 
 def blocks_of(model: HookedModel) -> dict[str, list[Block]]:
-    """Blocks of each stack that has hooks on its stream.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
+    """Blocks of each stack that has hooks on its stream."""
     names = model.hook_dict
     stacks: dict[str, dict[int, Block]] = {}
     for name in names:
@@ -95,16 +93,8 @@ def _inner(model: HookedModel, prefix: str) -> tuple[str, ...]:
         for name in names
         if name.startswith(f"{prefix}.") and name.count(".") == prefix.count(".") + 2
     }
-    wanted = [
-        f"{prefix}.{name}"
-        for name in (
-            "hook_resid_mid",
-            "hook_resid_mid2",
-            "hook_attn_out",
-            "hook_cross_attn_out",
-            "hook_mlp_out",
-        )
-    ]
+    outs = ("hook_attn_out", "hook_cross_attn_out", "hook_mlp_out")
+    wanted = [f"{prefix}.{name}" for name in ("hook_resid_mid", "hook_resid_mid2", *outs)]
     for child in sorted(children):
         if _NORM.search(child):
             wanted += [f"{prefix}.{child}.hook_in", f"{prefix}.{child}.hook_out"]
@@ -123,9 +113,7 @@ def final_norm(model: HookedModel, stack: str) -> str | None:
 def resolve(block: Block, kept: Mapping[str, Tensor]) -> tuple[list[Found], list[str]]:
     """Sites of a block in the order of its pass, and notes on those that are missing.
 
-    Args:
-        block: its hooks.
-        kept: tensors by hook; the block's own as ``in`` and ``out``.
+    ``kept``: tensors by hook; the block's own as ``in`` and ``out``.
     """
     streams, notes = _streams(block, kept)
     found = [_found(block, "in", block.input, kept["in"])]
@@ -142,9 +130,7 @@ def _found(block: Block, site: str, hook: str, tensor: Tensor) -> Found:
     return Found(RankSite(stack=block.stack, layer=block.layer, site=site, hook=hook), tensor)
 
 
-def _streams(
-    block: Block, kept: Mapping[str, Tensor]
-) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
+def _streams(block: Block, kept: Mapping[str, Tensor]) -> tuple[_Places, list[str]]:
     """The stream at the input and between the branches, as sums of it and the branches show."""
 
     def get(name: str) -> Tensor | None:
@@ -174,8 +160,8 @@ def _streams(
 
 
 def _behind_a_norm(
-    block: Block, kept: Mapping[str, Tensor], streams: dict[str, tuple[str, Tensor]]
-) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
+    block: Block, kept: Mapping[str, Tensor], streams: _Places
+) -> tuple[_Places, list[str]]:
     """Post-norm: the norms follow the sums, and their outputs are the stream."""
     read = _reads(block, kept, _MLP)
     behind = {name: kept[f"{name}.hook_out"] for name in _norm_names(block, kept)}
@@ -192,12 +178,10 @@ def _behind_a_norm(
     ]
 
 
-def _norms(
-    block: Block, kept: Mapping[str, Tensor], streams: Mapping[str, tuple[str, Tensor]]
-) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
+def _norms(block: Block, kept: Mapping[str, Tensor], streams: _Places) -> tuple[_Places, list[str]]:
     """The output of the norm of each branch's input."""
     branches = {"attn": _ATTENTION, "mixer": ("mixer",), "cross": _CROSS, "mlp": _MLP}
-    found: dict[str, tuple[str, Tensor]] = {}
+    found: _Places = {}
     notes = []
     for branch, children in branches.items():
         read = _reads(block, kept, children)

@@ -53,15 +53,11 @@ def spectral_gap(
     layer in memory; singular values in float64. Source: Naderi et al. 2024, arXiv 2410.07799.
 
     Args:
-        model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and
-            ``run_with_hooks``). Left as found; run in eval mode.
-        tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress: as
+            in :func:`hooks.collapse_probe`.
         k: singular values to keep, at least 2.
         lengths: measure each prompt's first n tokens for each n of these, to see the spectrum
             against T; prompts with fewer are left out there. Default: whole prompts.
-        layers: block indices; default: every attention layer.
-        batch_size: prompts per forward pass; only prompts of one length share a pass.
-        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`SpectrumReport`.
@@ -186,11 +182,9 @@ class _Gathered:
             )
         masked = float(pattern.masked_fill(mask, 0.0).abs().max())
         if masked > 0:
+            got = f"a weight of {masked:.2g}"
             raise UnsupportedModelError(
-                "spectral_gap",
-                wanted="no attention to masked keys",
-                got=f"a weight of {masked:.2g}",
-                layer=layer,
+                "spectral_gap", wanted="no attention to masked keys", got=got, layer=layer
             )
 
     def _leading(self, values: Float[Tensor, "*heads n"]) -> np.ndarray:

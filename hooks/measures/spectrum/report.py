@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks.arguments import check_choice, check_fields, check_integers
+from hooks.arguments import Settings, check_choice, check_integers
 from hooks.reports import Form, SavedReport, Unsound, check_ascending, check_numbers, per_layer
 
 SpectrumBy = Literal["prompt", "head", "layer", "length"]
@@ -23,15 +23,12 @@ _NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectrumSettings:
+class SpectrumSettings(Settings):
     """How spectra were measured; ``lengths``: to which the prompts were cut, or None."""
 
     k: int
     lengths: tuple[int, ...] | None
     layers: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -3,8 +3,4 @@
 from hooks.measures.spread.measure import spread
 from hooks.measures.spread.report import SpreadReport, SpreadSettings
 
-__all__ = [
-    "SpreadReport",
-    "SpreadSettings",
-    "spread",
-]
+__all__ = ["SpreadReport", "SpreadSettings", "spread"]

@@ -46,17 +46,13 @@ def spread(
     Source: Menary et al. 2024, Fig. 1 and 9-12.
 
     Args:
-        model: a TransformerBridge (or anything with ``cfg``, ``hook_dict``, ``hooks`` and
-            ``run_with_hooks``). Left as found; run in eval mode.
-        tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress: as
+            in :func:`hooks.collapse_probe`.
         of: ``"stream"``, the embeddings at the input of the layer's block; ``"k"`` or ``"v"``, the
             vectors that enter the dot product (v: that are averaged); ``"q"``, the queries, each
             with the weight 1: they receive no attention.
         without_first: leave the first token (``[`` in addition, the attention sink of language
             models) out of median and band; its share and norm are always shown separately.
-        layers: block indices; default: every attention layer.
-        batch_size: prompts per forward pass; only prompts of one length share a pass.
-        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`SpreadReport`.

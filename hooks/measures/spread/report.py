@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks.arguments import check_choice, check_fields, check_number
+from hooks.arguments import Settings, check_choice, check_number
 from hooks.reports import Form, SavedReport, Unsound, check_numbers, first_tokens, per_layer
 
 Of = Literal["stream", "q", "k", "v"]
@@ -25,15 +25,12 @@ _TIE = 1e-12  # of the total weight: what rounding of a running sum may add or l
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpreadSettings:
+class SpreadSettings(Settings):
     """How a spread was measured."""
 
     of: Of
     without_first: bool
     layers: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -155,10 +152,6 @@ class SpreadReport(SavedReport):
         return " ".join(parts)
 
 
-def _check_settings(s: SpreadSettings) -> None:
-    """Nothing to check beyond the types."""
-
-
 def _sizes(s: SpreadSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
     per_layer(s, model, "labels", "heads", "kv_heads")
     heads: list[int] = model["heads"]
@@ -191,7 +184,7 @@ _FORM = Form(
     SpreadReport,
     "spread report",
     2,
-    _check_settings,
+    lambda settings: None,  # nothing to check beyond the types
     _sizes,
     _check_numbers,
     {"labels": tuple[str, ...], "heads": tuple[int, ...], "kv_heads": tuple[int, ...]},

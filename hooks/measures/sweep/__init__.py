@@ -2,13 +2,6 @@
 
 from hooks.measures.sweep.measure import sweep
 from hooks.measures.sweep.report import SweepReport, SweepSettings
-from hooks.measures.sweep.score import UNSCORED
-from hooks.measures.sweep.targets import scored_targets
+from hooks.measures.sweep.targets import scored_places, scored_targets
 
-__all__ = [
-    "SweepReport",
-    "SweepSettings",
-    "UNSCORED",
-    "scored_targets",
-    "sweep",
-]
+__all__ = ["SweepReport", "SweepSettings", "scored_places", "scored_targets", "sweep"]

@@ -91,15 +91,9 @@ class RowFactors(Clock):
         grid = self.grid
         noisy = [c for c in self._conditions if c > 0]
         draws = sorted({grid.draw(c) for c in noisy})
+        size = {"n_pos": n_pos, "n_heads": n_heads}
         u = torch.from_numpy(
-            draw_uniforms(
-                self.noise,
-                places=places,
-                prompts=self._prompts,
-                draws=draws,
-                n_pos=n_pos,
-                n_heads=n_heads,
-            )
+            draw_uniforms(self.noise, places=places, prompts=self._prompts, draws=draws, **size)
         )
         shape = (len(places), len(self._prompts), len(self._conditions), *u.shape[3:])
         out = torch.ones(shape, dtype=torch.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from hooks.measures.sweep.factors import Grid
 from hooks.measures.sweep.passes import Pass, Runner, passes
 from hooks.measures.sweep.report import SweepReport, SweepSettings
 from hooks.measures.sweep.score import UNSCORED, score
-from hooks.measures.sweep.targets import scored_targets
+from hooks.measures.sweep.targets import scored_places, scored_targets
 from hooks.model import (
     HookedModel,
     MaskLike,
@@ -69,10 +70,9 @@ def sweep(
     at every sigma. Source: Menary et al. 2024, Fig. 2.
 
     Args:
-        model: a TransformerBridge (or anything that can be called and has ``cfg``, ``hook_dict``,
-            ``hooks`` and ``run_with_hooks``). Left as found; run in eval mode. Hooks of your own
-            stay on, and see clean and noisy rows in one batch.
-        tokens, decoder_tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
+        model: as in :func:`hooks.collapse_probe`. Hooks of your own stay on, and see clean and
+            noisy rows in one batch.
+        tokens, decoder_tokens, layers, attention_mask, prepend_bos, progress: as there.
         targets: what should follow ``tokens[b, : p + 1]`` (in an encoder-decoder: the decoder's
             tokens), -100 where nothing is scored; padded like the tokens. Default: the next token.
             A model that predicts no next token (BERT) has KL and agreement at all positions, and no
@@ -81,12 +81,10 @@ def sweep(
             goes. Sigma = 0 is always measured: it is the clean row.
         replicates: draws per sigma.
         on, law, shared, at, rows: as in :class:`NormNoise`.
-        layers: block indices; default: every attention layer.
         seed: of the noise.
         batch_size: rows per forward pass; a prompt has 1 + sigmas x replicates of them.
         first_prompt: index of the first prompt: parts of a corpus, each swept with the index at
             which it starts, draw the noise of the whole and :meth:`SweepReport.merge` exactly.
-        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`SweepReport`.
@@ -101,16 +99,9 @@ def sweep(
         replicates=(replicates, 1, MANY), batch_size=(batch_size, 1), first_prompt=(first_prompt, 0)
     )
     _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
-    chosen_layers = None if layers is None else tuple(sorted(check_layers(layers)))
+    asked = None if layers is None else tuple(sorted(check_layers(layers)))
     noise = NormNoise(
-        sigma=values[-1],
-        on=on,
-        law=law,
-        shared=shared,
-        at=at,
-        rows=rows,
-        layers=chosen_layers,
-        seed=seed,
+        sigma=values[-1], on=on, law=law, shared=shared, at=at, rows=rows, layers=asked, seed=seed
     )
     prompts = encode(
         model,
@@ -120,7 +111,7 @@ def sweep(
         prepend_bos=prepend_bos,
     )
     sites = sites_for(model, prompts)
-    chosen = choose_layers(sites, chosen_layers)
+    chosen = choose_layers(sites, asked)
     grid = Grid(values, replicates)
     with evaluating(model):
         example = example_of(model, prompts)
@@ -142,16 +133,10 @@ def sweep(
 
 
 def _settings(noise: NormNoise, grid: Grid, layers: tuple[int, ...]) -> SweepSettings:
+    same = {name: getattr(noise, name) for name in ("law", "shared", "at", "rows", "seed")}
+    on = "".join(noise.roles)
     return SweepSettings(
-        sigmas=grid.sigmas,
-        replicates=grid.replicates,
-        on="".join(noise.roles),
-        law=noise.law,
-        shared=noise.shared,
-        at=noise.at,
-        rows=noise.rows,
-        layers=layers,
-        seed=noise.seed,
+        sigmas=grid.sigmas, replicates=grid.replicates, on=on, layers=layers, **same
     )
 
 
@@ -168,20 +153,23 @@ def _sigmas(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
 # -- what is scored -------------------------------------------------------------------------
 
 
+@dataclass
 class _Tally:
     """Sums over the scored positions of each prompt, pass by pass."""
 
-    def __init__(self, prompts: Prompts, targets: list[Tensor | None], grid: Grid) -> None:
-        if all(row is not None and not bool((row != UNSCORED).any()) for row in targets):
+    prompts: Prompts
+    targets: list[Tensor | None]
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        n = len(self.prompts)
+        if not any(map(self._scored, range(n))):
             raise ValueError(
                 "targets: wanted at least one scored position; got none (a prompt of one token has "
                 "no next token)"
             )
-        self.prompts = prompts
-        self.targets = targets
-        self.grid = grid
-        self.sums = np.zeros((4, len(prompts), len(grid)))  # correct, agree, loss, KL
-        self.positions = np.zeros(len(prompts), dtype=np.int64)
+        self.sums = np.zeros((4, n, len(self.grid)))  # correct, agree, loss, KL
+        self.positions = np.zeros(n, dtype=np.int64)
         self._clean: Tensor | None = None
 
     def run(self, runner: Runner, part: Pass, first_prompt: int, alone: bool) -> None:
@@ -191,10 +179,7 @@ class _Tally:
             return
         numbers = [first_prompt + i for i in some]
         given = self.prompts.batch(some)
-        if alone:
-            with runner.spreading():
-                states = runner.run(given, numbers, part.conditions)
-        else:
+        with runner.spreading(alone):
             states = runner.run(given, numbers, part.conditions)
         prompt, pos, targets = self._places(some, states.shape[1])
         begins, ends = part.conditions.start == 0, part.conditions.stop == len(self.grid)
@@ -222,17 +207,7 @@ class _Tally:
         """Prompt (counted in the pass), position and target of every scored position."""
         prompt, pos, targets = [], [], []
         for local, index in enumerate(some):
-            row = self.targets[index]
-            if row is None:
-                where, wanted = torch.arange(n_pos), torch.full((n_pos,), UNSCORED)
-            elif len(row) != n_pos:
-                raise ValueError(
-                    f"targets: prompt {index}: wanted {n_pos}, one for each position of the "
-                    f"logits; got {len(row)}"
-                )
-            else:
-                where = (row != UNSCORED).nonzero().flatten()
-                wanted = row[where]
+            where, wanted = scored_places(self.targets[index], index, n_pos)
             prompt.append(torch.full_like(where, local))
             pos.append(where)
             targets.append(wanted)

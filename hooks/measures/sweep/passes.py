@@ -183,11 +183,7 @@ class Runner:
         return self._unembedded(states) if self.early else states
 
     def run(self, given: ModelInput, prompts: Sequence[int], conditions: range) -> Tensor:
-        """One pass of prompts, given once each: ``[row, pos, d]``, or the logits themselves.
-
-        Raises:
-            UnsupportedModelError: the model gives no logits.
-        """
+        """One pass of prompts, given once each: ``[row, pos, d]``, or the logits themselves."""
         self.factors.enter(prompts, conditions, self.device)
         n = len(conditions)
         self._copies = n
@@ -197,9 +193,9 @@ class Runner:
         return checked_logits(states)
 
     @contextlib.contextmanager
-    def spreading(self) -> Iterator[None]:
-        """Inside, passes begin with one clean row, where that works."""
-        self._spreading = bool(self.block)
+    def spreading(self, wanted: bool) -> Iterator[None]:
+        """Inside, passes begin with one clean row, if that is wanted and works."""
+        self._spreading = wanted and bool(self.block)
         try:
             yield
         finally:

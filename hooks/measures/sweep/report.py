@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks.arguments import check_choice, check_fields, check_integers, check_number
+from hooks.arguments import Settings, check_choice, check_integers, check_number
+from hooks.noise import LAWS, At, NormNoise, Rows, Shared
 from hooks.reports import (
     CorpusReport,
     Form,
@@ -30,7 +31,7 @@ _METRICS = ("accuracy", "loss", "kl", "top1_agreement")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSettings:
+class SweepSettings(Settings):
     """How a sweep was run; two reports of equal settings can be merged."""
 
     sigmas: tuple[float, ...]
@@ -42,9 +43,6 @@ class SweepSettings:
     rows: str
     layers: tuple[int, ...]
     seed: int
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -231,8 +229,6 @@ class SweepReport(CorpusReport):
 
 
 def _check_settings(s: SweepSettings) -> None:
-    from hooks.noise import LAWS, At, NormNoise, Rows, Shared
-
     check_word("settings.shared", s.shared, get_args(Shared))
     check_word("settings.at", s.at, get_args(At))
     check_word("settings.rows", s.rows, get_args(Rows))
@@ -240,16 +236,8 @@ def _check_settings(s: SweepSettings) -> None:
     for sigma in s.sigmas:
         if not sigma > 0:
             raise Unsound("settings.sigmas", wanted="numbers above 0", got=f"{sigma}")
-        NormNoise(
-            sigma=sigma if known else 0.0,
-            on=s.on,
-            law=s.law if known else "uniform",
-            shared=s.shared,  # type: ignore[arg-type]
-            at=s.at,  # type: ignore[arg-type]
-            rows=s.rows,  # type: ignore[arg-type]
-            layers=s.layers,
-            seed=s.seed,
-        )
+        same = {name: getattr(s, name) for name in ("on", "shared", "at", "rows", "layers", "seed")}
+        NormNoise(sigma=sigma if known else 0.0, law=s.law if known else "uniform", **same)
     check_ascending("settings.sigmas", s.sigmas)
     check_integers(replicates=(s.replicates, 1))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +30,7 @@ _WIDE = 1024  # vocabularies whose arg max is taken in two steps
 _SPAN = 256
 
 Head = Callable[[Tensor], Tensor]
+Each: TypeAlias = Float[Tensor, "place condition"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Scored:
     first of tied logits is the arg max.
     """
 
-    top: Float[Tensor, "place condition"]
-    agree: Float[Tensor, "place condition"]
-    loss: Float[Tensor, "place condition"]
-    kl: Float[Tensor, "place condition"]
+    top: Each
+    agree: Each
+    loss: Each
+    kl: Each
 
     def stacked(self) -> Float[Tensor, "4 place condition"]:
         """All four, in this order, in float64 on the CPU."""
@@ -132,11 +134,7 @@ def _compare(
     p: Float[Tensor, "place d_vocab"],
     lse: Float[Tensor, "place"],
     block: int,
-) -> tuple[
-    Int[Tensor, "place condition"],
-    Float[Tensor, "place condition"],
-    Float[Tensor, "place condition"],
-]:
+) -> tuple[Int[Tensor, "place condition"], Each, Each]:
     """Arg max, mean shift sum p delta and KL, block by block: each logit is read while in cache."""
     n_places, n_conditions, n_vocab = noisy.shape
     size = max(1, block // (n_vocab * noisy.element_size()))  # rows of a block

@@ -10,21 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks.measures.sweep.score import UNSCORED
-from hooks.model import (
-    HookedModel,
-    ModelInput,
-    Prompts,
-    shorten,
-    tensor_of,
-)
+from hooks.model import HookedModel, ModelInput, Prompts, shorten, tensor_of
 
 
 def _rows_of(targets: Any) -> list[Tensor]:
-    """A row for each prompt; one prompt's own may stand alone.
-
-    Raises:
-        TypeError: no integers.
-    """
+    """A row for each prompt; one prompt's own may stand alone."""
     try:
         given = [tensor_of(row) for row in targets]
         return [torch.stack(given)] if given and given[0].ndim == 0 else given
@@ -34,13 +24,11 @@ def _rows_of(targets: Any) -> list[Tensor]:
         ) from None
 
 
-def next_tokens(prompts: Prompts, known: bool) -> list[Tensor | None]:
-    """Targets of each prompt: its next tokens; None for a model that predicts none.
+def next_tokens(prompts: Prompts) -> list[Tensor | None]:
+    """Targets of each prompt: its next tokens.
 
     A packed document's last token has none: what follows it is another document's.
     """
-    if not known:
-        return [None] * len(prompts)
     rows = prompts.decoder or prompts.first
     out: list[Tensor | None] = []
     for index, row in enumerate(rows):
@@ -88,6 +76,21 @@ def given_targets(model: HookedModel, targets: Any, prompts: Prompts) -> list[Te
     return list(cut)
 
 
+def scored_places(
+    row: Tensor | None, index: int, n_pos: int
+) -> tuple[Int[Tensor, "place"], Int[Tensor, "place"]]:
+    """Positions of a prompt that are scored, and their targets; all, `UNSCORED`, without any."""
+    if row is None:
+        return torch.arange(n_pos), torch.full((n_pos,), UNSCORED)
+    if len(row) != n_pos:
+        raise ValueError(
+            f"targets: prompt {index}: wanted {n_pos}, one for each position of the logits; got "
+            f"{len(row)}"
+        )
+    where = (row != UNSCORED).nonzero().flatten()
+    return where, row[where]
+
+
 def has_next_token(model: HookedModel, example: ModelInput) -> bool:
     """Whether logits depend on no later token, so that the next token is a position's target."""
     ids = example.first
@@ -112,4 +115,5 @@ def scored_targets(
     """Each prompt's targets: those given, or its next tokens; None where it has none."""
     if targets is not None:
         return given_targets(model, targets, prompts)
-    return next_tokens(prompts, bool(prompts.decoder) or has_next_token(model, example))
+    known = bool(prompts.decoder) or has_next_token(model, example)
+    return next_tokens(prompts) if known else [None] * len(prompts)

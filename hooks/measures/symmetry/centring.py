@@ -32,10 +32,8 @@ from hooks.model import (
     run_with,
     short_input,
 )
-from hooks.noise import refuse_cache
-from hooks.sites import LayerSites, attention_sites, choose_layers, visible
-
-HookList = list[tuple[str, Callable[..., Any]]]
+from hooks.noise import HookList, refuse_cache
+from hooks.sites import LayerSites, as_hooked, attention_sites, choose_layers, visible
 
 _ROUNDING, _ROUNDING_HALF = 64.0, 4.0  # eps of the sizes added up
 _HALF_PRECISION = 1e-4  # eps above this: bfloat16, float16
@@ -184,26 +182,18 @@ def visible_mean(
     return mean
 
 
-class _Kept(threading.local):
-    """What is kept of the pass that runs in this thread."""
+class _Layer(threading.local):
+    """What one layer's hooks keep of a pass until z comes; of each thread its own."""
 
     v: Tensor | None = None
     mask: Tensor | None = None
 
-
-class _Layer:
-    """What one layer's hooks keep of a pass until z comes."""
-
     def __init__(
-        self,
-        sites: LayerSites,
-        tap: AttentionTap | TapOfThreads | None,
-        module: Any = None,
+        self, sites: LayerSites, tap: AttentionTap | TapOfThreads | None, module: Any = None
     ) -> None:
         self.sites = sites
         self.tap = tap
         self.module = module  # whose call would show a cache
-        self._kept = _Kept()
 
     def hooks(self, at_z: Callable[..., Tensor]) -> HookList:
         assert self.sites.z is not None
@@ -213,15 +203,15 @@ class _Layer:
         return [*entries, (self.sites.z.hook, at_z)]
 
     def _keep_values(self, tensor: Tensor, hook: Any) -> None:
-        self._kept.v = self.sites.v.dot.by_position(tensor)
+        self.v = self.sites.v.dot.by_position(tensor)
 
     def _keep_mask(self, tensor: Tensor, hook: Any) -> None:
-        self._kept.mask = visible(tensor)
+        self.mask = visible(tensor)
 
     def mean(self, z: Tensor) -> Float[Tensor, "batch query head d_head"]:
         """What is subtracted from z ``[batch, query, head, d_head]``; in float32 or wider."""
-        v, mask = self._kept.v, self._kept.mask
-        self._kept.v, self._kept.mask = None, None
+        v, mask = self.v, self.mask
+        self.v = self.mask = None
         if self.sites.tapped:
             taken = None if self.tap is None else self.tap.take(z.shape[0])
             mask = None if taken is None else visible(taken.scores)
@@ -242,15 +232,7 @@ class _Layer:
         _refuse_second(hook, self.sites, at_most=1)  # hooks that were made before both were active
         z = self.sites.z.by_position(tensor)
         mean = self.mean(z)
-        return _as_given((z.to(mean.dtype) - mean).to(z.dtype), self.sites)
-
-
-def _as_given(z: Tensor, sites: LayerSites) -> Tensor:
-    """``[batch, query, head, d_head]`` in the layout of the layer's z hook."""
-    assert sites.z is not None
-    if sites.z.head_axis == 1:
-        return z.transpose(1, 2)
-    return z if sites.z.head_axis == 2 else z.flatten(2)
+        return as_hooked(self.sites.z, (z.to(mean.dtype) - mean).to(z.dtype))
 
 
 def _entries(
@@ -297,9 +279,8 @@ def _copies_of_z(layer: _Layer) -> Callable[..., Tensor]:
         assert layer.sites.z is not None
         z = layer.sites.z.by_position(tensor)
         mean = layer.mean(z)[0].to(z.dtype)
-        return _as_given(
-            torch.stack([z[0], z[0] - mean, mean, torch.zeros_like(mean)]), layer.sites
-        )
+        copies = torch.stack([z[0], z[0] - mean, mean, torch.zeros_like(mean)])
+        return as_hooked(layer.sites.z, copies)
 
     return hook_fn
 
@@ -347,10 +328,8 @@ def _judge(model: HookedModel, sites: LayerSites, written: Tensor | None) -> Non
             got=f"a difference of {error:.2g}",
             layer=sites.layer,
         )
-    if not effect > _MARGIN * allowed:
+    needed = _MARGIN * allowed
+    if not effect > needed:
         raise UnsupportedModelError(
-            check,
-            wanted=f"more than {_MARGIN * allowed:.2g}",
-            got=f"{effect:.2g}",
-            layer=sites.layer,
+            check, wanted=f"more than {needed:.2g}", got=f"{effect:.2g}", layer=sites.layer
         )

@@ -19,15 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooks.arguments import (
-    SEEDS,
-    check_booleans,
-    check_integers,
-    check_optional,
-)
+from hooks.arguments import SEEDS, check_booleans, check_integers, check_optional
 from hooks.errors import UnsupportedModelError
 from hooks.measures.symmetry.orders import asked_orders, orders_of
-from hooks.measures.symmetry.positions import find_removals, rounding, taken
+from hooks.measures.symmetry.positions import find_removals, rounding
 from hooks.measures.symmetry.report import FLOORS, REACH, SymmetryReport, SymmetrySettings
 from hooks.model import (
     HookedModel,
@@ -35,6 +30,7 @@ from hooks.model import (
     ModelInput,
     Prompts,
     Tokens,
+    arguments_of,
     check_model,
     checked_logits,
     counting,
@@ -101,7 +97,7 @@ def symmetry_gap(
 
     Args:
         model: a TransformerBridge of a model of one sequence of tokens. Left as found.
-        tokens, attention_mask, prepend_bos: as in :func:`hooks.collapse_probe`.
+        tokens, attention_mask, prepend_bos, progress: as in :func:`hooks.collapse_probe`.
         permutations: how many to draw for each prompt (uniformly from those that change its ids:
             equal tokens may change places), or the permutations themselves (a list of lists, an
             array or a tensor ``[permutation, position]``), each the positions 0 .. n-1 in the new
@@ -114,7 +110,6 @@ def symmetry_gap(
         mask: as ``positions``, for the causal mask (or any other).
         layers: block indices whose streams are measured; default: every attention layer.
         batch_size: sequences per forward pass; only those of one length share one.
-        progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
         :class:`SymmetryReport`.
@@ -167,9 +162,6 @@ def symmetry_gap(
         orders=tuple(o[1:] for o in orders),
         **arrays,
     )
-
-
-# -- what is asked for ------------------------------------------------------------------------
 
 
 def _refuse_two_sequences(model: HookedModel) -> None:
@@ -244,11 +236,9 @@ class _Run:
         self.layers = layers
         self.arguments = arguments
         self.starts = [stream_hook(model, sites) for sites in layers]
-        self.ends = [end_hook(model, sites) for sites in layers]
+        self.ends = [stream_hook(model, sites, after=True) for sites in layers]
         self.options: dict[str, Any] = without_cache(model)
-        if "logits_to_keep" in taken(
-            model
-        ):  # the other positions' logits would be the largest tensor
+        if "logits_to_keep" in arguments_of(model):  # all positions' would be the largest tensor
             self.options["logits_to_keep"] = 1
 
     def rows(
@@ -259,10 +249,8 @@ class _Run:
     ) -> list[_Shown]:
         """One forward pass.
 
-        Args:
-            ids: tokens of each row.
-            clean: whether a row is the unpermuted prompt, whose neighbours are compared.
-            tried: the generator of a row's last digits, where rounding is tried.
+        ``clean``: whether a row is the unpermuted prompt, whose neighbours are compared; ``tried``:
+        the generator of a row's last digits, where rounding is tried.
         """
         device, dtype = input_device(self.model), model_dtype(self.model)
         named = {
@@ -299,11 +287,11 @@ class _Run:
     ) -> list[Hook]:
         def at_start(x: Tensor, hook: Any, name: str) -> Tensor:
             unit = rounding(x.dtype)
-            rows = [
-                row if rng is None else row + row * unit * _signs(row.shape, rng).to(row)
-                for row, rng in zip(x, tried, strict=True)
-            ]
-            kept[name] = torch.stack(rows)
+            kept[name] = x.clone()
+            for row, rng in zip(kept[name], tried, strict=True):
+                if rng is not None:
+                    signs = torch.randint(0, 2, row.shape, generator=rng) * 2 - 1
+                    row += row * unit * signs.to(row)
             return kept[name]
 
         def at_end(x: Tensor, hook: Any, name: str) -> None:
@@ -311,28 +299,6 @@ class _Run:
 
         starts: list[Hook] = [(n, partial(at_start, name=n)) for n in self.starts]
         return [*starts, *((n, partial(at_end, name=n)) for n in self.ends)]
-
-
-def _signs(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, shape, generator=rng) * 2 - 1
-
-
-def end_hook(model: HookedModel, sites: LayerSites) -> str:
-    """Name of the hook with the residual stream after a layer's block.
-
-    Raises:
-        UnsupportedModelError: the model has none of that name.
-    """
-    block = sites.block
-    for name in (f"{block}.hook_out", f"{block}.hook_resid_post"):
-        if name in model.hook_dict:
-            return name
-    raise UnsupportedModelError(
-        "the residual stream after a block",
-        wanted=f"a hook {block}.hook_out or {block}.hook_resid_post",
-        got="neither",
-        layer=sites.layer,
-    )
 
 
 def _finite(logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, "row d_vocab"]:
@@ -359,12 +325,9 @@ def _measure(run: _Run, rows: _Rows, batch_size: int, seed: int, bar: Any) -> di
         for at in range(0, len(todo), batch_size):
             batch = todo[at : at + batch_size]
             ids = torch.stack([rows.tokens(prompt)[number] for prompt, number in batch])
-            shown_rows = run.rows(
-                ids,
-                [number == 0 for _, number in batch],
-                [rows.rng(seed, *which) for which in batch],
-            )
-            for (prompt, _), shown in zip(batch, shown_rows, strict=True):
+            clean = [number == 0 for _, number in batch]
+            tried = [rows.rng(seed, *which) for which in batch]
+            for (prompt, _), shown in zip(batch, run.rows(ids, clean, tried), strict=True):
                 pending.setdefault(prompt, []).append(shown)
                 if len(pending[prompt]) < rows.each:
                     continue
@@ -377,9 +340,9 @@ def _measure(run: _Run, rows: _Rows, batch_size: int, seed: int, bar: Any) -> di
     numbers = {
         name: np.stack([found[i][name] for i in range(len(rows.prompts))]) for name in found[0]
     }
-    tried = rows.each - 1 - FLOORS  # from here on rounding was tried
-    out = {name: values[:, :tried] for name, values in numbers.items()}
-    out |= {f"floor_{name}": numbers[name][:, tried:] for name in ("tv", "logits", "stream")}
+    first = rows.each - 1 - FLOORS  # from here on rounding was tried
+    out = {name: values[:, :first] for name, values in numbers.items()}
+    out |= {f"floor_{name}": numbers[name][:, first:] for name in ("tv", "logits", "stream")}
     with np.errstate(invalid="ignore"):
         cosines = similar[..., 0] / similar[..., 1]
     return {**out, "similarity": cosines, "pairs": similar[0, :, 1], "nearer": nearer}

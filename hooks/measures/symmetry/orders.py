@@ -14,11 +14,7 @@ from hooks.model import Prompts
 
 
 def asked_orders(permutations: Any) -> int | list[np.ndarray]:
-    """Read the argument: how many permutations, or the permutations themselves.
-
-    Raises:
-        ValueError: neither.
-    """
+    """Read the argument: how many permutations, or the permutations themselves."""
     if isinstance(plain(permutations), Integral):
         return check_integers(permutations=(permutations, 1, MANY))[0]
     wanted = "an integer >= 1, or permutations [permutation, position]"

@@ -16,16 +16,15 @@ verified:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hooks.errors import UnsupportedModelError
-from hooks.model import HookedModel, Prompts, model_dtype, pass_dtype
+from hooks.model import HookedModel, Prompts, arguments_of, model_dtype, pass_dtype
 from hooks.sites import LayerSites, LayerView, observe
 
 Status = Literal["removable", "absent", "unremovable"]
@@ -125,28 +124,13 @@ class Removals:
 
 
 def find_removals(model: HookedModel, layers: Sequence[LayerSites], prompts: Prompts) -> Removals:
-    """What can be removed from this model, tried on it.
-
-    Args:
-        model: left as found.
-        layers: all of its attention layers.
-        prompts: masks are tried on the longest.
-    """
-    takes = taken(model)
-    dtype = model_dtype(model)
+    """What can be removed from this model, tried on it; masks on the longest prompt."""
     longest = max(prompts.first, key=len).cpu()
     plain = _look(model, layers, longest, {})
-    takes_mask = "attention_mask" in takes
-    mask, kind, says = _try_masks(model, layers, longest, plain, takes, dtype)
+    takes_mask = "attention_mask" in arguments_of(model)
+    mask, kind, says = _try_masks(model, layers, longest, plain)
     at_first = Removals(Removal("removable"), mask, takes_mask, kind, says)
-    positions = _try_positions(model, layers, longest, plain, takes, at_first)
-    return Removals(positions, mask, takes_mask, kind, says)
-
-
-def taken(model: HookedModel) -> set[str]:
-    """Names of the arguments of the model's forward pass."""
-    forward = getattr(getattr(model, "original_model", None), "forward", None)
-    return set(inspect.signature(forward).parameters) if callable(forward) else set()
+    return replace(at_first, positions=_try_positions(model, layers, longest, plain, at_first))
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -190,14 +174,10 @@ def _look(
 
 
 def _try_masks(
-    model: HookedModel,
-    layers: Sequence[LayerSites],
-    ids: Tensor,
-    plain: _Seen,
-    takes: set[str],
-    dtype: torch.dtype,
+    model: HookedModel, layers: Sequence[LayerSites], ids: Tensor, plain: _Seen
 ) -> tuple[Removal, MaskKind, bool]:
-    """The kind of mask that hides nothing, if there is one."""
+    """The kind of mask that hides nothing, if there is one, and whether it needs position ids."""
+    takes = arguments_of(model)
     if all(bool(v.all()) for v in plain.visible):
         return Removal("absent"), "float", False
     if "attention_mask" not in takes:
@@ -207,7 +187,7 @@ def _try_masks(
     kinds: tuple[MaskKind, ...] = ("float", "bool")
     for says in (True, False) if "position_ids" in takes else (False,):
         for kind in kinds:
-            named = {"attention_mask": _nothing_hidden(kind, len(ids), dtype)}
+            named = {"attention_mask": _nothing_hidden(kind, len(ids), model_dtype(model))}
             if says:
                 named["position_ids"] = torch.arange(len(ids))
             try:
@@ -235,26 +215,21 @@ def _hidden_or_changed(layers: Sequence[LayerSites], plain: _Seen, seen: _Seen) 
 
 
 def _try_positions(
-    model: HookedModel,
-    layers: Sequence[LayerSites],
-    ids: Tensor,
-    plain: _Seen,
-    takes: set[str],
-    arguments: Removals,
+    model: HookedModel, layers: Sequence[LayerSites], ids: Tensor, plain: _Seen, known: Removals
 ) -> Removal:
     """Whether equal ids leave no trace of positions."""
     length = min(_REPEATED, len(ids))
     repeated = ids[:1].repeat(length)
     if not _trace(layers, _look(model, layers, repeated, {})):
         return Removal("absent")
-    if "position_ids" not in takes:
+    if "position_ids" not in arguments_of(model):
         return Removal("unremovable", "its forward pass takes no position_ids")
     without, dtype = Variant(positions=False, mask=True), model_dtype(model)
-    named = arguments.arguments(without, length, dtype)
+    named = known.arguments(without, length, dtype)
     trace = _trace(layers, _look(model, layers, repeated, named))
     if trace:
         return Removal("unremovable", f"equal position_ids leave positions in {trace}")
-    seen = _look(model, layers, ids, arguments.arguments(without, len(ids), dtype))
+    seen = _look(model, layers, ids, known.arguments(without, len(ids), dtype))
     for sites, before, after in zip(layers, plain.visible, seen.visible, strict=True):
         if not torch.equal(before, after):
             return Removal("unremovable", f"equal position_ids change the mask of {sites.label}")

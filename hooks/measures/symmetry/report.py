@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from hooks.arguments import check_choice, check_fields, check_integers
+from hooks.arguments import Settings, check_choice, check_integers
 from hooks.measures.symmetry.positions import Status, Variant
 from hooks.reports import Form, SavedReport, Unsound, check_numbers, per_layer
 
@@ -24,7 +24,7 @@ _MEASURES = ("kl", "tv", "logits", "moved")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SymmetrySettings:
+class SymmetrySettings(Settings):
     """How a symmetry gap was measured; ``seed`` is None where permutations were given."""
 
     permutations: int
@@ -32,9 +32,6 @@ class SymmetrySettings:
     keep_first: bool
     variants: tuple[str, ...]
     layers: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -340,9 +337,5 @@ _FORM = Form(
     _check_settings,
     _sizes,
     _check_numbers,
-    {
-        "labels": tuple[str, ...],
-        "positions": Mapping[str, str],
-        "mask": Mapping[str, str],
-    },
+    {"labels": tuple[str, ...], "positions": Mapping[str, str], "mask": Mapping[str, str]},
 )

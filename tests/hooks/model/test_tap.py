@@ -11,9 +11,10 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.nn import functional
 
+from hooks.model import Anchor
 from hooks.model.protocol import Role
 from hooks.model.tap import AttentionTap, Taken
-from hooks.sites.types import Anchor, LayerSites, Site, VectorSite
+from hooks.sites.types import LayerSites, Site, VectorSite
 
 B, H, Q, K, D = 2, 4, 5, 7, 3
 NOWHERE = VectorSite(Site("", 0, 2), Site("", 0, 2), "none")

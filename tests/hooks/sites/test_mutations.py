@@ -22,7 +22,6 @@ from hooks import NormNoise, UnsupportedModelError, attention_sites, collapse_pr
 from hooks.model import tap
 from hooks.model.inputs import ModelInput
 from hooks.sites import copies, layer_check, selfcheck
-from hooks.sites.locate import Located
 from hooks.sites.scores import ScoreParts
 from hooks.sites.types import AttentionSites, LayerSites, Site
 from qkvnorm_lens.models.config import ARCHITECTURE as OURS
@@ -93,7 +92,7 @@ def located(change: Callable[[Sites], Sites]) -> Callable[[Patch], None]:
     def apply(patch: Patch) -> None:
         find = vars(selfcheck)["locate"]
 
-        def found(*args: Any) -> Located:
+        def found(*args: Any) -> AttentionSites:
             right = find(*args)
             return replace(right, layers=change(right.layers))
 
