@@ -86,8 +86,7 @@ def strict(report: CollapseReport, row: Mapping[Any, Any]) -> str:
     """The strict share of a row of ``to_frame`` as text, with what is known of its error."""
     if report.settings.strict == "sampled":
         return share(row["strict"], row["se_strict"])
-    low, high = percent(row["strict_low"]), percent(row["strict_high"])
-    value = share(row["strict"])
+    low, high, value = share(row["strict_low"]), share(row["strict_high"]), share(row["strict"])
     return value if low == high else f"{value} ({low} to {high})"
 
 

@@ -181,5 +181,5 @@ def first_crossing(
     before, group = np.maximum(at - 1, 0), np.arange(len(counts))
     with np.errstate(divide="ignore", invalid="ignore"):
         part = (wanted - y[before, group]) / (y[at, group] - y[before, group])
-    found = x[before] + part * (x[at] - x[before])
+        found = x[before] + part * (x[at] - x[before])
     return np.where(counts == 0, math.nan, np.where(at > 0, found, math.inf))

@@ -83,8 +83,8 @@ POOL: dict[str, Callable[[], Any]] = {
     "empty dict": dict,
     "object": object,
     "odd": Odd,
-    "class": lambda: int,
-    "function": lambda: len,
+    "class": lambda: str,  # both can be called with anything
+    "function": lambda: repr,
     "Path": lambda: Path("nowhere"),
     "here": lambda: ".",
     "np.int64": lambda: np.int64(2),

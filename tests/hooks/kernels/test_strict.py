@@ -103,12 +103,12 @@ def test_laws_of_the_strict_rate(row: StrictRow, sigma: float, seed: int) -> Non
     order = np.random.default_rng(seed).permutation(len(row.s))
     moved = StrictRow(tuple(np.array(row.s)[order]))
     star = int(np.flatnonzero(order == 0)[0])
-    np.testing.assert_allclose(computed(moved, (sigma,), star)[0, 0], estimate, atol=1e-9)
+    np.testing.assert_allclose(computed(moved, (sigma,), star)[0, 0], estimate, atol=1e-5)
     # Nor is a constant added to all scores after the noise, or a token far below.
     shifted = replace(row, bias=(7.5,) * len(row.s))
     assert computed(shifted, (sigma,))[0, 0] == pytest.approx(estimate, abs=3e-3)
     far = replace(row, s=(*row.s, -300.0))
-    assert computed(far, (sigma,))[0, 0] == pytest.approx(estimate, abs=1e-9)
+    assert computed(far, (sigma,))[0, 0] == pytest.approx(estimate, abs=1e-5)
     # A sink, or a higher threshold, leaves room for less.
     assert computed(replace(row, sink=row.s[0] - 2), (sigma,))[0, 0] <= estimate + 2e-3
     assert computed(replace(row, sparse=0.99), (sigma,))[0, 0] <= estimate + 2e-3
