@@ -46,8 +46,8 @@ SHAPES = {"gpt2": [(8, 128), (1, 1024)], "smollm2": [(8, 128), (1, 1024)], "addi
 LONG = (8192, 32768)
 BRIDGE = "bridge, forward with logits"
 FLOOR = "bridge, ended at the last scores (the floor)"
-EXACT = "collapse_probe, exact (draws=0)"
-STRICT = "collapse_probe, strict rate too (draws=16)"
+EXACT = "collapse_probe, loose rates (strict=False)"
+STRICT = "collapse_probe, the strict rate too"
 CACHE = "run_with_cache, scores and patterns"
 WHOLE, GATHERED = "(b) draws on whole score tensors", "(b) draws on gathered sparse rows"
 HOOKS = "run_with_hooks, one noised pass"
@@ -70,7 +70,7 @@ class Comparison:
         self.case, self.draws = case, draws
         self.sigmas = hooks.DEFAULT_SIGMAS
         began = time.perf_counter()
-        self.reports = {EXACT: [self.probe(0)], STRICT: []}
+        self.reports = {EXACT: [self.probe(strict=False)], STRICT: []}
         self.first_call = time.perf_counter() - began
         self.sites = hooks.attention_sites(case.bridge)
         self.shape = Shape.of(case.bridge.cfg)
@@ -81,13 +81,13 @@ class Comparison:
         self.patterns: dict[str, Any] = {}
         self.nnsight_cached: Any = None
 
-    def probe(self, draws: int) -> Any:
+    def probe(self, *, strict: bool) -> Any:
         import hooks
 
         return hooks.collapse_probe(
             self.case.bridge,
             self.case.tokens,
-            draws=draws,
+            strict=strict,
             batch_size=len(self.case.tokens),
             progress=False,
         )
@@ -103,8 +103,8 @@ class Comparison:
             "bare model, forward with logits": case.logits,
             BRIDGE: lambda: case.bridge(case.tokens),
             FLOOR: self.floor,
-            EXACT: lambda: self.reports[EXACT].append(self.probe(0)),
-            STRICT: lambda: self.reports[STRICT].append(self.probe(16)),
+            EXACT: lambda: self.reports[EXACT].append(self.probe(strict=False)),
+            STRICT: lambda: self.reports[STRICT].append(self.probe(strict=True)),
             CACHE: self.cache,
             WHOLE: partial(self.draw, WHOLE, recipes.draw_shifts),
             GATHERED: partial(self.draw, GATHERED, recipes.draw_shifts_gathered),
@@ -324,7 +324,7 @@ class Lone:
 
         if self.kind == "probe":
             self.report = hooks.collapse_probe(
-                bridge, tokens, draws=0, batch_size=len(tokens), progress=False
+                bridge, tokens, strict=False, batch_size=len(tokens), progress=False
             )
             return
         sites = hooks.attention_sites(bridge)

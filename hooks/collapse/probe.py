@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from hooks.arguments import MANY, brief, check_choice, check_integers, check_number, check_optional
+from hooks.arguments import (
+    MANY,
+    brief,
+    check_booleans,
+    check_choice,
+    check_integers,
+    check_number,
+    check_optional,
+)
 from hooks.collapse.report import CollapseReport
 from hooks.collapse.settings import ProbeSettings
 from hooks.collapse.tally import Tally
@@ -68,6 +76,7 @@ def collapse_probe(
     shared: Shared = "none",
     layers: Sequence[int] | None = None,
     sparse: float = SPARSE,
+    strict: bool = True,
     draws: int | None = None,
     seed: int = 0,
     attention_mask: MaskLike | None = None,
@@ -104,6 +113,7 @@ def collapse_probe(
             probability does not depend on it.
         layers: block indices; default: every attention layer.
         sparse: least maximum of a sparse row.
+        strict: compute the strict rate under ``"exact"``; it costs more the more rows collapse.
         draws: samples of the noise; under ``"exact"``, of the strict rate only, to check what is
             computed (or, for ``sparse`` <= 0.5, to have one at all). Default: none under
             ``"exact"``, 16 under ``"sample"``.
@@ -178,8 +188,7 @@ def collapse_probe(
         seed=noise.seed,
         keep=keep,
         keep_rows=keep_rows,
-        # With less, several tokens can be sparse maxima at once, which is not computed.
-        strict="computed" if method == "exact" and sparse > 0.5 else "sampled",
+        strict=_how(strict, method, sparse),
     )
     tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
     with Workers().open() as workers:
@@ -208,6 +217,12 @@ def read_grid(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
     if values != sorted(set(values)):
         raise ValueError(f"sigmas: wanted ascending and distinct; got {brief(values)}")
     return tuple(values)
+
+
+def _how(strict: bool, method: Method, sparse: float) -> str:
+    """How the strict rate is found: computed or, also where several tokens can win, sampled."""
+    (wanted,) = check_booleans(strict=strict)
+    return "computed" if wanted and method == "exact" and sparse > 0.5 else "sampled"
 
 
 def check_sparse(sparse: float) -> float:

@@ -128,6 +128,9 @@ def test_a_strict_rate_that_is_not_known_is_none(llama: Any) -> None:
         assert frame[name].isna().all()
     with pytest.raises(ValueError, match="strict: wanted a report with strict rates; got one"):
         report.sigma_at(strict=True)
+    skipped = probe(llama, draws=0, strict=False).to_frame("model")
+    assert skipped["strict"].isna().all()
+    np.testing.assert_array_equal(skipped["loose"], probe(llama).to_frame("model")["loose"])
     drawn = probe(llama, sparse=0.5, draws=4).to_frame("model")
     np.testing.assert_allclose(drawn["strict"], drawn["strict_drawn"], rtol=1e-12)
 
