@@ -26,6 +26,7 @@ from hooks.kernels import (
     SINGLE,
     TIES,
     Draws,
+    Found,
     Layer,
     Rule,
     Sums,
@@ -199,13 +200,14 @@ class LayerReducer:
         table = empty_piece(_ROWS, max(_ENTRIES, 2 * n_key), self.tally.biased)
         computed = self.settings.strict == "computed"
         pending = no_pending(_ROWS if computed else 0, len(self.settings.sigmas))
+        found = Found(own, table, pending)
         at = 0
         while at < n_matrices * n_query:
             table.used[:] = 0
             near = rule._replace(cutoff=self.tally.parts.cutoff, first_matrix=first)
-            at = scan(near, layer, draws, own, table, pending, use, at)
+            at = scan(near, layer, draws, found, use, at)
             if pending.used[0]:
-                add_strict(near, layer, own, pending, use)
+                add_strict(near, layer, found, use)
             heads = self.sites.n_heads
             self.tally.parts.take(table, near.cutoff, self.index, heads, self.prompts)
             self.tally.showing.take(

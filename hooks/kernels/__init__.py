@@ -23,7 +23,7 @@ from hooks.kernels.row import (
     uncapped,
     visible_sum,
 )
-from hooks.kernels.types import BEYOND, MASKED, Draws, Ints, Layer, Rule, Sums, Table
+from hooks.kernels.types import BEYOND, MASKED, Draws, Found, Ints, Layer, Rule, Sums, Table
 
 __all__ = [
     "ABLE",
@@ -31,6 +31,7 @@ __all__ = [
     "BROKEN",
     "Draws",
     "EXAMINED",
+    "Found",
     "GRID",
     "Ints",
     "LAW_CODES",

@@ -48,6 +48,7 @@ from hooks.kernels.types import (
     Drawn,
     Draws,
     Floats,
+    Found,
     Layer,
     Pending,
     Place,
@@ -81,22 +82,14 @@ def scratch(n_key: int, n_sigmas: int) -> Scratch:
 
 
 @compiled
-def scan(
-    rule: Rule,
-    layer: Layer,
-    draws: Draws,
-    sums: Sums,
-    table: Table,
-    pending: Pending,
-    use: Scratch,
-    first: int,
-) -> int:
-    """Add rows to ``sums``, ``table`` and ``pending`` from row ``first`` on, until one may be full.
+def scan(rule: Rule, layer: Layer, draws: Draws, found: Found, use: Scratch, first: int) -> int:
+    """Add rows to ``found`` from row ``first`` on, until its table or ``pending`` may be full.
 
     Returns the row to continue with, ``matrices * queries`` at the end.
     """
     n_matrices, n_query, n_key = layer.scores.shape
     n_rows: int = n_matrices * n_query
+    sums, table, pending = found.sums, found.table, found.pending
     for at in range(first, n_rows):
         if table.used[0] == len(table.s_star) or table.used[1] + n_key > len(table.s):
             return at
@@ -125,9 +118,9 @@ def scan(
         # Under a causal mask, keys after the query's own need not be read again.
         row = row[: last_seen(row, n_key - n_query + q + 1)]
         if layer.qk.size or rule.soft_cap > 0:
-            _unpacked_row(rule, layer, draws, sums, table, pending, use, m, q)
+            _unpacked_row(rule, layer, draws, found, use, m, q)
         else:
-            _plain_row(rule, row, draws, sums, table, pending, use, m, q)
+            _plain_row(rule, row, draws, found, use, m, q)
     return n_rows
 
 
@@ -145,19 +138,11 @@ def _place(rule: Rule, m: int, q: int, star: int) -> Place:
 
 @compiled
 def _plain_row(
-    rule: Rule,
-    row: Floats,
-    draws: Draws,
-    sums: Sums,
-    table: Table,
-    pending: Pending,
-    use: Scratch,
-    m: int,
-    q: int,
+    rule: Rule, row: Floats, draws: Draws, found: Found, use: Scratch, m: int, q: int
 ) -> None:
     """A row whose scores are its q.k parts: only competitors are copied."""
-    top = np.float64(largest(row))  # or all that takes it is compiled for float32 as well
-    star, reach = first_of_largest(row), _reach(rule)
+    sums = found.sums
+    top, star, reach = largest(row), first_of_largest(row), _reach(rule)
     if (not rule.on_k or top == 0) and tied(row, star, rule.eps):
         sums.counts[TIES, m] += 1
         return
@@ -182,11 +167,11 @@ def _plain_row(
     for t in range(n):
         use.near[t], use.beta[t] = use.key[t], 0.0
         use.a[t] = half_width(top, use.near[t], 0.0, rule.on_q, rule.on_k)
-    _list(rule, use, n, top, at, table)
+    _list(rule, use, n, top, at, found.table)
     if rule.exact:
         _no_rates(use)
         exact_plain(rule, use, n, top, use.rates)
-        _add_loose(use, sums, at, pending)
+        _add_loose(use, found, at)
     if draws.k.shape[0]:
         _draw(rule, row, draws, sums, use, n, at, top, 0, 0)
     for t in range(n):
@@ -204,8 +189,9 @@ def _no_rates(use: Scratch) -> None:
 
 
 @compiled
-def _add_loose(use: Scratch, sums: Sums, at: Place, pending: Pending) -> None:
+def _add_loose(use: Scratch, found: Found, at: Place) -> None:
     """Add the row's loose rates, and put it down for the strict ones."""
+    sums, pending = found.sums, found.pending
     some, r = 0.0, pending.used[0]
     for i in range(len(use.rates)):
         sums.loose[i, at.matrix, at.kind] += use.rates[i]
@@ -245,7 +231,7 @@ def _unpack(rule: Rule, layer: Layer, use: Scratch, m: int, q: int) -> tuple[int
     row = layer.scores[m, q]
     n, star, top = 0, -1, -math.inf
     for k in range(len(row)):
-        w = float(row[k])
+        w: float = np.float64(row[k])
         if w <= MASKED:
             continue
         if rule.soft_cap > 0:
@@ -261,17 +247,10 @@ def _unpack(rule: Rule, layer: Layer, use: Scratch, m: int, q: int) -> tuple[int
 
 @compiled
 def _unpacked_row(
-    rule: Rule,
-    layer: Layer,
-    draws: Draws,
-    sums: Sums,
-    table: Table,
-    pending: Pending,
-    use: Scratch,
-    m: int,
-    q: int,
+    rule: Rule, layer: Layer, draws: Draws, found: Found, use: Scratch, m: int, q: int
 ) -> None:
     """A row with a bias or under a soft cap."""
+    sums = found.sums
     n, star = _unpack(rule, layer, use, m, q)
     top = use.s[star] + use.bias[star]
     bar, close, mean = top - TIE * rule.eps * abs(top), 0, 0.0
@@ -294,7 +273,7 @@ def _unpacked_row(
         count, able = _competitors(rule, use, n, star, shift, biased, wanted)
         if not gauge:
             sums.counts[ABLE + at.kind, m] += able
-            _list(rule, use, count, s_star, at, table)
+            _list(rule, use, count, s_star, at, found.table)
         _no_rates(use)
         if rule.exact and biased:
             exact_biased(rule, use, count, s_star, use.rates)
@@ -304,7 +283,7 @@ def _unpacked_row(
             for i in range(len(use.rates)):
                 sums.centred[i, m, at.kind] += use.rates[i]
         else:
-            _add_loose(use, sums, at, pending)
+            _add_loose(use, found, at)
         if draws.k.shape[0] and (gauge == 0 or not rule.exact):
             _draw(rule, layer.scores[m, q], draws, sums, use, count, at, s_star, gauge, n)
 
@@ -416,11 +395,12 @@ def no_pending(n_rows: int, n_sigmas: int) -> Pending:
 
 
 @compiled
-def add_strict(rule: Rule, layer: Layer, sums: Sums, pending: Pending, use: Scratch) -> None:
-    """Add the strict rates of the rows put down to ``sums``; then there are none.
+def add_strict(rule: Rule, layer: Layer, found: Found, use: Scratch) -> None:
+    """Add the strict rates of the rows put down in ``found.pending``; then there are none.
 
     A function of its own, as what :func:`scan` calls is compiled into it again.
     """
+    sums, pending = found.sums, found.pending
     for r in range(pending.used[0]):
         m, q = pending.row[r, 0], pending.row[r, 1]
         star, kind = pending.row[r, 2], pending.row[r, 3]

@@ -31,7 +31,7 @@ def largest(row: Floats) -> float:
     top = row[0]
     for x in row:
         top = max(top, x)
-    return float(top)
+    return np.float64(top)  # compiled, float() of a float32 is one: callers would be, twice
 
 
 @compiled
@@ -377,7 +377,7 @@ def table_rates(
     work, grid = np.empty((3, most)), np.empty(GRID)
     for i in range(len(rows)):
         begin, end = start[rows[i]], start[rows[i] + 1]
-        n, own = end - begin, float(s_star[rows[i]])
+        n, own = end - begin, np.float64(s_star[rows[i]])
         for t in range(n):
             near[t] = s[begin + t]
             inverse[t] = 1 / near[t] if near[t] != 0 else 0.0

@@ -48,6 +48,7 @@ _BELOW, _DEPTH = 5, 10.0  # cells and length of a grid below it, from which sums
 _Q_ALONE, _Q_ALONE_END = 64, 5.5  # cells and end of a query's number where only it is noised
 _FAR = 12.0  # tokens that stay further below W add less than exp(-12)
 _SLIGHT = 1e-6  # loose rates below which the strict one is only bounded
+_NOTHING = 1e-9  # mass of W in a cell that is not followed
 _TINY = 1e-30
 
 
@@ -404,7 +405,6 @@ def _cell(
         variance = 0.5 * (varies + crowd[VARIANCE, k])
         weight = (f - p) / (f + p)
         crowd[INVERSE, k], crowd[WEIGHT, k] = inverse, weight
-        # Kept for the winners below; put right for the next cell after them.
         crowd[MEAN, k], crowd[VARIANCE, k] = at_end, varies
         crowd[BEFORE, k] = crowd[CDF, k]
         crowd[MIDDLE_MEAN, k], crowd[MIDDLE_VARIANCE, k] = mean, variance
@@ -420,7 +420,7 @@ def _cell(
         density = (below * crowd[INVERSE, j] - begun * crowd[INVERSE_BEFORE, j]) / h
         last = crowd[DENSITY, j]
         crowd[DENSITY, j], crowd[INVERSE_BEFORE, j] = density, crowd[INVERSE, j]
-        if j == own or density <= 0 or crowd[HIGH, j] < low + how.needed:
+        if j == own or density * h < _NOTHING or crowd[HIGH, j] < low + how.needed:
             continue
         # W lies in the cell where its density, a line through this cell and the last, has it.
         bent = max(-1.0, min(1.0, (density - last) / density))

@@ -91,6 +91,14 @@ class Table(NamedTuple):
     used: Ints
 
 
+class Found(NamedTuple):
+    """All that rows are added to."""
+
+    sums: Sums
+    table: Table
+    pending: Pending
+
+
 class Scratch(NamedTuple):
     """Working memory of one row."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -254,6 +255,14 @@ def test_what_is_no_number_is_told_apart_and_ends_every_search() -> None:
     assert first_of_largest(row) == 0
     for x, wrong in ((np.nan, True), (np.inf, True), (-np.inf, False), (-3e38, False)):
         assert has_no_number(np.array([0.5, x, 1.0], np.float32)) == wrong
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_rows_maximum_is_wide(dtype: type) -> None:
+    """Numba's float() keeps float32; what takes it would be compiled, and round, for that too."""
+    assert kernels.largest(np.array([1, 1e30], dtype)) == float(dtype(1e30))
+    compiled: Any = kernels.largest
+    assert {str(s.return_type) for s in compiled.nopython_signatures} == {"float64"}
 
 
 @given(st.floats(-1, 1), st.floats(0.5, 100), st.sampled_from([torch.float16, torch.float32]))
