@@ -134,3 +134,18 @@ class Place(NamedTuple):
     query: int
     star: int  # the key it attends to
     kind: int  # 1 for a row that attends to a first token, else 0
+
+
+class Setting(NamedTuple):
+    """What holds for all tokens of a row at one sigma, for its strict rate."""
+
+    law: int
+    sigma: float
+    soft_cap: float
+    needed: float  # by how much a token must lie above the others' sum
+    sink: float
+    plain: bool  # no biases and no sink: all levels scale with the query's factor
+    curvature: float  # the largest slope of the factor's density
+
+
+S, BIAS = 0, 1  # rows of ``Scratch.crowd``: q.k parts before the query's factor, and what is added
