@@ -36,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list heads and rows by attention that does not go to the first token",
     )
     parser.add_argument(
-        "--no-views",
-        action="store_true",
-        help="leave out circuitsvis's attention views (1.3 MB)",
+        "--no-views", action="store_true", help="leave out circuitsvis's attention views (1.3 MB)"
     )
 
 

@@ -25,10 +25,7 @@ from hooks.arguments import (
 )
 
 ACTIVATIONS: Final = ("relu", "gelu", "gelu_new", "silu")
-
-
 POSITIONS: Final = ("standard", "sinusoidal", "rotary", "none")
-
 
 # What TransformerLens's own configuration lets one say and this architecture does (`device`,
 # `dtype`, names and tokenizer fields apart). Every other field must keep its default: accepting a
@@ -69,7 +66,6 @@ HONOURED: Final = frozenset(
     ]
 )
 
-
 _OURS: Final = (
     "placement", "norm", "score_scale", "calibrated", "attn_bias", "centred", "skip", "output_mlp",
     "sinusoids",
@@ -95,7 +91,6 @@ def tl_defaults() -> dict[str, Any]:
 
 MOST: Final = 1 << 31
 
-
 _CHOICES: Final[dict[str, tuple[str | None, ...]]] = {
     "act_fn": ACTIVATIONS,
     "normalization_type": ("LN", "RMS", None),
@@ -104,13 +99,11 @@ _CHOICES: Final[dict[str, tuple[str | None, ...]]] = {
     "attn_implementation": ("eager", "sdpa"),
 }
 
-
 _INTEGERS: Final = {
     **dict.fromkeys(("d_model", "d_head", "n_layers", "n_ctx", "d_mlp", "n_key_value_heads"), 1),
     **dict.fromkeys(("n_heads", "d_vocab", "window_size", "rotary_dim"), 1),
     "d_vocab_out": -1,
 }
-
 
 _BOOLEANS: Final = frozenset(
     [
@@ -122,7 +115,6 @@ _BOOLEANS: Final = frozenset(
         "tokenizer_appends_eos",
     ]
 )
-
 
 _TEXTS: Final = frozenset(["model_name", "tokenizer_name", "default_padding_side"])
 

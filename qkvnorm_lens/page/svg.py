@@ -299,9 +299,7 @@ def _map_key(cells: HeadCells, min_rows: int) -> Markup:
     low, high = cells.ends
     ramp = ", ".join(f"#{c}" for c in _VIRIDIS)
     bar = element("span", "", class_="ramp", style=f"background: linear-gradient(90deg, {ramp})")
-    items = [
-        element("li", Markup("{} {} {}").format(f"σ = {low:.2g}%", bar, f"{high:.2g}%")),
-    ]
+    items = [element("li", Markup("{} {} {}").format(f"σ = {low:.2g}%", bar, f"{high:.2g}%"))]
     if np.isinf(cells.sigma).any():
         items.append(element("li", element("span", "", class_="box never") + "never"))
     if np.isnan(cells.sigma).any():

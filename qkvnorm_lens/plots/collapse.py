@@ -107,10 +107,7 @@ def collapse_chart(report: CollapseReport, by: str, *, published: bool = False) 
 
 
 def row_margins(
-    report: CollapseReport,
-    ax: Axes | None = None,
-    *,
-    backend: Backend = "matplotlib",
+    report: CollapseReport, ax: Axes | None = None, *, backend: Backend = "matplotlib"
 ) -> Figure | Any:
     """Share of sparse rows that noise of a given size can move at all, against that size.
 

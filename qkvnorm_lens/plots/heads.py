@@ -114,10 +114,7 @@ def head_map(
     (min_rows,) = check_integers(min_rows=(min_rows, 0))
     cells = head_cells(report, rate, content=content, min_rows=min_rows)
     n_layers, n_heads = cells.sigma.shape
-    size = (
-        max(min(3.0 + 0.45 * n_heads, 12.0), 5.6),
-        max(min(1.6 + 0.25 * n_layers, 10.0), 3.2),
-    )
+    size = (max(min(3.0 + 0.45 * n_heads, 12.0), 5.6), max(min(1.6 + 0.25 * n_layers, 10.0), 3.2))
     if backend == "plotly":
         return _with_plotly(cells, size)
     figure, ax = axes_of(None if ax is None else axes_in(ax, 1, "for the map")[0], size)

@@ -10,16 +10,7 @@ import numpy as np
 import pandas as pd
 
 from hooks.arguments import check_choice
-from qkvnorm_lens.plots.charts import (
-    RUNS,
-    Axis,
-    Backend,
-    Chart,
-    Line,
-    check_backend,
-    draw,
-    numbers,
-)
+from qkvnorm_lens.plots.charts import RUNS, Axis, Backend, Chart, Line, check_backend, draw, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 from qkvnorm_lens.plots.frames import check_columns
 
 _DASHES: Final = ("-", "--", ":", "-.")
-
-
 _LOG_COLUMNS: Final = ("sequences", "loss", "per_token")
 
 

@@ -35,24 +35,10 @@ from .read import (
     reading as reading,
     reading_parts as reading_parts,
 )
-from .registry import (
-    NAMES as NAMES,
-    get_experiment as get_experiment,
-)
-from .report import (
-    write_report as write_report,
-)
-from .running import (
-    Outcome as Outcome,
-    fitting as fitting,
-    run_experiment as run_experiment,
-)
-from .stats import (
-    Mean as Mean,
-    counted as counted,
-    difference as difference,
-    mean as mean,
-)
+from .registry import NAMES as NAMES, get_experiment as get_experiment
+from .report import write_report as write_report
+from .running import Outcome as Outcome, fitting as fitting, run_experiment as run_experiment
+from .stats import Mean as Mean, counted as counted, difference as difference, mean as mean
 from .studies import (
     CONFOUND_STEPS as CONFOUND_STEPS,
     CONFOUNDS as CONFOUNDS,
@@ -60,10 +46,7 @@ from .studies import (
     runs as runs,
     trained as trained,
 )
-from .subjects import (
-    default_subjects as default_subjects,
-    find_subjects as find_subjects,
-)
+from .subjects import default_subjects as default_subjects, find_subjects as find_subjects
 from .verdict import (
     Finding as Finding,
     Verdict as Verdict,

@@ -26,7 +26,6 @@ from qkvnorm_lens.experiments.paper.accuracy import KINDS
 
 SCALE_GAP: Final = "Sparse rows, QKV-Norm, 1/√d minus the paper's setting"
 
-
 LEADS: Final = (
     ("Extrapolation, Pre-Norm minus QKV-Norm, the paper's setting", "pre-paper", "qkv-paper"),
     ("Extrapolation, Pre-Norm minus QKV-Norm, 1/√d", "pre", "qkv"),

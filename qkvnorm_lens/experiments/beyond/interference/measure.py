@@ -22,8 +22,6 @@ BY: Final[tuple[Literal["head", "layer", "model"], ...]] = ("head", "layer", "mo
 SPARED: Final = {False: "frozen too", True: "spared"}
 MOVED: Final = "moved_content"
 _FACTS: Final = ("by", "first", "on", "constant", "layer", "head", "label")
-
-
 _BOTH: Final = ("", "_content")
 NUMBERS: Final = (
     "rows",

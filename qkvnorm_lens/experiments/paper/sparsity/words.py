@@ -22,8 +22,6 @@ from qkvnorm_lens.experiments.core import (
 from qkvnorm_lens.experiments.paper.sparsity.measure import BINS
 
 SHARP: Final = 3.0
-
-
 TOP, BESIDE = 0.98, 0.80  # a peak: maxima from 0.98 on, against those from 0.80 to 0.98
 
 

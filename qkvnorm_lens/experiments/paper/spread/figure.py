@@ -23,11 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MEANING: Final = {"stream": "embeddings", "k": "keys", "v": "values"}
-
-
 MARKERS: Final = {"stream": "o", "k": "s", "v": "^"}
-
-
 PUBLISHED: Final = 0.20  # Baseline Pre-Norm; 0.30 for Alternate and Large
 
 

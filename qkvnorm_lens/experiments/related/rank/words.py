@@ -104,8 +104,6 @@ def _findings(table: pd.DataFrame) -> list[str]:
 
 
 PAIRS: Final = (("pre", "qkv"), ("pre", "none"), ("qkv", "none"))
-
-
 COMPARED: Final = {"effective_rank": "effective rank", "mean_cosine": "mean cosine"}
 
 

@@ -25,11 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS: Final = dict(zip(VARIANTS, ("#000000", BLUE, ORANGE, GREEN), strict=True))
-
-
 MARKERS: Final = dict(zip(VARIANTS, "osD^", strict=True))
-
-
 LEAST: Final = 1e-8  # of the figure's logarithmic axes
 
 
