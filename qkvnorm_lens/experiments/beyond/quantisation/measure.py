@@ -125,7 +125,7 @@ def of_head(
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
-    return reading_parts(subjects, size, measure)
+    return reading_parts(subjects, AMOUNT[size], measure)
 
 
 # -- numbers ----------------------------------------------------------------------------------

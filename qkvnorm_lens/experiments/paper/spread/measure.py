@@ -38,7 +38,7 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
-    return reading_parts(subjects, size, measure)
+    return reading_parts(subjects, AMOUNT[size], measure)
 
 
 def rows_of(table: pd.DataFrame, of: str, by: str) -> pd.DataFrame:

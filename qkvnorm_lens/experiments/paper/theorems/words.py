@@ -6,7 +6,7 @@ from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Claim, decide
+from qkvnorm_lens.experiments import core
 
 NOT_RHO: Final = ("query noise", "moved", "stays")
 """Series of theorem 7 that are not of one ratio of scores."""
@@ -97,7 +97,7 @@ def _relative(table: pd.DataFrame) -> float:
     return float(((least["value"] - least["predicted"]) / least["predicted"]).abs().max())
 
 
-def claims(table: pd.DataFrame) -> list[Claim]:
+def claims(table: pd.DataFrame) -> list[core.Claim]:
     """Each theorem beside what our blocks do."""
     pre = table["placement"] == "pre"
     interferes = (table[pre & table["panel"].isin(("turning", "growing"))]["value"] - 1).abs().max()
@@ -146,6 +146,6 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         ),
     ]
     return [
-        Claim(what, f"{published} (Section 3)", ours, decide(bool(holds)), exact)
+        core.Claim(what, f"{published} (Section 3)", ours, core.decide(bool(holds)), exact)
         for what, published, ours, holds in checks
     ]

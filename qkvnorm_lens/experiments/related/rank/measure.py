@@ -93,7 +93,7 @@ def at_start(subject: Subject) -> TransformerBridge | None:
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
-    return reading_parts(subjects, size, measure, start=SEED)
+    return reading_parts(subjects, AMOUNT[size], measure, start=SEED)
 
 
 # -- reading the table ----------------------------------------------------------------------
