@@ -19,21 +19,8 @@ from hooks.arguments import check_booleans, check_optional, check_path, check_te
 from qkvnorm_lens import __version__, tables
 from qkvnorm_lens.page import svg
 from qkvnorm_lens.page.template import environment, source as file_text
-from qkvnorm_lens.plots import SCALE, collapse_chart, head_cells, margins_chart, name_of
+from qkvnorm_lens.plots import SCALE, collapse_chart, head_cells, html, margins_chart, name_of
 from qkvnorm_lens.plots.charts import check_report
-from qkvnorm_lens.plots.html import (
-    LOADER,
-    circuits,
-    fragile_prompt,
-    island,
-    library,
-    policy,
-    script,
-    shown_rows,
-    strip,
-    style,
-    token,
-)
 
 if TYPE_CHECKING:
     from hooks import CollapseReport
@@ -77,14 +64,14 @@ def html_report(
     check_report("report", report, "CollapseReport")
     source = check_text("source", source)
     (content,), (views,) = check_booleans(content=content), check_optional(views=views)
-    shown = shown_rows(report, content=content)
+    shown = html.shown_rows(report, content=content)
     scripts = [file_text("page.js")]
     data: list[dict[str, Any]] = []
     if views is None or views:
         bundle = _library(required=bool(views))
-        data = circuits(shown, report)[:VIEWS] if bundle else []
+        data = html.circuits(shown, report)[:VIEWS] if bundle else []
         if data:
-            scripts = [bundle, LOADER, *scripts]
+            scripts = [bundle, html.LOADER, *scripts]
     texts, texts_left_out = _texts(report)
     fragile, left_out = _fragile(report, content)
     chart, margins = collapse_chart(report, "model"), margins_chart(report)
@@ -93,10 +80,10 @@ def html_report(
         environment()
         .get_template("report.html")
         .render(
-            policy=policy(scripts),
-            style=Markup(style()),
-            scripts=[script(s) for s in scripts],
-            island=island("circuits", data) if data else "",
+            policy=html.policy(scripts),
+            style=Markup(html.style()),
+            scripts=[html.script(s) for s in scripts],
+            island=html.island("circuits", data) if data else "",
             name=name_of(report),
             lead=lead,
             about=about,
@@ -106,7 +93,7 @@ def html_report(
             curve_caption=_caption(report),
             caveats=caveats(report),
             **_heads(report, content),
-            strips=[(row.markup(), strip(row)) for row in shown],
+            strips=[(row.markup(), html.strip(row)) for row in shown],
             draws=DRAWS,
             seed=report.settings.seed,
             fragile=fragile,
@@ -144,7 +131,7 @@ def _tabs(views: bool, texts: bool) -> list[tuple[str, str]]:
 
 def _library(*, required: bool) -> str:
     try:
-        return library()
+        return html.library()
     except ImportError:
         if required:
             raise
@@ -331,12 +318,12 @@ def _fragile(report: CollapseReport, content: bool) -> tuple[_Table, str]:
 
 def _place(row: dict[Any, Any], what: str, after: Any = "") -> _Cell:
     at, text = int(row[f"{what}_pos"]), str(row[f"{what}_token"])
-    shown = Markup('{} <span class="mono">{}</span>{}').format(at, token(text), after)
+    shown = Markup('{} <span class="mono">{}</span>{}').format(at, html.token(text), after)
     return (shown, f"{at:06d}", True)
 
 
 def _text(text: str) -> Markup:
-    return Markup('<span class="mono">{}</span>').format(token(text))
+    return Markup('<span class="mono">{}</span>').format(html.token(text))
 
 
 def _texts(report: CollapseReport) -> tuple[list[Markup], str]:
@@ -351,7 +338,7 @@ def _texts(report: CollapseReport) -> tuple[list[Markup], str]:
         chosen.append(prompt)
     left = len([t for t in tokens if t]) - len(chosen)
     said = f"Prompts not shown: {left:,}." if left else ""
-    return [fragile_prompt(report, p, most=TEXT_TOKENS) for p in chosen], said
+    return [html.fragile_prompt(report, p, most=TEXT_TOKENS) for p in chosen], said
 
 
 def _rates(report: CollapseReport) -> _Table:

@@ -10,16 +10,7 @@ import numpy as np
 import pandas as pd
 
 from hooks.arguments import check_integers
-from qkvnorm_lens.plots.charts import (
-    GREY,
-    Backend,
-    axes_in,
-    axes_of,
-    check_backend,
-    check_report,
-    log_ticks,
-    ticks_between,
-)
+from qkvnorm_lens.plots import charts
 from qkvnorm_lens.plots.collapse import title_of
 
 if TYPE_CHECKING:
@@ -84,7 +75,7 @@ def head_map(
     *,
     content: bool = False,
     min_rows: int = 20,
-    backend: Backend = "matplotlib",
+    backend: charts.Backend = "matplotlib",
 ) -> Figure | Any:
     """Sigma at which a share ``rate`` of a head's sparse rows collapses, layers by heads.
 
@@ -109,15 +100,17 @@ def head_map(
         ValueError: from :meth:`hooks.CollapseReport.sigma_at`; another ``backend``, or an axis
             beside plotly.
     """
-    check_backend(backend, ax)
-    check_report("report", report, "CollapseReport")
+    charts.check_backend(backend, ax)
+    charts.check_report("report", report, "CollapseReport")
     (min_rows,) = check_integers(min_rows=(min_rows, 0))
     cells = head_cells(report, rate, content=content, min_rows=min_rows)
     n_layers, n_heads = cells.sigma.shape
     size = (max(min(3.0 + 0.45 * n_heads, 12.0), 5.6), max(min(1.6 + 0.25 * n_layers, 10.0), 3.2))
     if backend == "plotly":
         return _with_plotly(cells, size)
-    figure, ax = axes_of(None if ax is None else axes_in(ax, 1, "for the map")[0], size)
+    figure, ax = charts.axes_of(
+        None if ax is None else charts.axes_in(ax, 1, "for the map")[0], size
+    )
     image = _cells(ax, cells)
     few = _marks(ax, cells, image)
     _key(ax, cells.sigma, f"{few}  {cells.few_means}" if few else "")
@@ -126,7 +119,7 @@ def head_map(
     _integer_ticks(ax, n_heads, cells.layers)
     bar = figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
     bar.set_label(cells.bar)
-    log_ticks(bar.ax.yaxis)
+    charts.log_ticks(bar.ax.yaxis)
     ax.set_title(cells.title, fontsize=9, loc="left")
     return figure
 
@@ -145,7 +138,7 @@ def _with_plotly(cells: HeadCells, size: tuple[float, float]) -> Any:
         ]
         for i, row in enumerate(values)
     ]
-    ticks = ticks_between(low, high)
+    ticks = charts.ticks_between(low, high)
     figure = go.Figure()
     never = np.where(np.isinf(values), 1.0, np.nan)
     for z, given in (
@@ -249,7 +242,7 @@ def _key(ax: Axes, values: np.ndarray, few: str) -> None:
     from matplotlib.transforms import ScaledTranslation
 
     handles = [
-        Patch(facecolor=colour, edgecolor=GREY, linewidth=0.5, label=label)
+        Patch(facecolor=colour, edgecolor=charts.GREY, linewidth=0.5, label=label)
         for colour, label, there in (
             (NEVER, "never", np.isinf(values).any()),
             (NO_ROWS, "no sparse rows", np.isnan(values).any()),
