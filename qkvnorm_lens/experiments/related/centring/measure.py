@@ -12,7 +12,7 @@ import pandas as pd
 from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.paper.accuracy import accuracies
 
-SUMS: Final[dict[core.Size, int]] = {"smoke": 200, "quick": 2_000, "full": 20_000}
+SUMS: Final = core.by_size(200, 2_000, 20_000)
 PAIRS: Final = {"pre": ("confound-pre", "centred-pre")}
 """By placement: the runs with A, and those with A - U."""
 SEEDS: Final = (1, 2, 3)
@@ -45,11 +45,9 @@ def measure(subject: core.Subject, size: core.Size) -> pd.DataFrame:
     report = hooks.spectral_gap(subject.load(), read.ids, batch_size=32, progress=False)
     whole = report.to_frame("prompt")[list(SPECTRUM)].mean()
     rows += [("number", last, name, core.PLAIN, float(whole[name])) for name in SPECTRUM]
-    names = ("what", "step", "quantity", "variant", "value")
+    names = ["what", "step", "quantity", "variant", "value"]
     fix = int(subject.group.startswith("centred"))
-    return pd.DataFrame(
-        [{**subject.columns, "fix": fix, **dict(zip(names, row, strict=True))} for row in rows]
-    )
+    return core.about(subject, pd.DataFrame(rows, columns=names).assign(fix=fix), "fix")
 
 
 def parts(subjects: tuple[core.Subject, ...], size: core.Size) -> list[core.Part]:
