@@ -226,9 +226,8 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         super().__init__()
         self.cfg = cfg
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # torch's modules draw weights that are then replaced
+        # torch's modules draw weights that are then replaced
+        with torch.random.fork_rng(devices=[]):
             self.tok_embed = TokenEmbedding(cfg)
             self.pos: nn.Module | None = None
             if cfg.positional_embedding_type == "standard":
@@ -239,10 +238,8 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
             self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
             self.ln_out = plain_norm(cfg)
             widths = (cfg.d_model, *cfg.output_mlp)
-            hidden = [
-                part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())
-            ]
-            self.out_mlp = nn.Sequential(*hidden)
+            hidden = ((nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(widths))
+            self.out_mlp = nn.Sequential(*itertools.chain(*hidden))
             self.head = nn.Linear(widths[-1], cfg.d_vocab, bias=False)
         if cfg.init_weights:
             self._draw_weights()
@@ -298,9 +295,7 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
             raise ValueError("input_ids: wanted either them or inputs_embeds; got both or neither")
         x = inputs_embeds if input_ids is None else self.tok_embed(input_ids)
         assert x is not None
-        cache = (
-            past_key_values if past_key_values is not None else (KVCache() if use_cache else None)
-        )
+        cache = KVCache() if past_key_values is None and use_cache else past_key_values
         n_old = 0 if cache is None else len(cache)
         n_new = x.shape[1]
         if n_old + n_new > self.cfg.n_ctx:
@@ -366,15 +361,9 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         """Called by huggingface_hub's `from_pretrained`."""
         folder = Path(model_id)
         if not folder.is_dir():
-            downloaded = snapshot_download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
-            folder = Path(downloaded)
+            options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+            options |= {"force_download": force_download, "local_files_only": local_files_only}
+            folder = Path(snapshot_download(model_id, **options))
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: wanted {name}, which save_pretrained writes")

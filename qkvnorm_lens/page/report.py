@@ -45,6 +45,11 @@ class _Table:
     rows: list[list[_Cell]] = field(default_factory=list)
 
 
+def _columns(*names: str, texts: int = 0) -> list[tuple[str, bool]]:
+    """Headings of a table; the first ``texts`` of them are of text."""
+    return [(name, i < texts) for i, name in enumerate(names)]
+
+
 def html_report(
     report: CollapseReport, *, source: str = "", content: bool = False, views: bool | None = None
 ) -> str:
@@ -242,16 +247,8 @@ def _heads(report: CollapseReport, content: bool) -> dict[str, Any]:
     order = "sigma_at_content" if content else "sigma_at"
     enough = frame["rows"] >= tables.MIN_ROWS
     frame = frame.assign(few=~enough).sort_values(["few", order], kind="stable")
-    table = _Table(
-        [
-            ("head", True),
-            ("1% at σ", False),
-            ("1% at σ, sinks left out", False),
-            ("sparse rows", False),
-            ("share of sinks", False),
-            ("score level", False),
-        ]
-    )
+    head = ("head", "1% at σ", "1% at σ, sinks left out", "sparse rows", "share of sinks")
+    table = _Table(_columns(*head, "score level", texts=1))
     for row in frame.head(HEADS).to_dict("records"):
         n, sinks = int(row["rows"]), int(row["sinks"])
         table.rows.append(
@@ -283,17 +280,8 @@ def _number(x: float, show: Any) -> _Cell:
 
 def _fragile(report: CollapseReport, content: bool) -> tuple[_Table, str]:
     """The most fragile rows, equal ones counted, and what the list leaves out."""
-    table = _Table(
-        [
-            ("from σ", False),
-            ("head", True),
-            ("token", True),
-            ("attends to", True),
-            ("jumps to", True),
-            ("in", True),
-            ("times", False),
-        ]
-    )
+    texts = _columns("head", "token", "attends to", "jumps to", "in", texts=5)
+    table = _Table([*_columns("from σ"), *texts, *_columns("times")])
     frame = report.fragile(len(report.table), content=content)
     frame = frame[np.isfinite(frame["sigma"].to_numpy())]
     same = [column for column in frame.columns if column != "prompt"]
@@ -343,17 +331,8 @@ def _texts(report: CollapseReport) -> tuple[list[Markup], str]:
 
 def _rates(report: CollapseReport) -> _Table:
     sampled = report.settings.method == "sample"
-    table = _Table(
-        [
-            ("σ", False),
-            ("collapse", False),
-            ("±", False),
-            ("sinks left out", False),
-            ("centred gauge", False),
-            ("strict", False),
-            *((name, False) for name in _strict_columns(report)),
-        ]
-    )
+    head = ("σ", "collapse", "±", "sinks left out", "centred gauge", "strict")
+    table = _Table(_columns(*head, *_strict_columns(report)))
     for row in report.to_frame("model").to_dict("records"):
         values = [
             row["sigma"],

@@ -132,53 +132,29 @@ def _with_plotly(cells: HeadCells, size: tuple[float, float]) -> Any:
     low, high = cells.ends
     shown = np.where(np.isfinite(values) & (values > 0), values, np.nan)
     text = [
-        [
-            _in_words(values[at], int(cells.counts[at]))
-            for at in ((i, head) for head in range(len(row)))
-        ]
-        for i, row in enumerate(values)
+        [_in_words(value, int(n)) for value, n in zip(row, counts, strict=True)]
+        for row, counts in zip(values, cells.counts, strict=True)
     ]
     ticks = charts.ticks_between(low, high)
     figure = go.Figure()
     never = np.where(np.isinf(values), 1.0, np.nan)
-    for z, given in (
-        (never, {"colorscale": [[0, NEVER], [1, NEVER]], "showscale": False}),
-        (
-            np.log10(shown),
-            {
-                "colorscale": "Viridis",
-                "zmin": math.log10(low),
-                "zmax": math.log10(high),
-                "colorbar": {
-                    "title": {"text": cells.bar.replace("\n", "<br>"), "side": "right"},
-                    "tickvals": [math.log10(t) for t in ticks],
-                    "ticktext": [f"{t:g}" for t in ticks],
-                },
-            },
-        ),
-    ):
-        figure.add_trace(
-            go.Heatmap(
-                z=z,
-                x=np.arange(values.shape[1]),
-                y=np.arange(values.shape[0]),
-                text=text,
-                hovertemplate="layer %{y}, head %{x}<br>%{text}<extra></extra>",
-                xgap=1,
-                ygap=1,
-                **given,
-            )
-        )
+    grey = {"colorscale": [[0, NEVER], [1, NEVER]], "showscale": False}
+    bar = {
+        "title": {"text": cells.bar.replace("\n", "<br>"), "side": "right"},
+        "tickvals": [math.log10(t) for t in ticks],
+        "ticktext": [f"{t:g}" for t in ticks],
+    }
+    scale = {"colorscale": "Viridis", "zmin": math.log10(low), "zmax": math.log10(high)}
+    n_layers, n_heads = values.shape
+    shared = {"x": np.arange(n_heads), "y": np.arange(n_layers), "xgap": 1, "ygap": 1}
+    shared["hovertemplate"] = "layer %{y}, head %{x}<br>%{text}<extra></extra>"
+    for z, given in ((never, grey), (np.log10(shown), {**scale, "colorbar": bar})):
+        figure.add_trace(go.Heatmap(z=z, text=text, **shared, **given))
     lay_out(figure, cells.title, size)
     figure.update_layout(plot_bgcolor=NO_ROWS)
     figure.update_xaxes(title="head", showgrid=False, zeroline=False)
-    figure.update_yaxes(
-        title="layer",
-        showgrid=False,
-        zeroline=False,
-        tickvals=list(range(len(cells.layers))),
-        ticktext=cells.layers,
-    )
+    names = {"tickvals": list(range(n_layers)), "ticktext": cells.layers}
+    figure.update_yaxes(title="layer", showgrid=False, zeroline=False, **names)
     return figure
 
 
@@ -224,15 +200,8 @@ def _marks(ax: Axes, cells: HeadCells, image: Any) -> str:
         if few:
             mark = "(5)" if written else "·"
             text = f"({text})" if written else text
-        ax.text(
-            head,
-            layer,
-            text,
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if dark else "black",
-        )
+        ink = "white" if dark else "black"
+        ax.text(head, layer, text, ha="center", va="center", fontsize=7, color=ink)
     return mark
 
 

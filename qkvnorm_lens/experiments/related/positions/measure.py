@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 
@@ -64,7 +64,7 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
         found = {"tv": row["tv"], "rounding": row["floor_tv"], "no gap": none}
         facts += [(name, row["variant"], 0, value) for name, value in found.items()]
     unequal = [row for row in ids if [row[i] for i in swap] != row]
-    whole = {"positions": True, "mask": True}
+    whole: dict[str, Any] = {"positions": True, "mask": True}
     swapped = hooks.symmetry_gap(
         model, unequal, permutations=[swap], batch_size=64, progress=False, **whole
     )

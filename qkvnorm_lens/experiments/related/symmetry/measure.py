@@ -73,12 +73,14 @@ def construct(n_layers: int, scale: Scale) -> pd.DataFrame:
     import hooks
     from qkvnorm_lens.models import QKVNormConfig, QKVNormTransformer, to_bridge
 
-    sizes = {"d_model": 64, "d_head": 16, "n_heads": 4, "d_mlp": 128, "d_vocab": 200, "n_ctx": 32}
-    start: dict[str, Any] = {"positional_embedding_type": "none", "initializer_range": 0.15}
+    fixed: dict[str, Any] = {
+        "d_model": 64, "d_head": 16, "n_heads": 4, "d_mlp": 128, "d_vocab": 200, "n_ctx": 32,
+        "positional_embedding_type": "none", "initializer_range": 0.15, "n_layers": n_layers,
+    }  # fmt: skip
     out = []
     for placement, skip, seed in itertools.product(PLACEMENTS, SKIPS, scale.seeds):
-        made = {"placement": placement, "skip": skip, "n_layers": n_layers, "seed": seed}
-        model = to_bridge(QKVNormTransformer(QKVNormConfig(**made, **sizes, **start)).eval())
+        config = QKVNormConfig(placement=placement, skip=skip, seed=seed, **fixed)
+        model = to_bridge(QKVNormTransformer(config).eval())
         rng = torch.Generator().manual_seed(seed)
         ids = torch.randint(200, (scale.prompts, LENGTH), generator=rng)
         report = hooks.symmetry_gap(
