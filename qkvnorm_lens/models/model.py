@@ -295,7 +295,9 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
             raise ValueError("input_ids: wanted either them or inputs_embeds; got both or neither")
         x = inputs_embeds if input_ids is None else self.tok_embed(input_ids)
         assert x is not None
-        cache = KVCache() if past_key_values is None and use_cache else past_key_values
+        cache = (
+            past_key_values if past_key_values is not None else (KVCache() if use_cache else None)
+        )
         n_old = 0 if cache is None else len(cache)
         n_new = x.shape[1]
         if n_old + n_new > self.cfg.n_ctx:
