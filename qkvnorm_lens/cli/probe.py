@@ -45,13 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _noise(parser.add_argument_group("noise"))
     where = parser.add_argument_group("how it runs")
     where.add_argument("--batch-size", type=positive, metavar="N", help="prompts per forward pass")
-    where.add_argument(
-        "--keep",
-        type=positive,
-        default=1 << 19,
-        metavar="N",
-        help="competitors to remember, for the sigma at which 1%% collapse [524288]",
-    )
+    said = "competitors to remember, for the sigma at which 1%% collapse [524288]"
+    where.add_argument("--keep", type=positive, default=1 << 19, metavar="N", help=said)
     where.add_argument("--device", help="cpu, cuda, cuda:1, ... [an accelerator, else cpu]")
     where.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="[as saved; else float32]"
@@ -60,82 +55,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--fragile", type=count, default=10, metavar="N", help="heads and rows to list [10]"
     )
-    out.add_argument(
-        "--no-sinks",
-        action="store_true",
-        help="list heads and rows by attention that does not go to the first token",
-    )
+    said = "list heads and rows by attention that does not go to the first token"
+    out.add_argument("--no-sinks", action="store_true", help=said)
     out.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
-    out.add_argument(
-        "--out",
-        type=some_path,
-        metavar="DIR",
-        help="also write report.html, report.safetensors, frame.csv, summary.txt and two figures",
-    )
+    said = "also write report.html, report.safetensors, frame.csv, summary.txt and two figures"
+    out.add_argument("--out", type=some_path, metavar="DIR", help=said)
 
 
 def _reading(group: argparse._ArgumentGroup) -> None:
     which = group.add_mutually_exclusive_group()
     which.add_argument("--text", help="the text itself (an addition model: a sum on each line)")
     which.add_argument("--file", metavar="PATH", help="a UTF-8 file; - for standard input")
-    which.add_argument(
-        "--messages",
-        metavar="PATH",
-        help="a JSON file of chat messages (role and content), written by the chat template",
-    )
+    said = "a JSON file of chat messages (role and content), written by the chat template"
+    which.add_argument("--messages", metavar="PATH", help=said)
     which.add_argument(
         "--split", help="addition models: draw sums of this kind [the one it was trained on]"
     )
-    group.add_argument(
-        "--prepend-bos",
-        action=argparse.BooleanOptionalAction,
-        help="a BOS token before each window [as the model has it, unless the text begins with "
-        "one or with its chat template]",
+    said = (
+        "a BOS token before each window [as the model has it, unless the text begins with "
+        "one or with its chat template]"
     )
-    group.add_argument(
-        "--length",
-        type=at_least(2),
-        metavar="N",
-        help="long text is cut into windows of N tokens [128, or the context]",
-    )
-    group.add_argument(
-        "--prompts",
-        type=positive,
-        metavar="N",
-        help=f"at most N windows, or N sums [{WINDOWS} windows, {SUMS} sums]",
-    )
+    group.add_argument("--prepend-bos", action=argparse.BooleanOptionalAction, help=said)
+    said = "long text is cut into windows of N tokens [128, or the context]"
+    group.add_argument("--length", type=at_least(2), metavar="N", help=said)
+    said = f"at most N windows, or N sums [{WINDOWS} windows, {SUMS} sums]"
+    group.add_argument("--prompts", type=positive, metavar="N", help=said)
 
 
 def _noise(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--sigmas",
-        type=sigmas,
-        metavar="LIST",
-        help="RMS of the relative change, as 0.01,0.05 or 1%%,5%% or start:stop:count [16 from 1%% "
-        "to 50%%]",
+    said = (
+        "RMS of the relative change, as 0.01,0.05 or 1%%,5%% or start:stop:count [16 from 1%% "
+        "to 50%%]"
     )
+    group.add_argument("--sigmas", type=sigmas, metavar="LIST", help=said)
     group.add_argument("--on", type=roles, default="qk", help="any of q, k, v [qk]")
     group.add_argument(
         "--law", choices=("uniform", "gaussian", "lognormal"), default="uniform", help="[uniform]"
     )
+    said = "which vectors share a factor in sampled rates [none]"
     group.add_argument(
-        "--shared",
-        choices=("none", "heads", "kv", "token"),
-        default="none",
-        help="which vectors share a factor in sampled rates [none]",
+        "--shared", choices=("none", "heads", "kv", "token"), default="none", help=said
     )
-    group.add_argument(
-        "--method",
-        choices=("exact", "sample"),
-        default="exact",
-        help="collapse computed, or counted over draws [exact]",
-    )
-    group.add_argument(
-        "--draws",
-        type=count,
-        metavar="N",
-        help="samples; with --method exact only to check the strict rate [0, or 16 to sample]",
-    )
+    said = "collapse computed, or counted over draws [exact]"
+    group.add_argument("--method", choices=("exact", "sample"), default="exact", help=said)
+    said = "samples; with --method exact only to check the strict rate [0, or 16 to sample]"
+    group.add_argument("--draws", type=count, metavar="N", help=said)
     group.add_argument("--layers", type=layers, metavar="LIST", help="as 0,3,5-7 [all]")
     group.add_argument(
         "--sparse",

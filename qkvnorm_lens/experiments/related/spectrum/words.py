@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -14,6 +16,7 @@ from qkvnorm_lens.experiments import core
 
 CAUSAL: Final = (1.72, 1.25, 0.85)  # published, T = 150
 NETWORKS: Final = {"A": (0, 0), "A - U": (0, 1), "√T (A - U)": (1, 1)}  # scaled, with the fix
+MASKS: Final = {"none": "no mask", "causal": "causal"}
 LIMIT: Final = 3 / (27 / 4) ** 2  # m2 and edge^2 of a product of two, Fuss-Catalan; derived
 DEEP: Final = (("markov", "none"), ("markov", "causal"), ("softmax", "none"), ("softmax", "causal"))
 CLAIMED: Final = {
@@ -21,6 +24,7 @@ CLAIMED: Final = {
     ("softmax", "none"): "softmax, no mask",
     ("softmax", "causal"): "softmax, causal",
 }
+_OF_MODELS: Final = ("s1", "s2", "gap", "uniform_gap", "stable_rank", "left_s1")
 PARTS: Final = {"neither": (0, 0), "LayerNorm": (1, 0), "skip": (0, 1), "both": (1, 1)}
 
 
@@ -99,12 +103,8 @@ def sizes(values: pd.Series[float]) -> Sizes:
 @core.joined
 def text(table: pd.DataFrame) -> Iterator[str]:
     """Tables of the constructed networks and of the models, with what they say."""
-    yield from _spectra(table)
-    yield ""
-    yield from _width(table)
-    yield ""
-    yield from _depth(table)
-    yield ""
+    for part in (_spectra, _width, _depth):
+        yield f"{part(table)}\n"
     yield from _models(table)
 
 
@@ -112,43 +112,25 @@ def _tokens(rows: pd.DataFrame) -> list[int]:
     return sorted(int(t) for t in rows["tokens"].unique())
 
 
-def _spectra(table: pd.DataFrame) -> list[str]:
+def _spectra(table: pd.DataFrame) -> str:
     rows = core.pick(table, what="spectrum")
     head = ["T", "mask", "s1", "s2", "s2 / (2/√T)", "s2, softmax", "s2, softmax, d_head = 16",
             "uniform s1, s2"]  # fmt: skip
     body = []
-    for mask in ("none", "causal"):
-        for n in _tokens(rows):
-            at: dict[str, Any] = {"mask": mask, "tokens": n}
-            s1, s2, full, narrow = (
-                over_seeds(rows, attention=a, quantity=q, **at)
-                for a, q in (
-                    ("markov", "s1"),
-                    ("markov", "s2"),
-                    ("softmax", "s2"),
-                    ("softmax narrow", "s2"),
-                )
-            )
-            flat = [over_seeds(rows, attention="uniform", quantity=q, **at) for q in ("s1", "s2")]
-            body.append(
-                [
-                    str(n),
-                    mask,
-                    _said(s1, 4),
-                    _said(s2),
-                    f"{s2.value * math.sqrt(n) / 2:.2f}" if mask == "none" else "-",
-                    _said(full),
-                    _said(narrow),
-                    ", ".join(f"{max(m.value, 0):.2f}" for m in flat),
-                ]
-            )
-    return [
-        core.markdown(head, body),
-        "",
-        f"Singular values of one random attention matrix: random Markov (softmax of N(-ln2/2, ln2) "
-        f"entries) and softmax of random queries and keys on orthogonal tokens (scores of the same "
-        f"variance); {_seeds(rows)}, 95% intervals.",
-    ]
+    for mask, n in itertools.product(MASKS, _tokens(rows)):
+        of = partial(over_seeds, core.pick(rows, mask=mask, tokens=n))
+        s1, s2 = (of(attention="markov", quantity=q) for q in ("s1", "s2"))
+        full, narrow = (of(attention=a, quantity="s2") for a in ("softmax", "softmax narrow"))
+        flat = [of(attention="uniform", quantity=q) for q in ("s1", "s2")]
+        edge = f"{s2.value * math.sqrt(n) / 2:.2f}" if mask == "none" else "-"
+        row = [str(n), mask, _said(s1, 4), _said(s2), edge, _said(full), _said(narrow)]
+        body.append([*row, ", ".join(f"{max(m.value, 0):.2f}" for m in flat)])
+    return (
+        f"{core.markdown(head, body)}\n\n"
+        "Singular values of one random attention matrix: random Markov (softmax of N(-ln2/2, ln2) "
+        "entries) and softmax of random queries and keys on orthogonal tokens (scores of the same "
+        f"variance); {_seeds(rows)}, 95% intervals."
+    )
 
 
 def _seeds(rows: pd.DataFrame) -> str:
@@ -161,33 +143,25 @@ def slope(rows: pd.DataFrame) -> float:
     return float(np.polyfit(x, y, 1)[0])
 
 
-def _width(table: pd.DataFrame) -> list[str]:
+def _width(table: pd.DataFrame) -> str:
     rows = core.pick(table, what="width")
     counts = _tokens(rows)
     head = ["stable rank of XX^T, one layer", *(f"T = {n}" for n in counts), "grows as T^"]
     body = []
-    for attention in ("markov", "softmax"):
-        for mask in ("none", "causal"):
-            for fix in (0, 1):
-                mine = core.pick(rows, attention=attention, mask=mask, fix=fix)
-                name = f"{attention}, {'no mask' if mask == 'none' else 'causal'}, "
-                body.append(
-                    [
-                        name + ("A - U" if fix else "A"),
-                        *(_said(over_seeds(mine, tokens=n)) for n in counts),
-                        f"{slope(mine):.2f}",
-                    ]
-                )
-    return [
-        core.markdown(head, body),
-        "",
-        f"Stable rank of XX^T: |S|_F²/|S|_2² of S = XX^T behind one layer, the sum of s_i^4 over "
-        f"s_1^4 for the singular values s of X, from T orthogonal tokens of "
-        f"width T; values' weights N(0, 1/T); {_seeds(rows)}.",
-    ]
+    for attention, mask, fix in itertools.product(("markov", "softmax"), MASKS, (0, 1)):
+        mine = core.pick(rows, attention=attention, mask=mask, fix=fix)
+        name = f"{attention}, {MASKS[mask]}, {'A - U' if fix else 'A'}"
+        cells = (_said(over_seeds(mine, tokens=n)) for n in counts)
+        body.append([name, *cells, f"{slope(mine):.2f}"])
+    return (
+        f"{core.markdown(head, body)}\n\n"
+        "Stable rank of XX^T: |S|_F²/|S|_2² of S = XX^T behind one layer, the sum of s_i^4 over "
+        "s_1^4 for the singular values s of X, from T orthogonal tokens of "
+        f"width T; values' weights N(0, 1/T); {_seeds(rows)}."
+    )
 
 
-def _depth(table: pd.DataFrame) -> list[str]:
+def _depth(table: pd.DataFrame) -> str:
     rows, gradients = core.pick(table, what="depth"), core.pick(table, what="gradient")
     last, n = int(rows["layer"].max()), int(rows["tokens"].iloc[0])
     head = ["network", f"stable rank of XX^T, layer {last}", "gradient, first layer", "last layer"]
@@ -204,18 +178,17 @@ def _depth(table: pd.DataFrame) -> list[str]:
                     continue
                 ranks = core.pick(rows, quantity="stable rank", layer=last, **at)["value"]
                 first, final = (sizes(core.pick(of, layer=i)["value"]) for i in (0, last - 1))
-                name = f"{attention}, {'no mask' if mask == 'none' else 'causal'}, {what}, {part}"
+                name = f"{attention}, {MASKS[mask]}, {what}, {part}"
                 body.append([name, _ranks(ranks), first.ranged, final.ranged])
-    return [
-        core.markdown(head, body),
-        "",
+    return (
+        f"{core.markdown(head, body)}\n\n"
         f"{last} layers of T = {n} tokens; X_(l+1) = N(X_l + (A_l - U) X_l W_l) with or without "
         f"U, the skip X_l, and LayerNorm N; gradients are |dX_L/dW_l|_F, estimated with "
         f"Gaussian probes: geometric mean over seeds, and their range; {_seeds(rows)}. Where "
         "scores are made of X, the fix alone shrinks X, and with it the scores, until nothing is "
         "left. √T keeps the length of X without a mask alone: under a causal one row i of A - U "
-        "has entries of variance about 1/i², and no one factor serves all rows.",
-    ]
+        "has entries of variance about 1/i², and no one factor serves all rows."
+    )
 
 
 def _models(table: pd.DataFrame) -> Iterator[str]:
@@ -225,18 +198,9 @@ def _models(table: pd.DataFrame) -> Iterator[str]:
     for group in core.groups(rows):
         mine = core.pick(rows, group=group)
         for n in _tokens(mine):
-            of = {
-                q: _mean_of(core.pick(mine, tokens=n, quantity=q))
-                for q in mine["quantity"].unique()
-            }
-            body.append(
-                [
-                    group,
-                    str(n),
-                    *(_said(of[q]) for q in ("s1", "s2", "gap", "uniform_gap", "stable_rank")),
-                    _said(of["left_s1"]),
-                ]
-            )
+            at = core.pick(mine, tokens=n)
+            cells = (_said(_mean_of(core.pick(at, quantity=q))) for q in _OF_MODELS)
+            body.append([group, str(n), *cells])
     yield core.markdown(head, body) + "\n"
     yield (
         "Trained models under their own mask: means over layers, heads and prompts cut to T tokens "
