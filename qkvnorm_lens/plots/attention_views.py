@@ -26,9 +26,6 @@ from qkvnorm_lens.plots import charts, html
 from qkvnorm_lens.plots.collapse import name_of
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import CollapseReport
 
 _ROW_HEIGHT = 1.05  # inches
@@ -127,10 +124,10 @@ def fragile_text(report: CollapseReport, prompts: Sequence[int] | int = 8) -> Vi
 def attention_rows(
     report: CollapseReport,
     n: int = 4,
-    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    ax: charts.Axes | Sequence[charts.Axes] | np.ndarray | None = None,
     *,
     content: bool = False,
-) -> Figure:
+) -> charts.Figure:
     """The most fragile rows before and after noise, for print: two lines of weights per row.
 
     A ring marks each line's arg max. The static version of :func:`attention`.
@@ -160,7 +157,7 @@ def attention_rows(
     return figure
 
 
-def _strip(ax: Axes, row: html.ShownRow) -> Any:
+def _strip(ax: charts.Axes, row: html.ShownRow) -> Any:
     """One row's weights, before above after."""
     both = np.stack([row.clean, row.noisy])
     image = ax.imshow(both, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")

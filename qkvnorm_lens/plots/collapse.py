@@ -12,9 +12,6 @@ from hooks.arguments import check_booleans, check_choice
 from qkvnorm_lens.plots import charts
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import CollapseReport
 
 SIGMA = "RMS of the relative change of norms, σ (%)"
@@ -32,12 +29,12 @@ _MARGIN_POINTS = 400
 
 def collapse_curve(
     report: CollapseReport,
-    ax: Axes | None = None,
+    ax: charts.Axes | None = None,
     *,
     by: Literal["model", "layer"] | str = "model",
     published: bool = False,
     backend: charts.Backend = "matplotlib",
-) -> Figure | Any:
+) -> charts.Figure | Any:
     """Share of sparse rows that collapse against sigma, both in percent on log axes.
 
     Menary et al. 2024, Fig. 3. Points are ``report.to_frame(by)``; rates below 0.01% are below the
@@ -94,8 +91,8 @@ def collapse_chart(report: CollapseReport, by: str, *, published: bool = False) 
 
 
 def row_margins(
-    report: CollapseReport, ax: Axes | None = None, *, backend: charts.Backend = "matplotlib"
-) -> Figure | Any:
+    report: CollapseReport, ax: charts.Axes | None = None, *, backend: charts.Backend = "matplotlib"
+) -> charts.Figure | Any:
     """Share of sparse rows that noise of a given size can move at all, against that size.
 
     A row's critical sigma is a / sqrt(3), a the smallest half-width with which factors in

@@ -14,9 +14,6 @@ from qkvnorm_lens.plots import charts
 from qkvnorm_lens.plots.collapse import title_of
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import CollapseReport
 
 NO_ROWS, NEVER = "#F7F7F7", "#BDBDBD"
@@ -71,12 +68,12 @@ def head_cells(
 def head_map(
     report: CollapseReport,
     rate: float = 0.01,
-    ax: Axes | None = None,
+    ax: charts.Axes | None = None,
     *,
     content: bool = False,
     min_rows: int = 20,
     backend: charts.Backend = "matplotlib",
-) -> Figure | Any:
+) -> charts.Figure | Any:
     """Sigma at which a share ``rate`` of a head's sparse rows collapses, layers by heads.
 
     The cells are ``report.sigma_at(rate, by="head")`` in percent, on a logarithmic colour scale:
@@ -163,7 +160,7 @@ def _in_words(value: float, rows: int) -> str:
     return "no sparse rows" if math.isnan(value) else f"{said}, {rows:,} sparse rows"
 
 
-def _cells(ax: Axes, cells: HeadCells) -> Any:
+def _cells(ax: charts.Axes, cells: HeadCells) -> Any:
     """The image; "never" and "no rows" have their own colours."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
@@ -184,7 +181,7 @@ def _cells(ax: Axes, cells: HeadCells) -> Any:
     return image
 
 
-def _marks(ax: Axes, cells: HeadCells, image: Any) -> str:
+def _marks(ax: charts.Axes, cells: HeadCells, image: Any) -> str:
     """Sigma as a number in each cell where there is room; few rows in brackets, or a dot.
 
     Returns the mark of few rows, if there is one.
@@ -205,7 +202,7 @@ def _marks(ax: Axes, cells: HeadCells, image: Any) -> str:
     return mark
 
 
-def _key(ax: Axes, values: np.ndarray, few: str) -> None:
+def _key(ax: charts.Axes, values: np.ndarray, few: str) -> None:
     """What grey, pale and marked cells mean, under the map."""
     from matplotlib.patches import Patch
     from matplotlib.transforms import ScaledTranslation
@@ -239,7 +236,7 @@ def _key(ax: Axes, values: np.ndarray, few: str) -> None:
     )
 
 
-def _integer_ticks(ax: Axes, n_heads: int, layers: list[str]) -> None:
+def _integer_ticks(ax: charts.Axes, n_heads: int, layers: list[str]) -> None:
     across, up = (1 + (n - 1) // 16 for n in (n_heads, len(layers)))
     ax.set_xticks(range(0, n_heads, across))
     ax.set_yticks(range(0, len(layers), up), layers[::up])

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.plots import charts
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 from qkvnorm_lens.plots.frames import check_columns
 
 
 def sparsity_histogram(
-    table: pd.DataFrame, ax: Axes | None = None, *, backend: charts.Backend = "matplotlib"
-) -> Figure | Any:
+    table: pd.DataFrame, ax: charts.Axes | None = None, *, backend: charts.Backend = "matplotlib"
+) -> charts.Figure | Any:
     """Histogram of the largest weight of each attention row, content and sinks apart.
 
     Menary et al. 2024, Fig. 25 to 27: the sharp peak at 1 is Pre-Norm's; sparse rows are right of

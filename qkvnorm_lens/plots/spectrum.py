@@ -9,13 +9,10 @@ import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.plots import charts
+from qkvnorm_lens.plots.frames import check_columns, frames_of, layer_axis
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import SpectrumReport
-from qkvnorm_lens.plots.frames import check_columns, frames_of, layer_axis
 
 _SPECTRUM: Final = (
     ("s1", "first singular value", charts.BLUE, "-"),
@@ -28,10 +25,10 @@ _SPECTRUM: Final = (
 
 def spectrum_by_depth(
     reports: SpectrumReport | pd.DataFrame | Mapping[str, SpectrumReport | pd.DataFrame],
-    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    ax: charts.Axes | Sequence[charts.Axes] | np.ndarray | None = None,
     *,
     backend: charts.Backend = "matplotlib",
-) -> Figure | Any:
+) -> charts.Figure | Any:
     """First two singular values of the attention matrices by layer, beside the uniform matrix's.
 
     Naderi et al. 2024: without a mask softmax attention has one singular value near 1 and a bulk

@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from qkvnorm_lens.plots import charts
+from qkvnorm_lens.plots.frames import layer_axis
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import SpreadReport
-from qkvnorm_lens.plots.frames import layer_axis
 
 
 def spread_bands(
-    report: SpreadReport, ax: Axes | None = None, *, backend: charts.Backend = "matplotlib"
-) -> Figure | Any:
+    report: SpreadReport, ax: charts.Axes | None = None, *, backend: charts.Backend = "matplotlib"
+) -> charts.Figure | Any:
     """Spread of the norms that attention reads, over each head's median, by layer.
 
     Bands hold 50% and 90% of the attention's weight; points are the single heads' 90% band, the

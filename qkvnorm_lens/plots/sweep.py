@@ -12,9 +12,6 @@ from qkvnorm_lens.plots import charts
 from qkvnorm_lens.plots.collapse import SIGMA
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import SweepReport
 
 
@@ -28,11 +25,11 @@ _METRICS: Final = {
 
 def accuracy_curve(
     reports: SweepReport | Mapping[str, SweepReport],
-    ax: Axes | None = None,
+    ax: charts.Axes | None = None,
     *,
     metric: str = "accuracy",
     backend: charts.Backend = "matplotlib",
-) -> Figure | Any:
+) -> charts.Figure | Any:
     """What the model's output loses under noise in all layers at once, against sigma.
 
     Points are ``report.to_frame()`` with standard errors over draws; the dotted line is the model

@@ -9,23 +9,20 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from qkvnorm_lens.plots import charts
+from qkvnorm_lens.plots.frames import layer_axis
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import SymmetryReport
-from qkvnorm_lens.plots.frames import layer_axis
 
 VARIANTS: Final = ("as is", "positions removed", "mask removed", "both removed")
 
 
 def symmetry_by_depth(
     reports: SymmetryReport | Mapping[str, SymmetryReport],
-    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    ax: charts.Axes | Sequence[charts.Axes] | np.ndarray | None = None,
     *,
     backend: charts.Backend = "matplotlib",
-) -> Figure | Any:
+) -> charts.Figure | Any:
     """How much permuting the earlier tokens changes the last position's stream, by depth.
 
     The mean of |y - y_pi| / |y| after each block, as the model is and without positions, mask or

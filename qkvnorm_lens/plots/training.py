@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
 from hooks.arguments import brief, check_path, naming
 from qkvnorm_lens.plots import charts
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 from qkvnorm_lens.plots.frames import check_columns
 
 _DASHES: Final = ("-", "--", ":", "-.")
@@ -24,10 +19,10 @@ _LOG_COLUMNS: Final = ("sequences", "loss", "per_token")
 
 def training_curves(
     logs: Mapping[str, pd.DataFrame | str | PathLike[str]],
-    ax: Sequence[Axes] | np.ndarray | None = None,
+    ax: Sequence[charts.Axes] | np.ndarray | None = None,
     *,
     backend: charts.Backend = "matplotlib",
-) -> Figure | Any:
+) -> charts.Figure | Any:
     """Loss (log axis) and accuracy per token against sequences seen, a colour per run.
 
     Points are the logs' own columns ``sequences``, ``loss`` and ``per_token``; accuracy has points

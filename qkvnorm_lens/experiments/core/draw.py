@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pandas as pd
 
 from qkvnorm_lens.experiments.core.stats import Mean
-from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, Number, grid, new_figure, plain
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes as Axes
-    from matplotlib.figure import Figure as Figure
-else:  # matplotlib is optional: annotations alone do not import it
-    Axes = Figure = Any
+from qkvnorm_lens.plots.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Axes as Axes,
+    Figure as Figure,
+    Number,
+    grid,
+    new_figure,
+    plain,
+)
 
 COLOURS: Final = {"none": GREEN, "pre": BLUE, "qkv": ORANGE, "": GREY}
 PLACEMENT_NAMES: Final = {"none": "No-Norm", "pre": "Pre-Norm", "qkv": "QKV-Norm", "": ""}

@@ -24,6 +24,8 @@ from qkvnorm_lens.plots.charts.style import (
     GREY,
     ORANGE,
     RUNS,
+    Axes,
+    Figure,
     axes_of,
     grid,
     log_ticks,
@@ -35,8 +37,8 @@ from qkvnorm_lens.plots.charts.style import (
 )
 
 __all__ = [
-    "Axis", "BLUE", "Backend", "Band", "Bars", "Chart", "GREEN", "GREY", "Line", "Mark", "Number",
-    "ORANGE", "RUNS", "axes_in", "axes_of", "check_backend", "check_report", "draw",
-    "graph_objects", "grid", "lay_out", "layer_colours", "log_ticks", "named_reports", "new_figure",
-    "numbers", "plain", "printable", "ticks_between", "top_figure",
+    "Axes", "Axis", "BLUE", "Backend", "Band", "Bars", "Chart", "Figure", "GREEN", "GREY", "Line",
+    "Mark", "Number", "ORANGE", "RUNS", "axes_in", "axes_of", "check_backend", "check_report",
+    "draw", "graph_objects", "grid", "lay_out", "layer_colours", "log_ticks", "named_reports",
+    "new_figure", "numbers", "plain", "printable", "ticks_between", "top_figure",
 ]  # fmt: skip

@@ -103,6 +103,8 @@ def claims(table: pd.DataFrame) -> list[core.Claim]:
     interferes = (table[pre & table["panel"].isin(("turning", "growing"))]["value"] - 1).abs().max()
     moved = float(table[table["series"] == "query noise"]["value"].max())
     exact = "computed in float64 on our own blocks"
+    off = max(deviation(table, p) for p in ("turning", "growing", "matching", "offset"))
+    boundary = deviation(table, "boundary", *_rhos(table))
     checks = [
         (
             "theorems 1 and 3",
@@ -113,11 +115,8 @@ def claims(table: pd.DataFrame) -> list[core.Claim]:
         (
             "theorem 2",
             "Pre-Norm wants orthogonal spheres; else one factor interferes",
-            f"scores change by up to {interferes:.0%}, as 1/|x| to "
-            f"{max(deviation(table, p) for p in ('turning', 'growing', 'matching', 'offset')):.0e}",
-            interferes > 0.1
-            and max(deviation(table, p) for p in ("turning", "growing", "matching", "offset"))
-            < EXACT,
+            f"scores change by up to {interferes:.0%}, as 1/|x| to {off:.0e}",
+            interferes > 0.1 and off < EXACT,
         ),
         (
             "degrees of freedom",
@@ -134,9 +133,8 @@ def claims(table: pd.DataFrame) -> list[core.Claim]:
         (
             "theorem 7",
             "collapse iff w*/w_t < (1 + k_t)/(1 + k_*); query noise never",
-            f"boundary to {deviation(table, 'boundary', *_rhos(table)):.0e}; query noise moved "
-            f"{moved:.0%}",
-            deviation(table, "boundary", *_rhos(table)) < EXACT and moved == 0,
+            f"boundary to {boundary:.0e}; query noise moved {moved:.0%}",
+            boundary < EXACT and moved == 0,
         ),
         (
             "theorem 8",
