@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkvnorm_lens import tables, text
 from qkvnorm_lens.arguments import at_least, brief, count, directory, number, positive, some_path
+from qkvnorm_lens.cli.train import check_device
 from qkvnorm_lens.models import DEFAULT, Source, find, load_model
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ examples:
 TOKENS_AT_ONCE = 1024
 WINDOWS, SUMS = 8, 128
 _MOST = 100_000  # sigmas, layers
+_OPTIONS = (
+    "sigmas", "on", "method", "law", "shared", "layers", "sparse", "draws", "seed", "keep",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -255,13 +259,7 @@ def _where(args: argparse.Namespace) -> tuple[str | None, Any]:
     import torch
 
     if args.device is not None:
-        try:
-            torch.empty(1, device=args.device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).split(". ")[0].splitlines()[0]
-            raise ValueError(
-                f"--device: wanted one that PyTorch can use; got {brief(args.device)}: {reason}"
-            ) from error
+        check_device(args.device)
     return args.device, None if args.dtype is None else getattr(torch, args.dtype)
 
 
@@ -279,13 +277,8 @@ def choose(args: argparse.Namespace, source: Source, model: Any, given: str | No
         if args.messages is not None:
             return _messages(args, model, str(given))
         passage = text.passage() if given is None else given
-        cut = text.windows(
-            model,
-            passage,
-            length=args.length,
-            limit=args.prompts or WINDOWS,
-            prepend_bos=args.prepend_bos,
-        )
+        how = {"length": args.length, "prepend_bos": args.prepend_bos}
+        cut = text.windows(model, passage, limit=args.prompts or WINDOWS, **how)
         if given is not None:
             return cut
         built_in = f"{cut.source} of the built-in passage (Pride and Prejudice, chapter 1)"
@@ -330,25 +323,10 @@ def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> Collap
     import hooks
 
     longest = max(map(len, prompts.ids))
-    batch_size = args.batch_size
-    if batch_size is None:
-        batch_size = max(1, TOKENS_AT_ONCE // longest)
+    batch_size = args.batch_size or max(1, TOKENS_AT_ONCE // longest)
+    options = {name: getattr(args, name) for name in _OPTIONS}
     try:
-        return hooks.collapse_probe(
-            model,
-            prompts.ids,
-            sigmas=args.sigmas,
-            on=args.on,
-            method=args.method,
-            law=args.law,
-            shared=args.shared,
-            layers=args.layers,
-            sparse=args.sparse,
-            draws=args.draws,
-            seed=args.seed,
-            batch_size=batch_size,
-            keep=args.keep,
-        )
+        return hooks.collapse_probe(model, prompts.ids, batch_size=batch_size, **options)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(
             "--batch-size: wanted a smaller one, or a smaller --length or --dtype; got out of "

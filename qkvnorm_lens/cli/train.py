@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> str:
     """Train, measure, write; returns the table of accuracies."""
     directory("--out", args.out)
     wanted = plan(args)
-    _check_device(args.device)
+    check_device(args.device)
     import torch
 
     from qkvnorm_lens.training import Stopped, processes, train
@@ -222,7 +222,8 @@ def _recipe(args: argparse.Namespace, default: str) -> Recipe:
     return dataclasses.replace(get_recipe(name), **changes)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that PyTorch can't use, before anything is loaded."""
     import torch
 
     try:

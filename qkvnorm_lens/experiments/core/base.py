@@ -207,7 +207,7 @@ class Experiment:
 
 
 @runtime_checkable
-class Measure(Protocol):
+class Measures(Protocol):
     """The module of an experiment that measures."""
 
     def parts(self, subjects: tuple[Subject, ...], size: Size) -> list[Part]:
@@ -240,7 +240,7 @@ def experiment(
     *,
     models: Literal["addition", "any", "none"],
     minutes: tuple[float, float, float],
-    modules: tuple[Measure, Draws, Says],
+    modules: tuple[Measures, Draws, Says],
     version: int = 1,
 ) -> Experiment:
     """An experiment made of its folder's modules; ``minutes`` by size."""

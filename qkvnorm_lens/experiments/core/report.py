@@ -137,14 +137,11 @@ def _summary(chapters: list[Chapter]) -> str:
         for c in chapter.claims
     ]
     pages = [[f"[{c.name}]({c.name}.md)", c.title] for c in chapters]
-    return "\n".join(
-        (
-            "## Published and ours\n",
-            f"The same: {counted} (-: nothing was published). Each page says why.\n",
-            _table(["from", "what", "published", "ours", "same"], rows),
-            "## Pages\n",
-            _table(["page", "what it shows"], pages),
-        )
+    return (
+        "## Published and ours\n\n"
+        f"The same: {counted} (-: nothing was published). Each page says why.\n\n"
+        f"{_table(['from', 'what', 'published', 'ours', 'same'], rows)}\n"
+        f"## Pages\n\n{_table(['page', 'what it shows'], pages)}"
     )
 
 

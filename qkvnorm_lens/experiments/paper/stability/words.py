@@ -22,6 +22,10 @@ def least_failing(table: pd.DataFrame, placement: str, width: int) -> float:
     return float(failed.min()) if len(failed) else math.inf
 
 
+def _widths(table: pd.DataFrame) -> list[int]:
+    return sorted(table["width"].unique().tolist())
+
+
 @core.listed
 def half_gain(table: pd.DataFrame, placement: str, width: int) -> Iterator[float]:
     """For each seed the rate at which half of what the best rate gains on frequencies is lost.
@@ -48,7 +52,7 @@ def half_gain(table: pd.DataFrame, placement: str, width: int) -> Iterator[float
 def text(table: pd.DataFrame) -> Iterator[str]:
     """The lowest failing rate by width and placement, how they fail, and the definition."""
     placements = list(dict.fromkeys(table["placement"]))
-    widths = sorted(table["width"].unique().tolist())
+    widths = _widths(table)
     known_as = [core.PLACEMENT_NAMES[p] for p in placements]
     head = [f"{name}: {what}" for name in known_as for what in ("first fails at", "half")]
     rows = []
@@ -105,7 +109,7 @@ def _half(table: pd.DataFrame, placement: str, width: int) -> float:
 def compared(table: pd.DataFrame, measure: Measure) -> dict[str, list[int]]:
     """Widths at which Pre-Norm has a lower, the same and a higher rate than QKV-Norm, or none."""
     out: dict[str, list[int]] = {"lower": [], "same": [], "higher": [], "neither": []}
-    for width in sorted(table["width"].unique().tolist()):
+    for width in _widths(table):
         pre, qkv = (measure(table, p, width) for p in ("pre", "qkv"))
         if math.isinf(pre) and math.isinf(qkv):
             out["neither"].append(width)
@@ -141,7 +145,7 @@ _MEASURES: Final[tuple[tuple[Measure, str], ...]] = (
 @core.listed
 def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """Fig. 24: which placement fails at 1e-3, and which at lower rates."""
-    widths = sorted(table["width"].unique().tolist())
+    widths = _widths(table)
     at = table[np.isclose(table["rate"], 1e-3)]
     failed = {p: at[at["placement"] == p]["failed"] for p in ("pre", "qkv")}
     why = (
