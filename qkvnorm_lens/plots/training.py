@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
@@ -13,13 +13,16 @@ from hooks.arguments import brief, check_path, naming
 from qkvnorm_lens.plots import charts
 from qkvnorm_lens.plots.frames import check_columns
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _DASHES: Final = ("-", "--", ":", "-.")
 _LOG_COLUMNS: Final = ("sequences", "loss", "per_token")
 
 
 def training_curves(
     logs: Mapping[str, pd.DataFrame | str | PathLike[str]],
-    ax: Sequence[charts.Axes] | np.ndarray | None = None,
+    ax: Sequence[Axes] | np.ndarray | None = None,
     *,
     backend: charts.Backend = "matplotlib",
 ) -> charts.Figure | Any:
