@@ -28,7 +28,7 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
     for name, mine in heads.groupby("model", sort=False):
         count = mine.groupby("kind")[["rows", "sparse", "non_sparse"]].sum()
         rows, sparse = count["rows"], count["sparse"]
-        own = bins[bins["model"] == name]
+        own, none = bins[bins["model"] == name], np.nan
         out.append(
             {
                 **{c: mine[c].iloc[0] for c in ("model", "group", "placement", "seed")},
@@ -36,10 +36,8 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
                 "sparse": sparse.sum() / rows.sum(),
                 "non_sparse": count["non_sparse"].sum() / rows.sum(),
                 "sinks": rows["sink"] / rows.sum(),
-                "sinks_of_sparse": sparse["sink"] / sparse.sum() if sparse.sum() else np.nan,
-                "sparse_content": sparse["content"] / rows["content"]
-                if rows["content"]
-                else np.nan,
+                "sinks_of_sparse": sparse["sink"] / sparse.sum() if sparse.sum() else none,
+                "sparse_content": sparse["content"] / rows["content"] if rows["content"] else none,
                 "peak": peak_of(own),
                 "peak_content": peak_of(own[own["kind"] == "content"]),
             }

@@ -157,12 +157,9 @@ def matching(n: int) -> pd.DataFrame:
         w = (SHARPNESS * products).expand(n, -1).clone()
         if placement == "pre":
             w[:, 0] *= torch.sqrt(2 / (1 + size**2))
-        value = run(placement, size).attention[:, 0, 0]
-        theorem = {"none": 1, "pre": 2, "qkv": 3}[placement]
-        predicted = w.softmax(-1)[:, 0]
-        frames.append(
-            frame("matching", theorem, placement, "attention on the match", size, value, predicted)
-        )
+        value, predicted = run(placement, size).attention[:, 0, 0], w.softmax(-1)[:, 0]
+        theorem, series = {"none": 1, "pre": 2, "qkv": 3}[placement], "attention on the match"
+        frames.append(frame("matching", theorem, placement, series, size, value, predicted))
 
     def jumped(size: Tensor) -> Tensor:
         return run("pre", size).row[:, 0].argmax(-1) != 0
@@ -196,13 +193,9 @@ def offset(n: int) -> pd.DataFrame:
     still, one = torch.zeros_like(x), torch.ones_like(x)
     turned, grown = score(2 * math.pi * x, one), score(still, 1 + 2 * x)
     shrink = torch.sqrt(27 / (26 + (1 + 2 * x) ** 2))
-    return pd.concat(
-        [
-            frame("offset", 2, "pre", "B turns on its circle", x, turned / turned[0], one),
-            frame("offset", 2, "pre", "B leaves its circle", x, grown / grown[0], shrink),
-        ],
-        ignore_index=True,
-    )
+    turns = frame("offset", 2, "pre", "B turns on its circle", x, turned / turned[0], one)
+    leaves = frame("offset", 2, "pre", "B leaves its circle", x, grown / grown[0], shrink)
+    return pd.concat([turns, leaves], ignore_index=True)
 
 
 def freedom(most: int) -> pd.DataFrame:
@@ -275,24 +268,16 @@ def limits(n: int) -> pd.DataFrame:
         for site in "qkv":
             both = [_moved(_tempered(placement, b), given, site, noise) for b in betas]
             value, predicted, _ = zip(*both, strict=True)
-            frames.append(frame("limits", 4, placement, site, betas, value, predicted))
             value_0, _, means = _moved(_tempered(placement, 0.0), given, site, noise)
-            frames.append(
-                frame("limits", 6, placement, f"{site}, isotropic", [0], [value_0], [means])
-            )
-            block = _tempered(placement, betas[-1])
-            last, _, _ = _moved(block, given, site, noise)
-            frames.append(
-                frame(
-                    "limits",
-                    5,
-                    placement,
-                    f"{site}, sparse",
-                    [betas[-1]],
-                    [last],
-                    [_sparse_limit(block, given, site, noise)],
+            end = _sparse_limit(_tempered(placement, betas[-1]), given, site, noise)
+            frames += [
+                frame("limits", theorem, placement, site + which, *curve)
+                for theorem, which, *curve in (
+                    (4, "", betas, value, predicted),
+                    (6, ", isotropic", [0], [value_0], [means]),
+                    (5, ", sparse", betas[-1:], value[-1:], [end]),
                 )
-            )
+            ]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -411,10 +396,8 @@ def probability(draws: int) -> pd.DataFrame:
             raise RuntimeError("probability: wanted a sparse row; got another")
         for j, (site, name) in enumerate((("k", "key noise"), ("q", "query noise"))):
             noise = heads.even(draws, len(x), seed=60 + 2 * i + j)
-            shares = [
-                float((_arg_max(block, x, site, 1 + s * noise) != 0).double().mean())
-                for s in sigmas
-            ]
+            gone = [_arg_max(block, x, site, 1 + s * noise) != 0 for s in sigmas]
+            shares = [float(each.double().mean()) for each in gone]
             predicted = exact if site == "k" else torch.zeros_like(exact)
             frames.append(frame("probability", 7, placement, name, sigmas, shares, predicted))
     return pd.concat(frames, ignore_index=True)
@@ -452,10 +435,9 @@ def isotropic(n: int) -> pd.DataFrame:
             w = ISOTROPIC_SCORE * on
             first = float((w * (off * kappa[:, None]).mean(0)).norm())
             rms = float(off.norm(dim=-1).square().mean().sqrt())
-            moved = _key_noise_moves(block, x, sigmas[:, None] * kappa)
-            frames.append(
-                frame("isotropic", 8, placement, series, sigmas, moved / rms, sigmas * first / rms)
-            )
+            moved = _key_noise_moves(block, x, sigmas[:, None] * kappa) / rms
+            predicted = sigmas * first / rms
+            frames.append(frame("isotropic", 8, placement, series, sigmas, moved, predicted))
     return pd.concat(frames, ignore_index=True)
 
 
