@@ -111,7 +111,9 @@ def read_table(folder: Path) -> pd.DataFrame:
     with warnings.catch_warnings():  # pandas 3.1 always reads so, and earlier ones have to be told
         warnings.filterwarnings("ignore", message=".*float_precision.*")
         none: dict[str, Any] = {"keep_default_na": False, "na_values": ["", "nan"]}
-        table = pd.read_csv(folder / "table.csv", float_precision="round_trip", **none)
+        table: pd.DataFrame = pd.read_csv(
+            folder / "table.csv", float_precision="round_trip", **none
+        )
     if "placement" in table:  # empty for other people's models, and no number
         table["placement"] = table["placement"].astype(object).fillna("")
     return table
