@@ -53,22 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[*NAMES, "all", "list", "report"],
         help="[list]",
     )
-    parser.add_argument(
-        "--model",
-        action="append",
-        metavar="MODEL",
-        help="a shipped model, a directory or a Hugging Face id; may be given several times; "
-        "`study` stands for the trained study models [study models and shipped ones]",
+    said = (
+        "a shipped model, a directory or a Hugging Face id; may be given several times; "
+        "`study` stands for the trained study models [study models and shipped ones]"
     )
+    parser.add_argument("--model", action="append", metavar="MODEL", help=said)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="as much as the report is made of")
     size.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
+    said = "[%(default)s]"
     parser.add_argument(
-        "--out",
-        type=some_path,
-        metavar="DIR",
-        default=Path("runs/experiments"),
-        help="[%(default)s]",
+        "--out", type=some_path, metavar="DIR", default=Path("runs/experiments"), help=said
     )
     parser.add_argument(
         "--to", type=some_path, metavar="PAGES", help="report: their directory [DIR/reproduction]"

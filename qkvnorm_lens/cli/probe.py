@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkvnorm_lens import tables, text
 from qkvnorm_lens.arguments import at_least, brief, count, directory, number, positive, some_path
+from qkvnorm_lens.cli.train import check_device
 from qkvnorm_lens.models import DEFAULT, Source, find, load_model
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ examples:
 TOKENS_AT_ONCE = 1024
 WINDOWS, SUMS = 8, 128
 _MOST = 100_000  # sigmas, layers
+_OPTIONS = (
+    "sigmas", "on", "method", "law", "shared", "layers", "sparse", "draws", "seed", "keep",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _noise(parser.add_argument_group("noise"))
     where = parser.add_argument_group("how it runs")
     where.add_argument("--batch-size", type=positive, metavar="N", help="prompts per forward pass")
-    where.add_argument(
-        "--keep",
-        type=positive,
-        default=1 << 19,
-        metavar="N",
-        help="competitors to remember, for the sigma at which 1%% collapse [524288]",
-    )
+    said = "competitors to remember, for the sigma at which 1%% collapse [524288]"
+    where.add_argument("--keep", type=positive, default=1 << 19, metavar="N", help=said)
     where.add_argument("--device", help="cpu, cuda, cuda:1, ... [an accelerator, else cpu]")
     where.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="[as saved; else float32]"
@@ -60,82 +59,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--fragile", type=count, default=10, metavar="N", help="heads and rows to list [10]"
     )
-    out.add_argument(
-        "--no-sinks",
-        action="store_true",
-        help="list heads and rows by attention that does not go to the first token",
-    )
+    said = "list heads and rows by attention that does not go to the first token"
+    out.add_argument("--no-sinks", action="store_true", help=said)
     out.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
-    out.add_argument(
-        "--out",
-        type=some_path,
-        metavar="DIR",
-        help="also write report.html, report.safetensors, frame.csv, summary.txt and two figures",
-    )
+    said = "also write report.html, report.safetensors, frame.csv, summary.txt and two figures"
+    out.add_argument("--out", type=some_path, metavar="DIR", help=said)
 
 
 def _reading(group: argparse._ArgumentGroup) -> None:
     which = group.add_mutually_exclusive_group()
     which.add_argument("--text", help="the text itself (an addition model: a sum on each line)")
     which.add_argument("--file", metavar="PATH", help="a UTF-8 file; - for standard input")
-    which.add_argument(
-        "--messages",
-        metavar="PATH",
-        help="a JSON file of chat messages (role and content), written by the chat template",
-    )
+    said = "a JSON file of chat messages (role and content), written by the chat template"
+    which.add_argument("--messages", metavar="PATH", help=said)
     which.add_argument(
         "--split", help="addition models: draw sums of this kind [the one it was trained on]"
     )
-    group.add_argument(
-        "--prepend-bos",
-        action=argparse.BooleanOptionalAction,
-        help="a BOS token before each window [as the model has it, unless the text begins with "
-        "one or with its chat template]",
+    said = (
+        "a BOS token before each window [as the model has it, unless the text begins with "
+        "one or with its chat template]"
     )
-    group.add_argument(
-        "--length",
-        type=at_least(2),
-        metavar="N",
-        help="long text is cut into windows of N tokens [128, or the context]",
-    )
-    group.add_argument(
-        "--prompts",
-        type=positive,
-        metavar="N",
-        help=f"at most N windows, or N sums [{WINDOWS} windows, {SUMS} sums]",
-    )
+    group.add_argument("--prepend-bos", action=argparse.BooleanOptionalAction, help=said)
+    said = "long text is cut into windows of N tokens [128, or the context]"
+    group.add_argument("--length", type=at_least(2), metavar="N", help=said)
+    said = f"at most N windows, or N sums [{WINDOWS} windows, {SUMS} sums]"
+    group.add_argument("--prompts", type=positive, metavar="N", help=said)
 
 
 def _noise(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--sigmas",
-        type=sigmas,
-        metavar="LIST",
-        help="RMS of the relative change, as 0.01,0.05 or 1%%,5%% or start:stop:count [16 from 1%% "
-        "to 50%%]",
+    said = (
+        "RMS of the relative change, as 0.01,0.05 or 1%%,5%% or start:stop:count [16 from 1%% "
+        "to 50%%]"
     )
+    group.add_argument("--sigmas", type=sigmas, metavar="LIST", help=said)
     group.add_argument("--on", type=roles, default="qk", help="any of q, k, v [qk]")
     group.add_argument(
         "--law", choices=("uniform", "gaussian", "lognormal"), default="uniform", help="[uniform]"
     )
+    said = "which vectors share a factor in sampled rates [none]"
     group.add_argument(
-        "--shared",
-        choices=("none", "heads", "kv", "token"),
-        default="none",
-        help="which vectors share a factor in sampled rates [none]",
+        "--shared", choices=("none", "heads", "kv", "token"), default="none", help=said
     )
-    group.add_argument(
-        "--method",
-        choices=("exact", "sample"),
-        default="exact",
-        help="collapse computed, or counted over draws [exact]",
-    )
-    group.add_argument(
-        "--draws",
-        type=count,
-        metavar="N",
-        help="samples; with --method exact only to check the strict rate [0, or 16 to sample]",
-    )
+    said = "collapse computed, or counted over draws [exact]"
+    group.add_argument("--method", choices=("exact", "sample"), default="exact", help=said)
+    said = "samples; with --method exact only to check the strict rate [0, or 16 to sample]"
+    group.add_argument("--draws", type=count, metavar="N", help=said)
     group.add_argument("--layers", type=layers, metavar="LIST", help="as 0,3,5-7 [all]")
     group.add_argument(
         "--sparse",
@@ -291,13 +259,7 @@ def _where(args: argparse.Namespace) -> tuple[str | None, Any]:
     import torch
 
     if args.device is not None:
-        try:
-            torch.empty(1, device=args.device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).split(". ")[0].splitlines()[0]
-            raise ValueError(
-                f"--device: wanted one that PyTorch can use; got {brief(args.device)}: {reason}"
-            ) from error
+        check_device(args.device)
     return args.device, None if args.dtype is None else getattr(torch, args.dtype)
 
 
@@ -315,13 +277,8 @@ def choose(args: argparse.Namespace, source: Source, model: Any, given: str | No
         if args.messages is not None:
             return _messages(args, model, str(given))
         passage = text.passage() if given is None else given
-        cut = text.windows(
-            model,
-            passage,
-            length=args.length,
-            limit=args.prompts or WINDOWS,
-            prepend_bos=args.prepend_bos,
-        )
+        how = {"length": args.length, "prepend_bos": args.prepend_bos}
+        cut = text.windows(model, passage, limit=args.prompts or WINDOWS, **how)
         if given is not None:
             return cut
         built_in = f"{cut.source} of the built-in passage (Pride and Prejudice, chapter 1)"
@@ -366,25 +323,10 @@ def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> Collap
     import hooks
 
     longest = max(map(len, prompts.ids))
-    batch_size = args.batch_size
-    if batch_size is None:
-        batch_size = max(1, TOKENS_AT_ONCE // longest)
+    batch_size = args.batch_size or max(1, TOKENS_AT_ONCE // longest)
+    options = {name: getattr(args, name) for name in _OPTIONS}
     try:
-        return hooks.collapse_probe(
-            model,
-            prompts.ids,
-            sigmas=args.sigmas,
-            on=args.on,
-            method=args.method,
-            law=args.law,
-            shared=args.shared,
-            layers=args.layers,
-            sparse=args.sparse,
-            draws=args.draws,
-            seed=args.seed,
-            batch_size=batch_size,
-            keep=args.keep,
-        )
+        return hooks.collapse_probe(model, prompts.ids, batch_size=batch_size, **options)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(
             "--batch-size: wanted a smaller one, or a smaller --length or --dtype; got out of "

@@ -23,22 +23,13 @@ SAVED = "report.safetensors"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument(
-        "directory",
-        type=some_path,
-        metavar="DIR",
-        help=f"where `probe --out` wrote, or a {SAVED} itself",
-    )
+    said = f"where `probe --out` wrote, or a {SAVED} itself"
+    parser.add_argument("directory", type=some_path, metavar="DIR", help=said)
     parser.add_argument("--out", type=some_path, metavar="FILE", help="[DIR/report.html]")
+    said = "list heads and rows by attention that does not go to the first token"
+    parser.add_argument("--no-sinks", action="store_true", help=said)
     parser.add_argument(
-        "--no-sinks",
-        action="store_true",
-        help="list heads and rows by attention that does not go to the first token",
-    )
-    parser.add_argument(
-        "--no-views",
-        action="store_true",
-        help="leave out circuitsvis's attention views (1.3 MB)",
+        "--no-views", action="store_true", help="leave out circuitsvis's attention views (1.3 MB)"
     )
 
 

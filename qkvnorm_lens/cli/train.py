@@ -77,44 +77,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--save-every", type=positive, default=500, metavar="N", help="steps between states [500]"
     )
-    where.add_argument(
-        "--eval-rows",
-        type=positive,
-        default=4000,
-        metavar="N",
-        help="sums to measure accuracy on for the log, every 1000 steps and at the last [4000]",
-    )
-    where.add_argument(
-        "--test-rows",
-        type=positive,
-        default=20_000,
-        metavar="N",
-        help="sums of each kind to measure accuracy on at the end [20000]",
-    )
+    said = "sums to measure accuracy on for the log, every 1000 steps and at the last [4000]"
+    where.add_argument("--eval-rows", type=positive, default=4000, metavar="N", help=said)
+    said = "sums of each kind to measure accuracy on at the end [20000]"
+    where.add_argument("--test-rows", type=positive, default=20_000, metavar="N", help=said)
 
 
 def _model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--config",
-        default="study",
-        metavar="NAME|FILE.json",
-        help=f"{', '.join(DEFAULTS)}, or a file as save_pretrained writes config.json [study]",
-    )
-    group.add_argument(
-        "--placement",
-        choices=("none", "pre", "qkv"),
-        help="where the attention's norm is [pre; a file's own]",
-    )
+    said = f"{', '.join(DEFAULTS)}, or a file as save_pretrained writes config.json [study]"
+    group.add_argument("--config", default="study", metavar="NAME|FILE.json", help=said)
+    said = "where the attention's norm is [pre; a file's own]"
+    group.add_argument("--placement", choices=("none", "pre", "qkv"), help=said)
 
 
 def _training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--split", metavar="NAME", help="which sums [the configuration's]")
-    group.add_argument(
-        "--recipe",
-        metavar="NAME",
-        help="paper, modern (Muon, cosine), study (modern at 0.01) or modern-adamw [the "
-        "configuration's; a file: modern]",
+    said = (
+        "paper, modern (Muon, cosine), study (modern at 0.01) or modern-adamw [the "
+        "configuration's; a file: modern]"
     )
+    group.add_argument("--recipe", metavar="NAME", help=said)
     group.add_argument("--steps", type=positive, metavar="N", help="[the configuration's]")
     group.add_argument(
         "--lr",
@@ -134,7 +116,7 @@ def run(args: argparse.Namespace) -> str:
     """Train, measure, write; returns the table of accuracies."""
     directory("--out", args.out)
     wanted = plan(args)
-    _check_device(args.device)
+    check_device(args.device)
     import torch
 
     from qkvnorm_lens.training import Stopped, processes, train
@@ -240,7 +222,8 @@ def _recipe(args: argparse.Namespace, default: str) -> Recipe:
     return dataclasses.replace(get_recipe(name), **changes)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that PyTorch can't use, before anything is loaded."""
     import torch
 
     try:

@@ -39,15 +39,8 @@ from .config import (
     Skip as Skip,
     named_config as named_config,
 )
-from .fields import (
-    ACTIVATIONS as ACTIVATIONS,
-    POSITIONS as POSITIONS,
-)
-from .loading import (
-    Source as Source,
-    find as find,
-    load_model as load_model,
-)
+from .fields import ACTIVATIONS as ACTIVATIONS, POSITIONS as POSITIONS
+from .loading import Source as Source, find as find, load_model as load_model
 from .model import (
     Block as Block,
     CachedOutput as CachedOutput,
@@ -60,11 +53,7 @@ from .model import (
     rotation_at as rotation_at,
     visible_keys as visible_keys,
 )
-from .norms import (
-    Calibrated as Calibrated,
-    Gain as Gain,
-    Norm as Norm,
-)
+from .norms import Calibrated as Calibrated, Gain as Gain, Norm as Norm
 from .shipped import (
     DEFAULT as DEFAULT,
     EXPERIMENT_MODELS as EXPERIMENT_MODELS,

@@ -243,12 +243,8 @@ class QKVNormConfig(TransformerBridgeConfig):
             raise ValueError(
                 f"norm: wanted {wanted} with placement {self.placement!r}; got {self.norm!r}"
             )
-        if (
-            self.placement == "qkv"
-            and self.norm is not None
-            and self.norm.gains == "shared"
-            and self.n_kv != self.n_heads
-        ):
+        shared = self.placement == "qkv" and self.norm is not None and self.norm.gains == "shared"
+        if shared and self.n_kv != self.n_heads:
             raise ValueError(
                 f"norm: wanted as many key/value heads as heads ({self.n_heads}) with gains shared "
                 f"by q, k and v; got {self.n_kv}"
@@ -332,28 +328,12 @@ def _unless_default(*, centred: bool, skip: str) -> dict[str, Any]:
     return ({"centred": True} if centred else {}) | ({"skip": skip} if skip != "both" else {})
 
 
-_PAPER: Final[dict[str, Any]] = {
-    "d_head": 64,
-    "d_mlp": 512,
-    "output_mlp": (512, 512),
-    "n_ctx": 128,
-    "d_vocab": 17,
-    "default_prepend_bos": False,
-    "positional_embedding_type": "sinusoidal",
-    "score_scale": "calibrated",
-    "calibrated": True,
-    "seed": 100,
-}
-_SMALL: Final[dict[str, Any]] = {
-    "d_model": 128,
-    "d_head": 32,
-    "n_heads": 4,
-    "d_mlp": 256,
-    "n_ctx": 32,
-    "d_vocab": 17,
-    "default_prepend_bos": False,
-    "seed": 100,
-}
+_EVERY: Final[dict[str, Any]] = {"d_vocab": 17, "default_prepend_bos": False, "seed": 100}
+_PAPER: Final[dict[str, Any]] = _EVERY | {
+    "d_head": 64, "d_mlp": 512, "output_mlp": (512, 512), "n_ctx": 128,
+    "positional_embedding_type": "sinusoidal", "score_scale": "calibrated", "calibrated": True,
+}  # fmt: skip
+_SMALL: Final = _EVERY | {"d_model": 128, "d_head": 32, "n_heads": 4, "d_mlp": 256, "n_ctx": 32}
 NAMED: Final[dict[str, dict[str, Any]]] = {
     "baseline": {**_PAPER, "n_layers": 10, "d_model": 512, "n_heads": 12},
     "alternate": {**_PAPER, "n_layers": 8, "d_model": 512, "n_heads": 12},

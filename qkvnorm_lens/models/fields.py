@@ -25,50 +25,19 @@ from hooks.arguments import (
 )
 
 ACTIVATIONS: Final = ("relu", "gelu", "gelu_new", "silu")
-
-
 POSITIONS: Final = ("standard", "sinusoidal", "rotary", "none")
-
 
 # What TransformerLens's own configuration lets one say and this architecture does (`device`,
 # `dtype`, names and tokenizer fields apart). Every other field must keep its default: accepting a
 # field and ignoring it would be a wrong model without a word.
-HONOURED: Final = frozenset(
-    [
-        "d_model",
-        "d_head",
-        "n_layers",
-        "n_ctx",
-        "n_heads",
-        "d_vocab",
-        "d_vocab_out",
-        "d_mlp",
-        "n_key_value_heads",
-        "attn_only",
-        "act_fn",
-        "eps",
-        "normalization_type",
-        "attention_dir",
-        "window_size",
-        "positional_embedding_type",
-        "rotary_base",
-        "rotary_dim",
-        "rotary_adjacent_pairs",
-        "attn_implementation",
-        "seed",
-        "initializer_range",
-        "init_weights",
-        "dtype",
-        "device",
-        "model_name",
-        "default_prepend_bos",
-        "tokenizer_prepends_bos",
-        "tokenizer_appends_eos",
-        "default_padding_side",
-        "tokenizer_name",
-    ]
-)
-
+HONOURED: Final = frozenset([
+    "d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_vocab", "d_vocab_out", "d_mlp",
+    "n_key_value_heads", "attn_only", "act_fn", "eps", "normalization_type", "attention_dir",
+    "window_size", "positional_embedding_type", "rotary_base", "rotary_dim",
+    "rotary_adjacent_pairs", "attn_implementation", "seed", "initializer_range", "init_weights",
+    "dtype", "device", "model_name", "default_prepend_bos", "tokenizer_prepends_bos",
+    "tokenizer_appends_eos", "default_padding_side", "tokenizer_name",
+])  # fmt: skip
 
 _OURS: Final = (
     "placement", "norm", "score_scale", "calibrated", "attn_bias", "centred", "skip", "output_mlp",
@@ -95,7 +64,6 @@ def tl_defaults() -> dict[str, Any]:
 
 MOST: Final = 1 << 31
 
-
 _CHOICES: Final[dict[str, tuple[str | None, ...]]] = {
     "act_fn": ACTIVATIONS,
     "normalization_type": ("LN", "RMS", None),
@@ -104,25 +72,16 @@ _CHOICES: Final[dict[str, tuple[str | None, ...]]] = {
     "attn_implementation": ("eager", "sdpa"),
 }
 
-
 _INTEGERS: Final = {
     **dict.fromkeys(("d_model", "d_head", "n_layers", "n_ctx", "d_mlp", "n_key_value_heads"), 1),
     **dict.fromkeys(("n_heads", "d_vocab", "window_size", "rotary_dim"), 1),
     "d_vocab_out": -1,
 }
 
-
-_BOOLEANS: Final = frozenset(
-    [
-        "attn_only",
-        "init_weights",
-        "default_prepend_bos",
-        "rotary_adjacent_pairs",
-        "tokenizer_prepends_bos",
-        "tokenizer_appends_eos",
-    ]
-)
-
+_BOOLEANS: Final = frozenset([
+    "attn_only", "init_weights", "default_prepend_bos", "rotary_adjacent_pairs",
+    "tokenizer_prepends_bos", "tokenizer_appends_eos",
+])  # fmt: skip
 
 _TEXTS: Final = frozenset(["model_name", "tokenizer_name", "default_padding_side"])
 

@@ -260,29 +260,11 @@ def from_pretrained(
 
 
 _SAME_FIELDS: Final = (
-    "n_layers",
-    "d_model",
-    "n_ctx",
-    "d_head",
-    "n_heads",
-    "n_key_value_heads",
-    "d_mlp",
-    "d_vocab",
-    "act_fn",
-    "attn_only",
-    "eps",
-    "normalization_type",
-    "attention_dir",
-    "window_size",
-    "rotary_base",
-    "rotary_dim",
-    "rotary_adjacent_pairs",
-    "initializer_range",
-    "dtype",
-    "model_name",
-    "default_prepend_bos",
-    "tokenizer_prepends_bos",
-)
+    "n_layers", "d_model", "n_ctx", "d_head", "n_heads", "n_key_value_heads", "d_mlp", "d_vocab",
+    "act_fn", "attn_only", "eps", "normalization_type", "attention_dir", "window_size",
+    "rotary_base", "rotary_dim", "rotary_adjacent_pairs", "initializer_range", "dtype",
+    "model_name", "default_prepend_bos", "tokenizer_prepends_bos",
+)  # fmt: skip
 
 
 def _need_3_9() -> None:
@@ -296,38 +278,21 @@ def _need_3_9() -> None:
 
 def _refuse_inexpressible(cfg: QKVNormConfig) -> None:
     """Refuse the first option that ``HookedTransformer`` has no part for."""
-    wanted: list[tuple[str, bool, str, object]] = [
-        ("output_mlp", not cfg.output_mlp, "()", cfg.output_mlp),
-        ("calibrated", not cfg.calibrated, "False", cfg.calibrated),
-        ("centred", not cfg.centred, "False", cfg.centred),
-        ("skip", cfg.skip == "both", "'both'", cfg.skip),
-        (
-            "score_scale",
-            cfg.score_scale in ("inv_sqrt", "none"),
-            "'inv_sqrt' or 'none'",
-            cfg.score_scale,
-        ),
-        (
-            "positional_embedding_type",
-            cfg.positional_embedding_type in ("standard", "rotary", "none"),
-            "'standard', 'rotary' or 'none'",
-            cfg.positional_embedding_type,
-        ),
-        (
-            "attn_implementation",
-            cfg.attn_implementation == "eager",
-            "'eager'",
-            cfg.attn_implementation,
-        ),
-        (
-            "window_size",
-            cfg.window_size is None or cfg.attention_dir == "causal",
-            "None under attention_dir='bidirectional'",
-            cfg.window_size,
-        ),
-    ]
-    for name, fits, choices, got in wanted:
+    positions = cfg.positional_embedding_type in ("standard", "rotary", "none")
+    windows = cfg.window_size is None or cfg.attention_dir == "causal"
+    wanted: tuple[tuple[str, bool, str], ...] = (
+        ("output_mlp", not cfg.output_mlp, "()"),
+        ("calibrated", not cfg.calibrated, "False"),
+        ("centred", not cfg.centred, "False"),
+        ("skip", cfg.skip == "both", "'both'"),
+        ("score_scale", cfg.score_scale in ("inv_sqrt", "none"), "'inv_sqrt' or 'none'"),
+        ("positional_embedding_type", positions, "'standard', 'rotary' or 'none'"),
+        ("attn_implementation", cfg.attn_implementation == "eager", "'eager'"),
+        ("window_size", windows, "None under attention_dir='bidirectional'"),
+    )
+    for name, fits, choices in wanted:
         if not fits:
+            got = getattr(cfg, name)
             raise ValueError(f"{name}: a HookedTransformer wants {choices}, got {got!r}")
 
 
@@ -344,9 +309,7 @@ def _old_names(model: QKVNormTransformer) -> dict[str, torch.Tensor]:
         elif name == "head.weight":
             weights["unembed.W_U"] = value.T
         elif name.startswith("ln_out."):
-            weights[
-                name.replace("ln_out.weight", "ln_final.w").replace("ln_out.bias", "ln_final.b")
-            ] = value
+            weights[f"ln_final.{name.removeprefix('ln_out.')[0]}"] = value
         else:
             _, layer, part, rest = name.split(".", 3)
             at = f"blocks.{layer}."
@@ -367,11 +330,8 @@ def _attention_weights(
     """One of the attention's weights; the norms keep their names."""
     site, _, kind = name.partition(".")
     if site == "o":
-        return (
-            {f"{at}b_O": value}
-            if kind == "bias"
-            else {f"{at}W_O": value.T.unflatten(0, (-1, d_head))}
-        )
+        whole = kind == "bias"
+        return {f"{at}b_O": value} if whole else {f"{at}W_O": value.T.unflatten(0, (-1, d_head))}
     if site not in ("q", "k", "v"):
         return {f"{at}{name}": value}
     prefix = grouped if site != "q" else ""

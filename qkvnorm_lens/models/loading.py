@@ -169,8 +169,7 @@ def _why(source: Source, error: Exception) -> str:
             f"model: wanted a shipped model ({', '.join(checkpoints()) or 'none'}), a directory or "
             f"a Hugging Face id; got {brief(source.name)}{_near(source.name)}, which is none of "
             "ours and no directory here; the Hugging Face cache does not hold it and the hub can't "
-            "be reached. "
-            f"{_HOW[0].upper()}{_HOW[1:]}"
+            f"be reached. {_HOW[0].upper()}{_HOW[1:]}"
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else type(error).__name__

@@ -226,9 +226,8 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         super().__init__()
         self.cfg = cfg
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # torch's modules draw weights that are then replaced
+        # torch's modules draw weights that are then replaced
+        with torch.random.fork_rng(devices=[]):
             self.tok_embed = TokenEmbedding(cfg)
             self.pos: nn.Module | None = None
             if cfg.positional_embedding_type == "standard":
@@ -239,10 +238,8 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
             self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
             self.ln_out = plain_norm(cfg)
             widths = (cfg.d_model, *cfg.output_mlp)
-            hidden = [
-                part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())
-            ]
-            self.out_mlp = nn.Sequential(*hidden)
+            hidden = ((nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(widths))
+            self.out_mlp = nn.Sequential(*itertools.chain(*hidden))
             self.head = nn.Linear(widths[-1], cfg.d_vocab, bias=False)
         if cfg.init_weights:
             self._draw_weights()
@@ -366,15 +363,9 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
         """Called by huggingface_hub's `from_pretrained`."""
         folder = Path(model_id)
         if not folder.is_dir():
-            downloaded = snapshot_download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
-            folder = Path(downloaded)
+            options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+            options |= {"force_download": force_download, "local_files_only": local_files_only}
+            folder = Path(snapshot_download(model_id, **options))
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: wanted {name}, which save_pretrained writes")

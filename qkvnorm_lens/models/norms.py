@@ -78,9 +78,7 @@ class Calibrated(nn.Module):
         self.register_buffer("weight", torch.ones(()))
 
     def forward(
-        self,
-        x: Float[torch.Tensor, "*shape"],
-        where: Bool[torch.Tensor, "..."] | None = None,
+        self, x: Float[torch.Tensor, "*shape"], where: Bool[torch.Tensor, "..."] | None = None
     ) -> Float[torch.Tensor, "*shape"]:
         """Multiply; while measuring, set the factor first, from the entries `where` selects."""
         if self.measuring:

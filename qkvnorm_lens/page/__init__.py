@@ -2,7 +2,4 @@
 
 from qkvnorm_lens.page.report import html_report, write_html
 
-__all__ = [
-    "html_report",
-    "write_html",
-]
+__all__ = ["html_report", "write_html"]

@@ -19,21 +19,8 @@ from hooks.arguments import check_booleans, check_optional, check_path, check_te
 from qkvnorm_lens import __version__, tables
 from qkvnorm_lens.page import svg
 from qkvnorm_lens.page.template import environment, source as file_text
-from qkvnorm_lens.plots import SCALE, collapse_chart, head_cells, margins_chart, name_of
+from qkvnorm_lens.plots import SCALE, collapse_chart, head_cells, html, margins_chart, name_of
 from qkvnorm_lens.plots.charts import check_report
-from qkvnorm_lens.plots.html import (
-    LOADER,
-    circuits,
-    fragile_prompt,
-    island,
-    library,
-    policy,
-    script,
-    shown_rows,
-    strip,
-    style,
-    token,
-)
 
 if TYPE_CHECKING:
     from hooks import CollapseReport
@@ -58,6 +45,11 @@ class _Table:
     rows: list[list[_Cell]] = field(default_factory=list)
 
 
+def _columns(*names: str, texts: int = 0) -> list[tuple[str, bool]]:
+    """Headings of a table; the first ``texts`` of them are of text."""
+    return [(name, i < texts) for i, name in enumerate(names)]
+
+
 def html_report(
     report: CollapseReport, *, source: str = "", content: bool = False, views: bool | None = None
 ) -> str:
@@ -77,14 +69,14 @@ def html_report(
     check_report("report", report, "CollapseReport")
     source = check_text("source", source)
     (content,), (views,) = check_booleans(content=content), check_optional(views=views)
-    shown = shown_rows(report, content=content)
+    shown = html.shown_rows(report, content=content)
     scripts = [file_text("page.js")]
     data: list[dict[str, Any]] = []
     if views is None or views:
         bundle = _library(required=bool(views))
-        data = circuits(shown, report)[:VIEWS] if bundle else []
+        data = html.circuits(shown, report)[:VIEWS] if bundle else []
         if data:
-            scripts = [bundle, LOADER, *scripts]
+            scripts = [bundle, html.LOADER, *scripts]
     texts, texts_left_out = _texts(report)
     fragile, left_out = _fragile(report, content)
     chart, margins = collapse_chart(report, "model"), margins_chart(report)
@@ -93,10 +85,10 @@ def html_report(
         environment()
         .get_template("report.html")
         .render(
-            policy=policy(scripts),
-            style=Markup(style()),
-            scripts=[script(s) for s in scripts],
-            island=island("circuits", data) if data else "",
+            policy=html.policy(scripts),
+            style=Markup(html.style()),
+            scripts=[html.script(s) for s in scripts],
+            island=html.island("circuits", data) if data else "",
             name=name_of(report),
             lead=lead,
             about=about,
@@ -106,7 +98,7 @@ def html_report(
             curve_caption=_caption(report),
             caveats=caveats(report),
             **_heads(report, content),
-            strips=[(row.markup(), strip(row)) for row in shown],
+            strips=[(row.markup(), html.strip(row)) for row in shown],
             draws=DRAWS,
             seed=report.settings.seed,
             fragile=fragile,
@@ -144,7 +136,7 @@ def _tabs(views: bool, texts: bool) -> list[tuple[str, str]]:
 
 def _library(*, required: bool) -> str:
     try:
-        return library()
+        return html.library()
     except ImportError:
         if required:
             raise
@@ -255,16 +247,8 @@ def _heads(report: CollapseReport, content: bool) -> dict[str, Any]:
     order = "sigma_at_content" if content else "sigma_at"
     enough = frame["rows"] >= tables.MIN_ROWS
     frame = frame.assign(few=~enough).sort_values(["few", order], kind="stable")
-    table = _Table(
-        [
-            ("head", True),
-            ("1% at σ", False),
-            ("1% at σ, sinks left out", False),
-            ("sparse rows", False),
-            ("share of sinks", False),
-            ("score level", False),
-        ]
-    )
+    head = ("head", "1% at σ", "1% at σ, sinks left out", "sparse rows", "share of sinks")
+    table = _Table(_columns(*head, "score level", texts=1))
     for row in frame.head(HEADS).to_dict("records"):
         n, sinks = int(row["rows"]), int(row["sinks"])
         table.rows.append(
@@ -296,17 +280,8 @@ def _number(x: float, show: Any) -> _Cell:
 
 def _fragile(report: CollapseReport, content: bool) -> tuple[_Table, str]:
     """The most fragile rows, equal ones counted, and what the list leaves out."""
-    table = _Table(
-        [
-            ("from σ", False),
-            ("head", True),
-            ("token", True),
-            ("attends to", True),
-            ("jumps to", True),
-            ("in", True),
-            ("times", False),
-        ]
-    )
+    texts = _columns("head", "token", "attends to", "jumps to", "in", texts=5)
+    table = _Table([*_columns("from σ"), *texts, *_columns("times")])
     frame = report.fragile(len(report.table), content=content)
     frame = frame[np.isfinite(frame["sigma"].to_numpy())]
     same = [column for column in frame.columns if column != "prompt"]
@@ -331,12 +306,12 @@ def _fragile(report: CollapseReport, content: bool) -> tuple[_Table, str]:
 
 def _place(row: dict[Any, Any], what: str, after: Any = "") -> _Cell:
     at, text = int(row[f"{what}_pos"]), str(row[f"{what}_token"])
-    shown = Markup('{} <span class="mono">{}</span>{}').format(at, token(text), after)
+    shown = Markup('{} <span class="mono">{}</span>{}').format(at, html.token(text), after)
     return (shown, f"{at:06d}", True)
 
 
 def _text(text: str) -> Markup:
-    return Markup('<span class="mono">{}</span>').format(token(text))
+    return Markup('<span class="mono">{}</span>').format(html.token(text))
 
 
 def _texts(report: CollapseReport) -> tuple[list[Markup], str]:
@@ -351,22 +326,13 @@ def _texts(report: CollapseReport) -> tuple[list[Markup], str]:
         chosen.append(prompt)
     left = len([t for t in tokens if t]) - len(chosen)
     said = f"Prompts not shown: {left:,}." if left else ""
-    return [fragile_prompt(report, p, most=TEXT_TOKENS) for p in chosen], said
+    return [html.fragile_prompt(report, p, most=TEXT_TOKENS) for p in chosen], said
 
 
 def _rates(report: CollapseReport) -> _Table:
     sampled = report.settings.method == "sample"
-    table = _Table(
-        [
-            ("σ", False),
-            ("collapse", False),
-            ("±", False),
-            ("sinks left out", False),
-            ("centred gauge", False),
-            ("strict", False),
-            *((name, False) for name in _strict_columns(report)),
-        ]
-    )
+    head = ("σ", "collapse", "±", "sinks left out", "centred gauge", "strict")
+    table = _Table(_columns(*head, *_strict_columns(report)))
     for row in report.to_frame("model").to_dict("records"):
         values = [
             row["sigma"],

@@ -70,28 +70,12 @@ def curve(chart: Chart, name: str) -> Markup:
         parts += _mark(mark.x, mark.y, mark.text, across, up)
     if chart.note:
         parts.append(element("text", chart.note, x=_WIDTH / 2, y=_HEIGHT / 2, class_="note"))
-    clip = element(
-        "defs",
-        element(
-            "clipPath",
-            element(
-                "rect",
-                x=_LEFT,
-                y=_TOP,
-                width=_WIDTH - _LEFT - _RIGHT,
-                height=_HEIGHT - _TOP - _BOTTOM,
-            ),
-            id=clip_name,
-        ),
-    )
-    picture = element(
-        "svg",
-        clip + Markup("").join(parts),
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-        role="img",
-        aria_label=name,
-        class_="curve",
-    )
+    size = {"width": _WIDTH - _LEFT - _RIGHT, "height": _HEIGHT - _TOP - _BOTTOM}
+    inside = element("rect", x=_LEFT, y=_TOP, **size)
+    clip = element("defs", element("clipPath", inside, id=clip_name))
+    about = {"role": "img", "aria_label": name, "class_": "curve"}
+    content = clip + Markup("").join(parts)
+    picture = element("svg", content, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", **about)
     return picture + _legend(chart.lines)
 
 
@@ -157,24 +141,15 @@ def _line(
         for x, y, error in zip(line.x, line.y, np.nan_to_num(line.error), strict=True):
             if x > 0 and y > 0 and error > 0:
                 ends = [_round(up(max(y + side * error, floor / 10))) for side in (-1, 1)]
-                at = _round(across(float(x)))
-                yield element(
-                    "line", x1=at, x2=at, y1=ends[0], y2=ends[1], class_=f"bar {look}", **own
-                )
+                at, bar = _round(across(float(x))), f"bar {look}"
+                yield element("line", x1=at, x2=at, y1=ends[0], y2=ends[1], class_=bar, **own)
     if line.marker:
         for x, y in seen:
             if y < floor:
                 continue
             said = element("title", f"{line.label}: {y:.3g}% at σ = {x:.3g}%")
-            yield element(
-                "circle",
-                said,
-                cx=_round(across(x)),
-                cy=_round(up(y)),
-                r=3.6,
-                class_=f"dot {look}",
-                **own,
-            )
+            place = {"cx": _round(across(x)), "cy": _round(up(y)), "r": 3.6}
+            yield element("circle", said, **place, class_=f"dot {look}", **own)
 
 
 def _mark(
@@ -225,31 +200,18 @@ def head_map(cells: HeadCells, min_rows: int) -> Markup:
         element("text", str(h), x=_round(left + (h + 0.5) * wide), y=foot + 15, class_="tick mid")
         for h in range(0, n_heads, step)
     ]
-    parts += [
-        element(
-            "text",
-            cells.layers[i],
-            x=left - 6,
-            y=_round(top + (n_layers - i - 0.5) * high + 4),
-            class_="tick end",
-        )
-        for i in range(0, n_layers, 1 + (n_layers - 1) // 32)
-    ]
+    for i in range(0, n_layers, 1 + (n_layers - 1) // 32):
+        y = _round(top + (n_layers - i - 0.5) * high + 4)
+        parts.append(element("text", cells.layers[i], x=left - 6, y=y, class_="tick end"))
     middle = left + n_heads * wide / 2
     parts.append(element("text", "head", x=_round(middle), y=foot + 32, class_="axis mid"))
     turn = f"translate(11 {_round(top + n_layers * high / 2)}) rotate(-90)"
     parts.append(element("text", "layer", transform=turn, class_="axis mid"))
     width, height = left + n_heads * wide + 6, foot + 40
-    picture = element(
-        "svg",
-        Markup("").join(parts),
-        viewBox=f"0 0 {_round(width)} {_round(height)}",
-        style=f"max-width: {_round(1.25 * width)}px",
-        role="img",
-        aria_label="map of layers by heads",
-        class_="map",
-    )
-    return picture + _map_key(cells, min_rows)
+    size = {"viewBox": f"0 0 {_round(width)} {_round(height)}"}
+    size["style"] = f"max-width: {_round(1.25 * width)}px"
+    about = {"role": "img", "aria_label": "map of layers by heads", "class_": "map"}
+    return element("svg", Markup("").join(parts), **size, **about) + _map_key(cells, min_rows)
 
 
 def _cell(
@@ -264,12 +226,8 @@ def _cell(
     x, y, wide, high = box
     rows = int(cells.counts[layer, head])
     where = f"layer {cells.layers[layer]}, head {head}: "
-    place = {
-        "x": _round(x + 0.5),
-        "y": _round(y + 0.5),
-        "width": _round(wide - 1),
-        "height": _round(high - 1),
-    }
+    place = {"x": _round(x + 0.5), "y": _round(y + 0.5)}
+    place |= {"width": _round(wide - 1), "height": _round(high - 1)}
     if math.isnan(value):
         return element("rect", element("title", where + "no sparse rows"), class_="none", **place)
     if math.isinf(value):
@@ -284,24 +242,15 @@ def _cell(
     text = f"{value:.2g}" if value < 9.95 else f"{value:.0f}"
     text = f"({text})" if few else text
     light = sum(int(fill[i : i + 2], 16) for i in (1, 3, 5)) < 380
-    number = element(
-        "text",
-        text,
-        x=_round(x + wide / 2),
-        y=_round(y + high / 2 + 3.5),
-        class_="num",
-        fill="#fff" if light else "#000",
-    )
-    return rect + number
+    middle = {"x": _round(x + wide / 2), "y": _round(y + high / 2 + 3.5)}
+    return rect + element("text", text, **middle, class_="num", fill="#fff" if light else "#000")
 
 
 def _map_key(cells: HeadCells, min_rows: int) -> Markup:
     low, high = cells.ends
     ramp = ", ".join(f"#{c}" for c in _VIRIDIS)
     bar = element("span", "", class_="ramp", style=f"background: linear-gradient(90deg, {ramp})")
-    items = [
-        element("li", Markup("{} {} {}").format(f"σ = {low:.2g}%", bar, f"{high:.2g}%")),
-    ]
+    items = [element("li", Markup("{} {} {}").format(f"σ = {low:.2g}%", bar, f"{high:.2g}%"))]
     if np.isinf(cells.sigma).any():
         items.append(element("li", element("span", "", class_="box never") + "never"))
     if np.isnan(cells.sigma).any():

@@ -29,18 +29,7 @@ from qkvnorm_lens.plots.symmetry import symmetry_by_depth
 from qkvnorm_lens.plots.training import training_curves
 
 __all__ = [
-    "collapse_curve",
-    "head_map",
-    "row_margins",
-    "attention",
-    "attention_rows",
-    "fragile_text",
-    "View",
-    "spread_bands",
-    "accuracy_curve",
-    "sparsity_histogram",
-    "rank_by_depth",
-    "spectrum_by_depth",
-    "symmetry_by_depth",
-    "training_curves",
-]
+    "collapse_curve", "head_map", "row_margins", "attention", "attention_rows", "fragile_text",
+    "View", "spread_bands", "accuracy_curve", "sparsity_histogram", "rank_by_depth",
+    "spectrum_by_depth", "symmetry_by_depth", "training_curves",
+]  # fmt: skip

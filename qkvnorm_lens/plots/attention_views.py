@@ -22,34 +22,10 @@ from hooks.arguments import (
     plain,
     read_list,
 )
-from qkvnorm_lens.plots.charts import (
-    GREY,
-    ORANGE,
-    axes_in,
-    check_report,
-    new_figure,
-    printable,
-    top_figure,
-)
+from qkvnorm_lens.plots import charts, html
 from qkvnorm_lens.plots.collapse import name_of
-from qkvnorm_lens.plots.html import (
-    LOADER,
-    ShownRow,
-    circuits,
-    fragile_prompt,
-    island,
-    library,
-    policy,
-    script,
-    shown_rows,
-    strip,
-    visible,
-)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import CollapseReport
 
 _ROW_HEIGHT = 1.05  # inches
@@ -108,9 +84,9 @@ def attention(report: CollapseReport, n: int = 8, *, content: bool = False) -> V
         ValueError: the report keeps no rows (of that kind).
     """
     shown = _kept(report, n, content)
-    bundle = library()
-    views = circuits(shown, report)
-    parts = [Markup("<p>{}</p>{}").format(row.markup(), strip(row)) for row in shown]
+    bundle = html.library()
+    views = html.circuits(shown, report)
+    parts = [Markup("<p>{}</p>{}").format(row.markup(), html.strip(row)) for row in shown]
     for i, view in enumerate(views):
         parts.append(
             Markup(
@@ -119,8 +95,8 @@ def attention(report: CollapseReport, n: int = 8, *, content: bool = False) -> V
         )
     title = f"{name_of(report)}: the most fragile rows"
     body = Markup("<h1>{}</h1>").format(title) + Markup("").join(parts)
-    scripts = [bundle, LOADER]
-    return View(_page(title, body, island("circuits", views), scripts), height=640)
+    scripts = [bundle, html.LOADER]
+    return View(_page(title, body, html.island("circuits", views), scripts), height=640)
 
 
 def fragile_text(report: CollapseReport, prompts: Sequence[int] | int = 8) -> View:
@@ -139,7 +115,7 @@ def fragile_text(report: CollapseReport, prompts: Sequence[int] | int = 8) -> Vi
         ValueError: a prompt that the report does not have, or one that was not text.
     """
     chosen = _prompts(report, prompts)
-    parts = [fragile_prompt(report, p) for p in chosen]
+    parts = [html.fragile_prompt(report, p) for p in chosen]
     title = f"{name_of(report)}: tokens by the least noise that moves one of their rows"
     body = Markup("<h1>{}</h1>{}").format(title, SCALE) + Markup("").join(parts)
     return View(_page(title, body, Markup(""), []), height=min(900, 150 + 90 * len(chosen)))
@@ -148,10 +124,10 @@ def fragile_text(report: CollapseReport, prompts: Sequence[int] | int = 8) -> Vi
 def attention_rows(
     report: CollapseReport,
     n: int = 4,
-    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    ax: charts.Axes | Sequence[charts.Axes] | np.ndarray | None = None,
     *,
     content: bool = False,
-) -> Figure:
+) -> charts.Figure:
     """The most fragile rows before and after noise, for print: two lines of weights per row.
 
     A ring marks each line's arg max. The static version of :func:`attention`.
@@ -169,11 +145,11 @@ def attention_rows(
     """
     shown = _kept(report, n, content)
     if ax is None:
-        figure = new_figure((8.4, 0.5 + _ROW_HEIGHT * len(shown)))
+        figure = charts.new_figure((8.4, 0.5 + _ROW_HEIGHT * len(shown)))
         axes = list(np.ravel(figure.subplots(len(shown), 1)))
     else:
-        axes = axes_in(ax, len(shown), "one for each row", more=True)
-        figure = top_figure(axes[0])
+        axes = charts.axes_in(ax, len(shown), "one for each row", more=True)
+        figure = charts.top_figure(axes[0])
     for each, row in zip(axes, shown, strict=False):
         image = _strip(each, row)
     bar = figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01)
@@ -181,17 +157,19 @@ def attention_rows(
     return figure
 
 
-def _strip(ax: Axes, row: ShownRow) -> Any:
+def _strip(ax: charts.Axes, row: html.ShownRow) -> Any:
     """One row's weights, before above after."""
     both = np.stack([row.clean, row.noisy])
     image = ax.imshow(both, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     for line, top in enumerate((row.key, row.lands)):
         if top >= 0:
             at = row.positions.index(top)
-            ax.plot(at, line, "o", markersize=9, markerfacecolor="none", markeredgecolor=ORANGE)
+            ax.plot(
+                at, line, "o", markersize=9, markerfacecolor="none", markeredgecolor=charts.ORANGE
+            )
     small = 6.5 if len(row.tokens) <= 32 else 5
     ax.set_xticks(range(len(row.tokens)))
-    names = [printable(visible(text, 10)) for text in row.tokens]
+    names = [charts.printable(html.visible(text, 10)) for text in row.tokens]
     turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     short = max(map(len, names)) <= 2
     for tick in ax.set_xticklabels(names, **({} if short else turned)):
@@ -200,19 +178,19 @@ def _strip(ax: Axes, row: ShownRow) -> Any:
     after = f"σ = {100 * row.shown_sigma:.3g}%" if row.moved else "not moved"
     ax.set_yticks([0, 1], ["before", after], fontsize=7)
     ax.tick_params(length=0)
-    title = ax.set_title(printable(row.sentence()), fontsize=7.5, loc="left", pad=3)
+    title = ax.set_title(charts.printable(row.sentence()), fontsize=7.5, loc="left", pad=3)
     title.set_parse_math(False)
     for side in ax.spines.values():
-        side.set_color(GREY)
+        side.set_color(charts.GREY)
         side.set_linewidth(0.5)
     return image
 
 
-def _kept(report: CollapseReport, n: int, content: bool) -> list[ShownRow]:
-    check_report("report", report, "CollapseReport")
+def _kept(report: CollapseReport, n: int, content: bool) -> list[html.ShownRow]:
+    charts.check_report("report", report, "CollapseReport")
     (n,) = check_integers(n=(n, 1))
     (content,) = check_booleans(content=content)
-    shown = shown_rows(report, n, content=content)
+    shown = html.shown_rows(report, n, content=content)
     if not shown:
         what = "rows on content" if content and len(report.kept) else "rows"
         raise ValueError(
@@ -222,7 +200,7 @@ def _kept(report: CollapseReport, n: int, content: bool) -> list[ShownRow]:
 
 
 def _prompts(report: CollapseReport, prompts: Sequence[int] | int) -> list[int]:
-    check_report("report", report, "CollapseReport")
+    charts.check_report("report", report, "CollapseReport")
     n = len(report.tokens)
     wanted = "an integer >= 1 or a list of indices"
     if isinstance(plain(prompts), Integral):
@@ -256,11 +234,11 @@ def _page(title: str, body: Markup, data: Markup, scripts: list[str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<title>{}</title><style>{}</style></head><body><main>{}</main>{}{}</body></html>\n"
     ).format(
-        policy(scripts),
+        html.policy(scripts),
         title,
         Markup(style()),
         body,
         data,
-        Markup("").join(script(source) for source in scripts),
+        Markup("").join(html.script(source) for source in scripts),
     )
     return str(page)

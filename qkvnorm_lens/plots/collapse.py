@@ -9,34 +9,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from hooks.arguments import check_booleans, check_choice
-from qkvnorm_lens.plots.charts import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    Axis,
-    Backend,
-    Chart,
-    Line,
-    Mark,
-    check_backend,
-    check_report,
-    draw,
-)
+from qkvnorm_lens.plots import charts
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import CollapseReport
 
 SIGMA = "RMS of the relative change of norms, σ (%)"
 LEAST_SHARE = 0.01  # percent; below this the curve counts less than one row in 10,000
 PUBLISHED: Final = (
-    Mark(11, 1, "Baseline"),
-    Mark(7.5, 1, "Alternate"),
-    Mark(5.5, 1, "Large"),
-    Mark(17, 1, "Baseline, strict"),
+    charts.Mark(11, 1, "Baseline"),
+    charts.Mark(7.5, 1, "Alternate"),
+    charts.Mark(5.5, 1, "Large"),
+    charts.Mark(17, 1, "Baseline, strict"),
 )
 """Where 1% of the sparse rows collapse: Menary et al. 2024, Fig. 3, Pre-Norm models."""
 _CURVE_POINTS = 60
@@ -45,12 +29,12 @@ _MARGIN_POINTS = 400
 
 def collapse_curve(
     report: CollapseReport,
-    ax: Axes | None = None,
+    ax: charts.Axes | None = None,
     *,
     by: Literal["model", "layer"] | str = "model",
     published: bool = False,
-    backend: Backend = "matplotlib",
-) -> Figure | Any:
+    backend: charts.Backend = "matplotlib",
+) -> charts.Figure | Any:
     """Share of sparse rows that collapse against sigma, both in percent on log axes.
 
     Menary et al. 2024, Fig. 3. Points are ``report.to_frame(by)``; rates below 0.01% are below the
@@ -76,20 +60,20 @@ def collapse_curve(
     """
     check_choice("by", by, ("model", "layer"))
     (published,) = check_booleans(published=published)
-    check_backend(backend, ax)
-    check_report("report", report, "CollapseReport")
+    charts.check_backend(backend, ax)
+    charts.check_report("report", report, "CollapseReport")
     chart = collapse_chart(report, by, published=published)
-    return draw([chart], ax, backend, (6.4, 4.2))
+    return charts.draw([chart], ax, backend, (6.4, 4.2))
 
 
-def collapse_chart(report: CollapseReport, by: str, *, published: bool = False) -> Chart:
+def collapse_chart(report: CollapseReport, by: str, *, published: bool = False) -> charts.Chart:
     """What :func:`collapse_curve` draws."""
     lines = _model_lines(report) if by == "model" else _layer_lines(report)
     chosen = report.settings.layers
     many = by == "layer" and len(chosen) > 6
-    return Chart(
-        x=Axis(SIGMA, "log", *_ends(lines), ticks="log"),
-        y=Axis(
+    return charts.Chart(
+        x=charts.Axis(SIGMA, "log", *_ends(lines), ticks="log"),
+        y=charts.Axis(
             "sparse rows whose arg max moves (%)",
             "log",
             LEAST_SHARE,
@@ -98,7 +82,7 @@ def collapse_chart(report: CollapseReport, by: str, *, published: bool = False) 
         ),
         title=title_of(report),
         lines=lines,
-        levels=[(1, GREY)],
+        levels=[(1, charts.GREY)],
         marks=PUBLISHED if published else (),
         note="" if report.n_sparse else "no sparse rows",
         legend="upper left",
@@ -107,11 +91,8 @@ def collapse_chart(report: CollapseReport, by: str, *, published: bool = False) 
 
 
 def row_margins(
-    report: CollapseReport,
-    ax: Axes | None = None,
-    *,
-    backend: Backend = "matplotlib",
-) -> Figure | Any:
+    report: CollapseReport, ax: charts.Axes | None = None, *, backend: charts.Backend = "matplotlib"
+) -> charts.Figure | Any:
     """Share of sparse rows that noise of a given size can move at all, against that size.
 
     A row's critical sigma is a / sqrt(3), a the smallest half-width with which factors in
@@ -131,20 +112,20 @@ def row_margins(
         TypeError: another kind of report.
         ValueError: another ``backend``, or an axis beside plotly.
     """
-    check_backend(backend, ax)
-    check_report("report", report, "CollapseReport")
-    return draw([margins_chart(report)], ax, backend, (6.4, 3.8))
+    charts.check_backend(backend, ax)
+    charts.check_report("report", report, "CollapseReport")
+    return charts.draw([margins_chart(report)], ax, backend, (6.4, 3.8))
 
 
-def margins_chart(report: CollapseReport) -> Chart:
+def margins_chart(report: CollapseReport) -> charts.Chart:
     """What :func:`row_margins` draws."""
     table = report.table
     end = 100 * min(1.0, float(table.cutoff)) / math.sqrt(3)
     counts = report.rows.sum((0, 1, 2))
     lines = []
     for kind, colour, name in (
-        (0, BLUE, "rows on content"),
-        (1, ORANGE, "rows on the first token"),
+        (0, charts.BLUE, "rows on content"),
+        (1, charts.ORANGE, "rows on the first token"),
     ):
         mine = table.half_width[report.is_first(table.prompt, table.key) == bool(kind)].astype(
             float
@@ -157,17 +138,17 @@ def margins_chart(report: CollapseReport) -> Chart:
         x, y = (x[at], y[at]) if len(x) else (x, y)
         x, y = np.append(x, end), np.append(y, y[-1:] if len(y) else 0.0)
         label = f"{name} ({counts[kind]:,})"
-        lines.append(Line(x, y, label, colour, width=1.5, steps=True))
+        lines.append(charts.Line(x, y, label, colour, width=1.5, steps=True))
     everything = np.concatenate([line.x for line in lines]) if lines else np.array([1.0, end])
-    return Chart(
-        x=Axis(
+    return charts.Chart(
+        x=charts.Axis(
             "critical noise: least σ that can move the row (%)",
             "log",
             max(0.05, float(everything.min()) / 1.3),
             end,
             ticks="log",
         ),
-        y=Axis("sparse rows at or below (%)", "linear", 0, 100),
+        y=charts.Axis("sparse rows at or below (%)", "linear", 0, 100),
         title=title_of(report),
         lines=lines,
         note="" if report.n_sparse else "no sparse rows",
@@ -190,37 +171,45 @@ def title_of(report: CollapseReport) -> str:
     )
 
 
-def _model_lines(report: CollapseReport) -> list[Line]:
+def _model_lines(report: CollapseReport) -> list[charts.Line]:
     frame = report.to_frame("model")
     x = 100 * frame["sigma"].to_numpy()
     shown = {name: 100 * frame[name].to_numpy() for name in frame.columns if name != "sigma"}
     draws = report.settings.draws
-    lines: list[Line] = []
+    lines: list[charts.Line] = []
     points: dict[str, Any] = {"marker": 3.5, "bars": True}
     if report.settings.method == "sample":
         lines += exact_line(report)
         label = f"collapse, {draws} draws"
-        lines.append(Line(x, shown["loose"], label, BLUE, dash="none", error=shown["se"], **points))
+        lines.append(
+            charts.Line(
+                x, shown["loose"], label, charts.BLUE, dash="none", error=shown["se"], **points
+            )
+        )
     else:
-        lines.append(Line(x, shown["loose"], "collapse", BLUE, **points))
+        lines.append(charts.Line(x, shown["loose"], "collapse", charts.BLUE, **points))
     for name, dash, colour, label in (
-        ("loose_content", "--", GREEN, "sinks left out"),
-        ("loose_centred", ":", GREY, "centred gauge (control)"),
+        ("loose_content", "--", charts.GREEN, "sinks left out"),
+        ("loose_centred", ":", charts.GREY, "centred gauge (control)"),
     ):
-        lines.append(Line(x, shown[name], label, colour, dash=dash, width=1.5))
+        lines.append(charts.Line(x, shown[name], label, colour, dash=dash, width=1.5))
     if report.settings.strict == "computed":
         label = "strict: onto another sparse maximum"
         away = np.maximum(
             shown["strict_high"] - shown["strict"], shown["strict"] - shown["strict_low"]
         )
-        lines.append(Line(x, shown["strict"], label, ORANGE, error=away, **points))
+        lines.append(charts.Line(x, shown["strict"], label, charts.ORANGE, error=away, **points))
     elif draws:
         label = f"strict: onto another sparse maximum, {draws} draws"
-        lines.append(Line(x, shown["strict"], label, ORANGE, error=shown["se_strict"], **points))
+        lines.append(
+            charts.Line(
+                x, shown["strict"], label, charts.ORANGE, error=shown["se_strict"], **points
+            )
+        )
     return lines
 
 
-def exact_line(report: CollapseReport) -> list[Line]:
+def exact_line(report: CollapseReport) -> list[charts.Line]:
     """The computed curve from the rows that a sampled report keeps."""
     sigmas = np.asarray(report.settings.sigmas)
     positive = 100 * sigmas[sigmas > 0]
@@ -229,10 +218,10 @@ def exact_line(report: CollapseReport) -> list[Line]:
     dense = np.geomspace(positive.min(), positive.max(), _CURVE_POINTS)
     rows = np.arange(len(report.table))
     exact = [100 * report.exact_rate(s / 100, rows).sum() / report.n_sparse for s in dense]
-    return [Line(dense, np.asarray(exact), "collapse, exact", BLUE, width=1)]
+    return [charts.Line(dense, np.asarray(exact), "collapse, exact", charts.BLUE, width=1)]
 
 
-def _layer_lines(report: CollapseReport) -> list[Line]:
+def _layer_lines(report: CollapseReport) -> list[charts.Line]:
     from matplotlib.colors import Normalize, to_hex
 
     from qkvnorm_lens.plots.charts import layer_colours
@@ -246,11 +235,11 @@ def _layer_lines(report: CollapseReport) -> list[Line]:
         frame = frames[frames["layer"] == layer]
         x, y = (100 * frame[name].to_numpy() for name in ("sigma", "loose"))
         colour = to_hex(colours(scale(layer)))
-        lines.append(Line(x, y, f"layer {layer}", colour, marker=2.5))
+        lines.append(charts.Line(x, y, f"layer {layer}", colour, marker=2.5))
     return lines
 
 
-def _ends(lines: list[Line]) -> tuple[float, float]:
+def _ends(lines: list[charts.Line]) -> tuple[float, float]:
     """The sigmas that a log axis can show."""
     x = np.concatenate([line.x for line in lines])
     x = x[x > 0] if (x > 0).any() else np.array([1.0, 50.0])

@@ -7,11 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from qkvnorm_lens.plots.charts import (
-    Axis,
-    check_report,
-    named_reports,
-)
+from qkvnorm_lens.plots.charts import Axis, check_report, named_reports
 
 
 def frames_of(what: str, given: Any, kind: str) -> dict[str, pd.DataFrame]:

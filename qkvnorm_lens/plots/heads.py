@@ -10,22 +10,10 @@ import numpy as np
 import pandas as pd
 
 from hooks.arguments import check_integers
-from qkvnorm_lens.plots.charts import (
-    GREY,
-    Backend,
-    axes_in,
-    axes_of,
-    check_backend,
-    check_report,
-    log_ticks,
-    ticks_between,
-)
+from qkvnorm_lens.plots import charts
 from qkvnorm_lens.plots.collapse import title_of
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import CollapseReport
 
 NO_ROWS, NEVER = "#F7F7F7", "#BDBDBD"
@@ -80,12 +68,12 @@ def head_cells(
 def head_map(
     report: CollapseReport,
     rate: float = 0.01,
-    ax: Axes | None = None,
+    ax: charts.Axes | None = None,
     *,
     content: bool = False,
     min_rows: int = 20,
-    backend: Backend = "matplotlib",
-) -> Figure | Any:
+    backend: charts.Backend = "matplotlib",
+) -> charts.Figure | Any:
     """Sigma at which a share ``rate`` of a head's sparse rows collapses, layers by heads.
 
     The cells are ``report.sigma_at(rate, by="head")`` in percent, on a logarithmic colour scale:
@@ -109,18 +97,17 @@ def head_map(
         ValueError: from :meth:`hooks.CollapseReport.sigma_at`; another ``backend``, or an axis
             beside plotly.
     """
-    check_backend(backend, ax)
-    check_report("report", report, "CollapseReport")
+    charts.check_backend(backend, ax)
+    charts.check_report("report", report, "CollapseReport")
     (min_rows,) = check_integers(min_rows=(min_rows, 0))
     cells = head_cells(report, rate, content=content, min_rows=min_rows)
     n_layers, n_heads = cells.sigma.shape
-    size = (
-        max(min(3.0 + 0.45 * n_heads, 12.0), 5.6),
-        max(min(1.6 + 0.25 * n_layers, 10.0), 3.2),
-    )
+    size = (max(min(3.0 + 0.45 * n_heads, 12.0), 5.6), max(min(1.6 + 0.25 * n_layers, 10.0), 3.2))
     if backend == "plotly":
         return _with_plotly(cells, size)
-    figure, ax = axes_of(None if ax is None else axes_in(ax, 1, "for the map")[0], size)
+    figure, ax = charts.axes_of(
+        None if ax is None else charts.axes_in(ax, 1, "for the map")[0], size
+    )
     image = _cells(ax, cells)
     few = _marks(ax, cells, image)
     _key(ax, cells.sigma, f"{few}  {cells.few_means}" if few else "")
@@ -129,7 +116,7 @@ def head_map(
     _integer_ticks(ax, n_heads, cells.layers)
     bar = figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
     bar.set_label(cells.bar)
-    log_ticks(bar.ax.yaxis)
+    charts.log_ticks(bar.ax.yaxis)
     ax.set_title(cells.title, fontsize=9, loc="left")
     return figure
 
@@ -142,53 +129,29 @@ def _with_plotly(cells: HeadCells, size: tuple[float, float]) -> Any:
     low, high = cells.ends
     shown = np.where(np.isfinite(values) & (values > 0), values, np.nan)
     text = [
-        [
-            _in_words(values[at], int(cells.counts[at]))
-            for at in ((i, head) for head in range(len(row)))
-        ]
-        for i, row in enumerate(values)
+        [_in_words(value, int(n)) for value, n in zip(row, counts, strict=True)]
+        for row, counts in zip(values, cells.counts, strict=True)
     ]
-    ticks = ticks_between(low, high)
+    ticks = charts.ticks_between(low, high)
     figure = go.Figure()
     never = np.where(np.isinf(values), 1.0, np.nan)
-    for z, given in (
-        (never, {"colorscale": [[0, NEVER], [1, NEVER]], "showscale": False}),
-        (
-            np.log10(shown),
-            {
-                "colorscale": "Viridis",
-                "zmin": math.log10(low),
-                "zmax": math.log10(high),
-                "colorbar": {
-                    "title": {"text": cells.bar.replace("\n", "<br>"), "side": "right"},
-                    "tickvals": [math.log10(t) for t in ticks],
-                    "ticktext": [f"{t:g}" for t in ticks],
-                },
-            },
-        ),
-    ):
-        figure.add_trace(
-            go.Heatmap(
-                z=z,
-                x=np.arange(values.shape[1]),
-                y=np.arange(values.shape[0]),
-                text=text,
-                hovertemplate="layer %{y}, head %{x}<br>%{text}<extra></extra>",
-                xgap=1,
-                ygap=1,
-                **given,
-            )
-        )
+    grey = {"colorscale": [[0, NEVER], [1, NEVER]], "showscale": False}
+    bar = {
+        "title": {"text": cells.bar.replace("\n", "<br>"), "side": "right"},
+        "tickvals": [math.log10(t) for t in ticks],
+        "ticktext": [f"{t:g}" for t in ticks],
+    }
+    scale = {"colorscale": "Viridis", "zmin": math.log10(low), "zmax": math.log10(high)}
+    n_layers, n_heads = values.shape
+    shared = {"x": np.arange(n_heads), "y": np.arange(n_layers), "xgap": 1, "ygap": 1}
+    shared["hovertemplate"] = "layer %{y}, head %{x}<br>%{text}<extra></extra>"
+    for z, given in ((never, grey), (np.log10(shown), {**scale, "colorbar": bar})):
+        figure.add_trace(go.Heatmap(z=z, text=text, **shared, **given))
     lay_out(figure, cells.title, size)
     figure.update_layout(plot_bgcolor=NO_ROWS)
     figure.update_xaxes(title="head", showgrid=False, zeroline=False)
-    figure.update_yaxes(
-        title="layer",
-        showgrid=False,
-        zeroline=False,
-        tickvals=list(range(len(cells.layers))),
-        ticktext=cells.layers,
-    )
+    names = {"tickvals": list(range(n_layers)), "ticktext": cells.layers}
+    figure.update_yaxes(title="layer", showgrid=False, zeroline=False, **names)
     return figure
 
 
@@ -197,7 +160,7 @@ def _in_words(value: float, rows: int) -> str:
     return "no sparse rows" if math.isnan(value) else f"{said}, {rows:,} sparse rows"
 
 
-def _cells(ax: Axes, cells: HeadCells) -> Any:
+def _cells(ax: charts.Axes, cells: HeadCells) -> Any:
     """The image; "never" and "no rows" have their own colours."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
@@ -218,7 +181,7 @@ def _cells(ax: Axes, cells: HeadCells) -> Any:
     return image
 
 
-def _marks(ax: Axes, cells: HeadCells, image: Any) -> str:
+def _marks(ax: charts.Axes, cells: HeadCells, image: Any) -> str:
     """Sigma as a number in each cell where there is room; few rows in brackets, or a dot.
 
     Returns the mark of few rows, if there is one.
@@ -234,25 +197,18 @@ def _marks(ax: Axes, cells: HeadCells, image: Any) -> str:
         if few:
             mark = "(5)" if written else "·"
             text = f"({text})" if written else text
-        ax.text(
-            head,
-            layer,
-            text,
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if dark else "black",
-        )
+        ink = "white" if dark else "black"
+        ax.text(head, layer, text, ha="center", va="center", fontsize=7, color=ink)
     return mark
 
 
-def _key(ax: Axes, values: np.ndarray, few: str) -> None:
+def _key(ax: charts.Axes, values: np.ndarray, few: str) -> None:
     """What grey, pale and marked cells mean, under the map."""
     from matplotlib.patches import Patch
     from matplotlib.transforms import ScaledTranslation
 
     handles = [
-        Patch(facecolor=colour, edgecolor=GREY, linewidth=0.5, label=label)
+        Patch(facecolor=colour, edgecolor=charts.GREY, linewidth=0.5, label=label)
         for colour, label, there in (
             (NEVER, "never", np.isinf(values).any()),
             (NO_ROWS, "no sparse rows", np.isnan(values).any()),
@@ -280,7 +236,7 @@ def _key(ax: Axes, values: np.ndarray, few: str) -> None:
     )
 
 
-def _integer_ticks(ax: Axes, n_heads: int, layers: list[str]) -> None:
+def _integer_ticks(ax: charts.Axes, n_heads: int, layers: list[str]) -> None:
     across, up = (1 + (n - 1) // 16 for n in (n_heads, len(layers)))
     ax.set_xticks(range(0, n_heads, across))
     ax.set_yticks(range(0, len(layers), up), layers[::up])

@@ -10,23 +10,14 @@ import numpy as np
 import pandas as pd
 
 from hooks.arguments import check_choice
-from qkvnorm_lens.plots.charts import (
-    RUNS,
-    Axis,
-    Backend,
-    Chart,
-    Line,
-    check_backend,
-    draw,
-    numbers,
-)
+from qkvnorm_lens.plots.charts import RUNS, Axis, Backend, Chart, Line, check_backend, draw, numbers
+from qkvnorm_lens.plots.frames import check_columns, frames_of, layer_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from hooks import RankReport
-from qkvnorm_lens.plots.frames import check_columns, frames_of, layer_axis
 
 _RANKS: Final = {
     "relative_mu": ("distance from the tokens' mean, μ(X) / |X|", "log"),

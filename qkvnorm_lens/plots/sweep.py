@@ -8,23 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from hooks.arguments import check_choice
-from qkvnorm_lens.plots.charts import (
-    RUNS,
-    Axis,
-    Backend,
-    Chart,
-    Line,
-    check_backend,
-    check_report,
-    draw,
-    named_reports,
-)
+from qkvnorm_lens.plots import charts
 from qkvnorm_lens.plots.collapse import SIGMA
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from hooks import SweepReport
 
 
@@ -38,11 +25,11 @@ _METRICS: Final = {
 
 def accuracy_curve(
     reports: SweepReport | Mapping[str, SweepReport],
-    ax: Axes | None = None,
+    ax: charts.Axes | None = None,
     *,
     metric: str = "accuracy",
-    backend: Backend = "matplotlib",
-) -> Figure | Any:
+    backend: charts.Backend = "matplotlib",
+) -> charts.Figure | Any:
     """What the model's output loses under noise in all layers at once, against sigma.
 
     Points are ``report.to_frame()`` with standard errors over draws; the dotted line is the model
@@ -60,32 +47,34 @@ def accuracy_curve(
         ValueError: another ``metric`` or ``backend``, no report, an axis beside plotly, or a report
             without that number (accuracy and loss need targets).
     """
-    check_backend(backend, ax)
+    charts.check_backend(backend, ax)
     metric = check_choice("metric", metric, _METRICS)
-    named = named_reports(reports)
+    named = charts.named_reports(reports)
     label, unit = _METRICS[metric]
     lines, levels = [], []
     for i, (name, report) in enumerate(named.items()):
-        check_report("reports", report, "SweepReport")
+        charts.check_report("reports", report, "SweepReport")
         frame = report.to_frame()
         if frame[metric].isna().all():
             raise ValueError(
                 f"metric: wanted a number that the report has; got {metric!r} of a sweep without "
                 "targets"
             )
-        noisy, colour = frame[frame["sigma"] > 0], RUNS[i % len(RUNS)]
+        noisy, colour = frame[frame["sigma"] > 0], charts.RUNS[i % len(charts.RUNS)]
         x, y, error = (noisy[c].to_numpy(float) for c in ("sigma", metric, f"se_{metric}"))
         name = name or f"noise on {', '.join(report.settings.on)}"
         lines.append(
-            Line(100 * x, unit * y, name, colour, marker=3.5, bars=True, error=unit * error)
+            charts.Line(100 * x, unit * y, name, colour, marker=3.5, bars=True, error=unit * error)
         )
         levels.append((unit * float(frame[metric].iloc[0]), colour))
     known = np.concatenate([line.x for line in lines])
-    chart = Chart(
-        x=Axis(SIGMA, "log", float(known.min()) / 1.15, float(known.max()) * 1.15, ticks="log"),
-        y=Axis(label),
+    chart = charts.Chart(
+        x=charts.Axis(
+            SIGMA, "log", float(known.min()) / 1.15, float(known.max()) * 1.15, ticks="log"
+        ),
+        y=charts.Axis(label),
         lines=lines,
         levels=levels,
         title=next(iter(named.values())).model["name"] if len(named) == 1 else "",
     )
-    return draw([chart], ax, backend, (6.0, 3.8))
+    return charts.draw([chart], ax, backend, (6.0, 3.8))

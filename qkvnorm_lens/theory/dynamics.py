@@ -72,21 +72,10 @@ from qkvnorm_lens.theory.graphs import (
 )
 
 __all__ = [
-    "Dynamics",
-    "Fit",
-    "MaskGraph",
-    "Trajectory",
-    "as_mask",
-    "causal_mask",
-    "complete_mask",
-    "fit_decay",
-    "gaussian",
-    "one_way_window_mask",
-    "orthogonal",
-    "star_mask",
-    "unit_tokens",
+    "Dynamics", "Fit", "MaskGraph", "Trajectory", "as_mask", "causal_mask", "complete_mask",
+    "fit_decay", "gaussian", "one_way_window_mask", "orthogonal", "star_mask", "unit_tokens",
     "window_mask",
-]
+]  # fmt: skip
 
 Norm = Literal["none", "rms", "layer"]
 FLOOR: Final = 1e-10  # mu over |X|_F below which rounding is seen

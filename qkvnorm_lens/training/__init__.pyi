@@ -31,11 +31,5 @@ from .run import (
     processes as processes,
     sequences as sequences,
 )
-from .run_files import (
-    RunFileError as RunFileError,
-)
-from .trainer import (
-    Stopped as Stopped,
-    Trainer as Trainer,
-    train as train,
-)
+from .run_files import RunFileError as RunFileError
+from .trainer import Stopped as Stopped, Trainer as Trainer, train as train

@@ -11,13 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import nn
 
-from hooks.arguments import (
-    SEEDS,
-    check_booleans,
-    check_device,
-    check_integers,
-    check_kind,
-)
+from hooks.arguments import SEEDS, check_booleans, check_device, check_integers, check_kind
 from qkvnorm_lens.models import QKVNormConfig
 from qkvnorm_lens.training.addition import Accuracy, AccuracyCounter, Split, draw, get_split
 from qkvnorm_lens.training.recipes import Recipe, get_recipe

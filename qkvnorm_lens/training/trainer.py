@@ -42,15 +42,8 @@ from qkvnorm_lens.training.run_files import RunFileError, cut_log, note_log, rea
 
 _TRAIN_STREAM, _SHIFT_STREAM, _CALIBRATION_STREAM = 1, 2, 3
 _FIELDS: Final = (
-    "step",
-    "sequences",
-    "seconds",
-    "lr",
-    "loss",
-    "per_token",
-    "per_token_without_end",
-    "exact",
-)
+    "step", "sequences", "seconds", "lr", "loss", "per_token", "per_token_without_end", "exact",
+)  # fmt: skip
 STATE: Final = ("run", "model", "optimizers", "rate", "step", "seconds", "loss_sum", "losses")
 
 
@@ -204,11 +197,10 @@ class Trainer:
         return self.loss_sum / self.losses
 
     def _no_sync(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
-        if wanted and self.processes > 1:
-            return cast(
-                contextlib.AbstractContextManager[None], self.accelerator.no_sync(self.forward)
-            )
-        return contextlib.nullcontext()
+        if not wanted or self.processes == 1:
+            return contextlib.nullcontext()
+        apart = self.accelerator.no_sync(self.forward)
+        return cast(contextlib.AbstractContextManager[None], apart)
 
     def _loss(self, part: Batch, seed: tuple[int, ...]) -> torch.Tensor:
         """Loss summed over scored positions; only their logits are made."""

@@ -7,11 +7,20 @@ last one. The table is the parts' rows in order, whatever was run when.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    runtime_checkable,
+)
 
 import pandas as pd
 
@@ -25,7 +34,14 @@ if TYPE_CHECKING:
 
 Size = Literal["smoke", "quick", "full"]
 Kind = Literal["addition", "language"]
-SIZES: tuple[Size, ...] = ("smoke", "quick", "full")
+SIZES: Final[tuple[Size, ...]] = ("smoke", "quick", "full")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def by_size(smoke: T, quick: T, full: T) -> dict[Size, T]:
+    """How much of something, by size."""
+    return dict(zip(SIZES, (smoke, quick, full), strict=True))
 
 
 @dataclass(frozen=True)
@@ -188,3 +204,68 @@ class Experiment:
     text: Callable[[pd.DataFrame], str]
     claims: Callable[[pd.DataFrame], list[Claim]] = lambda table: []
     version: int = 1
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """The module of an experiment that measures."""
+
+    def parts(self, subjects: tuple[Subject, ...], size: Size) -> list[Part]:
+        """The units of work."""
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """The module that draws."""
+
+    def figure(self, table: pd.DataFrame) -> Figure:
+        """A figure of the table."""
+
+
+@runtime_checkable
+class Says(Protocol):
+    """The module that puts in words."""
+
+    def text(self, table: pd.DataFrame) -> str:
+        """What was found."""
+
+    def claims(self, table: pd.DataFrame) -> list[Claim]:
+        """Published statements beside ours."""
+
+
+def experiment(
+    name: str,
+    title: str,
+    source: str,
+    *,
+    models: Literal["addition", "any", "none"],
+    minutes: tuple[float, float, float],
+    modules: tuple[Measures, Draws, Says],
+    version: int = 1,
+) -> Experiment:
+    """An experiment made of its folder's modules; ``minutes`` by size."""
+    measure, draws, says = modules
+    return Experiment(
+        name, title, source, models, by_size(*minutes), measure.parts, draws.figure, says.text,
+        says.claims, version,
+    )  # fmt: skip
+
+
+def listed(found: Callable[P, Iterator[T]]) -> Callable[P, list[T]]:
+    """A generator's items in a list."""
+
+    @wraps(found)
+    def whole(*args: P.args, **kwargs: P.kwargs) -> list[T]:
+        return list(found(*args, **kwargs))
+
+    return whole
+
+
+def joined(found: Callable[P, Iterator[str]]) -> Callable[P, str]:
+    """A generator's lines as one text."""
+
+    @wraps(found)
+    def whole(*args: P.args, **kwargs: P.kwargs) -> str:
+        return "\n".join(found(*args, **kwargs))
+
+    return whole

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pandas as pd
 
 from qkvnorm_lens.experiments.core.stats import Mean
-from qkvnorm_lens.plots.charts import BLUE, GREEN, GREY, ORANGE, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from qkvnorm_lens.plots.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Axes as Axes,
+    Figure as Figure,
+    Number,
+    grid,
+    new_figure,
+    plain,
+)
 
 COLOURS: Final = {"none": GREEN, "pre": BLUE, "qkv": ORANGE, "": GREY}
 PLACEMENT_NAMES: Final = {"none": "No-Norm", "pre": "Pre-Norm", "qkv": "QKV-Norm", "": ""}
@@ -27,7 +34,31 @@ def panels(
     return figure, list(axes.ravel())
 
 
-def error_bar(ax: Axes, at: float, found: Mean, *, across: bool = False, **style: Any) -> None:
+def finish(ax: Axes, title: str = "", *, size: Number = 10, **settings: Any) -> None:
+    """Set labels, scales and ends (as ``Axes.set`` does, in their order), a title and a grid."""
+    ax.set(**settings)
+    if title:
+        ax.set_title(title, fontsize=size)
+    grid(ax)
+
+
+def percents(ax: Axes, which: str, top: Number) -> None:
+    """Axes ("x", "y", "xy") in percent, linear up to 0.1 and logarithmic above."""
+    for name in which:
+        getattr(ax, f"set_{name}scale")("symlog", linthresh=0.1, linscale=0.5)
+        getattr(ax, f"set_{name}ticks")([0, 0.1, 1, 10, 100])
+        getattr(ax, f"{name}axis").set_major_formatter(plain)
+        getattr(ax, f"set_{name}lim")(-0.03, top)
+
+
+def whole_numbers(ax: Axes) -> None:
+    """Ticks of the x axis at integers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def error_bar(ax: Axes, at: Number, found: Mean, *, across: bool = False, **style: Any) -> None:
     """A mean with its 95% interval, in percent; ``across``: from left to right."""
     value, half = 100 * found.value, 0.0 if math.isnan(found.half) else 100 * found.half
     place: dict[str, Any] = {"x": at, "y": value, "yerr": half}
@@ -36,10 +67,19 @@ def error_bar(ax: Axes, at: float, found: Mean, *, across: bool = False, **style
     ax.errorbar(**{**place, "linestyle": "none", "capsize": 2, **style})
 
 
-def legend_below(figure: Figure, ax: Axes, **more: Any) -> None:
-    """One legend for all axes, that of one of them."""
+def key(ax: Axes, **more: Any) -> None:
+    """A small legend within an axis."""
+    ax.legend(**{"fontsize": 7, "frameon": False, **more})
+
+
+def legend_below(figure: Figure, *axes: Axes, **more: Any) -> None:
+    """One legend for all axes, of what some of them show (or of ``handles``)."""
     given = {"loc": "outside lower center", "ncols": 3, "fontsize": 8, **more}
-    figure.legend(*ax.get_legend_handles_labels(), **given)
+    if axes:
+        both = [zip(*ax.get_legend_handles_labels()[::-1], strict=True) for ax in axes]
+        shown = {name: handle for each in both for name, handle in each}
+        given |= {"handles": list(shown.values()), "labels": list(shown)}
+    figure.legend(**given)
 
 
 def groups(table: pd.DataFrame) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
+from qkvnorm_lens.experiments.core.base import Subject
 from qkvnorm_lens.experiments.core.draw import groups
 from qkvnorm_lens.experiments.core.stats import Mean, difference, mean
 
@@ -25,6 +27,12 @@ def is_language(mine: pd.DataFrame) -> bool:
     return not placement_of(mine)
 
 
+def kinds_of_models(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Rows about the study models, about other addition models, and about language models."""
+    study, language = rows["group"].str.startswith(STUDY), rows["placement"].fillna("") == ""
+    return rows[study], rows[~study & ~language], rows[language]
+
+
 def group_mean(rows: pd.DataFrame, column: str) -> Mean:
     """Mean over a group's models with its interval; NaN where a model has no number."""
     return mean(rows[column].astype(float).dropna().tolist())
@@ -35,6 +43,16 @@ def study_difference(rows: pd.DataFrame, column: str) -> Mean | None:
     study = rows[rows["group"].str.startswith(STUDY)].dropna(subset=[column])
     pre, qkv = (study[study["placement"] == p][column].tolist() for p in ("pre", "qkv"))
     return difference(pre, qkv) if min(len(pre), len(qkv)) > 1 else None
+
+
+def about(
+    subject: Subject, rows: pd.DataFrame | Sequence[Mapping[str, Any]], *first: str
+) -> pd.DataFrame:
+    """Rows about a model: what every one begins with, then these columns, then the others."""
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
+    names = [*subject.columns, *first]
+    out: pd.DataFrame = frame.assign(**subject.columns)
+    return out[[*names, *(c for c in frame.columns if c not in names)]]
 
 
 def by_group(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core.base import Part, Size, Subject
+from qkvnorm_lens.experiments.core.base import Part, Subject, by_size
 
 UNSCORED: Final = -100
 SEED: Final = 20_240_617  # of the sums: no training run draws from it
@@ -36,11 +36,7 @@ class Amount:
         return {"windows": self.windows, "length": self.length}
 
 
-AMOUNT: Final[dict[Size, Amount]] = {
-    "smoke": Amount(sums=16, windows=1),
-    "quick": Amount(sums=64, windows=4),
-    "full": Amount(sums=256, windows=16),
-}
+AMOUNT: Final = by_size(Amount(16, 1), Amount(64, 4), Amount(256, 16))
 """What most experiments read; one of twelve models takes seconds."""
 
 
@@ -80,19 +76,18 @@ def reading(subject: Subject, amount: Amount) -> Reading:
 
 def reading_parts(
     subjects: Iterable[Subject],
-    size: Size,
+    amount: Amount,
     measure: Callable[[Subject, Amount], pd.DataFrame],
     **settings: Any,
 ) -> list[Part]:
-    """A part for each model, which reads what `AMOUNT` says.
+    """A part for each model.
 
     Args:
         subjects: the models.
-        size: how much.
+        amount: what each reads.
         measure: gives a model's rows.
         settings: what else they depend on.
     """
-    amount = AMOUNT[size]
     return [
         Part(s.name, partial(measure, s, amount), s, {**amount.settings(s), **settings})
         for s in subjects

@@ -117,9 +117,8 @@ def _chapter(name: str, paths: list[Path], folder: Path, to: Path) -> Chapter:
         of = f"## {path.relative_to(folder).parent}\n\n" if len(paths) > 1 else ""
         form = "" if about["size"] == "full" else f" ({about['size']} form)"
         sections.append(
-            f"{of}`{about['command']}`{form}; {_cost(about)}. "
-            f"[Table]({where}/table.csv), [settings]({where}/about.json).\n\n"
-            f"![{experiment.title}]({where}/figure.png)\n\n{experiment.text(table).rstrip()}\n"
+            f"{of}`{about['command']}`{form}; {_cost(about)}. [Table]({where}/table.csv), "
+            f"[settings]({where}/about.json).\n\n![{experiment.title}]({where}/figure.png)\n\n{experiment.text(table).rstrip()}\n"
         )
     head = f"# {experiment.title}\n\n{experiment.source}. [All results]({INDEX}).\n"
     if claims:
@@ -138,14 +137,11 @@ def _summary(chapters: list[Chapter]) -> str:
         for c in chapter.claims
     ]
     pages = [[f"[{c.name}]({c.name}.md)", c.title] for c in chapters]
-    return "\n".join(
-        (
-            "## Published and ours\n",
-            f"The same: {counted} (-: nothing was published). Each page says why.\n",
-            _table(["from", "what", "published", "ours", "same"], rows),
-            "## Pages\n",
-            _table(["page", "what it shows"], pages),
-        )
+    return (
+        "## Published and ours\n\n"
+        f"The same: {counted} (-: nothing was published). Each page says why.\n\n"
+        f"{_table(['from', 'what', 'published', 'ours', 'same'], rows)}\n"
+        f"## Pages\n\n{_table(['page', 'what it shows'], pages)}"
     )
 
 

@@ -89,9 +89,8 @@ def run_experiment(
     if len(set(keys)) < len(keys):
         raise ValueError(f"{experiment.name}: wanted parts of different keys; got {keys}")
     done: list[dict[str, Any]] = []
-    with tqdm(
-        parts, desc=experiment.name, unit="part", disable=None if progress is None else not progress
-    ) as bar:
+    hidden = None if progress is None else not progress
+    with tqdm(parts, desc=experiment.name, unit="part", disable=hidden) as bar:
         for part in bar:
             bar.set_postfix_str(part.key)
             done.append(_one(experiment, part, size, folder / "parts" / size / f"{part.key}.json"))
@@ -111,11 +110,9 @@ def read_table(folder: Path) -> pd.DataFrame:
     """The table that an experiment wrote, number for number."""
     with warnings.catch_warnings():  # pandas 3.1 always reads so, and earlier ones have to be told
         warnings.filterwarnings("ignore", message=".*float_precision.*")
-        table = pd.read_csv(
-            folder / "table.csv",
-            float_precision="round_trip",
-            keep_default_na=False,
-            na_values=["", "nan"],
+        none: dict[str, Any] = {"keep_default_na": False, "na_values": ["", "nan"]}
+        table: pd.DataFrame = pd.read_csv(
+            folder / "table.csv", float_precision="round_trip", **none
         )
     if "placement" in table:  # empty for other people's models, and no number
         table["placement"] = table["placement"].astype(object).fillna("")

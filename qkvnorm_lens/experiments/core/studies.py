@@ -10,13 +10,8 @@ from qkvnorm_lens.models import EXPERIMENT_MODELS, experiment_models, named_conf
 from qkvnorm_lens.training import Run, Split, get_recipe
 
 SEEDS: Final = (1, 2, 3)
-
-
 PLACEMENTS: Final = ("pre", "qkv", "none")
-
-
 CONFOUND_STEPS: Final = 4_000
-
 
 # Cell of the confound experiment: placement, score scale, weight decay on gains too.
 CONFOUNDS: Final[dict[str, tuple[str, str, bool]]] = {
@@ -28,14 +23,11 @@ CONFOUNDS: Final[dict[str, tuple[str, str, bool]]] = {
     "qkv-learned": ("qkv", "learned", False),
 }
 
-
 # With the spectral gap taken away; their control is the confound cell of the same placement.
 CENTRING: Final = {"centred-pre": "pre"}
 
-
 # Sums of two integers of three digits: positions, and which updates have a skip connection.
 ORDER_STEPS: Final = 3_000
-
 
 ORDERS: Final[dict[str, tuple[str, str]]] = {
     "rotary": ("rotary", "both"),
@@ -44,7 +36,6 @@ ORDERS: Final[dict[str, tuple[str, str]]] = {
     "nope-no-attn": ("none", "mlp"),
     "nope-no-skip": ("none", "none"),
 }
-
 
 MODELS: Final = EXPERIMENT_MODELS
 

@@ -28,17 +28,8 @@ def draw_chart(chart: Chart, ax: Axes, figure: Figure, *, with_legend: bool = Tr
     """Draw on one axis."""
     handles: list[Any] = []
     for band in chart.bands:
-        handles.append(
-            ax.fill_between(
-                band.x,
-                band.low,
-                band.high,
-                color=band.colour,
-                alpha=band.opacity,
-                linewidth=0,
-                label=band.label,
-            )
-        )
+        look: dict[str, Any] = {"color": band.colour, "alpha": band.opacity, "linewidth": 0}
+        handles.append(ax.fill_between(band.x, band.low, band.high, label=band.label, **look))
     for bars in chart.bars:
         edges = np.append(bars.left, bars.left[-1:] + bars.width)
         least = float(chart.y.low or 0.0)  # a log axis has no zero to stand on
@@ -114,25 +105,12 @@ def _marks(ax: Axes, chart: Chart) -> list[Any]:
     if not chart.marks:
         return []
     x, y = ([getattr(mark, n) for mark in chart.marks] for n in "xy")
-    look: dict[str, Any] = {
-        "markersize": 5,
-        "markerfacecolor": "white",
-        "markeredgecolor": PUBLISHED,
-    }
-    points = ax.plot(x, y, "D", zorder=5, label=PUBLISHED_LABEL, **look)
+    look: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": PUBLISHED}
+    points = ax.plot(x, y, "D", markersize=5, zorder=5, label=PUBLISHED_LABEL, **look)
+    beside: dict[str, Any] = {"xytext": (3, -5), "textcoords": "offset points", "fontsize": 7}
+    beside |= {"rotation": -40, "rotation_mode": "anchor", "ha": "left", "va": "top"}
     for mark in chart.marks:
-        ax.annotate(
-            mark.text,
-            (mark.x, mark.y),
-            xytext=(3, -5),
-            textcoords="offset points",
-            fontsize=7,
-            color=INK,
-            rotation=-40,
-            rotation_mode="anchor",
-            ha="left",
-            va="top",
-        )
+        ax.annotate(mark.text, (mark.x, mark.y), color=INK, **beside)
     return points
 
 

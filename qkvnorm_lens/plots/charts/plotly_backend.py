@@ -48,9 +48,8 @@ def draw_charts(charts: Sequence[Chart], size: tuple[float, float], *, together:
         for trace in _traces(go, chart, shown):
             figure.add_trace(trace, row=1, col=i)
         for height, colour in chart.levels:
-            figure.add_hline(
-                height, line={"color": colour, "width": 1, "dash": "dot"}, row=1, col=i
-            )
+            dotted = {"color": colour, "width": 1, "dash": "dot"}
+            figure.add_hline(height, line=dotted, row=1, col=i)
         figure.update_xaxes(**_axis(chart.x), row=1, col=i)
         figure.update_yaxes(**_axis(chart.y), row=1, col=i)
         if chart.note:

@@ -6,17 +6,6 @@ from qkvnorm_lens.plots.html.rows import ShownRow, circuits, fragile_prompt, sho
 from qkvnorm_lens.plots.html.safe import island, policy, script, token, visible
 
 __all__ = [
-    "LOADER",
-    "ShownRow",
-    "circuits",
-    "fragile_prompt",
-    "island",
-    "library",
-    "policy",
-    "script",
-    "shown_rows",
-    "strip",
-    "style",
-    "token",
-    "visible",
-]
+    "LOADER", "ShownRow", "circuits", "fragile_prompt", "island", "library", "policy", "script",
+    "shown_rows", "strip", "style", "token", "visible",
+]  # fmt: skip

@@ -91,23 +91,25 @@ def shown_rows(
             continue
         seen.add(same)
         positions = _chosen(clean, noisy, row)
-        tokens = _key_tokens(report, str(row["label"]), int(row["prompt"]), len(clean))
+        label, prompt = str(row["label"]), int(row["prompt"])
+        tokens = _key_tokens(report, label, prompt, len(clean))
+        key, rival, lands = (int(row[f"{which}_pos"]) for which in ("key", "jump", "lands"))
         rows.append(
             ShownRow(
-                label=str(row["label"]),
-                prompt=int(row["prompt"]),
-                query=int(row["query_pos"]),
-                query_token=str(row["query_token"]),
-                key=int(row["key_pos"]),
-                rival=int(row["jump_pos"]),
-                lands=int(row["lands_pos"]),
-                sigma=float(row["sigma"]),
-                shown_sigma=float(row["shown_sigma"]),
-                sink=bool(row["sink"]),
-                positions=tuple(positions),
-                tokens=tuple(tokens[at] for at in positions),
-                clean=clean[positions],
-                noisy=noisy[positions],
+                label,
+                prompt,
+                int(row["query_pos"]),
+                str(row["query_token"]),
+                key,
+                rival,
+                lands,
+                float(row["sigma"]),
+                float(row["shown_sigma"]),
+                bool(row["sink"]),
+                tuple(positions),
+                tuple(tokens[at] for at in positions),
+                clean[positions],
+                noisy[positions],
             )
         )
     return rows if n is None else rows[:n]
@@ -153,14 +155,10 @@ def _line(row: ShownRow, weights: np.ndarray, name: str, top: int) -> Markup:
         if at != last + 1:
             cells.append(Markup('<span class="gap" title="tokens left out">⋯</span>'))
         last = at
-        cells.append(
-            Markup('<span class="tok{}" style="--w:{}" title="{}">{}</span>').format(
-                " top" if at == top else "",
-                f"{float(weight):.3f}",
-                f"position {at}: {100 * float(weight):.3g}%",
-                token(text),
-            )
-        )
+        chosen, w = " top" if at == top else "", float(weight)
+        cell = Markup('<span class="tok{}" style="--w:{}" title="{}">{}</span>')
+        title = f"position {at}: {100 * w:.3g}%"
+        cells.append(cell.format(chosen, f"{w:.3f}", title, token(text)))
     return Markup(
         '<div class="line"><span class="when">{}</span><span class="toks">{}</span></div>'
     ).format(name, Markup("").join(cells))
@@ -190,12 +188,9 @@ def fragile_tokens(report: CollapseReport, prompt: int) -> dict[int, Fragile]:
         label = labels[table.layer[i]]
         if report.decoder_tokens and label[0] not in "DX":
             continue
-        found[int(table.query[i])] = Fragile(
-            sigma=float(width[i]) / math.sqrt(3),
-            label=f"{label}H{table.head[i]}",
-            key=int(table.key[i]),
-            rival=int(table.rival[i]),
-        )
+        sigma, head = float(width[i]) / math.sqrt(3), f"{label}H{table.head[i]}"
+        key, rival = int(table.key[i]), int(table.rival[i])
+        found[int(table.query[i])] = Fragile(sigma, head, key, rival)
     return found
 
 
@@ -209,14 +204,12 @@ def fragile_prompt(report: CollapseReport, prompt: int, most: int | None = None)
             cells.append(Markup('<span class="ftok">{}</span>').format(token(text)))
             continue
         f = found[at]
-        cells.append(
-            Markup('<span class="ftok" style="--w:{}" title="{}">{}</span>').format(
-                f"{shade(f.sigma):.3f}",
-                f"position {at}: {f.label} can move from σ = {100 * f.sigma:.3g}% "
-                f"(from position {f.key} to {f.rival})",
-                token(text),
-            )
+        title = (
+            f"position {at}: {f.label} can move from σ = {100 * f.sigma:.3g}% "
+            f"(from position {f.key} to {f.rival})"
         )
+        cell = Markup('<span class="ftok" style="--w:{}" title="{}">{}</span>')
+        cells.append(cell.format(f"{shade(f.sigma):.3f}", title, token(text)))
     if most is not None and len(tokens) > most:
         cells.append(Markup('<span class="gap">⋯ {} more</span>').format(len(tokens) - most))
     return Markup(

@@ -61,7 +61,6 @@ def policy(scripts: list[str]) -> str:
         for s in scripts
     )
     return (
-        f"default-src 'none'; script-src {hashes or chr(39) + 'none' + chr(39)}; "
-        "style-src 'unsafe-inline'; img-src data:; font-src data:; base-uri 'none'; "
-        "form-action 'none'"
+        f"default-src 'none'; script-src {hashes or chr(39) + 'none' + chr(39)}; style-src "
+        "'unsafe-inline'; img-src data:; font-src data:; base-uri 'none'; form-action 'none'"
     )

@@ -2,6 +2,4 @@
 
 from qkvnorm_lens.training.checkpoints.make import install
 
-__all__ = [
-    "install",
-]
+__all__ = ["install"]

@@ -476,6 +476,14 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(module.AMOUNT, "smoke", Amount(sums=12, windows=1))
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_part_reads_as_much_as_the_experiment_says(name: str) -> None:
+    amount = MEASURES[name].AMOUNT["full"]
+    (part,) = EXPERIMENTS[name].parts(find_subjects(["addition-pre"]), "full")
+    assert part.settings["sums"] == amount.sums
+    assert amount in part.work.args  # type: ignore[attr-defined]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("little")
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -87,7 +87,7 @@ def test_a_model_without_such_a_norm_is_named_and_not_dropped(table: pd.DataFram
     alone = experiment_words.text(row)
     assert alone.startswith("Not measured: addition-qkv")
     assert experiment_words.claims(row) == []
-    assert experiment_figure(row).axes
+    assert experiment_figure.figure(row).axes
 
 
 def test_words_and_figure_read_nothing_but_the_table(table: pd.DataFrame, tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_words_and_figure_read_nothing_but_the_table(table: pd.DataFrame, tmp_pa
     back = running.read_table(tmp_path)
     assert experiment_words.text(back) == experiment_words.text(table)
     assert experiment_words.claims(back) == experiment_words.claims(table)
-    assert len(experiment_figure(back).axes) == 3
-    experiment_figure(back).savefig(io.BytesIO(), format="png")
+    assert len(experiment_figure.figure(back).axes) == 3
+    experiment_figure.figure(back).savefig(io.BytesIO(), format="png")
 
 
 def test_the_constant_changes_nothing_without_biases(table: pd.DataFrame) -> None:
@@ -128,7 +128,7 @@ def test_the_verdict_follows_the_interval_over_seeds(
     assert len(claims) == 2
     assert all(claim.same == "-" for claim in claims)
     assert f"{100 * np.mean(moved):.2f}" in claims[0].ours
-    experiment_figure(table).savefig(io.BytesIO(), format="png")
+    experiment_figure.figure(table).savefig(io.BytesIO(), format="png")
 
 
 def test_parts_name_what_they_depend_on() -> None:

@@ -132,7 +132,7 @@ def test_language_models(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (noisy["kl"] > 0.1).all()
     assert "Next-token loss" in noise_words.text(table)
     assert noise_words.claims(table) == []
-    assert len(noise_figure(table).axes) == 2
+    assert len(noise_figure.figure(table).axes) == 2
 
 
 # -- reading a table ------------------------------------------------------------------------
@@ -250,4 +250,4 @@ def test_words_and_figure_come_from_the_table(folder: Path, table: pd.DataFrame)
     for row in ("| addition-pre | 1 | with ] |", "| addition-qkv | 1 | without ] |"):
         assert row in text
     assert "Before the norm on q, k and v (noise removed there)" in text
-    assert len(noise_figure(table).axes) == 4
+    assert len(noise_figure.figure(table).axes) == 4

@@ -58,7 +58,7 @@ def test_a_table_from_disk_says_the_same(outcome: running.Outcome) -> None:
     assert masks_words.claims(back) == masks_words.claims(outcome.table)
     assert "nan" not in outcome.text
     assert (outcome.folder / "figure.png").stat().st_size > 20_000
-    masks_figure(back)
+    masks_figure.figure(back)
 
 
 def test_no_run_exceeds_its_bound(outcome: running.Outcome) -> None:
@@ -194,7 +194,7 @@ def test_a_run_on_our_models_is_read_back_and_says_the_same(tmp_path: Path) -> N
     assert "(Bonferroni, 98.75%)" in outcome.text
     assert "Pre-Norm minus QKV-Norm (study models, trained, 2 and 2 seeds)" in outcome.text
     assert "nan" not in outcome.text
-    rank_figure(back)
+    rank_figure.figure(back)
 
 
 @pytest.mark.usefixtures("little")
@@ -210,7 +210,7 @@ def test_a_model_without_a_directory_has_no_start_and_it_says_so(
     assert rank_words.text(back) == outcome.text
     assert rank.NOT_BUILT in outcome.text
     assert [c.same for c in rank_words.claims(back)] == ["-"]
-    rank_figure(back)
+    rank_figure.figure(back)
 
 
 def test_a_language_models_start_has_its_configuration(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qkvnorm_lens.experiments import train
 from qkvnorm_lens.experiments.core import running, studies
-from qkvnorm_lens.experiments.core.grouped import PLAIN
+from qkvnorm_lens.experiments.core.grouped import PLAIN, pick
 from qkvnorm_lens.experiments.core.subjects import find_subjects
 from qkvnorm_lens.experiments.related.centring import (
     EXPERIMENT as CENTRING,
@@ -300,10 +300,10 @@ def test_its_numbers_are_the_librarys(outcome: Any) -> None:
     for seed in (0, 1):
         for mask in ("none", "causal"):
             at = {"attention": "markov", "mask": mask, "tokens": 50, "seed": seed}
-            got = words.pick(table, what="spectrum", quantity="s2", **at)["value"].item()
+            got = pick(table, what="spectrum", quantity="s2", **at)["value"].item()
             wanted = svd(random_markov(50, seed=seed, causal=mask == "causal"))[1]
             assert got == pytest.approx(wanted)
-    got = words.pick(
+    got = pick(
         table, what="depth", quantity="stable rank", attention="markov", mask="none", fix=1,
         norm=0, skip=1, layer=3, seed=1,
     )["value"].item()  # fmt: skip
@@ -316,10 +316,10 @@ def test_every_model_has_its_rows_trained_and_untrained(outcome: Any) -> None:
     for name in ("study-pre-1", "study-qkv-1"):
         mine = table[table["model"] == name]
         assert set(mine["what"]) == {"trained", "start"}
-        masked = words.pick(mine, what="start", mask="causal", tokens=50)
+        masked = pick(mine, what="start", mask="causal", tokens=50)
         of = masked.groupby("quantity")["value"].first()
         assert of["uniform_s1"] == pytest.approx(svd(uniform(50, causal=True))[0])
-        free = words.pick(mine, what="start", mask="none", tokens=50, quantity="uniform_gap")
+        free = pick(mine, what="start", mask="none", tokens=50, quantity="uniform_gap")
         np.testing.assert_allclose(free["value"], 1)
 
 

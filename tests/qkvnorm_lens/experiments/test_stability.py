@@ -185,7 +185,7 @@ def test_a_whole_run_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(table) == 4
     assert (table["loss"] >= table["lowest"]).all()
     assert stability_words.text(table) == outcome.text
-    assert len(stability_figure(table).axes) == 1
+    assert len(stability_figure.figure(table).axes) == 1
     monkeypatch.setattr(stability, "train_and_see", None)
     again = run_experiment(STABILITY, [], tmp_path, size="smoke", progress=False)
     pd.testing.assert_frame_equal(again.table, outcome.table, check_exact=True)

@@ -60,7 +60,7 @@ def test_a_whole_run_and_its_table(
     table = read_table(outcome.folder)
     pd.testing.assert_frame_equal(table, outcome.table, check_exact=True, check_dtype=False)
     assert symmetry_words.text(table) == outcome.text
-    assert len(symmetry_figure(table).axes) == 4
+    assert len(symmetry_figure.figure(table).axes) == 4
     for n in symmetry.LAYERS:
         causal = symmetry.constructed(table, layers=n, variant="as is")
         free = symmetry.constructed(table, layers=n, variant="mask removed")
@@ -136,7 +136,7 @@ def test_every_group_of_models_is_said_and_judged() -> None:
     (trained,) = (c for what, c in claims.items() if "trained" in what)
     assert "one-none 65%, two-pre 49/52%, three-qkv 43%" in trained.ours
     assert trained.same == "in part"
-    ax = symmetry_figure(table).axes[3]
+    ax = symmetry_figure.figure(table).axes[3]
     names = [tick.get_text() for tick in ax.get_yticklabels()]
     assert names[:3] == ["one-none", "two-pre", "three-qkv"]
     squares = [line for line in ax.lines if line.get_marker() == "s"]
@@ -246,7 +246,7 @@ def test_the_verdict_on_skip_connections(
     ] == (same)
     text = positions_words.text(table)
     assert "no definitive evidence" in text
-    assert len(positions_figure(table).axes) == 4
+    assert len(positions_figure.figure(table).axes) == 4
     if len(exact["nope"]) > 1 and "nope-no-skip" in exact:
         assert "with skip connections minus without any: " in text
 

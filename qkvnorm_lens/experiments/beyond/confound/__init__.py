@@ -8,22 +8,15 @@ and ours, calibrated without decay on gains, and a learned inverse temperature.
 
 from typing import Final
 
-from qkvnorm_lens.experiments.beyond.confound.figure import figure
-from qkvnorm_lens.experiments.beyond.confound.measure import parts
-from qkvnorm_lens.experiments.beyond.confound.words import claims, text
-from qkvnorm_lens.experiments.core import Experiment
+from qkvnorm_lens.experiments.beyond.confound import figure, measure, words
+from qkvnorm_lens.experiments.core import experiment
 
-__all__ = ["EXPERIMENT"]
-
-EXPERIMENT: Final = Experiment(
-    name="confound",
-    title="QKV-Norm's missing sparsity: the norm, or the scale of its scores",
-    source="beyond Menary et al. 2024, who do not separate the two",
+EXPERIMENT: Final = experiment(
+    "confound",
+    "QKV-Norm's missing sparsity: the norm, or the scale of its scores",
+    "beyond Menary et al. 2024, who do not separate the two",
     models="none",
-    minutes={"smoke": 0.2, "quick": 1.5, "full": 4.0},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
+    minutes=(0.2, 1.5, 4.0),
+    modules=(measure, figure, words),
     version=2,
 )

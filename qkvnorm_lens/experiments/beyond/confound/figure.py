@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pandas as pd
 
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.beyond.confound.measure import CELLS
-from qkvnorm_lens.experiments.core import COLOURS, PLAIN, error_bar, groups, mean, numbers, panels
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+SHOWN = (
+    ("sparse share", core.PLAIN, "rows with a weight ≥ 0.95 (%)"),
+    ("accuracy", "in distribution", "accuracy in distribution (%)"),
+    ("accuracy", "extrapolation", "accuracy in extrapolation (%)"),
+)
 
 
-def figure(table: pd.DataFrame) -> Figure:
+def figure(table: pd.DataFrame) -> core.Figure:
     """Cells against share of sparse rows and accuracy; dots: seeds, bars: 95% intervals."""
-    fig, axes = panels(1, 3, width=4.4, height=3.6)
-    names = groups(table)
-    ticks = [CELLS.get(name, name) for name in names]
-    shown = (
-        ("sparse share", PLAIN, "rows with a weight ≥ 0.95 (%)"),
-        ("accuracy", "in distribution", "accuracy in distribution (%)"),
-        ("accuracy", "extrapolation", "accuracy in extrapolation (%)"),
-    )
-    for ax, (quantity, variant, title) in zip(axes, shown, strict=True):
+    fig, axes = core.panels(1, 3, width=4.4, height=3.6)
+    names = core.groups(table)
+    for ax, (quantity, variant, title) in zip(axes, SHOWN, strict=True):
         for x, group in enumerate(names):
-            seeds = numbers(table, quantity, variant=variant, group=group)
+            seeds = core.numbers(table, quantity, variant=variant, group=group)
             placement = table[table["group"] == group]["placement"].iloc[0]
-            error_bar(ax, x, mean(seeds), marker="o", color=COLOURS[placement], capsize=3)
+            core.error_bar(
+                ax, x, core.mean(seeds), marker="o", color=core.COLOURS[placement], capsize=3
+            )
             ax.plot([x + 0.15] * len(seeds), [100 * s for s in seeds], ".", color="grey")
-        ax.set_xticks(range(len(names)), ticks, fontsize=7)
+        ax.set_xticks(range(len(names)), [CELLS.get(name, name) for name in names], fontsize=7)
         ax.set_title(title, fontsize=10)
         ax.grid(visible=True, axis="y", linewidth=0.5, alpha=0.6)
         low, high = ax.get_ylim()  # an interval of few seeds may reach beyond what a share can be

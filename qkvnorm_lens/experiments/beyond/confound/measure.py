@@ -8,20 +8,10 @@ from typing import Any, Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    AMOUNT,
-    CONFOUND_STEPS,
-    CONFOUNDS,
-    PLAIN,
-    Part,
-    Size,
-    Subject,
-    reading,
-    trained,
-)
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.paper.accuracy import accuracies
 
-SUMS: Final[dict[Size, int]] = {"smoke": 200, "quick": 2_000, "full": 10_000}
+SUMS: Final = core.by_size(200, 2_000, 10_000)
 CELLS: Final = {
     "confound-pre": "Pre-Norm,\n1/√d",
     "confound-qkv": "QKV-Norm,\n1/√d",
@@ -32,7 +22,7 @@ CELLS: Final = {
 }
 
 
-def measure(subject: Subject, size: Size) -> pd.DataFrame:
+def measure(subject: core.Subject, size: core.Size) -> pd.DataFrame:
     """Accuracy by kind of sums, and how sparse attention is, of one trained cell."""
     import hooks
 
@@ -41,26 +31,19 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
         ("accuracy", kind): float(value)
         for kind, value in zip(table["kind"], table["per_token"], strict=True)
     }
-    model = subject.load()
-    report = hooks.collapse_probe(
-        model, reading(subject, AMOUNT[size]).ids, sigmas=[0.05, 0.1, 0.2], draws=0, progress=False
-    )
-    examined = int(report.examined.sum())
+    model, ids = subject.load(), core.reading(subject, core.AMOUNT[size]).ids
+    report = hooks.collapse_probe(model, ids, sigmas=[0.05, 0.1, 0.2], draws=0, progress=False)
     whole = report.to_frame("model")
     facts |= {
-        ("sparse share", PLAIN): report.n_sparse / examined,
-        ("score level", PLAIN): float(whole["score_level"].iloc[0]),
-        ("collapse at 10%", PLAIN): float(whole["loose"].iloc[1]),
+        ("sparse share", core.PLAIN): report.n_sparse / int(report.examined.sum()),
+        ("score level", core.PLAIN): float(whole["score_level"].iloc[0]),
+        ("collapse at 10%", core.PLAIN): float(whole["loose"].iloc[1]),
         ("collapse at 10%", "centred gauge"): float(whole["loose_centred"].iloc[1]),
-        ("sigma at 1%", PLAIN): float(report.sigma_at()) if report.n_sparse else math.nan,  # type: ignore[arg-type]
-        ("largest score", PLAIN): _largest_score(model, reading(subject, AMOUNT[size]).ids),
+        ("sigma at 1%", core.PLAIN): float(report.sigma_at()) if report.n_sparse else math.nan,  # type: ignore[arg-type]
+        ("largest score", core.PLAIN): _largest_score(model, ids),
     }
-    return pd.DataFrame(
-        [
-            {**subject.columns, "quantity": q, "variant": of, "value": v, "rows": report.n_sparse}
-            for (q, of), v in facts.items()
-        ]
-    )
+    rows = [{"quantity": q, "variant": variant, "value": v} for (q, variant), v in facts.items()]
+    return core.about(subject, rows).assign(rows=report.n_sparse)
 
 
 def _largest_score(model: Any, tokens: Any) -> float:
@@ -78,7 +61,7 @@ def _largest_score(model: Any, tokens: Any) -> float:
     return top[0]
 
 
-def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
+def parts(subjects: tuple[core.Subject, ...], size: core.Size) -> list[core.Part]:
     """One for each trained cell and seed; two of them in the smoke form.
 
     Raises:
@@ -86,21 +69,21 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """
     from qkvnorm_lens.experiments.core import find_subjects
 
-    names = sorted(trained("confound-"), key=_order)
+    names = sorted(core.trained("confound-"), key=_order)[: 2 if size == "smoke" else None]
     if not names:
         raise ValueError(
             "confound: wanted trained cells; got none. To train them: "
             "python -m qkvnorm_lens.experiments.train"
         )
-    if size == "smoke":
-        names = names[:2]
-    settings = {"sums": SUMS[size], "steps": CONFOUND_STEPS}
+    settings = {"sums": SUMS[size], "steps": core.CONFOUND_STEPS}
     return [
-        Part(s.name, partial(measure, s, size), s, {**settings, **AMOUNT[size].settings(s)})
+        core.Part(
+            s.name, partial(measure, s, size), s, {**settings, **core.AMOUNT[size].settings(s)}
+        )
         for s in find_subjects(names)
     ]
 
 
 def _order(name: str) -> tuple[int, str]:
     cell = name.removeprefix("confound-").rpartition("-")[0]
-    return list(CONFOUNDS).index(cell), name
+    return list(core.CONFOUNDS).index(cell), name

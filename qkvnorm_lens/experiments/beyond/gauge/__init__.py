@@ -9,22 +9,15 @@ attended q.k part is the level wanted.
 
 from typing import Final
 
-from qkvnorm_lens.experiments.beyond.gauge.figure import figure
-from qkvnorm_lens.experiments.beyond.gauge.measure import parts
-from qkvnorm_lens.experiments.beyond.gauge.words import claims, text
-from qkvnorm_lens.experiments.core import Experiment
+from qkvnorm_lens.experiments.beyond.gauge import figure, measure, words
+from qkvnorm_lens.experiments.core import experiment
 
-__all__ = ["EXPERIMENT"]
-
-EXPERIMENT: Final = Experiment(
-    name="gauge",
-    title="The score level's part in the collapse rate",
-    source="beyond Menary et al. 2024: a control",
+EXPERIMENT: Final = experiment(
+    "gauge",
+    "The score level's part in the collapse rate",
+    "beyond Menary et al. 2024: a control",
     models="any",
-    minutes={"smoke": 0.3, "quick": 2.0, "full": 8.0},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
+    minutes=(0.3, 2.0, 8.0),
+    modules=(measure, figure, words),
     version=2,
 )

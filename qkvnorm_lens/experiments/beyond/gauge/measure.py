@@ -10,59 +10,44 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qkvnorm_lens.experiments.core import (
-    AMOUNT,
-    PLAIN,
-    Mean,
-    Part,
-    Size,
-    Subject,
-    mean,
-    pick,
-    reading,
-)
+from qkvnorm_lens.experiments import core
 
 SIGMAS: Final = (0.05, 0.1, 0.2)
 LEVELS: Final = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 50.0, 80.0, 150.0, 300.0, 600.0)
-ROWS: Final[dict[Size, int]] = {"smoke": 60, "quick": 300, "full": 1000}
+ROWS: Final = core.by_size(60, 300, 1000)
 SAMPLED: Final = "sampled rows"
 _SEED: Final = 5
 
 
-def measure(subject: Subject, size: Size) -> pd.DataFrame:
+def measure(subject: core.Subject, size: core.Size) -> pd.DataFrame:
     """Rates of one model by sigma and score level, on a sample of its sparse rows."""
     import hooks
 
     model = subject.load()
-    tokens = reading(subject, AMOUNT[size]).ids
+    tokens = core.reading(subject, core.AMOUNT[size]).ids
     report = hooks.collapse_probe(model, tokens, sigmas=SIGMAS, draws=0, progress=False)
     whole = report.to_frame("model")
-    rows: list[dict[str, Any]] = []
-
-    def add(*row: Any) -> None:
-        names = ("quantity", "variant", "sigma", "level", "value", "rows")
-        rows.append(dict(zip(names, row, strict=True)))
-
     own = float(whole["score_level"].iloc[0])
-    n = report.n_sparse
-    for quantity, variant, column, level in (
-        ("own level", PLAIN, "loose", own),
-        ("own level", "without sinks", "loose_content", own),
-        ("centred gauge", PLAIN, "loose_centred", math.nan),
-    ):
-        for sigma, rate in zip(SIGMAS, whole[column].astype(float), strict=True):
-            add(quantity, variant, sigma, level, rate, n)
+    rows: list[tuple[Any, ...]] = [
+        (quantity, variant, sigma, level, rate, report.n_sparse)
+        for quantity, variant, column, level in (
+            ("own level", core.PLAIN, "loose", own),
+            ("own level", "without sinks", "loose_content", own),
+            ("centred gauge", core.PLAIN, "loose_centred", math.nan),
+        )
+        for sigma, rate in zip(SIGMAS, whole[column].astype(float), strict=True)
+    ]
     s_star, s, rivals = sparse_rows(model, tokens, ROWS[size])
     if len(s_star):
-        level = float(s_star.mean())
+        level, n = float(s_star.mean()), len(s_star)
         for sigma in SIGMAS:
             rate = rate_at(s_star, s, rivals, sigma, 0.0)
-            add("own level", SAMPLED, sigma, level, rate, len(s_star))
+            rows.append(("own level", SAMPLED, sigma, level, rate, n))
             for wanted in LEVELS:
                 rate = rate_at(s_star, s, rivals, sigma, wanted - level)
-                add("level", PLAIN, sigma, wanted, rate, len(s_star))
-    frame = pd.DataFrame(rows)
-    return pd.concat([pd.DataFrame([subject.columns] * len(frame)), frame], axis=1)
+                rows.append(("level", core.PLAIN, sigma, wanted, rate, n))
+    names = ["quantity", "variant", "sigma", "level", "value", "rows"]
+    return core.about(subject, pd.DataFrame(rows, columns=names))
 
 
 def sparse_rows(
@@ -91,12 +76,12 @@ def sparse_rows(
     total = sum(len(s) for s, _, _ in found)
     if not total:
         return torch.zeros(0), torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.bool)
-    pick = np.random.default_rng(_SEED).permutation(total)[:limit]
-    pick.sort()
-    s_star = torch.cat([a for a, _, _ in found])[pick]
-    pad = torch.nn.functional.pad
-    s = torch.cat([pad(b, (0, width - b.shape[1])) for _, b, _ in found])[pick]
-    rivals = torch.cat([pad(c, (0, width - c.shape[1])) for _, _, c in found])[pick]
+    sample = np.sort(np.random.default_rng(_SEED).permutation(total)[:limit])
+    wide = [
+        (star, *(torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (s, rivals)))
+        for star, s, rivals in found
+    ]
+    s_star, s, rivals = (torch.cat(each)[sample] for each in zip(*wide, strict=True))
     return s_star.double(), s.double(), rivals
 
 
@@ -106,30 +91,30 @@ def rate_at(
     """Mean collapse probability with a constant added to every row's q.k parts."""
     import hooks
 
-    p = hooks.collapse_probability(
-        s_star + shift,
-        s + shift,
-        torch.full((len(s),), sigma, dtype=s.dtype),
-        hooks.LAWS["uniform"],
-        valid=rivals,
-    )
+    sigmas, law = torch.full((len(s),), sigma, dtype=s.dtype), hooks.LAWS["uniform"]
+    p = hooks.collapse_probability(s_star + shift, s + shift, sigmas, law, valid=rivals)
     return float(p.mean())
 
 
-def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
+def parts(subjects: tuple[core.Subject, ...], size: core.Size) -> list[core.Part]:
     """One for each model."""
     return [
-        Part(s.name, partial(measure, s, size), s, {**AMOUNT[size].settings(s), "rows": ROWS[size]})
+        core.Part(
+            s.name,
+            partial(measure, s, size),
+            s,
+            {**core.AMOUNT[size].settings(s), "rows": ROWS[size]},
+        )
         for s in subjects
     ]
 
 
-def at_level(table: pd.DataFrame, group: str, sigma: float, level: float) -> Mean:
+def at_level(table: pd.DataFrame, group: str, sigma: float, level: float) -> core.Mean:
     """A group's rate at another score level, between the levels computed, over seeds."""
     moved = (table["quantity"] == "level") | (table["variant"] == SAMPLED)
-    chosen = pick(table[moved], group=group, sigma=sigma)
+    chosen = core.pick(table[moved], group=group, sigma=sigma)
     rates = []
     for _, one in chosen.groupby("model", sort=False):
         known = one[one["level"] > 0].sort_values("level")
         rates.append(float(np.interp(math.log(level), np.log(known["level"]), known["value"])))
-    return mean(rates)
+    return core.mean(rates)

@@ -7,21 +7,14 @@ another token then.
 
 from typing import Final
 
-from qkvnorm_lens.experiments.beyond.interference.figure import figure
-from qkvnorm_lens.experiments.beyond.interference.measure import parts
-from qkvnorm_lens.experiments.beyond.interference.words import claims, text
-from qkvnorm_lens.experiments.core import Experiment
+from qkvnorm_lens.experiments.beyond.interference import figure, measure, words
+from qkvnorm_lens.experiments.core import experiment
 
-__all__ = ["EXPERIMENT"]
-
-EXPERIMENT: Final = Experiment(
-    name="interference",
-    title="The collapse that Pre-Norm's common length really causes",
-    source="not in a paper; Menary et al. 2024 name it as missing (theorems 2 and 7, limitations)",
+EXPERIMENT: Final = experiment(
+    "interference",
+    "The collapse that Pre-Norm's common length really causes",
+    "not in a paper; Menary et al. 2024 name it as missing (theorems 2 and 7, limitations)",
     models="any",
-    minutes={"smoke": 0.2, "quick": 0.6, "full": 2.0},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
+    minutes=(0.2, 0.6, 2.0),
+    modules=(measure, figure, words),
 )

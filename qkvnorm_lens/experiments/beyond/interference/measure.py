@@ -8,13 +8,10 @@ from typing import Final, Literal
 
 import pandas as pd
 
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading
 
-AMOUNT: Final[dict[Size, Amount]] = {
-    "smoke": Amount(sums=16, windows=1, length=32),
-    "quick": Amount(sums=64, windows=4),
-    "full": Amount(sums=256, windows=16),
-}
+AMOUNT: Final = core.by_size(Amount(16, 1, 32), Amount(64, 4), Amount(256, 16))
 CONSTANTS: Final = {"addition": (0.25, 0.5, 1.0, 2.0, 4.0), "language": (1.0,)}
 ON: Final = {"addition": ("k", "qk"), "language": ("k",)}
 DRAWS: Final = 8
@@ -22,34 +19,14 @@ BY: Final[tuple[Literal["head", "layer", "model"], ...]] = ("head", "layer", "mo
 SPARED: Final = {False: "frozen too", True: "spared"}
 MOVED: Final = "moved_content"
 _FACTS: Final = ("by", "first", "on", "constant", "layer", "head", "label")
-
-
 _BOTH: Final = ("", "_content")
 NUMBERS: Final = (
-    "rows",
-    "sinks",
-    "moved",
-    "moved_content",
-    "moved_sinks",
-    "strict",
-    "to_first",
+    "rows", "sinks", "moved", "moved_content", "moved_sinks", "strict", "to_first",
     *(f"{name}{kind}" for name in ("factored", "permuted", "predicted") for kind in _BOTH),
-    "sigma",
-    "lognormal",
-    "scale_spread",
-    "scale_spread_rest",
-    "length_share",
-    "direction_share",
-    "length_share_sparse",
-    "direction_share_sparse",
-    "length_share_rest",
-    "direction_share_rest",
-    "se",
-    "se_content",
-    "kl",
-    "agree",
-    "loss_change",
-)
+    "sigma", "lognormal", "scale_spread", "scale_spread_rest",
+    *(f"{name}_share{of}" for of in ("", "_sparse", "_rest") for name in ("length", "direction")),
+    "se", "se_content", "kl", "agree", "loss_change",
+)  # fmt: skip
 
 
 def measure(subject: Subject, amount: Amount, *, few_layers: bool = False) -> pd.DataFrame:
@@ -68,7 +45,7 @@ def measure(subject: Subject, amount: Amount, *, few_layers: bool = False) -> pd
         every = [sites.layer for sites in hooks.attention_sites(model)]
         layers = sorted({every[0], every[len(every) // 2], every[-1]})
     frames: list[pd.DataFrame] = []
-    reason = "-"
+    reason, sums = "-", subject.kind == "addition"
     try:
         for spared, first in SPARED.items():
             report = hooks.interference(
@@ -78,15 +55,13 @@ def measure(subject: Subject, amount: Amount, *, few_layers: bool = False) -> pd
                 on=ON[subject.kind],
                 spare_first=spared,
                 layers=layers,
-                output=subject.kind == "addition",
-                targets=read.targets if subject.kind == "addition" else None,
+                output=sums,
+                targets=read.targets if sums else None,
                 draws=DRAWS,
-                batch_size=64 if subject.kind == "addition" else 4,
+                batch_size=64 if sums else 4,
                 progress=False,
             )
-            for by in BY:
-                frame = report.to_frame(by)
-                frames.append(frame.assign(by=by, first=first))
+            frames += [report.to_frame(by).assign(by=by, first=first) for by in BY]
     except hooks.UnsupportedModelError as error:
         reason = str(error)
         frames = [pd.DataFrame([{"by": "model", "first": "-", "on": "-", "constant": math.nan}])]
@@ -94,11 +69,8 @@ def measure(subject: Subject, amount: Amount, *, few_layers: bool = False) -> pd
     for name, none in (("layer", -1), ("head", -1), ("label", "all")):
         rows[name] = rows[name].fillna(none) if name in rows else none
     rows[["layer", "head"]] = rows[["layer", "head"]].astype(int)
-    rows = rows.assign(**subject.columns, reason=reason)
-    for name in NUMBERS:
-        if name not in rows:
-            rows[name] = math.nan
-    return rows[[*subject.columns, "reason", *_FACTS, *NUMBERS]]
+    rows = rows.reindex(columns=[*_FACTS, *NUMBERS]).assign(reason=reason)
+    return core.about(subject, rows, "reason")
 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
@@ -121,9 +93,4 @@ def of(
     table: pd.DataFrame, by: str, *, first: str = SPARED[False], on: str = "k", constant: float = 1
 ) -> pd.DataFrame:
     """Rows of one kind."""
-    return table[
-        (table["by"] == by)
-        & (table["first"] == first)
-        & (table["on"] == on)
-        & (table["constant"] == constant)
-    ]
+    return core.pick(table, by=by, first=first, on=on, constant=constant)

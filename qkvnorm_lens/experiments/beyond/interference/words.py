@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Final
 
 import pandas as pd
 
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.beyond.interference.measure import MOVED, SPARED, measured, of
-from qkvnorm_lens.experiments.core import (
-    Claim,
-    Mean,
-    above,
-    by_group,
-    counted,
-    group_mean,
-    markdown,
-)
 
 
-def text(table: pd.DataFrame) -> str:
+@core.joined
+def text(table: pd.DataFrame) -> Iterator[str]:
     """What really moves beside what noise of that size would move; lengths; who has no norm."""
     known = measured(table)
     head = ["models", "seeds", "content rows", "sinks", "spread of s", "moved", "first spared"]
     head += ["independent", "shuffled", "lengths alone", "directions alone"]
     rows = []
-    for group, mine in by_group(known):
+    for group, mine in core.by_group(known):
         whole, spared = of(mine, "model"), of(mine, "model", first=SPARED[True])
         sinks = whole.assign(share=whole["sinks"] / whole["rows"])
         rows.append(
@@ -33,36 +27,36 @@ def text(table: pd.DataFrame) -> str:
                 group,
                 str(len(whole)),
                 f"{int((whole['rows'] - whole['sinks']).sum())}",
-                group_mean(sinks, "share").percent(0),
-                group_mean(whole, "scale_spread_rest").percent(),
+                core.group_mean(sinks, "share").percent(0),
+                core.group_mean(whole, "scale_spread_rest").percent(),
                 _really(whole),
                 _really(spared),
-                group_mean(whole, "predicted_content").percent(2),
-                group_mean(whole, "permuted_content").percent(2),
-                group_mean(whole, "length_share").percent(),
-                group_mean(whole, "direction_share").percent(),
+                core.group_mean(whole, "predicted_content").percent(2),
+                core.group_mean(whole, "permuted_content").percent(2),
+                core.group_mean(whole, "length_share").percent(),
+                core.group_mean(whole, "direction_share").percent(),
             ]
         )
-    lines = [markdown(head, rows), "", _LEGEND, ""] if rows else []
-    for group, mine in by_group(known):
-        lines += _findings(group, mine)
-    for reason, names in _without(table).items():
-        lines.append(f"Not measured: {', '.join(names)} ({reason}).")
-    return "\n".join(lines)
+    if rows:
+        yield f"{core.markdown(head, rows)}\n\n{_LEGEND}\n"
+    for group, mine in core.by_group(known):
+        yield from _findings(group, mine)
+    without = table[table["reason"] != "-"].groupby("reason", sort=False)["model"].unique()
+    for reason, names in without.items():
+        yield f"Not measured: {', '.join(names)} ({reason})."
 
 
 _LEGEND: Final = (
     "In percent, with 95% intervals over seeds (of one model: the standard error over prompts). "
     "Content rows: sparse rows (max >= 0.95) that attend to another than the first token; sinks: "
-    "the others' share. Moved: content rows that "
-    "attend to another token once the norm in front of their layer divides every token "
-    "by one constant (each prompt's median scale; k only, one layer at a time); first spared: the "
-    "first token keeps its own scale. Independent: the exact share that independent noise on the "
-    "keys would move, of the spread that each row sees; shuffled: the same factors, shuffled among "
-    "the prompt's tokens. Spread of s: deviation of the scales over their mean, without the first "
-    "token. Lengths alone, directions alone: what remains of the scores' variance over a row's "
-    "keys; the two need not add up to one. No paper has these numbers: Menary et al. 2024 simulate "
-    "interference and name this as missing."
+    "the others' share. Moved: content rows that attend to another token once the norm in front of "
+    "their layer divides every token by one constant (each prompt's median scale; k only, one "
+    "layer at a time); first spared: the first token keeps its own scale. Independent: the exact "
+    "share that independent noise on the keys would move, of the spread that each row sees; "
+    "shuffled: the same factors, shuffled among the prompt's tokens. Spread of s: deviation of the "
+    "scales over their mean, without the first token. Lengths alone, directions alone: what "
+    "remains of the scores' variance over a row's keys; the two need not add up to one. No paper "
+    "has these numbers: Menary et al. 2024 simulate interference and name this as missing."
 )
 
 _AGAINST: Final = {
@@ -74,41 +68,38 @@ _AGAINST: Final = {
 
 def _really(models: pd.DataFrame) -> str:
     """Share that really moved, with its interval over seeds or, of one model, its error."""
-    found = group_mean(models, MOVED)
+    found = core.group_mean(models, MOVED)
     if found.n != 1 or models["se_content"].isna().all():
         return found.percent(2)
     return f"{found.percent(2)} (s.e. {100 * models['se_content'].iloc[0]:.2f})"
 
 
-def _findings(group: str, mine: pd.DataFrame) -> list[str]:
+def _findings(group: str, mine: pd.DataFrame) -> Iterator[str]:
     """Sentences about one group."""
-    lines = []
     gap = excess(of(mine, "model"))
     if not math.isnan(gap.value):
-        lines.append(
+        yield (
             f"{group}: really moved minus predicted {_points(gap)} points "
-            f"({counted(gap.n, 'model')}): {_AGAINST[above(gap)]}."
+            f"({core.counted(gap.n, 'model')}): {_AGAINST[core.above(gap)]}."
         )
     first = of(mine, "model")["to_first"].mean()
     if first > 0.005:
-        lines.append(f"{group}: {100 * first:.1f}% of the content rows move to the first token.")
-    lines += _by_constant(group, mine)
+        yield f"{group}: {100 * first:.1f}% of the content rows move to the first token."
+    yield from _by_constant(group, mine)
     layers = of(mine, "layer", on="qk").dropna(subset=["kl"])
     if len(layers):
         worst = layers.sort_values("kl").iloc[-1]
-        lines.append(
+        yield (
             f"{group}: with q, k and v of one layer frozen the answers' KL from the model's own is "
             f"{layers['kl'].min():.2g} to {worst['kl']:.2g} nats per token (most in "
             f"{worst['label']} of {worst['model']}; {100 * worst['agree']:.0f}% keep their token)."
         )
-    return lines
 
 
-def _by_constant(group: str, mine: pd.DataFrame) -> list[str]:
+def _by_constant(group: str, mine: pd.DataFrame) -> Iterator[str]:
     """What the constant changes, where several were tried."""
-    lines = []
     for first in SPARED.values():
-        rates = mine[(mine["by"] == "model") & (mine["first"] == first) & (mine["on"] == "k")]
+        rates = core.pick(mine, by="model", first=first, on="k")
         by_model = rates.groupby("model")["moved"]
         if rates["constant"].nunique() < 2:
             continue
@@ -121,19 +112,16 @@ def _by_constant(group: str, mine: pd.DataFrame) -> list[str]:
             f"{100 * change:.2g} points"
         )
         where = "the first token frozen too" if first == SPARED[False] else "the first token spared"
-        lines.append(
-            f"{group}: with {where}, the constant ({low:g} to {high:g} times the median) {what}."
-        )
-    return lines
+        yield f"{group}: with {where}, the constant ({low:g} to {high:g} times the median) {what}."
 
 
-def excess(models: pd.DataFrame) -> Mean:
+def excess(models: pd.DataFrame) -> core.Mean:
     """Share really moved minus the share that independent noise would move, over the models."""
     both = models.assign(gap=models[MOVED] - models["predicted_content"])
-    return group_mean(both, "gap")
+    return core.group_mean(both, "gap")
 
 
-def _points(gap: Mean) -> str:
+def _points(gap: core.Mean) -> str:
     """``+0.30 ± 0.12``, in percent; never ``-0.00``."""
     half = "" if math.isnan(gap.half) else f" ± {100 * gap.half:.2f}"
     return f"{round(100 * gap.value, 2) + 0.0:+.2f}{half}"
@@ -144,47 +132,33 @@ def _each(models: pd.DataFrame, column: str) -> str:
     return ", ".join(f"{100 * v:.2f}" for v in models[column].astype(float).dropna())
 
 
-def _without(table: pd.DataFrame) -> dict[str, list[str]]:
-    """Models that have no such norm, by what was found."""
-    out: dict[str, list[str]] = {}
-    for model, mine in table[table["reason"] != "-"].groupby("model", sort=False):
-        out.setdefault(str(mine["reason"].iloc[0]), []).append(str(model))
-    return out
-
-
-def claims(table: pd.DataFrame) -> list[Claim]:
+@core.listed
+def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """What the paper could only simulate, by group."""
-    out = []
-    for group, mine in by_group(measured(table)):
+    for group, mine in core.by_group(measured(table)):
         whole = of(mine, "model")
         moved, noise, gap = (
-            group_mean(whole, MOVED),
-            group_mean(whole, "predicted_content"),
+            core.group_mean(whole, MOVED),
+            core.group_mean(whole, "predicted_content"),
             excess(whole),
         )
         if math.isnan(moved.value):
             continue
-        seeds = counted(moved.n, "model")
-        out.append(
-            Claim(
-                f"content rows that depend on the common length ({group})",
-                "not measured: interference is simulated, not observed (limitations)",
-                f"{moved.percent(2)}% ({seeds}: {_each(whole, MOVED)}); with the first token "
-                f"spared {_each(of(mine, 'model', first=SPARED[True]), MOVED)}",
-                "-",
-                "the norm's scale frozen at one constant, one layer at a time; no noise; first "
-                "token spared: it keeps its own scale",
-            )
+        seeds = core.counted(moved.n, "model")
+        yield core.Claim(
+            f"content rows that depend on the common length ({group})",
+            "not measured: interference is simulated, not observed (limitations)",
+            f"{moved.percent(2)}% ({seeds}: {_each(whole, MOVED)}); with the first token "
+            f"spared {_each(of(mine, 'model', first=SPARED[True]), MOVED)}",
+            "-",
+            "the norm's scale frozen at one constant, one layer at a time; no noise; first "
+            "token spared: it keeps its own scale",
         )
-        out.append(
-            Claim(
-                f"independent noise as a stand-in for interference ({group})",
-                "assumed (Fig. 2, 3): real noise may be correlated (limitations)",
-                f"{noise.percent(2)}% predicted at the rows' own spread; really "
-                f"{_points(gap)} points",
-                "-",
-                "the scales of a row's tokens are no independent draws; the same factors shuffled "
-                f"move {group_mean(whole, 'permuted_content').percent(2)}%",
-            )
+        yield core.Claim(
+            f"independent noise as a stand-in for interference ({group})",
+            "assumed (Fig. 2, 3): real noise may be correlated (limitations)",
+            f"{noise.percent(2)}% predicted at the rows' own spread; really {_points(gap)} points",
+            "-",
+            "the scales of a row's tokens are no independent draws; the same factors shuffled "
+            f"move {core.group_mean(whole, 'permuted_content').percent(2)}%",
         )
-    return out

@@ -7,6 +7,7 @@ clean inputs, the output with the whole cache quantised at once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -134,19 +135,14 @@ class CacheErrors:
     ) -> None:
         self.schemes = schemes
         self.largest = largest
-        self.errors: dict[tuple[str, int, Role], VectorErrors] = {
-            (scheme.name, i, role): VectorErrors.none(s.n_kv_heads)
-            for scheme in schemes
-            for i, s in enumerate(layers)
-            for role in ("k", "v")
-        }
         self.rows = [np.zeros((s.n_heads, 2), dtype=np.int64) for s in layers]
-        self.moved: dict[tuple[str, int, str], np.ndarray] = {
-            (scheme.name, i, effect): np.zeros((s.n_heads, 2), dtype=np.int64)
-            for scheme in schemes
-            for i, s in enumerate(layers)
-            for effect in EFFECTS
-        }
+        self.errors: dict[tuple[str, int, Role], VectorErrors] = {}
+        self.moved: dict[tuple[str, int, str], np.ndarray] = {}
+        for scheme, (i, s) in itertools.product(schemes, enumerate(layers)):
+            for role in ROLES[0]:
+                self.errors[scheme.name, i, role] = VectorErrors.none(s.n_kv_heads)
+            for effect in EFFECTS:
+                self.moved[scheme.name, i, effect] = np.zeros_like(self.rows[i])
 
     def add(self, view: LayerView) -> None:
         """One layer of one batch, for `observe`; asks for q, k and v."""
@@ -280,23 +276,21 @@ def output_effect(
                 now = logits[at[0], at[1]].float().cpu().log_softmax(-1)
                 clean = now if clean is None else clean
                 sums[i] += _scores_of(now, clean, answers)
-    before, rows = sums[0] / n, []
-    for (scheme, roles), found in zip(cells, sums[1:] / n, strict=True):
-        loss, accuracy, kl, agreement = (float(x) for x in found)
-        rows.append(
-            {
-                "scheme": scheme.name,
-                "quantised": "".join(roles),
-                "positions": n,
-                "loss_clean": float(before[0]),
-                "loss": loss,
-                "accuracy_clean": float(before[1]),
-                "accuracy": accuracy,
-                "kl": kl,
-                "agreement": agreement,
-            }
-        )
-    return rows
+    before, *after = (sums / n).tolist()
+    return [
+        {
+            "scheme": scheme.name,
+            "quantised": "".join(roles),
+            "positions": n,
+            "loss_clean": before[0],
+            "loss": loss,
+            "accuracy_clean": before[1],
+            "accuracy": accuracy,
+            "kl": kl,
+            "agreement": agreement,
+        }
+        for (scheme, roles), (loss, accuracy, kl, agreement) in zip(cells, after, strict=True)
+    ]
 
 
 def _scores_of(now: Tensor, clean: Tensor, answers: Tensor) -> np.ndarray:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Final
 
 import pandas as pd
-
-from qkvnorm_lens.experiments.core import COLOURS, panels
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 from qkvnorm_lens.experiments.beyond.quantisation.measure import (
     LEAST_ROWS,
@@ -18,6 +12,11 @@ from qkvnorm_lens.experiments.beyond.quantisation.measure import (
     heads,
     schemes,
 )
+from qkvnorm_lens.experiments.core import COLOURS, Axes, Figure, legend_below, panels, percents
+from qkvnorm_lens.plots.charts import GREY, grid
+
+_COLUMNS: Final = 3
+_KNOWN: Final = {"pre": "Pre-Norm", "qkv": "QKV-Norm", "none": "No-Norm", "": "language models"}
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -25,61 +24,32 @@ def figure(table: pd.DataFrame) -> Figure:
     each = heads(table)
     each = each[each["rows"] >= LEAST_ROWS]
     named = schemes(table)
-    columns = 3
-    fig, axes = panels(-(-len(named) // columns), columns, width=3.4, height=3.1)
+    fig, axes = panels(-(-len(named) // _COLUMNS), _COLUMNS, width=3.4, height=3.1)
     for i, (ax, scheme) in enumerate(zip(axes, named, strict=False)):
         _draw(ax, each[each["scheme"] == scheme])
         ax.set_title(scheme, fontsize=10)
-        if i % columns == 0:
+        if i % _COLUMNS == 0:
             ax.set_ylabel("sparse rows moved (%)")
-        if i >= len(named) - columns:
+        if i >= len(named) - _COLUMNS:
             ax.set_xlabel("predicted from the norm error (%)")
     for ax in axes[len(named) :]:
         ax.set_axis_off()
-    handles, names = axes[0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    legend_below(fig, axes[0], ncols=4, frameon=False)
     return fig
 
 
 def _draw(ax: Axes, each: pd.DataFrame) -> None:
     """Points: the whole error; rings: the norm error alone, which lies near the diagonal."""
-    from qkvnorm_lens.plots.charts import grid, plain
-
-    known = {"pre": "Pre-Norm", "qkv": "QKV-Norm", "none": "No-Norm", "": "language models"}
-    for placement, name in known.items():
+    ring: dict[str, Any] = {"markerfacecolor": "none", "markersize": 4, "markeredgewidth": 0.6}
+    for placement, name in _KNOWN.items():
         mine = each[each["placement"] == placement]
         if not len(mine):
             continue
         x, colour = 100 * mine["predicted_share"], COLOURS[placement]
-        ax.plot(
-            x,
-            100 * mine["moved_norm_share"],
-            "o",
-            markerfacecolor="none",
-            color=colour,
-            alpha=0.5,
-            markersize=4,
-            markeredgewidth=0.6,
-            label=f"{name}, norm error alone",
-        )
-        ax.plot(
-            x,
-            100 * mine["moved_share"],
-            ".",
-            color=colour,
-            alpha=0.7,
-            markersize=5,
-            label=f"{name}, whole error",
-        )
-    ax.plot([0, 100], [0, 100], color="#777777", linewidth=0.8, linestyle=":", zorder=0)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(plain)
-    ax.set_xscale("symlog", linthresh=0.1, linscale=0.5)
-    ax.set_yscale("symlog", linthresh=0.1, linscale=0.5)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_ticks([0, 0.1, 1, 10, 100])
-        axis.set_major_formatter(plain)
-    ax.set_xlim(-0.03, 100)
-    ax.set_ylim(-0.03, 100)
-    ax.axhline(100 * TOLERATED, color="#777777", linewidth=0.6, zorder=0)
+        alone, whole = 100 * mine["moved_norm_share"], 100 * mine["moved_share"]
+        ax.plot(x, alone, "o", alpha=0.5, c=colour, label=f"{name}, norm error alone", **ring)
+        ax.plot(x, whole, ".", alpha=0.7, c=colour, markersize=5, label=f"{name}, whole error")
+    ax.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+    percents(ax, "xy", 100)
+    ax.axhline(100 * TOLERATED, color=GREY, linewidth=0.6, zorder=0)
     grid(ax)

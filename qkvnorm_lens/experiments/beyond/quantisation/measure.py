@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.beyond.quantisation.schemes import SCHEMES
 from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading, reading_parts
 
@@ -15,11 +16,7 @@ if TYPE_CHECKING:
     from hooks import CollapseReport
     from qkvnorm_lens.experiments.beyond.quantisation.errors import CacheErrors
 
-AMOUNT: Final[dict[Size, Amount]] = {
-    "smoke": Amount(sums=48, windows=1, length=64),
-    "quick": Amount(sums=400, windows=4),
-    "full": Amount(sums=2_000, windows=8),
-}
+AMOUNT: Final = core.by_size(Amount(48, 1, 64), Amount(400, 4), Amount(2_000, 8))
 BATCH: Final = {"addition": 64, "language": 2}
 KINDS: Final = ("content", "sink")
 TOLERATED: Final = 0.01
@@ -46,15 +43,9 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
     formats = [scheme for scheme in SCHEMES if scheme.fits(widths)]
     errors = CacheErrors(layers, formats, largest)
     observe(model, layers, prompts, errors.add, vectors=("q", "k", "v"), batch_size=batch)
+    options: dict[str, Any] = {"batch_size": batch, "progress": False}
     probe = hooks.collapse_probe(
-        model,
-        read.ids,
-        sigmas=(0.1,),
-        on="k",
-        draws=0,
-        keep=_KEEP,
-        batch_size=batch,
-        progress=False,
+        model, read.ids, sigmas=(0.1,), on="k", draws=0, keep=_KEEP, **options
     )
     rows = [
         {
@@ -73,9 +64,8 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
     ]
     output = output_effect(model, layers, prompts, read.targets, formats, largest, batch)
     frames = [pd.DataFrame(rows), pd.DataFrame(output).assign(what="output")]
-    table = pd.concat(frames, ignore_index=True).map(_short).assign(**subject.columns)
-    first = [*subject.columns, "what", "scheme"]
-    return table[[*first, *(c for c in table.columns if c not in first)]]
+    table = pd.concat(frames, ignore_index=True).map(_short)
+    return core.about(subject, table, "what", "scheme")
 
 
 def _short(value: Any) -> Any:
@@ -125,7 +115,7 @@ def of_head(
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
-    return reading_parts(subjects, size, measure)
+    return reading_parts(subjects, AMOUNT[size], measure)
 
 
 # -- numbers ----------------------------------------------------------------------------------

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import partial
 
 import pandas as pd
 
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.beyond.quantisation.measure import (
     LEAST_ROWS,
     SHARES,
@@ -15,23 +18,21 @@ from qkvnorm_lens.experiments.beyond.quantisation.measure import (
     schemes,
 )
 from qkvnorm_lens.experiments.beyond.quantisation.schemes import GROUP, SCHEMES
-from qkvnorm_lens.experiments.core import Claim, by_group, group_mean, markdown
 
 _NAMED = 3  # heads named in a cell
 
 
-def text(table: pd.DataFrame) -> str:
+@core.joined
+def text(table: pd.DataFrame) -> Iterator[str]:
     """Errors and shifts by group and scheme, which heads stand which format, and what tells it."""
-    lines = [_errors_table(models(table)), "", _legend(), "", _heads_table(table), ""]
-    lines += [
-        f"Heads of which at most {100 * TOLERATED:g}% of the sparse rows move, of those with "
+    yield f"{_errors_table(models(table))}\n\n{_legend()}\n\n{_heads_table(table)}"
+    yield (
+        f"\nHeads of which at most {100 * TOLERATED:g}% of the sparse rows move, of those with "
         f"{LEAST_ROWS} sparse rows or more, sinks counted; then the worst of the others, with "
-        "the share that moves.",
-        "",
-        *_left_out(table),
-        *_findings(table),
-    ]
-    return "\n".join(lines)
+        "the share that moves.\n"
+    )
+    yield from _left_out(table)
+    yield from _findings(table)
 
 
 def _legend() -> str:
@@ -39,16 +40,15 @@ def _legend() -> str:
     return (
         f"Formats: {formats}. A group of tokens is never longer than a prompt: sums of some 20 "
         "tokens are one; heads that groups of channels do not divide are refused, as the engines "
-        "refuse them. Columns: RMS over tokens "
-        f"and heads of the relative error of |k| and |v|; 1 - cos of the angle between k and the "
-        "quantised k; share of sparse rows that the norm error could move at all "
-        "(critical half-width below the head's largest error), that "
-        "independent noise of that RMS is expected to move (exact), that the norms of the "
-        "quantised keys alone, their directions alone, and the quantised keys really move (each "
-        "layer on clean inputs; strict: onto a new maximum that is sparse again). All these in "
-        "percent, with 95% intervals over seeds. Then the change of the loss and KL(clean || "
-        "quantised) with all layers' keys and values quantised at once, and KL with the keys alone "
-        "and the values alone, in nats per scored token."
+        "refuse them. Columns: RMS over tokens and heads of the relative error of |k| and |v|; 1 - "
+        "cos of the angle between k and the quantised k; share of sparse rows that the norm error "
+        "could move at all (critical half-width below the head's largest error), that independent "
+        "noise of that RMS is expected to move (exact), that the norms of the quantised keys "
+        "alone, their directions alone, and the quantised keys really move (each layer on clean "
+        "inputs; strict: onto a new maximum that is sparse again). All these in percent, with 95% "
+        "intervals over seeds. Then the change of the loss and KL(clean || quantised) with all "
+        "layers' keys and values quantised at once, and KL with the keys alone and the values "
+        "alone, in nats per scored token."
     )
 
 
@@ -59,20 +59,21 @@ def _errors_table(each: pd.DataFrame) -> str:
     ]  # fmt: skip
     shares = ("able", "predicted", "moved_norm", "moved_direction", "moved", "strict")
     rows = []
-    for group, mine in by_group(each):
+    for group, mine in core.by_group(each):
         for scheme in schemes(mine):
             own = mine[mine["scheme"] == scheme]
-            cells = [group_mean(own, name).percent(2) for name in ("norm_k", "norm_v")]
-            cells.append(f"{group_mean(own, 'direction_k').value:.1e}")
+            of = partial(core.group_mean, own)
+            cells = [of(name).percent(2) for name in ("norm_k", "norm_v")]
+            cells.append(f"{of('direction_k').value:.1e}")
             cells += [_percent(own, f"{name}_share") for name in shares]
-            cells += [f"{group_mean(own, 'loss_change_kv').value:+.4f}"]
-            cells += [f"{group_mean(own, f'kl_{which}').value:.2g}" for which in ("kv", "k", "v")]
+            cells.append(f"{of('loss_change_kv').value:+.4f}")
+            cells += [f"{of(f'kl_{which}').value:.2g}" for which in ("kv", "k", "v")]
             rows.append([group, scheme, *cells])
-    return markdown(head, rows)
+    return core.markdown(head, rows)
 
 
 def _percent(rows: pd.DataFrame, column: str) -> str:
-    found = group_mean(rows, column)
+    found = core.group_mean(rows, column)
     return "no rows" if math.isnan(found.value) else found.percent(2)
 
 
@@ -86,7 +87,7 @@ def _heads_table(table: pd.DataFrame) -> str:
             fits = len(own) > 0
             cells.append(which_stand(own[own["rows"] >= LEAST_ROWS]) if fits else "no such format")
         rows.append([str(name), *cells])
-    return markdown(["model", *schemes(each)], rows)
+    return core.markdown(["model", *schemes(each)], rows)
 
 
 def _left_out(table: pd.DataFrame) -> list[str]:
@@ -105,46 +106,46 @@ def _left_out(table: pd.DataFrame) -> list[str]:
 
 def which_stand(own: pd.DataFrame) -> str:
     """``30 of 36; not L2H1 (4.1%)``."""
-    if not len(own):
+    if own.empty:
         return "no head with enough sparse rows"
     bad = own[own["moved_share"] > TOLERATED].sort_values("moved_share", ascending=False)
     text = f"{len(own) - len(bad)} of {len(own)}"
     if not len(bad):
         return text
     worst = bad.head(_NAMED)
-    named = [
-        f"{name} ({100 * share:.2g}%)"
-        for name, share in zip(worst["label"], worst["moved_share"], strict=True)
-    ]
+    pairs = zip(worst["label"], worst["moved_share"], strict=True)
+    named = [f"{name} ({100 * share:.2g}%)" for name, share in pairs]
     more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
     return f"{text}; not {', '.join(named)}{more}"
 
 
-def _findings(table: pd.DataFrame) -> list[str]:
+def _findings(table: pd.DataFrame) -> Iterator[str]:
     """Does the norm error tell which rows move, and do these tell what the output loses?"""
     each, content = heads(table), heads(table, content=True)
-    by = {g: float(m["moved"].sum()) for g, m in by_group(each)}
+    by = {g: float(m["moved"].sum()) for g, m in core.by_group(each)}
     moving = [f"{g} {n:,.0f}" for g, n in by.items() if n]
     still = [g for g, n in by.items() if not n]
-    lines = [
+    yield (
         f"Moved rows, over all formats: {', '.join(moving) or 'none'}"
         f"{'; none in ' + ', '.join(still) if still else ''}. What follows pools the models, and "
-        "so speaks of those that have moved rows.",
-        "",
-    ]
+        "so speaks of those that have moved rows.\n"
+    )
     for scheme in schemes(each):
         own, apart = (frame[frame["scheme"] == scheme] for frame in (each, content))
         rows, total = own["rows"].sum(), own[SHARES].sum()
         if not rows:
             continue
         without = _part(apart["moved"].sum(), apart["rows"].sum())
-        lines.append(
+        yield (
             f"- {scheme}: of {rows:,.0f} sparse rows {_part(total['moved'], rows)} move (sinks "
             f"left out: {without}); the norms alone move {_part(total['moved_norm'], rows)} "
             f"(predicted {_part(total['predicted'], rows)}), the directions alone "
             f"{_part(total['moved_direction'], rows)}.{_named_by_norm(own)}"
         )
-    return [*lines, "", *_verdict(each), *_beyond_rows(models(table)), "Nothing was published."]
+    yield ""
+    yield from _verdict(each)
+    yield from _beyond_rows(models(table))
+    yield "Nothing was published."
 
 
 def _part(count: float, of: float) -> str:
@@ -172,9 +173,7 @@ def _verdict(each: pd.DataFrame) -> list[str]:
     whole = each[SHARES].sum()
     if not whole["moved"]:
         return ["No format moves a sparse row."]
-    by_norm, by_direction = (
-        whole[name] / whole["moved"] for name in ("moved_norm", "moved_direction")
-    )
+    by_norm, by_direction = whole[["moved_norm", "moved_direction"]] / whole["moved"]
     says = (
         "the norm error alone says too little about a quantised cache: most rows move because "
         "keys turn"
@@ -202,23 +201,20 @@ def _beyond_rows(each: pd.DataFrame) -> list[str]:
     ]
 
 
-def claims(table: pd.DataFrame) -> list[Claim]:
+@core.listed
+def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """Nothing was published; what was found by format, pooled over each group."""
     each = models(table)
-    out = []
     for scheme in schemes(each):
         own = each[each["scheme"] == scheme]
         cells = []
-        for group, mine in by_group(own):
+        for group, mine in core.by_group(own):
             if mine["rows"].sum():
                 cells.append(f"{group} {_percent(mine, 'moved_share')}")
-        out.append(
-            Claim(
-                f"sparse rows that a cache in {scheme} moves, in percent",
-                "nothing",
-                "; ".join(cells) if cells else "no sparse rows",
-                "-",
-                "keys are quantised as they enter the dot product, each layer on clean inputs",
-            )
+        yield core.Claim(
+            f"sparse rows that a cache in {scheme} moves, in percent",
+            "nothing",
+            "; ".join(cells) if cells else "no sparse rows",
+            "-",
+            "keys are quantised as they enter the dot product, each layer on clean inputs",
         )
-    return out

@@ -8,9 +8,9 @@ from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Mean, Part, Size, Subject, mean
+from qkvnorm_lens.experiments.core import Mean, Part, Size, Subject, about, by_size, mean, pick
 
-SUMS: Final[dict[Size, int]] = {"smoke": 400, "quick": 4_000, "full": 20_000}
+SUMS: Final = by_size(400, 4_000, 20_000)
 KINDS: Final = ("in distribution", "interpolation", "extrapolation")
 PUBLISHED: Final = {
     "pre": dict(zip(KINDS, (0.9138, 0.8746, 0.6665), strict=True)),
@@ -24,17 +24,12 @@ def accuracies(subject: Subject, sums: int) -> pd.DataFrame:
 
     model, split = subject.load(), subject.split
     name = next(name for name, known in SPLITS.items() if known == split)
-    return pd.DataFrame(
-        [
-            {
-                **subject.columns,
-                "kind": kind,
-                "counts": "-".join(map(str, SPLITS[of].counts)),
-                **dataclasses.asdict(evaluate(model, of, rows=sums, seed=TEST_SEED)),
-            }
-            for kind, of in tests_of(name, int(model.cfg.n_ctx)).items()
-        ]
-    )
+    rows = [
+        {"kind": kind, "counts": "-".join(map(str, SPLITS[of].counts))}
+        | dataclasses.asdict(evaluate(model, of, rows=sums, seed=TEST_SEED))
+        for kind, of in tests_of(name, int(model.cfg.n_ctx)).items()
+    ]
+    return about(subject, rows)
 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
@@ -45,5 +40,4 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
 
 def over_seeds(table: pd.DataFrame, group: str, kind: str, column: str = "per_token") -> Mean:
     """A group's accuracy with its interval."""
-    chosen = table[(table["group"] == group) & (table["kind"] == kind)]
-    return mean(chosen[column].tolist())
+    return mean(pick(table, group=group, kind=kind)[column].tolist())

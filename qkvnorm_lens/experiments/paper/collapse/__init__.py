@@ -6,22 +6,15 @@ sampled; the strict rate is sampled.
 
 from typing import Final
 
-from qkvnorm_lens.experiments.core import Experiment
-from qkvnorm_lens.experiments.paper.collapse.figure import figure
-from qkvnorm_lens.experiments.paper.collapse.measure import parts
-from qkvnorm_lens.experiments.paper.collapse.words import claims, text
+from qkvnorm_lens.experiments.core import experiment
+from qkvnorm_lens.experiments.paper.collapse import figure, measure, words
 
-__all__ = ["EXPERIMENT"]
-
-EXPERIMENT: Final = Experiment(
-    name="collapse",
-    title="Circuit collapse of sparse attention under norm noise",
-    source="Menary et al. 2024, Fig. 3 and 13",
+EXPERIMENT: Final = experiment(
+    "collapse",
+    "Circuit collapse of sparse attention under norm noise",
+    "Menary et al. 2024, Fig. 3 and 13",
     models="any",
-    minutes={"smoke": 0.3, "quick": 2.0, "full": 8.0},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
+    minutes=(0.3, 2.0, 8.0),
+    modules=(measure, figure, words),
     version=2,
 )

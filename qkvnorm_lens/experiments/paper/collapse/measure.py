@@ -4,69 +4,53 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pandas as pd
 
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.core import AMOUNT, PLAIN, Part, Size, Subject, reading
 
-DRAWS: Final[dict[Size, int]] = {"smoke": 8, "quick": 32, "full": 64}
+DRAWS: Final = core.by_size(8, 32, 64)
 RATE: Final = 0.01
+COLUMNS: Final = ("quantity", "variant", "layer", "sigma", "value", "se", "rows")
 
 
 def measure(subject: Subject, size: Size) -> pd.DataFrame:
     """Exact and sampled rates of one model, against sigma; by layer too."""
     import hooks
 
-    model = subject.load()
-    tokens = reading(subject, AMOUNT[size]).ids
-    exact = hooks.collapse_probe(model, tokens, draws=DRAWS[size], progress=False)
-    sampled = hooks.collapse_probe(
-        model, tokens, draws=DRAWS[size], seed=1, method="sample", progress=False
-    )
-    rows: list[dict[str, Any]] = []
-
-    def add(
-        quantity: str, variant: str, frame: pd.DataFrame, value: str, error: str | None = None
-    ) -> None:
-        about = {"quantity": quantity, "variant": variant}
-        layers = frame["layer"] if "layer" in frame else [-1] * len(frame)
-        errors = frame[error] if error else [math.nan] * len(frame)
-        rows.extend(
-            {**about, "layer": layer, "sigma": s, "value": v, "se": e, "rows": n}
-            for layer, s, v, e, n in zip(
-                layers, frame["sigma"], frame[value], errors, frame["rows"], strict=True
-            )
+    model, ids = subject.load(), reading(subject, AMOUNT[size]).ids
+    probe = partial(hooks.collapse_probe, model, ids, draws=DRAWS[size], progress=False)
+    exact, sampled = probe(), probe(seed=1, method="sample")
+    whole = exact.to_frame("model").assign(layer=-1, none=math.nan)
+    layers = exact.to_frame("layer").assign(none=math.nan)
+    rows = [
+        dict(zip(COLUMNS, (quantity, variant, *numbers), strict=True))
+        for quantity, variant, frame, value, error in (
+            ("loose", PLAIN, whole, "loose", "se_prompts"),
+            ("loose", "without sinks", whole, "loose_content", "none"),
+            ("loose", "centred gauge", whole, "loose_centred", "none"),
+            ("strict", PLAIN, whole, "strict_drawn", "se_strict"),
+            ("loose", PLAIN, layers, "loose", "none"),
+            ("loose", "sampled", sampled.to_frame("model").assign(layer=-1), "loose", "se"),
         )
-
-    whole, layers = exact.to_frame("model"), exact.to_frame("layer")
-    add("loose", PLAIN, whole, "loose", "se_prompts")
-    add("loose", "without sinks", whole, "loose_content")
-    add("loose", "centred gauge", whole, "loose_centred")
-    add("strict", PLAIN, whole, "strict_drawn", "se_strict")
-    add("loose", PLAIN, layers, "loose")
-    add("loose", "sampled", sampled.to_frame("model"), "loose", "se")
+        for numbers in frame[["layer", "sigma", value, error, "rows"]].itertuples(index=False)
+    ]
     facts = {
         ("sparse share", PLAIN): exact.n_sparse / max(int(exact.examined.sum()), 1),
         ("sink share", PLAIN): float(whole["sinks"].iloc[0]) / max(exact.n_sparse, 1),
         ("score level", PLAIN): float(whole["score_level"].iloc[0]),
-        ("sigma at 1%", PLAIN): _at(exact, content=False),
-        ("sigma at 1%", "without sinks"): _at(exact, content=True),
+        ("sigma at 1%", PLAIN): float(exact.sigma_at(RATE)),  # type: ignore[arg-type]
+        ("sigma at 1%", "without sinks"): float(exact.sigma_at(RATE, content=True)),  # type: ignore[arg-type]
         ("sigma at 1%", "strict"): crossing(whole["sigma"], whole["strict_drawn"], RATE),
     }
-    n, nowhere = exact.n_sparse, {"layer": -1, "sigma": math.nan}
     rows += [
-        {"quantity": quantity, "variant": variant, **nowhere, "value": v, "se": math.nan, "rows": n}
-        for (quantity, variant), v in facts.items()
+        dict(zip(COLUMNS, (*what, -1, math.nan, v, math.nan, exact.n_sparse), strict=True))
+        for what, v in facts.items()
     ]
-    frame = pd.DataFrame(rows)
-    return pd.concat([pd.DataFrame([subject.columns] * len(frame)), frame], axis=1)
-
-
-def _at(report: Any, *, content: bool) -> float:
-    sigma = report.sigma_at(RATE, content=content)
-    return float(sigma)
+    return core.about(subject, rows)
 
 
 def crossing(sigma: pd.Series, rate: pd.Series, wanted: float) -> float:
@@ -78,16 +62,13 @@ def crossing(sigma: pd.Series, rate: pd.Series, wanted: float) -> float:
     if not len(above):
         return math.inf
     i = int(above[0])
-    if i == 0:
-        return float(x[0])
-    return float(np.interp(wanted, y[i - 1 : i + 1], x[i - 1 : i + 1]))
+    return float(np.interp(wanted, y[i - 1 : i + 1], x[i - 1 : i + 1])) if i else float(x[0])
 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
+    draws = {"draws": DRAWS[size]}
     return [
-        Part(
-            s.name, partial(measure, s, size), s, {**AMOUNT[size].settings(s), "draws": DRAWS[size]}
-        )
+        Part(s.name, partial(measure, s, size), s, AMOUNT[size].settings(s) | draws)
         for s in subjects
     ]

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    PLAIN,
-    Claim,
-    Mean,
-    by_group,
-    decide,
-    markdown,
-    mean,
-    numbers,
-    pick,
-    placement_of,
-    within,
-)
+from qkvnorm_lens.experiments import core
 
 PUBLISHED: Final = {"Baseline": 0.11, "Alternate": 0.075, "Large": 0.055}
 
@@ -34,8 +23,8 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
     whole = table[table["layer"] == -1]
     keys = ["model", "sigma"]
     exact, counted = (
-        pick(whole, quantity="loose", variant=variant).set_index(keys)
-        for variant in (PLAIN, "sampled")
+        core.pick(whole, quantity="loose", variant=variant).set_index(keys)
+        for variant in (core.PLAIN, "sampled")
     )
     sampled = counted[["value", "se"]].rename(columns={"value": "value_sampled"})
     both = exact[["value", "rows"]].join(sampled)
@@ -47,17 +36,18 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"gap": gap, "error": error, "z": z}).reset_index()
 
 
-def _fact(table: pd.DataFrame, group: str, quantity: str, variant: str = PLAIN) -> Mean:
-    found = numbers(table, quantity, group=group, variant=variant)
-    return mean([v for v in found if math.isfinite(v)])
+def _fact(table: pd.DataFrame, group: str, quantity: str, variant: str = core.PLAIN) -> core.Mean:
+    found = core.numbers(table, quantity, group=group, variant=variant)
+    return core.mean([v for v in found if math.isfinite(v)])
 
 
-def text(table: pd.DataFrame) -> str:
+@core.joined
+def text(table: pd.DataFrame) -> Iterator[str]:
     """Thresholds by group, and whether sampling agrees with the exact curve."""
     head = ["models", "seeds", "rows sparse", "sinks among them", "score level"]
     head += ["σ at 1%", "without sinks", "strict"]
     rows = []
-    for group, mine in by_group(table):
+    for group, mine in core.by_group(table):
         cells = [
             group,
             str(mine["seed"].nunique()),
@@ -66,30 +56,28 @@ def text(table: pd.DataFrame) -> str:
             _fact(table, group, "score level").words(".3g", ".2g"),
             *(
                 _percent(table, group, "sigma at 1%", variant)
-                for variant in (PLAIN, "without sinks", "strict")
+                for variant in (core.PLAIN, "without sinks", "strict")
             ),
         ]
         rows.append(cells)
     z = disagreement(table)
     worst = z.iloc[int(z["z"].abs().to_numpy().argmax())] if len(z) else None
-    lines = [
-        markdown(head, rows),
-        "",
+    yield core.markdown(head, rows) + "\n"
+    yield (
         "All in percent but the score level (the mean q.k part of an attended score); ± is half "
-        "the 95% interval over seeds; never: not within the uniform law (σ up to 57.7%).",
-    ]
+        "the 95% interval over seeds; never: not within the uniform law (σ up to 57.7%)."
+    )
     if worst is not None:
-        lines.append(
+        yield (
             f"Sampled and exact: {len(z)} points, {(z['z'].abs() > 2).mean():.1%} of them more "
             f"than 2 standard errors apart, the furthest {abs(worst['z']):.1f} "
             f"({worst['model']}, σ = {100 * worst['sigma']:g}%). Points of one model share their "
             "draws, so they are not independent."
         )
-    return "\n".join(lines)
 
 
-def _percent(table: pd.DataFrame, group: str, quantity: str, variant: str = PLAIN) -> str:
-    chosen = pick(table, group=group, quantity=quantity, variant=variant)
+def _percent(table: pd.DataFrame, group: str, quantity: str, variant: str = core.PLAIN) -> str:
+    chosen = core.pick(table, group=group, quantity=quantity, variant=variant)
     values = chosen["value"].to_numpy(dtype=float)
     never = int(np.isinf(values).sum())
     if never == len(values) or not len(values):
@@ -100,24 +88,21 @@ def _percent(table: pd.DataFrame, group: str, quantity: str, variant: str = PLAI
     return _fact(table, group, quantity, variant).percent()
 
 
-def claims(table: pd.DataFrame) -> list[Claim]:
+@core.listed
+def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """The published thresholds beside ours."""
     published = ", ".join(f"{100 * v:g}% ({k})" for k, v in PUBLISHED.items())
-    out = []
-    for group, mine in by_group(table):
-        if placement_of(mine) != "pre":
+    for group, mine in core.by_group(table):
+        if core.placement_of(mine) != "pre":
             continue
         ours = _percent(table, group, "sigma at 1%")
         sigma = _fact(table, group, "sigma at 1%")
-        out.append(
-            Claim(
-                f"Pre-Norm: σ at which 1% of sparse rows collapse ({group})",
-                published,
-                f"{ours}% (score level {_fact(table, group, 'score level').value:.3g})",
-                decide(within(sigma, min(PUBLISHED.values()), max(PUBLISHED.values()))),
-                "the number depends on the score level (see gauge), which the paper does not give, "
-                "and on the model: its three differ twofold, not in the order of their size, and "
-                "ours are smaller than all of them",
-            )
+        yield core.Claim(
+            f"Pre-Norm: σ at which 1% of sparse rows collapse ({group})",
+            published,
+            f"{ours}% (score level {_fact(table, group, 'score level').value:.3g})",
+            core.decide(core.within(sigma, min(PUBLISHED.values()), max(PUBLISHED.values()))),
+            "the number depends on the score level (see gauge), which the paper does not give, "
+            "and on the model: its three differ twofold, not in the order of their size, and "
+            "ours are smaller than all of them",
         )
-    return out

@@ -7,21 +7,14 @@ A curve is of the vectors that enter the dot product (``at = "dot"``) unless it 
 
 from typing import Final
 
-from qkvnorm_lens.experiments.core import Experiment
-from qkvnorm_lens.experiments.paper.noise.figure import figure
-from qkvnorm_lens.experiments.paper.noise.measure import parts
-from qkvnorm_lens.experiments.paper.noise.words import claims, text
+from qkvnorm_lens.experiments.core import experiment
+from qkvnorm_lens.experiments.paper.noise import figure, measure, words
 
-__all__ = ["EXPERIMENT"]
-
-EXPERIMENT: Final = Experiment(
-    name="noise",
-    title="Accuracy under noise on the norms of q, k and v in all layers at once",
-    source="Menary et al. 2024, Fig. 2",
+EXPERIMENT: Final = experiment(
+    "noise",
+    "Accuracy under noise on the norms of q, k and v in all layers at once",
+    "Menary et al. 2024, Fig. 2",
     models="any",
-    minutes={"smoke": 0.2, "quick": 1.0, "full": 16.0},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
+    minutes=(0.2, 1.0, 16.0),
+    modules=(measure, figure, words),
 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import PLACEMENT_NAMES, groups, panels, pick
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.paper.noise.rows import (
     LABELS,
     ROWS,
@@ -19,12 +19,8 @@ from qkvnorm_lens.experiments.paper.noise.rows import (
 )
 from qkvnorm_lens.plots.charts import RUNS, Axis, Band, Chart, Line, draw
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-
-def figure(table: pd.DataFrame) -> Figure:
+def figure(table: pd.DataFrame) -> core.Figure:
     """Accuracy kept against sigma: above by vectors, below by rows of q and k.
 
     A column for each placement (solid: the group of most seeds, with the 95% interval over them;
@@ -33,18 +29,17 @@ def figure(table: pd.DataFrame) -> Figure:
     """
     main = main_targets(table)
     columns = _columns(main)
-    fig, axes = panels(
-        2, len(columns), width=min(3.6, 10.2 / len(columns)), height=2.9, share_y=True
-    )
+    n = len(columns)
+    fig, axes = core.panels(2, n, width=min(3.6, 10.2 / n), height=2.9, share_y=True)
     charts = [
         _chart(main, title * above, ordered, conditions, y="accuracy kept (% of clean)" * (i == 0))
         for above, conditions in ((True, (*VECTORS, SHIELDED)), (False, ROWS))
         for i, (title, ordered) in enumerate(columns)
     ]
-    draw(charts, axes, "matplotlib", (2, len(columns)))
+    draw(charts, axes, "matplotlib", (2, n))
     fig.supxlabel("RMS of the relative change of norms, σ (%)", fontsize=10)
-    for ax, title in ((axes[0], "noise on"), (axes[len(columns)], "noise on q and k of")):
-        _legend(ax, axes, title)
+    _legend(axes[:n], "noise on")
+    _legend(axes[n:], "noise on q and k of")
     return fig
 
 
@@ -54,21 +49,19 @@ def _columns(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
     for placement in (p for p in ("none", "pre", "qkv") if (table["placement"] == p).any()):
         mine = table[table["placement"] == placement]
         seeds = mine.groupby("group")["model"].nunique()
-        ordered = sorted(groups(mine), key=lambda g: -seeds[g])
+        ordered = sorted(core.groups(mine), key=lambda g: -seeds[g])
         named = ", ".join(ordered) if len(ordered) < 3 else f"{len(ordered)} groups"
-        out.append((f"{PLACEMENT_NAMES[placement]}\n({named})", ordered))
-    return out + [(group, [group]) for group in groups(table[table["placement"] == ""])]
+        out.append((f"{core.PLACEMENT_NAMES[placement]}\n({named})", ordered))
+    return out + [(group, [group]) for group in core.groups(table[table["placement"] == ""])]
 
 
-def _legend(ax: Axes, axes: list[Axes], title: str) -> None:
+def _legend(row: list[core.Axes], title: str) -> None:
     """In the first panel of a row, with what any panel of the row shows."""
-    half = len(axes) // 2
-    row = axes[:half] if ax is axes[0] else axes[half:]
     found: dict[str, Any] = {}
-    for each in row:
-        handles, labels = each.get_legend_handles_labels()
+    for ax in row:
+        handles, labels = ax.get_legend_handles_labels()
         found |= {name: h for h, name in zip(handles, labels, strict=True) if name not in found}
-    ax.legend(found.values(), found.keys(), fontsize=8, title=title, title_fontsize=8)
+    row[0].legend(found.values(), found.keys(), fontsize=8, title=title, title_fontsize=8)
 
 
 def _chart(
@@ -82,21 +75,18 @@ def _chart(
     lines, bands = [], []
     for colour, condition in zip(RUNS, conditions, strict=False):
         for i, group in enumerate(ordered):
-            mine = condition.of(pick(table, group=group))
+            mine = condition.of(core.pick(table, group=group))
             if mine.empty:
                 continue
             sigmas = sorted(s for s in mine["sigma"].unique() if s > 0)
             points = [kept_mean(mine, s) for s in sigmas]
             x = 100 * np.asarray(sigmas)
-            value, half = (
-                100 * np.asarray([getattr(p, n) for p in points]) for n in ("value", "half")
-            )
+            value, half = 100 * np.asarray([(p.value, p.half) for p in points]).T
             if i:
                 lines.append(Line(x, value, "_", colour, dash=":", width=1.0))
                 continue
             dash = "--" if condition is SHIELDED else "-"
             lines.append(Line(x, value, LABELS[condition], colour, dash=dash, width=1.6, marker=3))
             bands.append(Band(x, value - half, value + half, "_", colour, opacity=0.15))
-    return Chart(
-        Axis("", "log", ticks="log"), Axis(y, low=-3, high=108), title, lines, bands, legend=None
-    )
+    across, up = Axis("", "log", ticks="log"), Axis(y, low=-3, high=108)
+    return Chart(across, up, title, lines, bands, legend=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import warnings
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Part, Size, Subject
+from qkvnorm_lens.experiments.core import Part, Size, Subject, by_size
 from qkvnorm_lens.experiments.paper.noise.rows import (
     ALL,
     LOST,
@@ -42,12 +44,16 @@ class Scale:
     draws: int
 
 
-SCALES: Final[dict[Size, Scale]] = {
-    "smoke": Scale(30, 1, 24, (0.01, 0.1, 0.5), 2),
-    "quick": Scale(100, 4, 40, (0.01, 0.05, 0.1, 0.2, 0.3, 0.5), 2),
-    "full": Scale(300, 8, 128, (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5), 6),
-}
+SCALES: Final = by_size(
+    Scale(30, 1, 24, (0.01, 0.1, 0.5), 2),
+    Scale(100, 4, 40, (0.01, 0.05, 0.1, 0.2, 0.3, 0.5), 2),
+    Scale(300, 8, 128, (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5), 6),
+)
 ROWS_PER_PASS: Final = {"addition": 1024, "language": 32}
+CURVE: Final = (
+    "prompts", "sigma_lost", "sigma", "positions", "accuracy", "se_accuracy",
+    "se_prompts_accuracy_change", "loss", "kl", "top1_agreement",
+)  # fmt: skip
 
 
 # -- measuring ------------------------------------------------------------------------------
@@ -71,32 +77,22 @@ def _measure(subject: Subject, scale: Scale, conditions: tuple[Condition, ...]) 
     tokens, target_sets = prompts_of(subject, model, scale)
     shares, shield = _shares(model, tokens), _shield(model)
     frames = []
-    for condition in conditions:
-        for scored, targets in target_sets.items():
-            with warnings.catch_warnings():  # that a norm takes the noise away is what is shown
-                warnings.filterwarnings("ignore", message="noise at the projection")
-                report = sweep(
-                    model,
-                    tokens,
-                    targets=targets,
-                    sigmas=scale.sigmas,
-                    replicates=scale.draws,
-                    on=condition.on,
-                    at=condition.at,
-                    rows=condition.rows,
-                    batch_size=ROWS_PER_PASS[subject.kind],
-                    progress=False,
-                )
-            about = {
-                **subject.columns,
-                "on": condition.on,
-                "at": condition.at,
-                "rows": condition.rows,
-                "scored": scored,
-                "shield": shield,
-                **shares[condition.rows],
-            }
-            frames.append(_curve_rows(about, report))
+    for condition, (scored, targets) in itertools.product(conditions, target_sets.items()):
+        noise = dataclasses.asdict(condition)
+        with warnings.catch_warnings():  # that a norm takes the noise away is what is shown
+            warnings.filterwarnings("ignore", message="noise at the projection")
+            report = sweep(
+                model,
+                tokens,
+                targets=targets,
+                sigmas=scale.sigmas,
+                replicates=scale.draws,
+                batch_size=ROWS_PER_PASS[subject.kind],
+                progress=False,
+                **noise,
+            )
+        about = subject.columns | noise | {"scored": scored, "shield": shield}
+        frames.append(_curve_rows(about | shares[condition.rows], report))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -108,21 +104,9 @@ def _curve_rows(about: dict[str, Any], report: SweepReport) -> pd.DataFrame:
     except ValueError:  # nothing to lose, or not lost within the sigmas
         sigma = math.inf if frame["accuracy"].iloc[0] > 0 else math.nan
     prompts = int((report.positions > 0).sum())
-    return frame.assign(**about, prompts=prompts, sigma_lost=sigma)[
-        [
-            *about,
-            "prompts",
-            "sigma_lost",
-            "sigma",
-            "positions",
-            "accuracy",
-            "se_accuracy",
-            "se_prompts_accuracy_change",
-            "loss",
-            "kl",
-            "top1_agreement",
-        ]
-    ].rename(columns={"se_accuracy": "se_draws", "se_prompts_accuracy_change": "se_prompts"})
+    rows = frame.assign(**about, prompts=prompts, sigma_lost=sigma)[[*about, *CURVE]]
+    names = {"se_accuracy": "se_draws", "se_prompts_accuracy_change": "se_prompts"}
+    return rows.rename(columns=names)
 
 
 def prompts_of(

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from qkvnorm_lens.experiments.core import Mean, mean
+from qkvnorm_lens.experiments.core import Mean, mean, pick
 
 if TYPE_CHECKING:
     from hooks.noise import At, Rows
@@ -28,8 +28,7 @@ class Condition:
 
     def of(self, table: pd.DataFrame) -> pd.DataFrame:
         """Its rows of the table."""
-        same = (table["on"] == self.on) & (table["at"] == self.at) & (table["rows"] == self.rows)
-        return table[same]
+        return pick(table, on=self.on, at=self.at, rows=self.rows)
 
 
 VECTORS: Final = tuple(Condition(on) for on in ("q", "k", "v", "qkv"))

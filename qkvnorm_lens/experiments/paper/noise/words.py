@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    STUDY,
-    Claim,
-    Mean,
-    above,
-    by_group,
-    decide,
-    graded,
-    markdown,
-    mean,
-    pick,
-    placement_of,
-    reaches,
-)
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.paper.noise.rows import (
     ANY_ROWS,
     EVERY,
@@ -42,26 +30,25 @@ from qkvnorm_lens.experiments.paper.noise.rows import (
 PERCENT: Final = 0.01  # the sigma at which the paper gives numbers
 
 
-def text(table: pd.DataFrame) -> str:
+@core.joined
+def text(table: pd.DataFrame) -> Iterator[str]:
     """Sigma at which a tenth of the accuracy is lost, by condition; what a percent does; rows."""
     known = [c for c in LABELS if len(c.of(table))]
     rows = [
         _row(group, scored, mine, known)
-        for group, each in by_group(table)
+        for group, each in core.by_group(table)
         for scored in dict.fromkeys(table["scored"])
-        if len(mine := pick(each, scored=scored))
+        if len(mine := core.pick(each, scored=scored))
     ]
-    lines = [
+    yield (
         f"Sigma (%) at which {LOST:.0%} of the accuracy is lost (relative; 95% interval over seeds "
         "where a group has several; `>`: not lost at the largest sigma). Noise on the vectors that "
-        "enter the dot product, in all layers, unless a column says otherwise.",
-        "",
-        markdown(["models", "seeds", "scored", "clean (%)", *map(_head, known)], rows),
-        "",
-    ]
-    for group, mine in by_group(table):
-        lines += [_sentences(group, main_targets(mine)), ""]
-    return "\n".join(lines)
+        "enter the dot product, in all layers, unless a column says otherwise.\n"
+    )
+    yield core.markdown(["models", "seeds", "scored", "clean (%)", *map(_head, known)], rows) + "\n"
+    for group, mine in core.by_group(table):
+        yield _sentences(group, main_targets(mine))
+        yield ""
 
 
 def _head(condition: Condition) -> str:
@@ -118,47 +105,47 @@ _SCALE_OF_OURS: Final = (
 )
 
 
-def claims(table: pd.DataFrame) -> list[Claim]:
+@core.listed
+def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """Fig. 2: a percent of noise, sparse against other rows, and QKV-Norm's stability."""
     main = main_targets(table)
-    out: list[Claim] = []
-    for group, mine in by_group(main):
-        if not group.startswith((STUDY, "addition-")):
+    for group, mine in core.by_group(main):
+        if not group.startswith((core.STUDY, "addition-")):
             continue
-        placement = placement_of(mine)
+        placement = core.placement_of(mine)
         if placement == "pre":
-            out += [_percent_claim(group, mine), _rows_claim(group, mine)]
+            yield _percent_claim(group, mine)
+            yield _rows_claim(group, mine)
         if placement == "qkv":
-            out.append(_shield_claim(group, mine))
-    return out
+            yield _shield_claim(group, mine)
 
 
-def _percent_claim(group: str, mine: pd.DataFrame) -> Claim:
+def _percent_claim(group: str, mine: pd.DataFrame) -> core.Claim:
     share = kept_mean(EVERY.of(mine), PERCENT)
-    fall = Mean(1 - share.value, share.half, share.n)
-    return Claim(
+    fall = core.Mean(1 - share.value, share.half, share.n)
+    return core.Claim(
         f"fall of accuracy at sigma = 1%, q, k and v ({group})",
         ">= 10% (Baseline), >= 20% (Alternate), one seed each, Fig. 2",
         f"{fall.percent(2)}% of the accuracy; a tenth is lost at sigma = "
         f"{lost_at(EVERY.of(mine))}% ({fall.seeds})",
-        decide(reaches(fall, LOST)),
+        core.decide(core.reaches(fall, LOST)),
         _SCALE_OF_OURS,
     )
 
 
-def _rows_claim(group: str, mine: pd.DataFrame) -> Claim:
+def _rows_claim(group: str, mine: pd.DataFrame) -> core.Claim:
     """Sparse rows lose less than non-sparse ones, where noise on all rows takes about a tenth."""
     sigma = telling(mine)
     sparse, other = SPARSE_ROWS.of(mine), OTHER_ROWS.of(mine)
     a, b = kept(sparse, sigma), kept(other, sigma)
     gap = a["kept"] - b["kept"]
     if len(gap) > 1:
-        over = mean(gap.tolist())
+        over = core.mean(gap.tolist())
     else:  # one model: over prompts, the two taken as independent
         half = math.hypot(a["half"].iloc[0], b["half"].iloc[0])
-        over = Mean(float(gap.iloc[0]), half, 1)
+        over = core.Mean(float(gap.iloc[0]), half, 1)
     share = {name: rows["share"].mean() for name, rows in (("sparse", sparse), ("other", other))}
-    return Claim(
+    return core.Claim(
         f"sparse rows bear noise on q and k, non-sparse ones cause the drop ({group})",
         "sparse rows are stable to the percent level, the non-sparse ones cause the drop, Fig. 2",
         f"at sigma = {sigma:.0%}, where noise on all rows leaves "
@@ -166,21 +153,21 @@ def _rows_claim(group: str, mine: pd.DataFrame) -> Claim:
         f"({share['sparse']:.0%} of all) leaves {kept_mean(sparse, sigma).percent()}%, on "
         f"non-sparse rows ({share['other']:.0%}) {kept_mean(other, sigma).percent()}%; difference "
         f"{over.percent()} points",
-        decide(above(over)),
+        core.decide(core.above(over)),
         "the two kinds are not equally many: the share noised stands beside each number",
     )
 
 
-def _shield_claim(group: str, mine: pd.DataFrame) -> Claim:
+def _shield_claim(group: str, mine: pd.DataFrame) -> core.Claim:
     top = float(mine["sigma"].max())
     before, behind = (kept_mean(c.of(mine), top) for c in (SHIELDED, EVERY))
     held, falls = abs(1 - before.value) < 0.01, 1 - behind.value >= LOST
-    return Claim(
+    return core.Claim(
         f"QKV-Norm is stable by construction ({group})",
         "the norm on q, k and v removes the noise, Fig. 2",
         f"at sigma = {top:.0%} noise before the norm leaves {before.percent(2)}% of the accuracy, "
         f"noise on what enters the dot product {behind.percent(0)}%",
-        graded(held, not falls),
+        core.graded(held, not falls),
         "before the norm noise is removed up to its eps; that says nothing of the vectors behind "
         "it, which are as open to error (of rounding, say) as any other model's",
     )

@@ -2,21 +2,14 @@
 
 from typing import Final
 
-from qkvnorm_lens.experiments.core import Experiment
-from qkvnorm_lens.experiments.paper.sparsity.figure import figure
-from qkvnorm_lens.experiments.paper.sparsity.measure import parts
-from qkvnorm_lens.experiments.paper.sparsity.words import claims, text
+from qkvnorm_lens.experiments.core import experiment
+from qkvnorm_lens.experiments.paper.sparsity import figure, measure, words
 
-__all__ = ["EXPERIMENT"]
-
-EXPERIMENT: Final = Experiment(
-    name="sparsity",
-    title="How sparse attention is: largest attention of each row",
-    source="Menary et al. 2024, Fig. 25-27",
+EXPERIMENT: Final = experiment(
+    "sparsity",
+    "How sparse attention is: largest attention of each row",
+    "Menary et al. 2024, Fig. 25-27",
     models="any",
-    minutes={"smoke": 0.1, "quick": 0.2, "full": 1.0},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
+    minutes=(0.1, 0.2, 1.0),
+    modules=(measure, figure, words),
 )

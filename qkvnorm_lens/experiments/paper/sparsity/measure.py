@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.core import Amount, Part, Reading, Size, Subject, reading
 
 if TYPE_CHECKING:
@@ -16,11 +17,7 @@ if TYPE_CHECKING:
 
     from hooks.sites import LayerView
 
-AMOUNT: Final[dict[Size, Amount]] = {
-    "smoke": Amount(sums=64, windows=1, length=64),
-    "quick": Amount(sums=1_000, windows=4),
-    "full": Amount(sums=10_000, windows=8),
-}
+AMOUNT: Final = core.by_size(Amount(64, 1, 64), Amount(1_000, 4), Amount(10_000, 8))
 BINS: Final = 100
 KINDS: Final = ("content", "sink")
 MAP_HEADS: Final = 2
@@ -47,9 +44,8 @@ def measure(subject: Subject, amount: Amount, maps: int) -> pd.DataFrame:
     )
     chosen = _most_sparse(heads, maps)
     frames = [counted.histogram(), heads, _maps(model, sites, read, chosen)]
-    rows = pd.concat([f for f in frames if len(f)], ignore_index=True).assign(**subject.columns)
-    first = [*subject.columns, "what", "kind"]
-    return rows[[*first, *(c for c in rows.columns if c not in first)]]
+    rows = pd.concat([f for f in frames if len(f)], ignore_index=True)
+    return core.about(subject, rows, "what", "kind")
 
 
 class _Maxima:
@@ -120,14 +116,11 @@ def _maps(
             if layer != view.sites.layer:
                 continue
             pattern, seen = view.pattern[0, head].cpu(), view.visible[0, head].cpu()
+            of = {"what": "map", "kind": "", "layer": layer, "head": head}
+            of |= {"label": f"{view.sites.label}H{head}", "rank": rank}
             rows.extend(
                 {
-                    "what": "map",
-                    "kind": "",
-                    "layer": layer,
-                    "head": head,
-                    "label": f"{view.sites.label}H{head}",
-                    "rank": rank,
+                    **of,
                     "query": query,
                     "key": key,
                     "query_token": tokens[query],

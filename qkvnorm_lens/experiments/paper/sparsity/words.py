@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    PLACEMENT_NAMES,
-    Claim,
-    above,
-    by_group,
-    decide,
-    denied,
-    group_mean,
-    markdown,
-    placement_of,
-    study_difference,
-)
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.paper.sparsity.measure import BINS
 
 SHARP: Final = 3.0
-
-
 TOP, BESIDE = 0.98, 0.80  # a peak: maxima from 0.98 on, against those from 0.80 to 0.98
 
 
@@ -40,7 +28,7 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
     for name, mine in heads.groupby("model", sort=False):
         count = mine.groupby("kind")[["rows", "sparse", "non_sparse"]].sum()
         rows, sparse = count["rows"], count["sparse"]
-        own = bins[bins["model"] == name]
+        own, none = bins[bins["model"] == name], np.nan
         out.append(
             {
                 **{c: mine[c].iloc[0] for c in ("model", "group", "placement", "seed")},
@@ -48,10 +36,8 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
                 "sparse": sparse.sum() / rows.sum(),
                 "non_sparse": count["non_sparse"].sum() / rows.sum(),
                 "sinks": rows["sink"] / rows.sum(),
-                "sinks_of_sparse": sparse["sink"] / sparse.sum() if sparse.sum() else np.nan,
-                "sparse_content": sparse["content"] / rows["content"]
-                if rows["content"]
-                else np.nan,
+                "sinks_of_sparse": sparse["sink"] / sparse.sum() if sparse.sum() else none,
+                "sparse_content": sparse["content"] / rows["content"] if rows["content"] else none,
                 "peak": peak_of(own),
                 "peak_content": peak_of(own[own["kind"] == "content"]),
             }
@@ -70,7 +56,8 @@ def peak_of(bins: pd.DataFrame) -> float:
     return top / beside
 
 
-def text(table: pd.DataFrame) -> str:
+@core.joined
+def text(table: pd.DataFrame) -> Iterator[str]:
     """Shares of sparse and non-sparse rows by group, sinks apart, and the peak at 1."""
     models = shares(table)
     head = [
@@ -86,67 +73,60 @@ def text(table: pd.DataFrame) -> str:
     ]
     percents = ("sparse", "non_sparse", "sinks", "sinks_of_sparse", "sparse_content")
     rows = []
-    for group, mine in by_group(models):
-        cells = [group_mean(mine, column).percent() for column in percents]
+    for group, mine in core.by_group(models):
+        cells = [core.group_mean(mine, column).percent() for column in percents]
         peaks = [_number(mine, column) for column in ("peak", "peak_content")]
         rows.append([group, str(len(mine)), *cells, *peaks])
-    lines = [
-        markdown(head, rows),
-        "",
+    yield core.markdown(head, rows) + "\n"
+    yield (
         "Shares of attention rows in percent, rows with one visible key left out, with 95% "
         "intervals over seeds. On the first token: rows whose maximum is the first token (`[` in "
         "addition, the attention sink in language models); then the same among the sparse rows; "
         f"then sparse rows among all others. Peak: density of maxima from {TOP} on over that from "
-        f"{BESIDE} to {TOP}.",
-        "",
-    ]
+        f"{BESIDE} to {TOP}.\n"
+    )
     for column, what in (("sparse", "sparse rows"), ("sparse_content", "the same, sinks apart")):
-        gap = study_difference(models, column)
+        gap = core.study_difference(models, column)
         if gap is not None:
-            lines.append(
+            yield (
                 f"Pre-Norm minus QKV-Norm (study models), {what}: {gap.percent()} points "
                 f"({gap.n} seeds each)."
             )
-    lines.append(
+    yield (
         "Published: Pre-Norm has a sharp peak at 1, QKV-Norm none; there the scores of both are "
         "scaled to a standard deviation of 0.1 at the start, here by 1/sqrt(d_head) (see the "
         "experiment `confound`)."
     )
     shown = table[(table["what"] == "map") & (table["rank"] == 0)]
-    named = [f"{group} {mine['label'].iloc[0]}" for group, mine in by_group(shown)]
-    lines.append(f"Shown as maps, the heads with most sparse rows: {', '.join(named)}.")
-    return "\n".join(lines)
+    named = [f"{group} {mine['label'].iloc[0]}" for group, mine in core.by_group(shown)]
+    yield f"Shown as maps, the heads with most sparse rows: {', '.join(named)}."
 
 
 def _number(mine: pd.DataFrame, column: str) -> str:
-    found = group_mean(mine, column)
+    found = core.group_mean(mine, column)
     if np.isnan(found.value):
         return "none"
     return found.words(".1f")
 
 
-def claims(table: pd.DataFrame) -> list[Claim]:
+@core.listed
+def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """Is there a peak at 1, under Pre-Norm and under QKV-Norm?"""
     models = shares(table)
-    out = []
-    for group, mine in by_group(models):
-        placement = placement_of(mine)
+    for group, mine in core.by_group(models):
+        placement = core.placement_of(mine)
         if placement not in ("pre", "qkv"):
             continue
-        peak, sparse = group_mean(mine, "peak"), group_mean(mine, "sparse")
-        decided, sharp = above(peak, SHARP), peak.value > SHARP
-        out.append(
-            Claim(
-                f"row maxima, {PLACEMENT_NAMES[placement]} ({group})",
-                {"pre": "a sharp peak at 1", "qkv": "no peak at 1"}[placement] + " (Fig. 25-27)",
-                f"{'a sharp' if sharp else 'no sharp'} peak: maxima from {TOP} on are "
-                f"{_number(mine, 'peak')} times as dense as those from {BESIDE} to {TOP}; "
-                f"{sparse.percent()}% of the rows are sparse "
-                f"({peak.seeds})",
-                decide(decided if placement == "pre" else denied(decided)),
-                "scores scaled by 1/sqrt(d_head); the paper's start at a standard deviation of "
-                "0.1, from which a QKV-Norm head can hardly reach a maximum of 0.95; sharp: more "
-                f"than {SHARP:g} times",
-            )
+        peak, sparse = core.group_mean(mine, "peak"), core.group_mean(mine, "sparse")
+        decided, sharp = core.above(peak, SHARP), peak.value > SHARP
+        yield core.Claim(
+            f"row maxima, {core.PLACEMENT_NAMES[placement]} ({group})",
+            {"pre": "a sharp peak at 1", "qkv": "no peak at 1"}[placement] + " (Fig. 25-27)",
+            f"{'a sharp' if sharp else 'no sharp'} peak: maxima from {TOP} on are "
+            f"{_number(mine, 'peak')} times as dense as those from {BESIDE} to {TOP}; "
+            f"{sparse.percent()}% of the rows are sparse ({peak.seeds})",
+            core.decide(decided if placement == "pre" else core.denied(decided)),
+            "scores scaled by 1/sqrt(d_head); the paper's start at a standard deviation of "
+            "0.1, from which a QKV-Norm head can hardly reach a maximum of 0.95; sharp: more "
+            f"than {SHARP:g} times",
         )
-    return out

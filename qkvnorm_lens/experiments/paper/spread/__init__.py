@@ -2,21 +2,14 @@
 
 from typing import Final
 
-from qkvnorm_lens.experiments.core import Experiment
-from qkvnorm_lens.experiments.paper.spread.figure import figure
-from qkvnorm_lens.experiments.paper.spread.measure import parts
-from qkvnorm_lens.experiments.paper.spread.words import claims, text
+from qkvnorm_lens.experiments.core import experiment
+from qkvnorm_lens.experiments.paper.spread import figure, measure, words
 
-__all__ = ["EXPERIMENT"]
-
-EXPERIMENT: Final = Experiment(
-    name="spread",
-    title="Spread of the lengths of attended embeddings",
-    source="Menary et al. 2024, Fig. 1 and 9-12",
+EXPERIMENT: Final = experiment(
+    "spread",
+    "Spread of the lengths of attended embeddings",
+    "Menary et al. 2024, Fig. 1 and 9-12",
     models="any",
-    minutes={"smoke": 0.1, "quick": 0.3, "full": 1.5},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
+    minutes=(0.1, 0.3, 1.5),
+    modules=(measure, figure, words),
 )

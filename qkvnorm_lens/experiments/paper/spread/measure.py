@@ -6,13 +6,10 @@ from typing import Final, Literal, get_args
 
 import pandas as pd
 
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading, reading_parts
 
-AMOUNT: Final[dict[Size, Amount]] = {
-    "smoke": Amount(sums=64, windows=1, length=64),
-    "quick": Amount(sums=500, windows=4),
-    "full": Amount(sums=2_000, windows=8),
-}
+AMOUNT: Final = core.by_size(Amount(64, 1, 64), Amount(500, 4), Amount(2_000, 8))
 Vectors = Literal["stream", "k", "v"]
 VECTORS: Final[tuple[Vectors, ...]] = get_args(Vectors)
 
@@ -25,22 +22,18 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
     frames = []
     for of in VECTORS:
         report = hooks.spread(model, read.ids, of=of, batch_size=64, progress=False)
-        for by in ("head", "layer", "model"):
-            frame = report.to_frame(by)
-            frames.append(frame.assign(of=of, by=by))
+        frames += [report.to_frame(by).assign(of=of, by=by) for by in ("head", "layer", "model")]
     rows = pd.concat(frames, ignore_index=True)
     rows["label"] = rows["label"].fillna("all")
     rows[["layer", "head"]] = rows[["layer", "head"]].fillna(-1).astype(int)
-    names = [*subject.columns, "of", "by", "layer", "head", "label"]
-    rows = rows.assign(**subject.columns)
-    return rows[[*names, *(c for c in rows.columns if c not in names)]]
+    return core.about(subject, rows, "of", "by", "layer", "head", "label")
 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
-    return reading_parts(subjects, size, measure)
+    return reading_parts(subjects, AMOUNT[size], measure)
 
 
 def rows_of(table: pd.DataFrame, of: str, by: str) -> pd.DataFrame:
     """The table's rows of these vectors, added up so."""
-    return table[(table["of"] == of) & (table["by"] == by)]
+    return core.pick(table, of=of, by=by)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Part, Size, Subject
+from qkvnorm_lens.experiments.core import Part, Size, Subject, by_size
 
 if TYPE_CHECKING:
     from qkvnorm_lens.training import Run
@@ -34,13 +35,12 @@ class Scale:
     steps: int
 
 
-SCALES: Final[dict[Size, Scale]] = {
-    "smoke": Scale((32,), (1e-3, 1e-1), ("pre", "qkv"), (1,), 50),
-    "quick": Scale((32, 64), (1e-3, 3e-2, 1e-1, 3e-1), ("pre", "qkv"), (1,), 200),
-    "full": Scale(
-        (32, 64, 128), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), ("pre", "qkv", "none"), (1, 2), 350
-    ),
-}
+_RATES: Final = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+SCALES: Final = by_size(
+    Scale((32,), (1e-3, 1e-1), ("pre", "qkv"), (1,), 50),
+    Scale((32, 64), (1e-3, 3e-2, 1e-1, 3e-1), ("pre", "qkv"), (1,), 200),
+    Scale((32, 64, 128), _RATES, ("pre", "qkv", "none"), (1, 2), 350),
+)
 
 
 # -- measuring ------------------------------------------------------------------------------
@@ -110,38 +110,21 @@ def measure(placement: str, width: int, scale: Scale) -> pd.DataFrame:
     """One row for each rate and seed."""
     known = frequencies()
     rows = []
-    for rate in scale.rates:
-        for seed in scale.seeds:
-            losses = train_and_see(run_of(placement, width, rate, seed, scale.steps))
-            why = failure(losses, known)
-            rows.append(
-                {
-                    "placement": placement,
-                    "width": width,
-                    "rate": rate,
-                    "seed": seed,
-                    "steps": scale.steps,
-                    "loss": losses[-1],
-                    "lowest": float(np.nanmin(losses)) if np.isfinite(losses).any() else math.nan,
-                    "frequencies": known,
-                    "failed": int(bool(why)),
-                    "why": why or "trained",
-                }
-            )
+    for rate, seed in itertools.product(scale.rates, scale.seeds):
+        losses = train_and_see(run_of(placement, width, rate, seed, scale.steps))
+        lowest = float(np.nanmin(losses)) if np.isfinite(losses).any() else math.nan
+        why = failure(losses, known)
+        row = {"placement": placement, "width": width, "rate": rate, "seed": seed}
+        row |= {"steps": scale.steps, "loss": losses[-1], "lowest": lowest, "frequencies": known}
+        rows.append({**row, "failed": int(bool(why)), "why": why or "trained"})
     return pd.DataFrame(rows)
 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each placement and width."""
     scale = SCALES[size]
-    settings = {
-        "rates": list(scale.rates),
-        "seeds": list(scale.seeds),
-        "steps": scale.steps,
-        "split": SPLIT,
-        "recipe": "paper",
-        "forgotten": FORGOTTEN,
-    }
+    settings = {"rates": list(scale.rates), "seeds": list(scale.seeds), "steps": scale.steps}
+    settings |= {"split": SPLIT, "recipe": "paper", "forgotten": FORGOTTEN}
     return [
         Part(f"{p}-{w}", partial(measure, p, w, scale), None, {**settings, "width": w})
         for w in scale.widths

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    PLACEMENT_NAMES,
-    Claim,
-    Verdict,
-    counted,
-    decide,
-    markdown,
-    pick,
-)
+from qkvnorm_lens.experiments import core
 
 
 def least_failing(table: pd.DataFrame, placement: str, width: int) -> float:
@@ -25,18 +17,22 @@ def least_failing(table: pd.DataFrame, placement: str, width: int) -> float:
 
     At a higher rate runs may pass again, narrowly: the text names every run that failed.
     """
-    mine = pick(table, placement=placement, width=width)
+    mine = core.pick(table, placement=placement, width=width)
     failed = mine[mine["failed"] > 0]["rate"]
     return float(failed.min()) if len(failed) else math.inf
 
 
-def half_gain(table: pd.DataFrame, placement: str, width: int) -> list[float]:
+def _widths(table: pd.DataFrame) -> list[int]:
+    return sorted(table["width"].unique().tolist())
+
+
+@core.listed
+def half_gain(table: pd.DataFrame, placement: str, width: int) -> Iterator[float]:
     """For each seed the rate at which half of what the best rate gains on frequencies is lost.
 
     Interpolated linearly in the logarithm of the rate; inf where the grid ends before.
     """
-    mine = pick(table, placement=placement, width=width)
-    out = []
+    mine = core.pick(table, placement=placement, width=width)
     for _, runs in mine.sort_values("rate").groupby("seed"):
         known = float(runs["frequencies"].iloc[0])
         losses = runs["loss"].fillna(np.inf).clip(upper=2 * known).to_numpy(dtype=float)
@@ -45,19 +41,19 @@ def half_gain(table: pd.DataFrame, placement: str, width: int) -> list[float]:
         limit = (losses[best] + known) / 2
         above = [i for i in range(best + 1, len(losses)) if losses[i] > limit]
         if not above or losses[best] >= known:
-            out.append(math.inf if not above else math.nan)
+            yield (math.inf if not above else math.nan)
             continue
         i = above[0]
         share = (limit - losses[i - 1]) / (losses[i] - losses[i - 1])
-        out.append(math.exp(rates[i - 1] + share * (rates[i] - rates[i - 1])))
-    return out
+        yield math.exp(rates[i - 1] + share * (rates[i] - rates[i - 1]))
 
 
-def text(table: pd.DataFrame) -> str:
+@core.joined
+def text(table: pd.DataFrame) -> Iterator[str]:
     """The lowest failing rate by width and placement, how they fail, and the definition."""
     placements = list(dict.fromkeys(table["placement"]))
-    widths = sorted(table["width"].unique().tolist())
-    known_as = [PLACEMENT_NAMES[p] for p in placements]
+    widths = _widths(table)
+    known_as = [core.PLACEMENT_NAMES[p] for p in placements]
     head = [f"{name}: {what}" for name in known_as for what in ("first fails at", "half")]
     rows = []
     for width in widths:
@@ -67,17 +63,15 @@ def text(table: pd.DataFrame) -> str:
             cells += [_rate(least_failing(table, p, width), table), halves]
         rows.append([str(width), *cells])
     known, steps = float(table["frequencies"].iloc[0]), int(table["steps"].iloc[0])
-    lines = [
+    yield (
         f"Runs of {steps} steps of 128 sums, AdamW at a constant rate with decay 0.01 on all "
         f"parameters, {_seeds(table)} each. A run failed if a loss is "
         f"no number, if its last tenth is not below {known:.3f} nats (what knowing only the "
         "frequencies of targets gives), or if it lost again more than half of what it had gained "
         "on that. Half of the gain: the rate, interpolated, at which the last loss is half-way "
-        "between that of the best rate and the frequencies' (one number for each seed).",
-        "",
-        markdown(["width", *head], rows),
-        "",
-    ]
+        "between that of the best rate and the frequencies' (one number for each seed).\n"
+    )
+    yield core.markdown(["width", *head], rows) + "\n"
     for placement in placements:
         mine = table[table["placement"] == placement]
         failed = mine[mine["failed"] == 1]
@@ -87,17 +81,17 @@ def text(table: pd.DataFrame) -> str:
             for (width, rate, why), n in cells.items()
         )
         best = mine.loc[mine["loss"].idxmin()]
-        lines.append(
-            f"{PLACEMENT_NAMES[placement]}: {len(failed)} of {len(mine)} runs failed"
+        yield (
+            f"{core.PLACEMENT_NAMES[placement]}: {len(failed)} of {len(mine)} runs failed"
             f"{f' ({kinds})' if kinds else ''}; the lowest loss is {best['loss']:.3f} at the rate "
             f"{best['rate']:g} and width {best['width']}."
         )
-    lines += ["", *(_in_words(compared(table, m), does) for m, does in _MEASURES)]
-    return "\n".join(lines)
+    yield ""
+    yield from (_in_words(compared(table, m), does) for m, does in _MEASURES)
 
 
 def _seeds(table: pd.DataFrame) -> str:
-    return counted(table["seed"].nunique(), "seed")
+    return core.counted(table["seed"].nunique(), "seed")
 
 
 def _rate(rate: float, table: pd.DataFrame) -> str:
@@ -115,7 +109,7 @@ def _half(table: pd.DataFrame, placement: str, width: int) -> float:
 def compared(table: pd.DataFrame, measure: Measure) -> dict[str, list[int]]:
     """Widths at which Pre-Norm has a lower, the same and a higher rate than QKV-Norm, or none."""
     out: dict[str, list[int]] = {"lower": [], "same": [], "higher": [], "neither": []}
-    for width in sorted(table["width"].unique().tolist()):
+    for width in _widths(table):
         pre, qkv = (measure(table, p, width) for p in ("pre", "qkv"))
         if math.isinf(pre) and math.isinf(qkv):
             out["neither"].append(width)
@@ -124,11 +118,11 @@ def compared(table: pd.DataFrame, measure: Measure) -> dict[str, list[int]]:
     return out
 
 
-def _same(found: dict[str, list[int]]) -> Verdict:
+def _same(found: dict[str, list[int]]) -> core.Verdict:
     """Widths without a difference count against the statement once another width has one."""
     if not found["lower"] and not found["higher"]:
-        return decide(None)
-    return decide(*(kind == "lower" for kind, widths in found.items() for _ in widths))
+        return core.decide(None)
+    return core.decide(*(kind == "lower" for kind, widths in found.items() for _ in widths))
 
 
 def _in_words(found: dict[str, list[int]], does: str) -> str:
@@ -148,35 +142,31 @@ _MEASURES: Final[tuple[tuple[Measure, str], ...]] = (
 )
 
 
-def claims(table: pd.DataFrame) -> list[Claim]:
+@core.listed
+def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """Fig. 24: which placement fails at 1e-3, and which at lower rates."""
-    widths = sorted(table["width"].unique().tolist())
+    widths = _widths(table)
     at = table[np.isclose(table["rate"], 1e-3)]
     failed = {p: at[at["placement"] == p]["failed"] for p in ("pre", "qkv")}
     why = (
         f"2 layers of width {' or '.join(map(str, widths))}, runs of {int(table['steps'].iloc[0])} "
         "steps: the paper's Large has 12 layers of width 1024 and trains for days"
     )
-    out = [
-        Claim(
-            "training at a learning rate of 1e-3",
-            "large Pre-Norm models fail, QKV-Norm ones do not; at 1e-4 both train (Fig. 24)",
-            "; ".join(
-                f"{PLACEMENT_NAMES[p]}: {f.sum()} of {len(f)} runs fail" for p, f in failed.items()
-            ),
-            decide(bool(failed["pre"].any() and not failed["qkv"].any())),
-            why,
-        )
-    ]
+    yield core.Claim(
+        "training at a learning rate of 1e-3",
+        "large Pre-Norm models fail, QKV-Norm ones do not; at 1e-4 both train (Fig. 24)",
+        "; ".join(
+            f"{core.PLACEMENT_NAMES[p]}: {f.sum()} of {len(f)} runs fail" for p, f in failed.items()
+        ),
+        core.decide(bool(failed["pre"].any() and not failed["qkv"].any())),
+        why,
+    )
     for measure, does in _MEASURES:
         found = compared(table, measure)
-        out.append(
-            Claim(
-                f"Pre-Norm {does} at lower learning rates than QKV-Norm",
-                "fails at 1e-3, where QKV-Norm trains, for large models (Fig. 24)",
-                _in_words(found, does),
-                _same(found),
-                f"{why}; {_seeds(table)}",
-            )
+        yield core.Claim(
+            f"Pre-Norm {does} at lower learning rates than QKV-Norm",
+            "fails at 1e-3, where QKV-Norm trains, for large models (Fig. 24)",
+            _in_words(found, does),
+            _same(found),
+            f"{why}; {_seeds(table)}",
         )
-    return out

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from qkvnorm_lens.experiments.core import Part, Size, Subject
+import pandas as pd
+
+from qkvnorm_lens.experiments.core import Part, Size, Subject, by_size
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,7 @@ class Scale:
     subspaces: int
 
 
-SCALES: Final[dict[Size, Scale]] = {
-    "smoke": Scale(5, 30, 500, 2),
-    "quick": Scale(17, 80, 4_000, 4),
-    "full": Scale(33, 120, 40_000, 4),
-}
+SCALES: Final = by_size(Scale(5, 30, 500, 2), Scale(17, 80, 4_000, 4), Scale(33, 120, 40_000, 4))
 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
@@ -31,17 +30,16 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     from qkvnorm_lens.experiments.paper.theorems import checks
 
     scale = SCALES[size]
-    n, points = scale.points, {"points": scale.points}
-    draws, most = scale.draws, scale.subspaces
-    scattered = {**points, "scattered": scale.scattered}
-    return [
-        Part("turning", partial(checks.turning, n), settings=points),
-        Part("growing", partial(checks.growing, n), settings=points),
-        Part("matching", partial(checks.matching, n), settings=points),
-        Part("offset", partial(checks.offset, n), settings=points),
-        Part("freedom", partial(checks.freedom, most), settings={"subspaces": most}),
-        Part("limits", partial(checks.limits, n), settings=points),
-        Part("boundary", partial(checks.boundary, n, scale.scattered), settings=scattered),
-        Part("probability", partial(checks.probability, draws), settings={"draws": draws}),
-        Part("isotropic", partial(checks.isotropic, n), settings=points),
-    ]
+    points = {"points": scale.points}
+    wanted: dict[Callable[..., pd.DataFrame], dict[str, int]] = {
+        checks.turning: points,
+        checks.growing: points,
+        checks.matching: points,
+        checks.offset: points,
+        checks.freedom: {"subspaces": scale.subspaces},
+        checks.limits: points,
+        checks.boundary: {**points, "scattered": scale.scattered},
+        checks.probability: {"draws": scale.draws},
+        checks.isotropic: points,
+    }
+    return [Part(f.__name__, partial(f, *n.values()), settings=n) for f, n in wanted.items()]

@@ -6,7 +6,7 @@ from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Claim, decide
+from qkvnorm_lens.experiments import core
 
 NOT_RHO: Final = ("query noise", "moved", "stays")
 """Series of theorem 7 that are not of one ratio of scores."""
@@ -97,12 +97,14 @@ def _relative(table: pd.DataFrame) -> float:
     return float(((least["value"] - least["predicted"]) / least["predicted"]).abs().max())
 
 
-def claims(table: pd.DataFrame) -> list[Claim]:
+def claims(table: pd.DataFrame) -> list[core.Claim]:
     """Each theorem beside what our blocks do."""
     pre = table["placement"] == "pre"
     interferes = (table[pre & table["panel"].isin(("turning", "growing"))]["value"] - 1).abs().max()
     moved = float(table[table["series"] == "query noise"]["value"].max())
     exact = "computed in float64 on our own blocks"
+    off = max(deviation(table, p) for p in ("turning", "growing", "matching", "offset"))
+    boundary = deviation(table, "boundary", *_rhos(table))
     checks = [
         (
             "theorems 1 and 3",
@@ -113,11 +115,8 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         (
             "theorem 2",
             "Pre-Norm wants orthogonal spheres; else one factor interferes",
-            f"scores change by up to {interferes:.0%}, as 1/|x| to "
-            f"{max(deviation(table, p) for p in ('turning', 'growing', 'matching', 'offset')):.0e}",
-            interferes > 0.1
-            and max(deviation(table, p) for p in ("turning", "growing", "matching", "offset"))
-            < EXACT,
+            f"scores change by up to {interferes:.0%}, as 1/|x| to {off:.0e}",
+            interferes > 0.1 and off < EXACT,
         ),
         (
             "degrees of freedom",
@@ -134,9 +133,8 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         (
             "theorem 7",
             "collapse iff w*/w_t < (1 + k_t)/(1 + k_*); query noise never",
-            f"boundary to {deviation(table, 'boundary', *_rhos(table)):.0e}; query noise moved "
-            f"{moved:.0%}",
-            deviation(table, "boundary", *_rhos(table)) < EXACT and moved == 0,
+            f"boundary to {boundary:.0e}; query noise moved {moved:.0%}",
+            boundary < EXACT and moved == 0,
         ),
         (
             "theorem 8",
@@ -146,6 +144,6 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         ),
     ]
     return [
-        Claim(what, f"{published} (Section 3)", ours, decide(bool(holds)), exact)
+        core.Claim(what, f"{published} (Section 3)", ours, core.decide(bool(holds)), exact)
         for what, published, ours, holds in checks
     ]

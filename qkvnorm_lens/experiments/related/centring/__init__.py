@@ -7,22 +7,15 @@ the lengths of vectors.
 
 from typing import Final
 
-from qkvnorm_lens.experiments.core import Experiment
-from qkvnorm_lens.experiments.related.centring.figure import figure
-from qkvnorm_lens.experiments.related.centring.measure import parts
-from qkvnorm_lens.experiments.related.centring.words import claims, text
+from qkvnorm_lens.experiments.core import experiment
+from qkvnorm_lens.experiments.related.centring import figure, measure, words
 
-__all__ = ["EXPERIMENT"]
-
-EXPERIMENT: Final = Experiment(
-    name="centring",
-    title="Training with and without the spectral gap",
-    source="Naderi et al. 2024 (arXiv 2410.07799)",
+EXPERIMENT: Final = experiment(
+    "centring",
+    "Training with and without the spectral gap",
+    "Naderi et al. 2024 (arXiv 2410.07799)",
     models="none",
-    minutes={"smoke": 0.1, "quick": 0.3, "full": 2.5},
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
+    minutes=(0.1, 0.3, 2.5),
+    modules=(measure, figure, words),
     version=2,
 )

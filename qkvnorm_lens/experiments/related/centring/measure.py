@@ -9,21 +9,10 @@ from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    AMOUNT,
-    PLAIN,
-    Mean,
-    Part,
-    Size,
-    Subject,
-    mean,
-    pick,
-    reading,
-    trained,
-)
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.paper.accuracy import accuracies
 
-SUMS: Final[dict[Size, int]] = {"smoke": 200, "quick": 2_000, "full": 20_000}
+SUMS: Final = core.by_size(200, 2_000, 20_000)
 PAIRS: Final = {"pre": ("confound-pre", "centred-pre")}
 """By placement: the runs with A, and those with A - U."""
 SEEDS: Final = (1, 2, 3)
@@ -34,36 +23,34 @@ SPECTRUM: Final = ("gap", "stable_rank", "left_s1")
 COMMAND: Final = "python -m qkvnorm_lens.experiments.train"
 
 
-def measure(subject: Subject, size: Size) -> pd.DataFrame:
+def measure(subject: core.Subject, size: core.Size) -> pd.DataFrame:
     """A run's loss by step, its accuracy by kind of sums, and the spectrum of its patterns."""
     import hooks
 
     assert subject.path is not None
     log = pd.read_csv(subject.path / "log.csv")
     rows = [
-        ("curve", int(s), "loss", PLAIN, float(x))
+        ("curve", int(s), "loss", core.PLAIN, float(x))
         for s, x in zip(log["step"], log["loss"], strict=True)
     ]
     last = int(log["step"].iloc[-1])
-    rows.append(("number", last, FINAL, PLAIN, float(log["loss"].iloc[-LAST:].mean())))
-    rows.append(("number", last, WHOLE, PLAIN, float(log["loss"].mean())))
+    rows.append(("number", last, FINAL, core.PLAIN, float(log["loss"].iloc[-LAST:].mean())))
+    rows.append(("number", last, WHOLE, core.PLAIN, float(log["loss"].mean())))
     table = accuracies(subject, SUMS[size])
     rows += [
         ("number", last, "accuracy", kind, float(value))
         for kind, value in zip(table["kind"], table["per_token"], strict=True)
     ]
-    read = reading(subject, AMOUNT[size])
+    read = core.reading(subject, core.AMOUNT[size])
     report = hooks.spectral_gap(subject.load(), read.ids, batch_size=32, progress=False)
     whole = report.to_frame("prompt")[list(SPECTRUM)].mean()
-    rows += [("number", last, name, PLAIN, float(whole[name])) for name in SPECTRUM]
-    names = ("what", "step", "quantity", "variant", "value")
+    rows += [("number", last, name, core.PLAIN, float(whole[name])) for name in SPECTRUM]
+    names = ["what", "step", "quantity", "variant", "value"]
     fix = int(subject.group.startswith("centred"))
-    return pd.DataFrame(
-        [{**subject.columns, "fix": fix, **dict(zip(names, row, strict=True))} for row in rows]
-    )
+    return core.about(subject, pd.DataFrame(rows, columns=names).assign(fix=fix), "fix")
 
 
-def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
+def parts(subjects: tuple[core.Subject, ...], size: core.Size) -> list[core.Part]:
     """One for each run; the first seed of Pre-Norm in the smoke form.
 
     Raises:
@@ -73,7 +60,7 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
 
     pairs = [(*PAIRS[p], seed) for p in PAIRS for seed in SEEDS]
     pairs = pairs[:1] if size == "smoke" else pairs
-    there = trained()
+    there = core.trained()
     names = [f"{group}-{seed}" for *both, seed in pairs for group in both]
     missing = sorted(name for name in names if name not in there)
     if missing:
@@ -85,7 +72,9 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
         _check_pair(there[f"{plain}-{seed}"], there[f"{fixed}-{seed}"])
     settings = {"sums": SUMS[size], "last": LAST}
     return [
-        Part(s.name, partial(measure, s, size), s, {**settings, **AMOUNT[size].settings(s)})
+        core.Part(
+            s.name, partial(measure, s, size), s, {**settings, **core.AMOUNT[size].settings(s)}
+        )
         for s in find_subjects(names)
     ]
 
@@ -109,26 +98,28 @@ def _check_pair(plain: Path, fixed: Path) -> None:
 
 
 def values(
-    table: pd.DataFrame, placement: str, fix: int, quantity: str, variant: str = PLAIN
+    table: pd.DataFrame, placement: str, fix: int, quantity: str, variant: str = core.PLAIN
 ) -> pd.Series[float]:
     """One number for each seed."""
-    chosen = pick(
+    chosen = core.pick(
         table, placement=placement, fix=fix, what="number", quantity=quantity, variant=variant
     )
     return chosen.set_index("seed")["value"].astype(float)
 
 
 def gains(
-    table: pd.DataFrame, placement: str, quantity: str, variant: str = PLAIN
+    table: pd.DataFrame, placement: str, quantity: str, variant: str = core.PLAIN
 ) -> pd.Series[float]:
     """With the fix minus without it, seed by seed."""
     without, fixed = (values(table, placement, fix, quantity, variant) for fix in (0, 1))
     return fixed - without
 
 
-def gain(table: pd.DataFrame, placement: str, quantity: str, variant: str = PLAIN) -> Mean:
+def gain(
+    table: pd.DataFrame, placement: str, quantity: str, variant: str = core.PLAIN
+) -> core.Mean:
     """Mean over seeds of the difference within a seed."""
-    return mean(gains(table, placement, quantity, variant).dropna().tolist())
+    return core.mean(gains(table, placement, quantity, variant).dropna().tolist())
 
 
 def placements_in(table: pd.DataFrame) -> list[str]:

@@ -12,19 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Part, Size, Subject
-from qkvnorm_lens.experiments.related.masks.words import (
-    EVEN_MOST,
-    FEW,
-    MASKS,
-    SETTINGS,
-    SMALL,
-    D,
-    N,
-)
+from qkvnorm_lens.experiments.core import Part, Size, Subject, by_size
+from qkvnorm_lens.experiments.related.masks import words
+from qkvnorm_lens.experiments.related.masks.words import FEW, MASKS, SETTINGS, D, N
 
 if TYPE_CHECKING:
-    from qkvnorm_lens.theory import Dynamics
+    from qkvnorm_lens.theory import Dynamics, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +31,9 @@ class Scale:
 
 # With a residual stream and no norm tokens grow up to twofold a layer, and scores fourfold: float64
 # ends at some 500 layers.
-SCALES: Final[dict[Size, Scale]] = {
-    "smoke": Scale((1, 2), 64, 64),
-    "quick": Scale((1, 2, 3), 256, 256),
-    "full": Scale((1, 2, 3, 4, 5), 256, 1024),
-}
+SCALES: Final = by_size(
+    Scale((1, 2), 64, 64), Scale((1, 2, 3), 256, 256), Scale((1, 2, 3, 4, 5), 256, 1024)
+)
 
 
 # -- measuring ------------------------------------------------------------------------------
@@ -102,7 +93,7 @@ def even_rate(mask: Any) -> float:
 
     weights = mask.double() / mask.sum(1, keepdim=True)
     second = float(torch.linalg.eigvals(weights).abs().sort(descending=True)[0][1])
-    return abs(math.log(max(min(second, 1.0), math.exp(-EVEN_MOST))))
+    return abs(math.log(max(min(second, 1.0), math.exp(-words.EVEN_MOST))))
 
 
 def measure(setting: str, masks: tuple[str, ...], scale: Scale) -> pd.DataFrame:
@@ -126,60 +117,47 @@ def _one_thread() -> Iterator[None]:
 
 
 def _of_mask(setting: str, mask: str, scale: Scale) -> pd.DataFrame:
-    from hooks.measures.rank import measures
-    from qkvnorm_lens.theory import FLOOR, unit_tokens
+    from qkvnorm_lens.theory import unit_tokens
 
-    rows, curves, bounds = [], [], []
+    what, paths = {"setting": setting, "mask": mask}, []
     for seed in scale.seeds:
-        path = dynamics_of(mask, setting, seed, scale.layers).run(
-            unit_tokens(N, D, 1000 * seed), scale.layers
-        )
-        relative = path.relative_mu
-        curves.append(np.maximum(relative, 1e-16))
-        bounds.append(path.bound)
-        below = np.flatnonzero(relative < SMALL * relative[0])
-        window = path.fit().last // 2  # the later half of what is above rounding
-        fit = path.fit(window)
-        over = path.mu - path.bound - 1e-9 * path.mu[0]  # rounding of N unit tokens
-        last = measures(path.states[-1], FLOOR)
-        rows.append(
-            {
-                "row": "run",
-                "setting": setting,
-                "mask": mask,
-                "seed": seed,
-                "tokens": N,
-                "width": D,
-                "layers": scale.layers,
-                "radius": path.graph.radius,
-                "rate": fit.rate,
-                "first": fit.first,
-                "last": fit.last,
-                "off": fit.off,
-                "reached": float(below[0]) if len(below) else math.nan,
-                "start": relative[0],
-                "end": relative[-1],
-                "least_weight": path.least_weight.min(),
-                "even": even_rate(path.dynamics.mask),
-                "bound_rate": path.bound_rate,
-                "violated": float((over > 0).sum()) if np.isfinite(path.bound[0]) else math.nan,
-                "stable_rank": last["stable_rank"],
-                "mean_cosine": last["mean_cosine"],
-            }
-        )
+        layers = dynamics_of(mask, setting, seed, scale.layers)
+        paths.append(layers.run(unit_tokens(N, D, 1000 * seed), scale.layers))
+    size = {"tokens": N, "width": D, "layers": scale.layers}
+    rows = [
+        {"row": "run", **what, "seed": seed, **size, **_facts(path)}
+        for seed, path in zip(scale.seeds, paths, strict=True)
+    ]
     steps = np.unique(np.round(np.geomspace(1, scale.layers, 40)).astype(int))
     at = np.array([0, *steps])
-    curve = pd.DataFrame(
-        {
-            "row": "curve",
-            "setting": setting,
-            "mask": mask,
-            "layer": at,
-            "value": np.exp(np.log(curves).mean(0))[at],
-            "bound": np.array(bounds).mean(0)[at],
-        }
-    )
+    value = np.exp(np.log([np.maximum(path.relative_mu, 1e-16) for path in paths]).mean(0))[at]
+    bound = np.array([path.bound for path in paths]).mean(0)[at]
+    curve = pd.DataFrame({"row": "curve", **what, "layer": at, "value": value, "bound": bound})
     return pd.concat([pd.DataFrame(rows), curve], ignore_index=True)
+
+
+def _facts(path: Trajectory) -> dict[str, Any]:
+    """Decay, bound and end of one run."""
+    from hooks.measures.rank import measures
+    from qkvnorm_lens.theory import FLOOR
+
+    relative = path.relative_mu
+    below = np.flatnonzero(relative < words.SMALL * relative[0])
+    fit = path.fit(path.fit().last // 2)  # the later half of what is above rounding
+    over = path.mu - path.bound - 1e-9 * path.mu[0]  # rounding of N unit tokens
+    last = measures(path.states[-1], FLOOR)
+    return {
+        "radius": path.graph.radius,
+        **dataclasses.asdict(fit),
+        "reached": float(below[0]) if len(below) else math.nan,
+        "start": relative[0],
+        "end": relative[-1],
+        "least_weight": path.least_weight.min(),
+        "even": even_rate(path.dynamics.mask),
+        "bound_rate": path.bound_rate,
+        "violated": float((over > 0).sum()) if np.isfinite(path.bound[0]) else math.nan,
+        **{name: last[name] for name in ("stable_rank", "mean_cosine")},
+    }
 
 
 def held(scale: Scale) -> pd.DataFrame:

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Claim,
-    Finding,
-    Mean,
-    above,
-    decide,
-    graded,
-    markdown,
-    mean,
-)
+from qkvnorm_lens.experiments import core
 
 N: Final = 32  # tokens
 D: Final = 32  # width
@@ -64,9 +55,9 @@ def runs(table: pd.DataFrame, setting: str, mask: str) -> pd.DataFrame:
     return mine[mine["mask"] == mask]
 
 
-def rate(table: pd.DataFrame, setting: str, mask: str) -> Mean:
+def rate(table: pd.DataFrame, setting: str, mask: str) -> core.Mean:
     """Decay rate over seeds."""
-    return mean(runs(table, setting, mask)["rate"].astype(float).dropna().tolist())
+    return core.mean(runs(table, setting, mask)["rate"].astype(float).dropna().tolist())
 
 
 def exponential(table: pd.DataFrame, setting: str, mask: str) -> bool:
@@ -75,13 +66,13 @@ def exponential(table: pd.DataFrame, setting: str, mask: str) -> bool:
     return bool((mine["rate"].notna() & (mine["off"] < LINE)).all())
 
 
-def collapses(table: pd.DataFrame, setting: str, mask: str) -> Finding:
+def collapses(table: pd.DataFrame, setting: str, mask: str) -> core.Finding:
     """Whether mu falls in every seed, exponentially or not: its trend, or that it is gone."""
     mine = runs(table, setting, mask)
     gone = mine["end"] < SMALL * mine["start"]
     if not bool((gone | (mine["rate"] > 0)).all()):
         return False
-    return True if bool(gone.all()) else above(rate(table, setting, mask))
+    return True if bool(gone.all()) else core.above(rate(table, setting, mask))
 
 
 def counts(table: pd.DataFrame, setting: str, masks: Sequence[str]) -> str:
@@ -127,32 +118,34 @@ def speed(table: pd.DataFrame, setting: str, mask: str) -> str:
     return rate(table, setting, mask).words(".3g", ".2g")
 
 
-def text(table: pd.DataFrame) -> str:
+@core.joined
+def text(table: pd.DataFrame) -> Iterator[str]:
     """Rates by mask and setting beside the bound, the order by radius, the equilibria."""
     some = table[table["row"] == "run"]
     n_seeds, layers = some["seed"].nunique(), int(some["layers"].max())
-    lines = [
+    yield (
         f"{N} random tokens of length 1 and width {D} through {layers} layers of attention; fresh "
         "W_Q and W_K with entries N(0, 1) and fresh orthogonal W_V in each layer (unless said "
         f"otherwise), {n_seeds} seeds. Rate: of the exponential decay of mu/||X||_F per layer, a "
-        "least-squares line through its logarithm over the later half of the layers above "
-        "rounding (1e-10); mean over seeds with 95% interval. Not exponential: in one seed or more "
-        f"the logarithm is off that line by {LINE:g} or more (root mean square, nats), or fewer "
-        "than three layers are above rounding: no rate, only layers until it is gone. Even: the "
-        "rate of attention that weighs all tokens in the mask alike, -ln of its matrix's second "
-        "eigenvalue. Layers: until "
-        f"mu/||X||_F is {SMALL:g} of its start (the seeds' median). Bound: -ln(1 - eps^r)/r with "
-        "the least weight eps of each run and the radius r.",
-        "",
-        markdown(["mask", "radius", "rate", "even", "layers", "bound's rate"], _mask_rows(table)),
-        "",
-        markdown(["setting", *(f"{m}: rate (layers)" for m in FEW)], _setting_rows(table)),
-        "",
-        *_findings(table),
-        "",
-        *_held_text(table),
-    ]
-    return "\n".join(lines)
+        "least-squares line through its logarithm over the later half of the layers above rounding "
+        "(1e-10); mean over seeds with 95% interval. Not exponential: in one seed or more the "
+        f"logarithm is off that line by {LINE:g} or more (root mean square, nats), or fewer than "
+        "three layers are above rounding: no rate, only layers until it is gone. Even: the rate of "
+        "attention that weighs all tokens in the mask alike, -ln of its matrix's second "
+        f"eigenvalue. Layers: until mu/||X||_F is {SMALL:g} of its start (the seeds' median). "
+        "Bound: -ln(1 - eps^r)/r with the least weight eps of each run and the radius r.\n"
+    )
+    yield core.markdown(
+        ["mask", "radius", "rate", "even", "layers", "bound's rate"], _mask_rows(table)
+    )
+    yield ""
+    yield (
+        core.markdown(["setting", *(f"{m}: rate (layers)" for m in FEW)], _setting_rows(table))
+        + "\n"
+    )
+    yield from _findings(table)
+    yield ""
+    yield from _held_text(table)
 
 
 def _layers(mine: pd.DataFrame) -> str:
@@ -160,22 +153,19 @@ def _layers(mine: pd.DataFrame) -> str:
     return f"{reached:.0f}" if math.isfinite(reached) else f"> {mine['layers'].max():.0f}"
 
 
-def _mask_rows(table: pd.DataFrame) -> list[list[str]]:
-    rows = []
+@core.listed
+def _mask_rows(table: pd.DataFrame) -> Iterator[list[str]]:
     for mask in masks_of(table, "attention"):
         mine = runs(table, "attention", mask)
         radius, bound = float(mine["radius"].iloc[0]), mine["bound_rate"].astype(float).mean()
-        rows.append(
-            [
-                mask,
-                f"{radius:.0f}" if math.isfinite(radius) else "none",
-                speed(table, "attention", mask),
-                _even(mine),
-                _layers(mine),
-                f"{bound:.1e}" if math.isfinite(bound) else "none",
-            ]
-        )
-    return rows
+        yield [
+            mask,
+            f"{radius:.0f}" if math.isfinite(radius) else "none",
+            speed(table, "attention", mask),
+            _even(mine),
+            _layers(mine),
+            f"{bound:.1e}" if math.isfinite(bound) else "none",
+        ]
 
 
 def _even(mine: pd.DataFrame) -> str:
@@ -204,21 +194,21 @@ def _in_order(table: pd.DataFrame, masks: tuple[str, ...]) -> bool:
     )
 
 
-def _findings(table: pd.DataFrame) -> list[str]:
+def _findings(table: pd.DataFrame) -> Iterator[str]:
     with_centre = [m for m in masks_of(table, "attention") if m != WITHOUT_CENTRE]
     parts_ = runs(table, "attention", WITHOUT_CENTRE)
     violated = table[table["row"] == "run"]["violated"].astype(float)
-    lines = [
+    yield (
         f"With a centre: {counts(table, 'attention', with_centre)}. Without one (two parts that do "
         f"not see each other): mu/||X||_F {parts_['start'].mean():.2f} at the start, "
         f"{parts_['end'].mean():.2f} at the end. The bound was exceeded in {violated.sum():.0f} "
         f"layers of {violated.count()} runs for which there is one; it is far from tight."
-    ]
+    )
     for kind, masks in LOCAL.items():
         said = "rise" if _in_order(table, masks) else "do not always rise"
         taken = ", ".join(f"{m} {_layers(runs(table, 'attention', m))}" for m in masks)
-        lines.append(f"{kind.capitalize()}: the layers {said} with the radius ({taken}).")
-    lines.append(_across(table))
+        yield f"{kind.capitalize()}: the layers {said} with the radius ({taken})."
+    yield _across(table)
     for group, settings in (
         ("Temperature", ("temperature 1/64", "attention", "temperature 64")),
         ("Norm, orthogonal values", ("RMSNorm", "LayerNorm")),
@@ -228,8 +218,7 @@ def _findings(table: pd.DataFrame) -> list[str]:
             f"{'temperature 1' if s == 'attention' else s}: {counts(table, s, FEW)}"
             for s in settings
         )
-        lines.append(f"{group}: {said}.")
-    return lines
+        yield f"{group}: {said}."
 
 
 def _across(table: pd.DataFrame) -> str:
@@ -245,29 +234,25 @@ def _across(table: pd.DataFrame) -> str:
     agrees = "as the radius says" if slower == larger else "although its radius is the smaller one"
     said = [speed(table, "attention", m) for m in (two, one)]
     return (
-        f"Across kinds: {two} (radius {radii[0]:.0f}) has the rate {said[0]}, {one} "
-        f"(radius {radii[1]:.0f}) {said[1]}: {slower} is slower, {agrees}. (One way, the "
-        "slowest is the second token, which halves its distance to the first in a layer of even "
-        "attention: ln 2 = 0.69 whatever the width, after a start that takes longer for narrow "
-        "windows.)"
+        f"Across kinds: {two} (radius {radii[0]:.0f}) has the rate {said[0]}, {one} (radius "
+        f"{radii[1]:.0f}) {said[1]}: {slower} is slower, {agrees}. (One way, the slowest is the "
+        "second token, which halves its distance to the first in a layer of even attention: ln 2 = "
+        "0.69 whatever the width, after a start that takes longer for narrow windows.)"
     )
 
 
-def _held_text(table: pd.DataFrame) -> list[str]:
+def _held_text(table: pd.DataFrame) -> Iterator[str]:
     mine = table[table["row"] == "equilibrium"]
-    lines = []
     for name, some in mine.groupby("setting", sort=False):
         kept = some[some["near_rank"] >= some["rank"]]
         stays = some[some["left"].isna()]
-        lines.append(
+        yield (
             f"Equilibria ({name}): ranks {_ranks(some)}; a layer moves the tokens by at most "
             f"{some['moved'].max():.0e}; largest multiplier of a deviation "
-            f"{_span(some['radius'])}. Started exactly, rounding "
-            f"included, {len(stays)} of {len(some)} are still there after "
-            f"{some['layers'].max():.0f} layers{_left(some)}; started 0.1% off, {len(kept)} of "
-            f"{len(some)} end with no lower rank."
+            f"{_span(some['radius'])}. Started exactly, rounding included, {len(stays)} of "
+            f"{len(some)} are still there after {some['layers'].max():.0f} layers{_left(some)}; "
+            f"started 0.1% off, {len(kept)} of {len(some)} end with no lower rank."
         )
-    return lines
 
 
 def _left(some: pd.DataFrame) -> str:
@@ -287,7 +272,7 @@ def _ranks(some: pd.DataFrame) -> str:
     return f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
 
 
-def claims(table: pd.DataFrame) -> list[Claim]:
+def claims(table: pd.DataFrame) -> list[core.Claim]:
     """Each of the paper's statements beside what was measured."""
     n_seeds = table[table["row"] == "run"]["seed"].nunique()
     how = f"{N} tokens of width {D}, {n_seeds} seeds, random weights in each layer"
@@ -300,40 +285,40 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     stay = leaning["left"].isna() & (leaning["near_rank"] >= leaning["rank"])
     held_all = bool(stay.all())
     return [
-        Claim(
+        core.Claim(
             "mu falls, at least exponentially, for every mask with a centre",
             "exponentially, for every mask whose graph has a node from which all are reached",
             f"{counts(table, 'attention', with_centre)}; without a centre it "
             f"{'stays' if stays else 'falls too'}",
-            decide(*(collapses(table, "attention", m) for m in with_centre), stays),
+            core.decide(*(collapses(table, "attention", m) for m in with_centre), stays),
             f"{how}; here every token sees itself (the bound wants it of a centre). Where no line "
             "fits and it is gone after a few layers, it fell faster than one rate says",
         ),
-        Claim(
+        core.Claim(
             "local masks are slower",
             "the more local, the slower",
             "; ".join(
                 f"{k}: {'in' if v else 'not in'} the order of the radius"
                 for k, v in ordered.items()
             ),
-            decide(*ordered.values()),
+            core.decide(*ordered.values()),
             f"{how}; {_across(table)}",
         ),
-        Claim(
+        core.Claim(
             "a norm with orthogonal values",
             "LayerNorm does not prevent the exponential collapse",
             "; ".join(f"{s}: {counts(table, s, FEW)}" for s in ("RMSNorm", "LayerNorm")),
-            decide(*(collapses(table, *each) for each in normed)),
+            core.decide(*(collapses(table, *each) for each in normed)),
             how,
         ),
-        Claim(
+        core.Claim(
             "a norm with suitable values",
             "equilibria of any rank from one to full",
             f"ranks {_ranks(leaning)} of {leaning['width'].max():.0f} stay, also when started 0.1% "
             "off"
             if held_all
             else "not all ranks stay",
-            graded(True, held_all),
+            core.graded(True, held_all),
             "our own construction, whose tokens return after a push; those solved for with random "
             "W_Q and W_K are equilibria too, but let go (see the multipliers)",
         ),

@@ -9,22 +9,15 @@ trained models see the order of a question's tokens.
 
 from typing import Final
 
-from qkvnorm_lens.experiments.core import Experiment
-from qkvnorm_lens.experiments.related.positions.figure import figure
-from qkvnorm_lens.experiments.related.positions.measure import parts
-from qkvnorm_lens.experiments.related.positions.words import claims, text
+from qkvnorm_lens.experiments.core import experiment
+from qkvnorm_lens.experiments.related.positions import figure, measure, words
 
-__all__ = ["EXPERIMENT"]
-
-EXPERIMENT: Final = Experiment(
-    name="positions",
-    title="Three-digit addition without positions, with and without skip connections",
-    source="Zuo & Guerzhoy 2024, arXiv 2402.05969",
+EXPERIMENT: Final = experiment(
+    "positions",
+    "Three-digit addition without positions, with and without skip connections",
+    "Zuo & Guerzhoy 2024, arXiv 2402.05969",
     models="none",
-    minutes={"smoke": 0.1, "quick": 0.4, "full": 2.0},
+    minutes=(0.1, 0.4, 2.0),
+    modules=(measure, figure, words),
     version=3,
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
 )

@@ -2,100 +2,83 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import error_bar, groups, mean, numbers, panels
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.related.positions.measure import CELLS, GAPS, LEAST, cell_name
-from qkvnorm_lens.plots.charts import GREY, RUNS, grid
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from qkvnorm_lens.plots.charts import GREY, RUNS
 
 
-def figure(table: pd.DataFrame) -> Figure:
+def figure(table: pd.DataFrame) -> core.Figure:
     """Learning curves, accuracy at the end, symmetry gaps, and how alike neighbours are."""
-    fig, axes = panels(2, 2, width=4.6, height=3.5)
-    names = groups(table)
+    fig, axes = core.panels(2, 2, width=4.6, height=3.5)
+    names = core.groups(table)
     colours = dict(zip(names, RUNS, strict=False))
     _draw_curves(axes[0], table, colours)
     _draw_accuracy(axes[1], table, names, colours)
     _draw_gaps(axes[2], table, names)
     _draw_nearer(axes[3], table, colours)
-    ticks = [CELLS.get(name, name) for name in names]
     for ax in axes[1:3]:
-        ax.set_xticks(range(len(names)), ticks, fontsize=7)
+        ax.set_xticks(range(len(names)), [CELLS.get(name, name) for name in names], fontsize=7)
         ax.set_xlim(-0.5, len(names) - 0.5)
     return fig
 
 
-def _draw_curves(ax: Axes, table: pd.DataFrame, colours: dict[str, str]) -> None:
-    losses = table[table["quantity"] == "loss"]
+def _draw_curves(ax: core.Axes, table: pd.DataFrame, colours: dict[str, str]) -> None:
     for group, colour in colours.items():
-        mine = losses[losses["group"] == group]
-        for _, run in mine.groupby("model"):
+        for _, run in core.pick(table, quantity="loss", group=group).groupby("model"):
             ax.plot(run["at"], run["value"].clip(lower=1e-5), color=colour, linewidth=0.9)
         ax.plot([], [], color=colour, label=cell_name(group))
-    ax.set_yscale("log")
-    ax.set_xlabel("training steps of 128 sums")
-    ax.set_ylabel("loss (nats per token)")
-    ax.set_title("learning, a line for each seed", fontsize=10)
-    ax.legend(fontsize=7, frameon=False)
-    grid(ax)
+    labels: dict[str, Any] = {
+        "xlabel": "training steps of 128 sums",
+        "ylabel": "loss (nats per token)",
+    }
+    core.finish(ax, "learning, a line for each seed", yscale="log", **labels)
+    core.key(ax)
 
 
 def _draw_accuracy(
-    ax: Axes, table: pd.DataFrame, names: list[str], colours: dict[str, str]
+    ax: core.Axes, table: pd.DataFrame, names: list[str], colours: dict[str, str]
 ) -> None:
-    shown = (("per token", "o", -0.15), ("exact", "s", 0.15))
-    for quantity, marker, shift in shown:
+    for quantity, marker, shift in (("per token", "o", -0.15), ("exact", "s", 0.15)):
         for x, group in enumerate(names):
-            seeds = numbers(table, quantity, group=group)
-            style: dict[str, Any] = {"marker": marker, "color": colours.get(group, GREY)}
-            error_bar(ax, x + shift, mean(seeds), capsize=3, markersize=5, **style)
+            seeds = core.numbers(table, quantity, group=group)
+            style: dict[str, Any] = {
+                "marker": marker,
+                "color": colours.get(group, GREY),
+                "markersize": 5,
+            }
+            core.error_bar(ax, x + shift, core.mean(seeds), capsize=3, **style)
             ax.plot([x + shift + 0.07] * len(seeds), [100 * s for s in seeds], ".", color=GREY)
         ax.plot([], [], marker, color=GREY, label=quantity)
-    ax.set_ylim(-3, 105)
-    ax.set_ylabel("accuracy at the end (%)")
-    ax.set_title("new sums; bars: 95% intervals, dots: seeds", fontsize=10)
-    ax.legend(fontsize=7, frameon=False, loc="lower left")
-    grid(ax)
+    core.key(ax, loc="lower left")
+    title = "new sums; bars: 95% intervals, dots: seeds"
+    core.finish(ax, title, ylim=(-3, 105), ylabel="accuracy at the end (%)")
 
 
-def _draw_gaps(ax: Axes, table: pd.DataFrame, names: list[str]) -> None:
+def _draw_gaps(ax: core.Axes, table: pd.DataFrame, names: list[str]) -> None:
     for i, (variant, (name, marker)) in enumerate(GAPS.items()):
+        style: dict[str, Any] = {"color": RUNS[i], "markersize": 4}
         for x, group in enumerate(names):
-            seeds = numbers(table, "tv", variant=variant, group=group)
+            seeds = core.numbers(table, "tv", variant=variant, group=group)
             at = x + 0.16 * (i - 1.5)
-            ax.plot(
-                [at] * len(seeds),
-                [max(s, LEAST) for s in seeds],
-                marker,
-                color=RUNS[i],
-                markersize=4,
-            )
-        ax.plot([], [], marker, color=RUNS[i], markersize=4, label=name)
-    ax.set_yscale("log")
-    ax.set_ylim(LEAST / 2, 3e3)  # room for the legend
+            ax.plot([at] * len(seeds), [max(s, LEAST) for s in seeds], marker, **style)
+        ax.plot([], [], marker, label=name, **style)
+    ax.set(yscale="log", ylim=(LEAST / 2, 3e3))  # room for the legend
     ax.set_yticks([10.0**e for e in range(-8, 1, 2)])
-    ax.set_ylabel("total variation of the next token")
-    ax.set_title("symmetry gap: the digit behind “=”", fontsize=10)
-    ax.legend(fontsize=7, frameon=False, loc="upper center", ncols=2)
-    grid(ax)
+    core.key(ax, loc="upper center", ncols=2)
+    title = "symmetry gap: the digit behind “=”"
+    core.finish(ax, title, ylabel="total variation of the next token")
 
 
-def _draw_nearer(ax: Axes, table: pd.DataFrame, colours: dict[str, str]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    nearer = table[table["quantity"] == "nearer"]
+def _draw_nearer(ax: core.Axes, table: pd.DataFrame, colours: dict[str, str]) -> None:
     for group, colour in colours.items():
-        for _, run in nearer[nearer["group"] == group].groupby("model"):
+        for _, run in core.pick(table, quantity="nearer", group=group).groupby("model"):
             ax.plot(run["at"] + 1, 100 * run["value"], color=colour, marker="o", markersize=3)
     ax.axhline(50, color=GREY, linewidth=0.9, linestyle="--")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    core.whole_numbers(ax)
     ax.set_xlabel("blocks passed (0: embedding)")
-    ax.set_ylabel("pairs, the nearer more alike (%)")
-    ax.set_title("are neighbours alike? (dashed: no)", fontsize=10)
-    grid(ax)
+    title = "are neighbours alike? (dashed: no)"
+    core.finish(ax, title, ylabel="pairs, the nearer more alike (%)")

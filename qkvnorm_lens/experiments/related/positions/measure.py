@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import PLAIN, Part, Size, Subject, trained
+from qkvnorm_lens.experiments.core import PLAIN, Part, Size, Subject, about, by_size, trained
 
 PREFIX: Final = "order-"
 CELLS: Final = {
@@ -20,9 +20,9 @@ CELLS: Final = {
     "order-nope-no-attn": "no positions,\nno skip of\nattention",
     "order-nope-no-skip": "no positions,\nno skips",
 }
-SUMS: Final[dict[Size, int]] = {"smoke": 400, "quick": 4_000, "full": 20_000}
-QUESTIONS: Final[dict[Size, int]] = {"smoke": 8, "quick": 48, "full": 256}
-PERMUTATIONS: Final[dict[Size, int]] = {"smoke": 2, "quick": 4, "full": 8}
+SUMS: Final = by_size(400, 4_000, 20_000)
+QUESTIONS: Final = by_size(8, 48, 256)
+PERMUTATIONS: Final = by_size(2, 4, 8)
 SEED: Final = 20_240_617
 LOSSES: Final = (1.0, 0.3, 0.1)  # nats per token
 SHARES: Final = (0.5, 0.9)  # of tokens right
@@ -64,21 +64,15 @@ def measure(subject: Subject, size: Size) -> pd.DataFrame:
         found = {"tv": row["tv"], "rounding": row["floor_tv"], "no gap": none}
         facts += [(name, row["variant"], 0, value) for name, value in found.items()]
     unequal = [row for row in ids if [row[i] for i in swap] != row]
+    whole: dict[str, Any] = {"positions": True, "mask": True}
     swapped = hooks.symmetry_gap(
-        model,
-        unequal,
-        permutations=[swap],
-        positions=True,
-        mask=True,
-        batch_size=64,
-        progress=False,
+        model, unequal, permutations=[swap], batch_size=64, progress=False, **whole
     )
     facts.append(("tv", SWAPPED, 0, float(swapped.to_frame()["tv"].iloc[0])))
     layers = report.to_frame("layer")
     for row in layers[layers["variant"] == "as is"].to_dict("records"):
         facts.append(("nearer", PLAIN, row["layer"], row["nearer"]))
-    names = ("quantity", "variant", "at", "value")
-    return pd.DataFrame([{**subject.columns, **dict(zip(names, f, strict=True))} for f in facts])
+    return about(subject, pd.DataFrame(facts, columns=["quantity", "variant", "at", "value"]))
 
 
 def questions(subject: Subject, n: int) -> tuple[list[list[int]], list[int]]:
@@ -154,11 +148,8 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
         )
     if size == "smoke":
         names = [names[0], names[-1]] if len(names) > 1 else names
-    settings = {
-        "sums": SUMS[size],
-        "questions": QUESTIONS[size],
-        "permutations": PERMUTATIONS[size],
-    }
+    settings = {"sums": SUMS[size], "questions": QUESTIONS[size]}
+    settings["permutations"] = PERMUTATIONS[size]
     return [Part(s.name, partial(measure, s, size), s, settings) for s in find_subjects(names)]
 
 

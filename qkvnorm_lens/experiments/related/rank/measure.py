@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading, reading_parts
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-AMOUNT: Final[dict[Size, Amount]] = {
-    "smoke": Amount(sums=16, windows=1, length=64),
-    "quick": Amount(sums=64, windows=4),
-    "full": Amount(sums=256, windows=16),
-}
+AMOUNT: Final = core.by_size(Amount(16, 1, 64), Amount(64, 4), Amount(256, 16))
 STATES: Final = ("trained", "random start")
 STREAM: Final = {"in": 0.0, "mid": 0.5, "mid2": 0.75, "out": 1.0}  # place within a block
 SHOWN: Final = {
@@ -37,15 +34,11 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
     ids = reading(subject, amount).ids
     frames = [profile(subject.load(), ids).assign(state="trained")]
     start = at_start(subject)
-    if start is None:
-        frames.append(pd.DataFrame([{"state": "random start", "site": NOT_BUILT}]))
-    else:
-        frames.append(profile(start, ids).assign(state="random start"))
-    rows = pd.concat(frames, ignore_index=True).assign(**subject.columns)
-    rows["tokens"] = float(np.mean([len(row) for row in ids]))
-    rows["prompts"] = len(ids)
-    names = [*subject.columns, "state", "first", "stack", "layer", "site", "label"]
-    return rows[[*names, *(c for c in rows.columns if c not in names)]]
+    fresh = pd.DataFrame([{"site": NOT_BUILT}]) if start is None else profile(start, ids)
+    frames.append(fresh.assign(state="random start"))
+    rows = pd.concat(frames, ignore_index=True)
+    rows = rows.assign(tokens=float(np.mean([len(row) for row in ids])), prompts=len(ids))
+    return core.about(subject, rows, "state", "first", "stack", "layer", "site", "label")
 
 
 def profile(model: TransformerBridge, ids: list[list[int]]) -> pd.DataFrame:
@@ -93,7 +86,7 @@ def at_start(subject: Subject) -> TransformerBridge | None:
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
-    return reading_parts(subjects, size, measure, start=SEED)
+    return reading_parts(subjects, AMOUNT[size], measure, start=SEED)
 
 
 # -- reading the table ----------------------------------------------------------------------
@@ -104,7 +97,7 @@ def stream(table: pd.DataFrame, state: str, *, first: bool = False) -> pd.DataFr
 
     Of an encoder-decoder the encoder.
     """
-    some = table[(table["state"] == state) & (table["first"] == int(first))]
+    some = core.pick(table, state=state, first=int(first))
     some = some[some["site"].isin(STREAM) & ~some["stack"].astype(str).str.startswith("decoder")]
     some = some.assign(depth=some["layer"] + some["site"].map(STREAM).astype(float))
     # A block's input is the output of the one before.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, by_size, reading
 from qkvnorm_lens.experiments.related.spectrum.words import DEEP
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ class Scale:
     windows: int
 
 
-SCALES: Final[dict[Size, Scale]] = {
-    "smoke": Scale((20, 50), 20, 3, 2, 2, 16, 1),
-    "quick": Scale((20, 30, 50, 100, 150), 100, 10, 4, 4, 64, 1),
-    "full": Scale((20, 30, 50, 75, 100, 150), 100, 10, 20, 16, 256, 4),
-}
+SCALES: Final = by_size(
+    Scale((20, 50), 20, 3, 2, 2, 16, 1),
+    Scale((20, 30, 50, 100, 150), 100, 10, 4, 4, 64, 1),
+    Scale((20, 30, 50, 75, 100, 150), 100, 10, 20, 16, 256, 4),
+)
 
 
 # -- constructed networks -----------------------------------------------------------------------
@@ -56,11 +56,10 @@ SCALES: Final[dict[Size, Scale]] = {
 
 def _row(what: str, attention: str, quantity: str, value: float, **more: Any) -> dict[str, Any]:
     """A row about a constructed network."""
-    row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
-    row |= {"model": "constructed", "group": "constructed", "seed": 0, "mask": "none"}
-    row |= {"scaled": 0, "fix": 0, "norm": 0, "skip": 0, "tokens": 0, "layer": -1}
-    row |= {"what": what, "attention": attention, "quantity": quantity, "value": value}
-    return row | more
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, 0)
+    row |= {"model": "constructed", "group": "constructed", "placement": "", "mask": "none"}
+    row |= {"layer": -1, "what": what, "attention": attention, "quantity": quantity}
+    return row | {"value": value} | more
 
 
 def spectra(scale: Scale) -> pd.DataFrame:

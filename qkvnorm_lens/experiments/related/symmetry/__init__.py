@@ -8,22 +8,15 @@ with and without mask and skip connections.
 
 from typing import Final
 
-from qkvnorm_lens.experiments.core import Experiment
-from qkvnorm_lens.experiments.related.symmetry.figure import figure
-from qkvnorm_lens.experiments.related.symmetry.measure import parts
-from qkvnorm_lens.experiments.related.symmetry.words import claims, text
+from qkvnorm_lens.experiments.core import experiment
+from qkvnorm_lens.experiments.related.symmetry import figure, measure, words
 
-__all__ = ["EXPERIMENT"]
-
-EXPERIMENT: Final = Experiment(
-    name="symmetry",
-    title="What the order of the earlier tokens changes: positions, mask and depth",
-    source="Zuo & Guerzhoy 2024, arXiv 2402.05969; arXiv 2501.00073",
+EXPERIMENT: Final = experiment(
+    "symmetry",
+    "What the order of the earlier tokens changes: positions, mask and depth",
+    "Zuo & Guerzhoy 2024, arXiv 2402.05969; arXiv 2501.00073",
     models="any",
-    minutes={"smoke": 0.2, "quick": 0.5, "full": 3.5},
+    minutes=(0.2, 0.5, 3.5),
+    modules=(measure, figure, words),
     version=2,
-    parts=parts,
-    figure=figure,
-    text=text,
-    claims=claims,
 )

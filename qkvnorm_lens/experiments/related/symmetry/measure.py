@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, pick, reading
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, by_size, pick, reading
 
 VARIANTS: Final = ("as is", "positions removed", "mask removed", "both removed")
 LAYERS: Final = (1, 2, 4)
@@ -29,11 +30,11 @@ class Scale:
     prompts: int
 
 
-SCALES: Final[dict[Size, Scale]] = {
-    "smoke": Scale(Amount(sums=8, windows=1, length=24), 3, (1,), 2),
-    "quick": Scale(Amount(sums=48, windows=1, length=64), 4, (1, 2), 4),
-    "full": Scale(Amount(sums=256, windows=4, length=128), 8, (1, 2, 3, 4), 8),
-}
+SCALES: Final = by_size(
+    Scale(Amount(sums=8, windows=1, length=24), 3, (1,), 2),
+    Scale(Amount(sums=48, windows=1, length=64), 4, (1, 2), 4),
+    Scale(Amount(sums=256, windows=4, length=128), 8, (1, 2, 3, 4), 8),
+)
 
 
 # -- measuring --------------------------------------------------------------------------------
@@ -72,40 +73,22 @@ def construct(n_layers: int, scale: Scale) -> pd.DataFrame:
     import hooks
     from qkvnorm_lens.models import QKVNormConfig, QKVNormTransformer, to_bridge
 
-    sizes: dict[str, Any] = {
-        "d_model": 64,
-        "d_head": 16,
-        "n_heads": 4,
-        "d_mlp": 128,
-        "d_vocab": 200,
-        "n_ctx": 32,
-    }
+    fixed: dict[str, Any] = {
+        "d_model": 64, "d_head": 16, "n_heads": 4, "d_mlp": 128, "d_vocab": 200, "n_ctx": 32,
+        "positional_embedding_type": "none", "initializer_range": 0.15, "n_layers": n_layers,
+    }  # fmt: skip
     out = []
-    for placement in PLACEMENTS:
-        for skip in SKIPS:
-            for seed in scale.seeds:
-                config = QKVNormConfig(
-                    placement=placement,
-                    skip=skip,
-                    n_layers=n_layers,
-                    seed=seed,
-                    positional_embedding_type="none",
-                    initializer_range=0.15,
-                    **sizes,
-                )
-                rng = torch.Generator().manual_seed(seed)
-                ids = torch.randint(200, (scale.prompts, LENGTH), generator=rng)
-                model = to_bridge(QKVNormTransformer(config).eval())
-                report = hooks.symmetry_gap(
-                    model, ids, permutations=scale.permutations, batch_size=64, progress=False
-                )
-                names = {
-                    "model": f"{CONSTRUCTED}-{n_layers}-{placement}-{skip}-{seed}",
-                    "group": f"{CONSTRUCTED}-{n_layers}-{placement}-{skip}",
-                    "placement": placement,
-                    "seed": seed,
-                }
-                out.append(frames(report, {**names, "layers": n_layers, "skip": skip}))
+    for placement, skip, seed in itertools.product(PLACEMENTS, SKIPS, scale.seeds):
+        config = QKVNormConfig(placement=placement, skip=skip, seed=seed, **fixed)
+        model = to_bridge(QKVNormTransformer(config).eval())
+        rng = torch.Generator().manual_seed(seed)
+        ids = torch.randint(200, (scale.prompts, LENGTH), generator=rng)
+        report = hooks.symmetry_gap(
+            model, ids, permutations=scale.permutations, batch_size=64, progress=False
+        )
+        group = f"{CONSTRUCTED}-{n_layers}-{placement}-{skip}"
+        names = {"model": f"{group}-{seed}", "group": group, "placement": placement, "seed": seed}
+        out.append(frames(report, {**names, "layers": n_layers, "skip": skip}))
     return pd.concat(out, ignore_index=True)
 
 
@@ -158,7 +141,7 @@ def constructed(table: pd.DataFrame, **cell: Any) -> pd.DataFrame:
 
 def nearer_stream(table: pd.DataFrame, variant: str) -> pd.Series[float]:
     """Behind the last block of each model."""
-    rows = table[(table["by"] == "layer") & (table["variant"] == variant)]
+    rows = pick(table, by="layer", variant=variant)
     return rows.sort_values("layer").groupby("model")["nearer"].last()
 
 

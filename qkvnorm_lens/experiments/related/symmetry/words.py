@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import (
-    Claim,
-    Finding,
-    by_group,
-    decide,
-    every,
-    graded,
-    group_mean,
-    markdown,
-)
+from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.related.symmetry.measure import (
     LAYERS,
     LENGTH,
@@ -38,43 +30,28 @@ def seen(rows: pd.DataFrame) -> int:
     return int((rows["vanishes"] == 0).sum())
 
 
-def text(table: pd.DataFrame) -> str:
+@core.joined
+def text(table: pd.DataFrame) -> Iterator[str]:
     """Gaps by group and variant, the random models, neighbours, and what could not be removed."""
-    head = [
-        "models",
-        "seeds",
-        *(f"TV, {v}" for v in VARIANTS),
-        "arg max moves, as is (%)",
-        "positions removed (%)",
-    ]
+    head = ["models", "seeds", *(f"TV, {v}" for v in VARIANTS)]
+    head += ["arg max moves, as is (%)", "positions removed (%)"]
     rows = []
-    for group, mine in by_group(trained(table)):
-        cells = []
-        for variant in VARIANTS:
-            of = mine[(mine["by"] == "variant") & (mine["variant"] == variant)]
-            cells.append(_gap(of))
-        moves = [
-            group_mean(mine[(mine["by"] == "variant") & (mine["variant"] == v)], "moved").percent(0)
-            if (mine["variant"] == v).any()
-            else "-"
-            for v in VARIANTS[:2]
-        ]
-        rows.append([group, str(mine["model"].nunique()), *cells, *moves])
-    lines = [
-        markdown(head, rows),
-        "",
+    for group, mine in core.by_group(trained(table)):
+        cells = [core.pick(mine, by="variant", variant=v) for v in VARIANTS]
+        moves = [core.group_mean(c, "moved").percent(0) if len(c) else "-" for c in cells[:2]]
+        rows.append([group, str(mine["model"].nunique()), *map(_gap, cells), *moves])
+    yield core.markdown(head, rows) + "\n"
+    yield (
         "Total variation between the next token's distributions (0 to 1; mean over prompts and "
         "permutations, with 95% intervals over seeds) when the tokens between the first and the "
         "last are permuted; how often the arg max moves, as it is and without "
         "positions. `0`: of no prompt a logit moves by ten times what rounding moves it, and "
         "rounding is small; `?`: undecided, rounding too large. Of sums, the question up to `=` is "
-        "read: a permuted question has another answer, so that a model that adds must have a gap.",
-        "",
-        *_constructed_words(table),
-        *_neighbour_words(table),
-        *_left_words(table),
-    ]
-    return "\n".join(lines)
+        "read: a permuted question has another answer, so that a model that adds must have a gap.\n"
+    )
+    yield from _constructed_words(table)
+    yield from _neighbour_words(table)
+    yield from _left_words(table)
 
 
 def _gap(of: pd.DataFrame) -> str:
@@ -82,13 +59,13 @@ def _gap(of: pd.DataFrame) -> str:
         return "-"
     if zero(of) == len(of):
         return f"0 (≤ {of['tv'].max():.0e})"
-    found = group_mean(of, "tv")
+    found = core.group_mean(of, "tv")
     doubt = "" if zero(of) + seen(of) == len(of) else " ?"
     return found.words(".3f") + doubt
 
 
-def _constructed_words(table: pd.DataFrame) -> list[str]:
-    lines = [f"Random models without positions ({LENGTH} tokens, all but the last permuted):"]
+def _constructed_words(table: pd.DataFrame) -> Iterator[str]:
+    yield f"Random models without positions ({LENGTH} tokens, all but the last permuted):"
     for n in LAYERS:
         causal = constructed(table, layers=n, variant="as is")
         free = constructed(table, layers=n, variant="mask removed")
@@ -99,18 +76,24 @@ def _constructed_words(table: pd.DataFrame) -> list[str]:
                 f"{name} the gap is zero in {zero(rows)} of {len(rows)} models "
                 f"(total variation {low:.1e} to {high:.1e})"
             )
-        lines.append(f"- {n} layer{'s' * (n > 1)}: {', '.join(said)}.")
-    deep = constructed(table, variant="as is")
-    deep = deep[deep["layers"] > 1]
-    means = {s: group_mean(deep[deep["skip"] == s], "tv").value for s in SKIPS}
-    lines.append(
-        f"Skip connections are not what breaks the symmetry: with two or more causal layers the "
-        f"mean total variation is {means['both']:.3f} with them and {means['none']:.3f} without."
-        if seen(deep) == len(deep)
-        else "With two or more causal layers the gap is zero in "
-        f"{zero(deep)} of {len(deep)} models."
-    )
-    return [*lines, ""]
+        yield f"- {n} layer{'s' * (n > 1)}: {', '.join(said)}."
+    deep = _deep(table)
+    means = {s: core.group_mean(deep[deep["skip"] == s], "tv").value for s in SKIPS}
+    if seen(deep) == len(deep):
+        yield (
+            "Skip connections are not what breaks the symmetry: with two or more causal layers the "
+            f"mean total variation is {means['both']:.3f} with them and {means['none']:.3f} "
+            "without.\n"
+        )
+    else:
+        zeros = f"{zero(deep)} of {len(deep)}"
+        yield f"With two or more causal layers the gap is zero in {zeros} models.\n"
+
+
+def _deep(table: pd.DataFrame) -> pd.DataFrame:
+    """Random causal models of several layers."""
+    rows = constructed(table, variant="as is")
+    return rows[rows["layers"] > 1]
 
 
 def _percents(shares: pd.Series[float]) -> str:
@@ -119,76 +102,66 @@ def _percents(shares: pd.Series[float]) -> str:
     return f"{said}%" if said else "-"
 
 
-def _neighbour_words(table: pd.DataFrame) -> list[str]:
-    lines = [
+def _neighbour_words(table: pd.DataFrame) -> Iterator[str]:
+    yield (
         "Neighbours: of two earlier positions, how often is the nearer one more alike (cosine "
         "behind the last block, distances up to 16, the first token left out; 50%: distance says "
         "nothing)? Random models without positions:"
-    ]
+    )
     for words, mine in random_kinds(table):
         masked, free = (nearer_stream(mine, v) for v in ("as is", "mask removed"))
-        lines.append(
+        yield (
             f"- {words}: {100 * masked.mean():.0f}% of pairs with the causal mask "
             f"({100 * masked.min():.0f}% to {100 * masked.max():.0f}% by model), "
             f"{100 * free.mean():.0f}% without it."
         )
-    groups = by_group(trained(table))
-    if groups:
-        rows = [
-            [group, *(_percents(nearer_stream(mine, v)) for v in VARIANTS)]
-            for group, mine in groups
-        ]
-        lines += ["", "Models, a number for each seed:", ""]
-        lines.append(markdown(["models", *VARIANTS], rows))
+    rows = [
+        [group, *(_percents(nearer_stream(mine, v)) for v in VARIANTS)]
+        for group, mine in core.by_group(trained(table))
+    ]
+    if rows:
+        yield "\nModels, a number for each seed:\n"
+        yield core.markdown(["models", *VARIANTS], rows)
         shares = nearer_stream(trained(table), "positions removed")
         if len(shares):
-            lines += [
-                "",
-                f"Where the mask alone is left (positions removed) it is more than half in "
+            yield (
+                "\nWhere the mask alone is left (positions removed) it is more than half in "
                 f"{int((shares > 0.5).sum())} of {len(shares)} models "
-                f"({100 * shares.min():.0f}% to {100 * shares.max():.0f}%).",
-            ]
-    return [*lines, ""]
+                f"({100 * shares.min():.0f}% to {100 * shares.max():.0f}%)."
+            )
+    yield ""
 
 
-def _left_words(table: pd.DataFrame) -> list[str]:
-    out = []
-    for group, mine in by_group(trained(table)):
+def _left_words(table: pd.DataFrame) -> Iterator[str]:
+    for group, mine in core.by_group(trained(table)):
         for what in ("positions", "mask"):
             if (mine[what] == "unremovable").any():
                 why = mine[f"why_{what}"].iloc[0]
-                out.append(f"{group}: the {what} could not be removed: {why}.")
+                yield f"{group}: the {what} could not be removed: {why}."
             elif (mine[what] == "absent").all():
-                out.append(f"{group}: has no {what}.")
-    return out
+                yield f"{group}: has no {what}."
 
 
-def claims(table: pd.DataFrame) -> list[Claim]:
+def claims(table: pd.DataFrame) -> list[core.Claim]:
     """Invariance without mask and positions, what the mask breaks, skips, and neighbours."""
-    free = pd.concat(
-        [
-            constructed(table, variant="mask removed"),
-            trained(table)[lambda t: (t["by"] == "variant") & (t["variant"] == "both removed")],
-        ]
-    )
-    one = constructed(table, layers=1, variant="as is")
-    deep = constructed(table, variant="as is")
-    deep = deep[deep["layers"] > 1]
+    given = core.pick(trained(table), by="variant", variant="both removed")
+    free = pd.concat([constructed(table, variant="mask removed"), given])
+    one, deep = constructed(table, layers=1, variant="as is"), _deep(table)
     return [
-        Claim(
+        core.Claim(
             "without positions and mask, the next token does not know the order",
             "the prediction is invariant to permutations of the earlier tokens",
             f"no gap in {zero(free)} of {len(free)} models"
             + (f", a gap in {seen(free)}" if zero(free) < len(free) else ""),
-            decide(every(_no_gap(free))),
+            core.decide(core.every(_no_gap(free))),
             "sums over sets; what is left is rounding, which is measured beside it",
         ),
-        Claim(
+        core.Claim(
             "the causal mask breaks the symmetry",
             "without positions the order can be seen through the causal mask",
             f"one layer: a gap in {seen(one)} of {len(one)} random models; two and four layers: in "
             f"{seen(deep)} of {len(deep)}",
-            graded(seen(deep) > 0, seen(deep) == len(deep) and seen(one) == len(one)),
+            core.graded(seen(deep) > 0, seen(deep) == len(deep) and seen(one) == len(one)),
             "the last row of the first layer sees a set; only rows that saw prefixes, in the "
             "second, tell of the order",
         ),
@@ -197,18 +170,18 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     ]
 
 
-def _no_gap(rows: pd.DataFrame) -> list[Finding]:
+def _no_gap(rows: pd.DataFrame) -> list[core.Finding]:
     return [True] * zero(rows) + [False] * seen(rows) + [None] * int(rows["vanishes"].isna().sum())
 
 
-def _skip_claim(deep: pd.DataFrame) -> Claim:
+def _skip_claim(deep: pd.DataFrame) -> core.Claim:
     bare = deep[deep["skip"] == "none"]
-    return Claim(
+    return core.Claim(
         "skip connections and the order of tokens",
         "version 2 found no definitive evidence that residual connections are responsible",
         f"random models of 2 and 4 causal layers without any skip connection: a gap in "
         f"{seen(bare)} of {len(bare)}",
-        decide(seen(bare) > 0),
+        core.decide(seen(bare) > 0),
         "they are not needed for the order to be seen; whether they help to learn from it is asked "
         "in the experiment `positions`",
     )
@@ -220,7 +193,7 @@ _PUBLISHED_NEAR: Final = (
 )
 
 
-def _neighbour_claims(table: pd.DataFrame) -> list[Claim]:
+def _neighbour_claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """Random models, with and without skips, and trained ones apart."""
     said, both = [], []
     for words, mine in random_kinds(table):
@@ -231,32 +204,27 @@ def _neighbour_claims(table: pd.DataFrame) -> list[Claim]:
             f"{int((masked > 0.5).sum())} of {len(masked)} models), {100 * free.mean():.0f}% "
             "without the mask"
         )
-    out = [
-        Claim(
-            "nearby positions are alike in random models, where order comes from the mask alone",
-            _PUBLISHED_NEAR,
-            f"the nearer is more alike, {'; '.join(said)}",
-            decide(*(share > 0.5 for share in pd.concat(both))),
-            f"random tokens, {LENGTH} of them; rows that attend to almost the same prefix",
-        )
-    ]
+    yield core.Claim(
+        "nearby positions are alike in random models, where order comes from the mask alone",
+        _PUBLISHED_NEAR,
+        f"the nearer is more alike, {'; '.join(said)}",
+        core.decide(*(share > 0.5 for share in pd.concat(both))),
+        f"random tokens, {LENGTH} of them; rows that attend to almost the same prefix",
+    )
     bare = trained(table)
     shares = nearer_stream(bare, "positions removed")
     if len(shares):
         by = [
             f"{group} {_percents(nearer_stream(mine, 'positions removed'))}"
-            for group, mine in by_group(bare)
+            for group, mine in core.by_group(bare)
             if len(nearer_stream(mine, "positions removed"))
         ]
-        out.append(
-            Claim(
-                "nearby positions are alike in trained models whose positions are removed",
-                _PUBLISHED_NEAR,
-                f"the nearer is more alike in {', '.join(by)} of pairs (more than half in "
-                f"{int((shares > 0.5).sum())} of {len(shares)} models)",
-                decide(*(share > 0.5 for share in shares)),
-                "these were trained with positions, which are taken out afterwards; models that "
-                "never had any are in the experiment `positions`",
-            )
+        yield core.Claim(
+            "nearby positions are alike in trained models whose positions are removed",
+            _PUBLISHED_NEAR,
+            f"the nearer is more alike in {', '.join(by)} of pairs (more than half in "
+            f"{int((shares > 0.5).sum())} of {len(shares)} models)",
+            core.decide(*(share > 0.5 for share in shares)),
+            "these were trained with positions, which are taken out afterwards; models that "
+            "never had any are in the experiment `positions`",
         )
-    return out
