@@ -114,6 +114,31 @@ def test_laws_of_the_strict_rate(row: StrictRow, sigma: float, seed: int) -> Non
     assert computed(replace(row, sparse=0.99), (sigma,))[0, 0] <= estimate + 2e-3
 
 
+@given(rows(), st.lists(st.floats(-4, 4), min_size=13, max_size=13), st.booleans(), st.booleans())
+@settings(max_examples=60)
+def test_two_ways_under_uniform_noise(
+    row: StrictRow, bias: list[float], biased: bool, sinks: bool
+) -> None:
+    """A soft cap far above all scores changes nothing, but rows under one are added up on a grid.
+
+    The attended token keeps its lead: biases move it little.
+    """
+    if biased:
+        row = replace(row, bias=(4.0, *bias[1 : len(row.s)]))
+    if sinks:
+        row = replace(row, sink=row.s[0] - 4)
+    closed, grid = computed(row), computed(replace(row, soft_cap=1e7))
+    np.testing.assert_allclose(closed[0], grid[0], atol=4e-3)
+    assert (closed[1] <= grid[0] + 3e-3).all()
+    assert (closed[2] >= grid[0] - 3e-3).all()
+
+
+def test_a_winner_above_all_others_is_no_part_of_their_sum() -> None:
+    """Its exp(l - w) would be exp(26); nothing else comes within ln 19 of it."""
+    row = StrictRow((4, 3, 2, 1e-3), (0, 0, 0, 30))
+    np.testing.assert_allclose(computed(row, (0.2,))[:, 0], 1, atol=1e-6)
+
+
 @pytest.mark.slow
 @given(rows(), st.sampled_from(["uniform", "gaussian", "lognormal"]), st.floats(0.1, 0.5))
 @settings(max_examples=150)
