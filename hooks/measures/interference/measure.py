@@ -60,7 +60,9 @@ from hooks.model import (
     encode,
     evaluating,
     example_of,
+    keeping_calls,
     measurement,
+    without_hooks,
 )
 from hooks.noise import SPARSE
 from hooks.sites import (
@@ -72,8 +74,8 @@ from hooks.sites import (
     attention_facts,
     choose_layers,
     inner_norms,
-    observe,
     sites_for,
+    view_layers,
 )
 
 _ON = ("k", "qk")
@@ -166,7 +168,7 @@ def interference(
     settings = replace(settings, draws=draws, seed=seed, layers=tuple(s.layer for s in chosen))
     with evaluating(model):
         example = example_of(model, prompts)
-        norms = inner_norms(model, chosen, example)
+        norms = inner_norms(model, sites, chosen, example)
         end = None
         if output:
             end = Output(model, prompts, targets, example)
@@ -240,6 +242,9 @@ class _Run:
             "constant": np.zeros((n_l, n_prompts)),
             "scale_spread": np.zeros((n_l, n_prompts, 2)),
         }
+        # Where nothing but the model itself acts in a block, the block alone is run again.
+        again = {s.block for s, n in zip(self.layers, self.norms, strict=True) if n.again}
+        self.again = without_hooks(self.model, again)
         outputs = len(settings.constants) if self.end is not None else 0
         self.ends = {n: np.zeros((outputs, n_l, n_prompts)) for n in ("kl", "agree", "loss")}
 
@@ -247,20 +252,23 @@ class _Run:
         """One batch of prompts of one length: a clean pass, then one for each way to freeze."""
         seen: list[dict[str, Tensor]] = [{} for _ in self.layers]
         clean: dict[int, _Clean] = {}
-        seeing = partial(observe, self.model, vectors=("q", "k"), batch_size=len(prompts))
+        given = prompts.batch(range(len(prompts)))
 
         def take(view: LayerView) -> None:
             clean[view.index] = self._take_clean(view, seen[view.index], indices)
 
-        seeing(self.layers, prompts, take, hooks=self._reading(seen))
+        with keeping_calls(self.model, self.again) as calls:
+            reading = self._reading(seen)
+            view_layers(self.model, given, self.layers, take, indices, ("q", "k"), hooks=reading)
         done()
         if self.end is not None:
             self.end.clean(prompts, indices)
-        for index in range(len(self.layers)):
+        for index, layer in enumerate(self.layers):
+            call = calls.get(layer.block, given)
             for j, constant in enumerate(self.settings.constants):
                 for i, on in enumerate(self.settings.on):
                     hooks, count = self._freezing(indices, clean[index], (i, j, index), on)
-                    seeing([self.layers[index]], prompts, count, hooks=hooks)
+                    view_layers(self.model, call, [layer], count, indices, hooks=hooks)
                     done()
                 if self.end is not None:
                     hooks = [self._frozen_norm(index, clean[index], constant)]
