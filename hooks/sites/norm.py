@@ -78,13 +78,14 @@ class InnerNorm:
 
     def error(self, x: Tensor, y: Tensor) -> float:
         """Largest difference between y and its prediction from x, in units of rounding."""
-        z = _centre(x, self.centred)
-        unit = z / self.scale(x)[..., None]
+        z, s = _centre(x, self.centred), self.scale(x)[..., None]
+        unit = z / s
         gain, bias = self.gain.to(y.device), self.bias.to(y.device)
         # Sums round by the vector's size, including what the mean's subtraction removes.
-        taken = (x.double() - z).abs() / self.scale(x)[..., None]
-        made_of = gain.abs() * (1 + unit.abs() + taken)
-        room = torch.finfo(y.dtype).eps * (made_of + bias.abs() + y.double().abs())
+        made_of = 1 + unit.abs()
+        if self.centred:
+            made_of += (x.double() - z).abs() / s
+        room = torch.finfo(y.dtype).eps * (gain.abs() * made_of + bias.abs() + y.double().abs())
         off = (y.double() - bias - gain * unit).abs() / room.clamp_min(1e-300)
         return float(off.nan_to_num(torch.inf, torch.inf).max())
 
@@ -310,7 +311,7 @@ class _Finder:
             if len(kept) == len(set(names)):
                 raise Finished
 
-        entries = [*edits, *((name, partial(look, name=name)) for name in names)]
+        entries: list[Hook] = [*edits, *((name, partial(look, name=name)) for name in names)]
         run_with(self.model, self.calls.get(sites.block, self.example), entries)
         return [not torch.equal(kept[name], self.seen[name]) for name in names]
 

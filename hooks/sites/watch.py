@@ -29,9 +29,9 @@ from hooks.errors import UnsupportedModelError
 from hooks.model import (
     ROLES,
     AttentionTap,
+    BlockCall,
     Finished,
     HookedModel,
-    BlockCall,
     ModelInput,
     Prompts,
     Role,

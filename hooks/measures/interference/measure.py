@@ -38,16 +38,15 @@ from hooks.collapse import check_sparse
 from hooks.errors import UnsupportedModelError
 from hooks.measures.interference.count import (
     CleanRows,
+    SparseRows,
     clean_rows,
     first_of,
     frozen_rows,
-    predicted,
     row_sigma,
     scale_spread,
     shuffles,
     uniform_has,
     variances,
-    with_factors,
 )
 from hooks.measures.interference.output import Output
 from hooks.measures.interference.report import InterferenceReport, InterferenceSettings
@@ -317,14 +316,14 @@ class _Run:
         sigma = row_sigma(view, factor)
         self._add("sigma_squared", (layer,), rows.sums(sigma.square() * rows.sparse), mine)
         self._add("lognormal", (layer,), rows.sums(rows.sparse & ~uniform_has(sigma)), mine)
-        self._add("predicted", (layer,), rows.sums(predicted(view.parts, rows, sigma)), mine)
-        moved = with_factors(view.parts, rows, factor)
-        self._add("factored", (layer,), rows.sums(moved), mine)
+        gathered = SparseRows(view.parts, rows)
+        self._add("predicted", (layer,), rows.sums(gathered.predicted(sigma)), mine)
+        self._add("factored", (layer,), rows.sums(gathered.moved(factor)), mine)
         numbers = self._numbers(indices)
         for draw in range(settings.draws):
             spared = rows.first & settings.spare_first
             order = shuffles(settings.seed, norm.layer, numbers, spared, draw)
-            moved = with_factors(view.parts, rows, factor.gather(1, order.to(factor.device)))
+            moved = gathered.moved(factor.gather(1, order.to(factor.device)))
             self._add("permuted", (draw, layer), rows.sums(moved), mine)
         return kept
 
