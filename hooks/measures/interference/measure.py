@@ -165,18 +165,15 @@ def interference(
     sites = sites_for(model, prompts)
     chosen = choose_layers(sites, layers)
     settings = replace(settings, draws=draws, seed=seed, layers=tuple(s.layer for s in chosen))
-    with evaluating(model):
+    batches = [indices for indices, _ in prompts.batches(batch_size)]
+    steps = 2 * len(chosen) * len(batches)  # each layer as it is, and frozen
+    with evaluating(model), counting(steps, "interference", "layer", progress) as bar:
         example = example_of(model, prompts)
         norms = inner_norms(model, sites, chosen, example)
-        end = None
-        if output:
-            end = Output(model, prompts, targets, example)
+        end = Output(model, prompts, targets, example) if output else None
         run = _Run(model, chosen, norms, settings, prompts.starts, first_prompt, end)
-        batches = [indices for indices, _ in prompts.batches(batch_size)]
-        passes = 1 + len(chosen) * len(settings.constants) * (len(settings.on) + output)
-        with counting(len(batches) * passes, "interference", "pass", progress) as bar:
-            for indices in batches:
-                run.batch(prompts.some(indices), indices, bar.update)
+        for indices in batches:
+            run.batch(prompts.some(indices), indices, bar.update)
     return run.report(attention_facts(model, sites, chosen, prompts), prompts)
 
 
@@ -248,18 +245,18 @@ class _Run:
         self.ends = {n: np.zeros((outputs, n_l, n_prompts)) for n in ("kl", "agree", "loss")}
 
     def batch(self, prompts: Prompts, indices: Sequence[int], done: Callable[[], Any]) -> None:
-        """One batch of prompts of one length: a clean pass, then one for each way to freeze."""
+        """One batch of prompts of one length: a clean pass, then each layer frozen in each way."""
         seen: list[dict[str, Tensor]] = [{} for _ in self.layers]
         clean: dict[int, _Clean] = {}
         given = prompts.batch(range(len(prompts)))
 
         def take(view: LayerView) -> None:
             clean[view.index] = self._take_clean(view, seen[view.index], indices)
+            done()
 
         with keeping_calls(self.model, self.again) as calls:
             reading = self._reading(seen)
             view_layers(self.model, given, self.layers, take, indices, ("q", "k"), hooks=reading)
-        done()
         if self.end is not None:
             self.end.clean(prompts, indices)
         for index, layer in enumerate(self.layers):
@@ -268,13 +265,12 @@ class _Run:
                 for i, on in enumerate(self.settings.on):
                     hooks, count = self._freezing(indices, clean[index], (i, j, index), on)
                     view_layers(self.model, call, [layer], count, indices, hooks=hooks)
-                    done()
                 if self.end is not None:
                     hooks = [self._frozen_norm(index, clean[index], constant)]
                     for name, values in self.end.compare(prompts, indices, hooks).items():
                         self.ends[name][j, index, list(indices)] = values
-                    done()
             del clean[index]  # its vectors are not needed any more
+            done()
         if self.end is not None:
             self.end.forget()
 
