@@ -56,7 +56,9 @@ def keeping_calls(model: HookedModel, blocks: Collection[str]) -> Iterator[dict[
 
 
 def _own(given: Any) -> Any:
-    """A copy of a stream ``[batch, pos, d]``, to which the pass may add in place."""
+    """A copy of a stream ``[batch, pos, d]``, to which the pass may add in place; no cache."""
+    if hasattr(given, "get_seq_length"):
+        return None  # a pass begins with an empty one, and leaves its keys in it
     return given.clone() if isinstance(given, Tensor) and given.ndim == 3 else given
 
 
