@@ -111,6 +111,10 @@ def interference(
     of s_t over its visible keys, divided by their mean. Source: Menary et al. 2024, theorems 2 and
     7; the test itself is not in the paper.
 
+    One pass, after which each layer's block alone is run again with its norm frozen, from what the
+    pass gave it. Where that does not give a pass's scores (checked once for each state of a model),
+    or a hook is in the block, a pass ended at that layer takes its place.
+
     Args:
         model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress: as
             in :func:`hooks.collapse_probe`.
