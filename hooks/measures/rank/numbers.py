@@ -50,7 +50,8 @@ def _cosines(x: Float[Tensor, "*batch token d"]) -> Float[Tensor, "*batch token 
     """|cosine| of each pair of rows; 0 for those of zero length."""
     lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     unit = x / lengths.where(lengths > 0, torch.ones_like(lengths))
-    return (unit @ unit.mT).abs().clamp(max=1)
+    cosines: Tensor = (unit @ unit.mT).abs().clamp(max=1)
+    return cosines
 
 
 def _mean_of_pairs(cosines: Float[Tensor, "*batch token token"]) -> Float[Tensor, "*batch"]:
