@@ -22,12 +22,13 @@ from benchmarks._document import document
 from benchmarks._side_by_side import CLOCKS, ROOT, THREADS, machine, write_json
 
 DOCS = ROOT / "docs"
-PARTS = ("one_pass", "kernel", "scaling", "sweep", "memory", "startup", "training")
+PARTS = ("one_pass", "kernel", "scaling", "sweep", "measures", "memory", "startup", "training")
 QUICK = {
     "one_pass": ["--repeats", "2", "--lengths", "128", "21", "--long", "8192", "--no-memory"],
     "scaling": ["--repeats", "2"],
     "startup": ["--repeats", "2"],
     "sweep": ["--rounds", "2"],
+    "measures": ["--repeats", "1", "--cases", "addition"],
     "memory": ["--lengths", "512", "--layers", "2", "8"],
     "kernel": ["--repeats", "2"],
     "training": ["--steps", "10", "--repeats", "1"],
@@ -74,7 +75,7 @@ def main() -> None:
         results["machine"] = machine()
     for name in options.only:
         arguments = QUICK.get(name, []) if options.quick else []
-        if name in ("one_pass", "scaling", "training"):
+        if name in ("one_pass", "scaling", "measures", "training"):
             arguments = [*arguments, "--clock", options.clock]
         if name == "scaling":
             arguments = [*arguments, "--figures", str(figures)]

@@ -48,6 +48,9 @@ KERNEL = """One layer's rows with scores as in the GPT-2 shape, one thread, CPU 
 of each stage of the compiled loop. What is left of a probe is the model's own pass up to the last
 scores.
 """
+MEASURES = """One call of each over the prompts of one forward pass; the floor is what it can't do
+without: its passes, the singular values that it reports. The self-check is left out.
+"""
 MEMORY = """Peaks of a process each, over the same pass ended at the last attention; wanted: at
 most two layers' scores at 1,024 tokens, whatever the layers, sigmas and draws.
 """
@@ -62,6 +65,7 @@ def document(results: dict[str, Any]) -> str:
         "kernel": _tables("Where the probe's own time goes", KERNEL),
         "scaling": _scaling,
         "sweep": _tables("Noise sweeps"),
+        "measures": _tables("The other measures", MEASURES),
         "memory": _tables("Memory", MEMORY),
         "startup": _tables("Start-up", "Fresh processes; medians."),
         "training": _tables("Training"),

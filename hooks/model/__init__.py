@@ -1,6 +1,7 @@
 """A model as given: its state, its passes, its inputs, its threads."""
 
 from hooks.model.ambient import measurement, model_pass, on_cpu, was_compiled
+from hooks.model.calls import BlockCall, keeping_calls, without_hooks
 from hooks.model.encoding import encode
 from hooks.model.given import (
     TOKENS_ALONE,
@@ -47,14 +48,14 @@ from hooks.model.tap import AttentionTap, Fused, Taken
 from hooks.model.threads import TapOfThreads, hooked, intervening, standing_hooks
 
 __all__ = [
-    "ROLES", "TOKENS_ALONE", "Anchor", "AttentionTap", "Finished", "Fused", "HookedModel",
-    "MaskLike", "ModelInput", "NoRoom", "Prompts", "Role", "Standing", "Taken", "TapOfThreads",
-    "Tokens", "active_dropout", "added", "changing", "chat_ids", "check_model", "checked_logits",
-    "checking", "counting", "dtype_of_passes", "encode", "evaluating", "example_of", "fingerprint",
-    "has_decoder", "hooked", "input_device", "intervening", "is_chat", "is_checking", "key_of",
-    "measurement", "model_dtype", "model_pass", "names", "on_cpu", "over_batches", "pass_dtype",
-    "paused_in_checks", "real_spans", "refuse_known_wrong", "refuse_other_inputs",
-    "refuse_unreadable", "resting", "run_with", "short_input", "shorten", "standing_hooks",
-    "states", "arguments_of", "tensor_of", "text_ids", "users", "versions", "was_compiled",
-    "without_cache",
+    "ROLES", "TOKENS_ALONE", "Anchor", "AttentionTap", "BlockCall", "Finished", "Fused",
+    "HookedModel", "MaskLike", "ModelInput", "NoRoom", "Prompts", "Role", "Standing", "Taken",
+    "TapOfThreads", "Tokens", "active_dropout", "added", "changing", "chat_ids", "check_model",
+    "checked_logits", "checking", "counting", "dtype_of_passes", "encode", "evaluating",
+    "example_of", "fingerprint", "has_decoder", "hooked", "input_device", "intervening", "is_chat",
+    "is_checking", "keeping_calls", "key_of", "measurement", "model_dtype", "model_pass", "names",
+    "on_cpu", "over_batches", "pass_dtype", "paused_in_checks", "real_spans", "refuse_known_wrong",
+    "refuse_other_inputs", "refuse_unreadable", "resting", "run_with", "short_input", "shorten",
+    "standing_hooks", "states", "arguments_of", "tensor_of", "text_ids", "users", "versions",
+    "was_compiled", "without_cache", "without_hooks",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks.errors import UnsupportedModelError
+from hooks.model.calls import BlockCall
 from hooks.model.inputs import ModelInput
 from hooks.model.prompts import Prompts
 from hooks.model.protocol import HookedModel
@@ -20,9 +21,12 @@ from hooks.model.threads import Entries, hooked
 
 
 def run_with(
-    model: HookedModel, given: ModelInput, entries: Entries, tap: AttentionTap | None = None
+    model: HookedModel,
+    given: ModelInput | BlockCall,
+    entries: Entries,
+    tap: AttentionTap | None = None,
 ) -> Any:
-    """What one forward pass returns with these hooks on; None if one of them ended it.
+    """What one forward pass, or a block's, returns with these hooks on; None if one ended it.
 
     A hook that raises `Finished` ends the pass: what follows isn't computed.
     """

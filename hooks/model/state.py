@@ -101,7 +101,7 @@ def pass_dtype(model: Any, prefix: str = "") -> torch.dtype:
     For the module of that name, where it has weights, else for the whole model. Under autocast it
     is autocast's dtype.
     """
-    part = _submodule(model, prefix) if prefix else None
+    part = submodule(model, prefix) if prefix else None
     for of in ([part] if part is not None else []) + [model]:
         dtypes = {
             ambient.autocast_dtype(p.device.type, p.dtype)
@@ -114,7 +114,8 @@ def pass_dtype(model: Any, prefix: str = "") -> torch.dtype:
     return model_dtype(model)
 
 
-def _submodule(model: Any, name: str) -> nn.Module | None:
+def submodule(model: Any, name: str) -> nn.Module | None:
+    """The module of that name, as the hooks name it; None where there is none."""
     part: Any = model
     for step in name.split("."):
         part = getattr(part, "_modules", {}).get(step)

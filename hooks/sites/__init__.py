@@ -28,6 +28,7 @@ from hooks.sites.watch import (
     observe,
     refuse_several_streams,
     stream_hook,
+    view_layers,
     watch_layers,
 )
 
@@ -35,6 +36,6 @@ __all__ = [
     "CHECK", "AttentionSites", "Hook", "InnerNorm", "LayerSites", "LayerView", "ScoreParts",
     "SeenLayer", "Site", "Stream", "VectorSite", "as_hooked", "attention_facts", "attention_sites",
     "check_masks", "choose_layers", "expand_factors", "inner_norms", "model_facts", "observe",
-    "qk_part", "refuse_several_streams", "sites_for", "split", "stream_hook", "uncapped", "visible",
-    "watch_layers",
+    "qk_part", "refuse_several_streams", "sites_for", "split", "stream_hook", "uncapped",
+    "view_layers", "visible", "watch_layers",
 ]  # fmt: skip

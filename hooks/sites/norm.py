@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -20,9 +21,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import UnsupportedModelError
-from hooks.model import Finished, HookedModel, ModelInput, Role, run_with
-from hooks.sites.types import LayerSites
-from hooks.sites.watch import Hook, stream_hook
+from hooks.model import (
+    BlockCall,
+    Finished,
+    HookedModel,
+    ModelInput,
+    Role,
+    checking,
+    keeping_calls,
+    run_with,
+)
+from hooks.sites.scores import visible
+from hooks.sites.types import AttentionSites, LayerSites
+from hooks.sites.watch import Hook, SeenLayer, stream_hook, watch_layers
 
 _LARGE, _SMALL = 64.0, 1e-3  # sizes of the inputs that tell a gain and an eps
 _ROUNDINGS = 16  # of the output's dtype that a norm may be off
@@ -41,6 +52,7 @@ class InnerNorm:
         gain, bias: float64; ones and zeros where another hook precedes them.
         centred: whether the mean is subtracted.
         eps: added to the mean square.
+        again: whether the block alone, run again with this norm edited, gives a pass's scores.
     """
 
     layer: int
@@ -50,6 +62,7 @@ class InnerNorm:
     bias: Float[Tensor, "d"]
     centred: bool
     eps: float
+    again: bool
 
     def scale(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
         """s_t, float64."""
@@ -65,13 +78,14 @@ class InnerNorm:
 
     def error(self, x: Tensor, y: Tensor) -> float:
         """Largest difference between y and its prediction from x, in units of rounding."""
-        z = _centre(x, self.centred)
-        unit = z / self.scale(x)[..., None]
+        z, s = _centre(x, self.centred), self.scale(x)[..., None]
+        unit = z / s
         gain, bias = self.gain.to(y.device), self.bias.to(y.device)
         # Sums round by the vector's size, including what the mean's subtraction removes.
-        taken = (x.double() - z).abs() / self.scale(x)[..., None]
-        made_of = gain.abs() * (1 + unit.abs() + taken)
-        room = torch.finfo(y.dtype).eps * (made_of + bias.abs() + y.double().abs())
+        made_of = 1 + unit.abs()
+        if self.centred:
+            made_of += (x.double() - z).abs() / s
+        room = torch.finfo(y.dtype).eps * (gain.abs() * made_of + bias.abs() + y.double().abs())
         off = (y.double() - bias - gain * unit).abs() / room.clamp_min(1e-300)
         return float(off.nan_to_num(torch.inf, torch.inf).max())
 
@@ -93,32 +107,47 @@ def _centre(x: Tensor, centred: bool) -> Tensor:
 
 
 def inner_norms(
-    model: HookedModel, layers: Sequence[LayerSites], example: ModelInput
+    model: HookedModel,
+    sites: AttentionSites,
+    layers: Sequence[LayerSites],
+    example: ModelInput,
 ) -> tuple[InnerNorm, ...]:
-    """The norm before each layer's attention, verified on the model.
+    """The norm before each of these layers' attention, verified on the model.
 
     Its output is what q and k are made from, and edits there reach both; with q put back, k alone.
-    The model is in eval mode, the example a short prompt.
+    Remembered with the self-check. The model is in eval mode, the example a short prompt.
 
     Raises:
         UnsupportedModelError: a layer has none (No-Norm, QKV-Norm, post-norm), or one that is
             neither LayerNorm nor RMSNorm, or the check failed.
     """
+    new = [s for s in layers if ("norm", s.layer) not in sites.known]
+    if new:
+        with checking():
+            found = _found(model, new, example)
+        sites.known.update({("norm", norm.layer): norm for norm in found})
+    return tuple(sites.known["norm", s.layer] for s in layers)
+
+
+def _found(
+    model: HookedModel, layers: Sequence[LayerSites], example: ModelInput
+) -> list[InnerNorm]:
     finder = _Finder(model, layers, example)
     places = [finder.place(sites) for sites in layers]
     zero, large, small = (finder.outputs(places, size) for size in (0.0, _LARGE, _SMALL))
     norms = []
     for i, (sites, place) in enumerate(zip(layers, places, strict=True)):
         x, y = finder.seen[place[0]], finder.seen[place[1]]
+        again = sites.block in finder.calls
         both = [
-            _fit(sites.layer, place, zero[i][1], large[i], small[i], centred)
+            _fit(sites.layer, place, zero[i][1], large[i], small[i], centred, again)
             for centred in (False, True)
         ]
         norm = min(both, key=lambda n: n.error(x, y))
         norm.check(x, y)
         finder.see_edits(sites, norm)
         norms.append(norm)
-    return tuple(norms)
+    return norms
 
 
 def _vector(d: int, size: float, like: Tensor) -> Tensor:
@@ -135,6 +164,7 @@ def _fit(
     large: tuple[Tensor, Tensor],
     small: tuple[Tensor, Tensor],
     centred: bool,
+    again: bool,
 ) -> InnerNorm:
     """Gain, bias and eps of a norm of this kind: of N(0), N(large u) and N(small u)."""
     bias = zero
@@ -147,11 +177,18 @@ def _fit(
     # (small y - b) = line r / sqrt(r^2 + eps)
     ratio = float(((small[1] - bias) * line).sum() / line.square().sum())
     eps = max(0.0, mean_square * (1 / ratio**2 - 1)) if ratio else 0.0
-    return InnerNorm(layer, *place, gain, bias, centred, eps)
+    return InnerNorm(layer, *place, gain, bias, centred, eps, again)
+
+
+def _ramped(y: Tensor, hook: Any) -> Tensor:
+    """A norm's output with another length at each position."""
+    if y.ndim != 3:
+        return y
+    return y * torch.linspace(1.5, 2.0, y.shape[1], dtype=torch.float32).to(y)[:, None]
 
 
 class _Finder:
-    """Short forward passes of one model."""
+    """Short forward passes of one model, and of its blocks where these give the same."""
 
     def __init__(
         self, model: HookedModel, layers: Sequence[LayerSites], example: ModelInput
@@ -161,10 +198,42 @@ class _Finder:
         self.candidates = {s.layer: _candidates(model, s) for s in layers}
         wanted = {name for pairs in self.candidates.values() for pair in pairs for name in pair}
         wanted |= {_projection(s, role) for s in layers for role in ("q", "k")}
+        wanted |= {s.q.dot.hook for s in layers} - {""}
         self.order: list[str] = []
         self.seen: dict[str, Tensor] = {}
         self.unlike: set[str] = set()  # those that carry other than one [batch, pos, d]
-        self._run([(name, partial(self._record, name=name)) for name in sorted(wanted)])
+        self.calls: Mapping[str, BlockCall] = {}
+        with keeping_calls(model, {s.block for s in layers}) as calls:
+            self._run([(name, partial(self._record, name=name)) for name in sorted(wanted)])
+        trusted = self._trusted(layers)
+        self.calls = {name: call for name, call in calls.items() if name in trusted}
+
+    def _trusted(self, layers: Sequence[LayerSites]) -> set[str]:
+        """Blocks that, run again with edited norms, give the scores that a pass with them gave."""
+        afters = {after for pairs in self.candidates.values() for _, after in pairs}
+        edits: list[Hook] = [(after, _ramped) for after in sorted(afters)]
+        trusted: set[str] = set()
+        # Whatever a block makes of a call outside a pass: the others are then not trusted either.
+        with suppress(Exception), keeping_calls(self.model, {s.block for s in layers}) as calls:
+            wanted = self._scores(self.example, layers, edits)
+            for sites in layers:
+                mine = [edit for edit in edits if edit[0].startswith(f"{sites.block}.")]
+                again = self._scores(calls[sites.block], [sites], mine)
+                if _agree(wanted[sites.layer], again[sites.layer]):
+                    trusted.add(sites.block)
+        return trusted
+
+    def _scores(
+        self, given: ModelInput | BlockCall, layers: Sequence[LayerSites], edits: Sequence[Hook]
+    ) -> dict[int, Tensor]:
+        """Each layer's scores under the edits."""
+        found: dict[int, Tensor] = {}
+
+        def keep(seen: SeenLayer) -> None:
+            found[seen.sites.layer] = seen.scores_and_pattern()[0].clone()
+
+        watch_layers(self.model, given, layers, keep, hooks=edits)
+        return found
 
     def place(self, sites: LayerSites) -> tuple[str, str]:
         """Hooks before and after the norm from which this layer's q and k are made."""
@@ -194,9 +263,7 @@ class _Finder:
         before, after = place
         if after in self.unlike or self.order.count(before) != 1:
             _refuse(sites, f"{after} to carry one [batch, pos, d]", "several that are unlike")
-        y = self.seen[after]
-        edited = y * torch.linspace(1.5, 2.0, y.shape[1], dtype=torch.float32).to(y)[:, None]
-        return all(self._moved(sites, [(after, lambda tensor, hook: edited)], names))
+        return all(self._moved(sites, [(after, _ramped)], names))
 
     def outputs(
         self, places: Sequence[tuple[str, str]], size: float
@@ -229,13 +296,8 @@ class _Finder:
         dot = sites.q.dot.hook
         if not dot:
             _refuse(sites, "a hook where q enters the dot product", "none of TransformerLens's")
-        clean: dict[str, Tensor] = {}
-        self._run([(dot, lambda t, hook: clean.__setitem__("q", t.clone()))])
-        put_back: Hook = (dot, lambda t, hook: clean["q"])
-        kept: dict[str, Tensor] = {}
-        look = [(n, lambda t, hook, name=n: kept.__setitem__(name, t)) for n in (dot, k)]
-        self._run([edit, put_back, *look])
-        if not torch.equal(kept[dot], clean["q"]) or torch.equal(kept[k], self.seen[k]):
+        put_back: Hook = (dot, lambda t, hook: self.seen[dot].clone())
+        if self._moved(sites, [edit, put_back], (dot, k)) != [False, True]:
             _refuse(sites, "k to move and q not, with the clean q put back", "another result")
 
     def _moved(
@@ -249,7 +311,8 @@ class _Finder:
             if len(kept) == len(set(names)):
                 raise Finished
 
-        self._run([*edits, *((name, partial(look, name=name)) for name in names)])
+        entries: list[Hook] = [*edits, *((name, partial(look, name=name)) for name in names)]
+        run_with(self.model, self.calls.get(sites.block, self.example), entries)
         return [not torch.equal(kept[name], self.seen[name]) for name in names]
 
     def _record(self, tensor: Any, hook: Any, name: str) -> None:
@@ -263,6 +326,15 @@ class _Finder:
 
     def _run(self, entries: Sequence[Hook]) -> None:
         run_with(self.model, self.example, entries)
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two passes' scores are equal up to rounding, of the same visible keys."""
+    seen, eps = visible(a), torch.finfo(a.dtype).eps
+    if not torch.equal(seen, visible(b)):
+        return False
+    a, b = (x.double().masked_fill(~seen, 0.0) for x in (a, b))
+    return bool((a - b).abs().max() <= _ROUNDINGS * eps * a.abs().max())
 
 
 def _projection(sites: LayerSites, role: Role) -> str:

@@ -230,6 +230,7 @@ class AttentionSites:
         notes: what the user's hooks mean for the check and for what is measured.
         left_out: attentions of blocks that have no row of weights over a sequence's keys (those
             over windows), by name, with what was seen: nothing measures them.
+        known: what later checks of the same model found, remembered as long as this one.
     """
 
     layers: tuple[LayerSites, ...]
@@ -238,6 +239,7 @@ class AttentionSites:
     outside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
+    known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[LayerSites]:
         return iter(self.layers)

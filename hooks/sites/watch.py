@@ -29,6 +29,7 @@ from hooks.errors import UnsupportedModelError
 from hooks.model import (
     ROLES,
     AttentionTap,
+    BlockCall,
     Finished,
     HookedModel,
     ModelInput,
@@ -136,12 +137,28 @@ def observe(
     streams = [stream_hook(model, sites) for sites in layers] if stream else []
 
     def measure(indices: Sequence[int], given: ModelInput) -> None:
-        def show(seen: SeenLayer) -> None:
-            on_layer(_view(seen, indices, shown, stream, beside))
-
-        watch_layers(model, given, layers, show, roles=shown, streams=streams, hooks=hooks)
+        view_layers(model, given, layers, on_layer, indices, shown, streams, hooks, beside)
 
     over_batches(model, prompts, batch_size, measure, what=what, progress=progress)
+
+
+def view_layers(
+    model: HookedModel,
+    given: ModelInput | BlockCall,
+    layers: Sequence[LayerSites],
+    on_layer: Callable[[LayerView], None],
+    indices: Sequence[int],
+    roles: tuple[Role, ...] = (),
+    streams: Sequence[str] = (),
+    hooks: Sequence[Hook] = (),
+    beside: bool = False,
+) -> None:
+    """:func:`observe` of one batch, these prompts; of a `BlockCall` that block's layer alone."""
+
+    def show(seen: SeenLayer) -> None:
+        on_layer(_view(seen, indices, roles, bool(streams), beside))
+
+    watch_layers(model, given, layers, show, roles=roles, streams=streams, hooks=hooks)
 
 
 def _check_hook(hook: Any) -> Hook:
@@ -196,7 +213,7 @@ def _needed(sites: LayerSites, roles: Collection[Role]) -> list[Role]:
 
 def watch_layers(
     model: HookedModel,
-    given: ModelInput,
+    given: ModelInput | BlockCall,
     layers: Sequence[LayerSites],
     on_seen: Callable[[SeenLayer], None],
     *,

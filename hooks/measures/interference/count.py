@@ -78,9 +78,9 @@ def first_of(starts: Sequence[Sequence[int]], n_key: int) -> Bool[Tensor, "batch
 
 def refuse_broken(view: LayerView, prompts: Sequence[int], when: str) -> None:
     """Refuse NaN, and infinite scores that are not masks."""
-    broken = view.scores.isnan() | (view.scores == torch.inf)
+    broken = ~(view.scores.amax(-1) < torch.inf)  # NaN is the largest
     if bool(broken.any()):
-        rows = broken.any(-1).flatten(1).sum(1)
+        rows = broken.flatten(1).sum(1)
         at = int(rows.argmax())
         raise ValueError(
             f"layer {view.sites.label or view.sites.layer}: wanted scores that are finite "
@@ -120,13 +120,21 @@ def row_sigma(
 
     sigma_q = sqrt(mean_t (f_t - mean f)^2) / mean f, t over the row's visible keys.
     """
-    seen = view.visible
-    count = seen.sum(-1).clamp_min(1)
-    f = factor.double()[:, None, None, :]
-    mean = (f * seen).sum(-1) / count
-    variance = ((f - mean[..., None]).square() * seen).sum(-1) / count
-    sigma: Tensor = variance.sqrt() / mean
+    f = factor.double()
+    middle = f.mean(-1, keepdim=True)
+    off = f - middle  # equal factors then have no spread at all
+    each = torch.stack([torch.ones_like(off), off, off.square()], -1)[:, None]
+    count, first, second = (view.visible.double() @ each).unbind(-1)
+    mean, variance = _moments(count, first, second)
+    sigma: Tensor = variance.sqrt() / (middle[:, None] + mean)
     return sigma
+
+
+def _moments(count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance, from how many were summed, their sum and that of their squares."""
+    count = count.clamp_min(1)
+    mean = first / count
+    return mean, (second / count - mean.square()).clamp_min(0)
 
 
 def uniform_has(sigma: Tensor) -> Bool[Tensor, "*shape"]:
@@ -134,50 +142,53 @@ def uniform_has(sigma: Tensor) -> Bool[Tensor, "*shape"]:
     return sigma < LAWS["uniform"].limit * (1 - 1e-12)
 
 
-def predicted(
-    parts: ScoreParts, clean: CleanRows, sigma: Float[Tensor, "batch head query"]
-) -> Float[Tensor, "batch head query"]:
-    """Probability that independent noise of each row's sigma on the keys moves its arg max."""
-    out = torch.zeros(sigma.shape, dtype=torch.float64)
-    where = (clean.sparse & (sigma > 0)).nonzero()
-    for at in where.split(_ROWS):
-        b, h, q = at.unbind(1)
-        s = parts.s[b, h, q].double().cpu()
-        star = clean.star[b, h, q].cpu()[:, None]
-        valid = parts.mask[b, h, q].cpu().scatter(1, star, False)
-        beta = None
-        if parts.bias is not None:
-            bias = parts.bias[b, h, q].double().cpu()
-            beta = bias.gather(1, star) - bias
-        s_star, each = s.gather(1, star).squeeze(1), sigma[b, h, q].double().cpu()
-        found = torch.zeros_like(s_star)
-        uniform = uniform_has(each)
-        for name, rows in (("uniform", uniform), ("lognormal", ~uniform)):
-            if bool(rows.any()):
+class SparseRows:
+    """A layer's sparse rows, gathered: what factors on their keys do to their arg max."""
+
+    def __init__(self, parts: ScoreParts, clean: CleanRows) -> None:
+        self._all, self._at = clean.sparse, clean.sparse.nonzero(as_tuple=True)
+        self.s, self.seen = parts.s[self._at], parts.mask[self._at]
+        self.bias = None if parts.bias is None else parts.bias[self._at]
+        self.star = clean.star[self._at][:, None]
+
+    def _of_all(self, found: Tensor) -> Tensor:
+        """In their places among all rows ``[batch, head, query]``; 0 for the others."""
+        out = torch.zeros(self._all.shape, dtype=found.dtype, device=self._all.device)
+        out[self._at] = found.to(out.device)
+        return out
+
+    def predicted(
+        self, sigma: Float[Tensor, "batch head query"]
+    ) -> Float[Tensor, "batch head query"]:
+        """Probability that independent noise of each row's sigma on the keys moves its arg max."""
+        each = sigma[self._at].double().cpu()
+        found, uniform = torch.zeros_like(each), uniform_has(each)
+        for name, some in (("uniform", uniform), ("lognormal", ~uniform)):
+            for rows in (some & (each > 0)).nonzero().squeeze(1).split(_ROWS):
+                at = rows.to(self.s.device)
+                s, star = self.s[at].double().cpu(), self.star[at].cpu()
+                beta = None
+                if self.bias is not None:
+                    bias = self.bias[at].double().cpu()
+                    beta = bias.gather(1, star) - bias
                 found[rows] = collapse_probability(
-                    s_star[rows],
-                    s[rows],
+                    s.gather(1, star).squeeze(1),
+                    s,
                     each[rows],
                     LAWS[name],
-                    valid=valid[rows],
-                    beta=None if beta is None else beta[rows],
+                    valid=self.seen[at].cpu().scatter(1, star, False),
+                    beta=beta,
                     noise_on_q=False,
                 )
-        out[tuple(at.cpu().unbind(1))] = found
-    return out
+        return self._of_all(found)
 
-
-def with_factors(
-    parts: ScoreParts, clean: CleanRows, factor: Float[Tensor, "batch key"]
-) -> Bool[Tensor, "batch head query"]:
-    """Sparse rows whose arg max moves where each key is multiplied by its factor."""
-    wide = factor.to(parts.s)[:, None, None, :]
-    w = parts.s * wide
-    if parts.bias is not None:
-        w = w + parts.bias
-    w = w.masked_fill(~parts.mask, -torch.inf)  # a cap keeps every arg max
-    own = w.gather(-1, clean.star[..., None]).squeeze(-1)
-    return clean.sparse & (w.amax(-1) > own)
+    def moved(self, factor: Float[Tensor, "batch key"]) -> Bool[Tensor, "batch head query"]:
+        """Those whose arg max moves where each key is multiplied by its factor."""
+        w = self.s * factor.to(self.s)[self._at[0]]
+        if self.bias is not None:
+            w = w + self.bias
+        w = w.masked_fill(~self.seen, -torch.inf)  # a cap keeps every arg max
+        return self._of_all(w.amax(-1) > w.gather(-1, self.star).squeeze(-1))
 
 
 def shuffles(
@@ -207,28 +218,24 @@ def variances(view: LayerView, clean: CleanRows) -> Float[np.ndarray, "head batc
         mean), with directions only (each length replaced by the mean).
     """
     lengths = view.vectors["k"].double().norm(dim=-1)[:, :, list(view.sites.kv_head_of)]
-    length = lengths.transpose(1, 2)[:, :, None, :]  # [batch, head, 1, key]
-    s = view.parts.s.double()
-    along = s / length.clamp_min(1e-300)
-    later = view.visible.clone()
-    later &= ~clean.first[:, None, None, :]
+    length = lengths.transpose(1, 2)[..., None].clamp_min(1e-150)  # [batch, head, key, 1]
+    middle = length.mean(2, keepdim=True)
+    off = length - middle
+    sets = torch.stack([torch.ones_like(clean.first), ~clean.first], -1)[:, None].double()
+    sets = sets.expand(*length.shape[:3], 2)
+    s, seen = view.parts.s.double(), view.visible.double()
+    # Sums over each set's visible keys: of s, of s_t / |k_t| and of |k_t|; and of their squares.
+    count, long, long_2 = (seen @ torch.cat([sets, sets * off, sets * off**2], -1)).split(2, -1)
+    own, along = (s @ torch.cat([sets, sets / length], -1)).split(2, -1)
+    own_2, along_2 = (s.square_() @ torch.cat([sets, sets / length**2], -1)).split(2, -1)
+    _, of_own = _moments(count, own, own_2)
+    along, of_along = _moments(count, along, along_2)
+    long, of_long = _moments(count, long, long_2)
+    parts = [of_own, along.square() * of_long, (middle + long).square() * of_along]
     sink = clean.on_first(clean.star)
-    kinds = (torch.ones_like(sink), clean.sparse & ~sink, clean.sparse & sink)
-    out = np.zeros((s.shape[1], s.shape[0], 3, 2, 3))
-    for i, seen in enumerate((view.visible, later)):
-        count = seen.sum(-1, keepdim=True).clamp_min(1)
-
-        def mean(x: Tensor, seen: Tensor = seen, count: Tensor = count) -> Tensor:
-            total: Tensor = (x * seen).sum(-1, keepdim=True) / count
-            return total
-
-        each = (s, length * mean(along), mean(length.expand_as(s)) * along)
-        for part, x in enumerate(each):
-            variance = mean((x - mean(x)).square()).squeeze(-1)
-            for kind, rows in enumerate(kinds):
-                chosen = variance * (rows & (seen.sum(-1) > 1))
-                out[:, :, kind, i, part] = chosen.sum(-1).transpose(0, 1).cpu().numpy()
-    return out
+    kinds = torch.stack([torch.ones_like(sink), clean.sparse & ~sink, clean.sparse & sink], -1)
+    chosen = torch.stack(parts, -1) * (count > 1)[..., None]
+    return torch.einsum("bhqn,bhqcp->hbncp", kinds.double(), chosen).cpu().numpy()
 
 
 def scale_spread(

@@ -38,16 +38,15 @@ from hooks.collapse import check_sparse
 from hooks.errors import UnsupportedModelError
 from hooks.measures.interference.count import (
     CleanRows,
+    SparseRows,
     clean_rows,
     first_of,
     frozen_rows,
-    predicted,
     row_sigma,
     scale_spread,
     shuffles,
     uniform_has,
     variances,
-    with_factors,
 )
 from hooks.measures.interference.output import Output
 from hooks.measures.interference.report import InterferenceReport, InterferenceSettings
@@ -60,7 +59,9 @@ from hooks.model import (
     encode,
     evaluating,
     example_of,
+    keeping_calls,
     measurement,
+    without_hooks,
 )
 from hooks.noise import SPARSE
 from hooks.sites import (
@@ -72,8 +73,8 @@ from hooks.sites import (
     attention_facts,
     choose_layers,
     inner_norms,
-    observe,
     sites_for,
+    view_layers,
 )
 
 _ON = ("k", "qk")
@@ -109,6 +110,10 @@ def interference(
     where it can have that spread, else the lognormal one). A row's sigma is the standard deviation
     of s_t over its visible keys, divided by their mean. Source: Menary et al. 2024, theorems 2 and
     7; the test itself is not in the paper.
+
+    One pass, after which each layer's block alone is run again with its norm frozen, from what the
+    pass gave it. Where that does not give a pass's scores (checked once for each state of a model),
+    or a hook is in the block, a pass ended at that layer takes its place.
 
     Args:
         model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress: as
@@ -164,18 +169,15 @@ def interference(
     sites = sites_for(model, prompts)
     chosen = choose_layers(sites, layers)
     settings = replace(settings, draws=draws, seed=seed, layers=tuple(s.layer for s in chosen))
-    with evaluating(model):
+    batches = [indices for indices, _ in prompts.batches(batch_size)]
+    steps = 2 * len(chosen) * len(batches)  # each layer as it is, and frozen
+    with evaluating(model), counting(steps, "interference", "layer", progress) as bar:
         example = example_of(model, prompts)
-        norms = inner_norms(model, chosen, example)
-        end = None
-        if output:
-            end = Output(model, prompts, targets, example)
+        norms = inner_norms(model, sites, chosen, example)
+        end = Output(model, prompts, targets, example) if output else None
         run = _Run(model, chosen, norms, settings, prompts.starts, first_prompt, end)
-        batches = [indices for indices, _ in prompts.batches(batch_size)]
-        passes = 1 + len(chosen) * len(settings.constants) * (len(settings.on) + output)
-        with counting(len(batches) * passes, "interference", "pass", progress) as bar:
-            for indices in batches:
-                run.batch(prompts.some(indices), indices, bar.update)
+        for indices in batches:
+            run.batch(prompts.some(indices), indices, bar.update)
     return run.report(attention_facts(model, sites, chosen, prompts), prompts)
 
 
@@ -240,34 +242,39 @@ class _Run:
             "constant": np.zeros((n_l, n_prompts)),
             "scale_spread": np.zeros((n_l, n_prompts, 2)),
         }
+        # Where nothing but the model itself acts in a block, the block alone is run again.
+        again = {s.block for s, n in zip(self.layers, self.norms, strict=True) if n.again}
+        self.again = without_hooks(self.model, again)
         outputs = len(settings.constants) if self.end is not None else 0
         self.ends = {n: np.zeros((outputs, n_l, n_prompts)) for n in ("kl", "agree", "loss")}
 
     def batch(self, prompts: Prompts, indices: Sequence[int], done: Callable[[], Any]) -> None:
-        """One batch of prompts of one length: a clean pass, then one for each way to freeze."""
+        """One batch of prompts of one length: a clean pass, then each layer frozen in each way."""
         seen: list[dict[str, Tensor]] = [{} for _ in self.layers]
         clean: dict[int, _Clean] = {}
-        seeing = partial(observe, self.model, vectors=("q", "k"), batch_size=len(prompts))
+        given = prompts.batch(range(len(prompts)))
 
         def take(view: LayerView) -> None:
             clean[view.index] = self._take_clean(view, seen[view.index], indices)
+            done()
 
-        seeing(self.layers, prompts, take, hooks=self._reading(seen))
-        done()
+        with keeping_calls(self.model, self.again) as calls:
+            reading = self._reading(seen)
+            view_layers(self.model, given, self.layers, take, indices, ("q", "k"), hooks=reading)
         if self.end is not None:
             self.end.clean(prompts, indices)
-        for index in range(len(self.layers)):
+        for index, layer in enumerate(self.layers):
+            call = calls.get(layer.block, given)
             for j, constant in enumerate(self.settings.constants):
                 for i, on in enumerate(self.settings.on):
                     hooks, count = self._freezing(indices, clean[index], (i, j, index), on)
-                    seeing([self.layers[index]], prompts, count, hooks=hooks)
-                    done()
+                    view_layers(self.model, call, [layer], count, indices, hooks=hooks)
                 if self.end is not None:
                     hooks = [self._frozen_norm(index, clean[index], constant)]
                     for name, values in self.end.compare(prompts, indices, hooks).items():
                         self.ends[name][j, index, list(indices)] = values
-                    done()
             del clean[index]  # its vectors are not needed any more
+            done()
         if self.end is not None:
             self.end.forget()
 
@@ -309,14 +316,14 @@ class _Run:
         sigma = row_sigma(view, factor)
         self._add("sigma_squared", (layer,), rows.sums(sigma.square() * rows.sparse), mine)
         self._add("lognormal", (layer,), rows.sums(rows.sparse & ~uniform_has(sigma)), mine)
-        self._add("predicted", (layer,), rows.sums(predicted(view.parts, rows, sigma)), mine)
-        moved = with_factors(view.parts, rows, factor)
-        self._add("factored", (layer,), rows.sums(moved), mine)
+        gathered = SparseRows(view.parts, rows)
+        self._add("predicted", (layer,), rows.sums(gathered.predicted(sigma)), mine)
+        self._add("factored", (layer,), rows.sums(gathered.moved(factor)), mine)
         numbers = self._numbers(indices)
         for draw in range(settings.draws):
             spared = rows.first & settings.spare_first
             order = shuffles(settings.seed, norm.layer, numbers, spared, draw)
-            moved = with_factors(view.parts, rows, factor.gather(1, order.to(factor.device)))
+            moved = gathered.moved(factor.gather(1, order.to(factor.device)))
             self._add("permuted", (draw, layer), rows.sums(moved), mine)
         return kept
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooks.arguments import brief, check_integers, check_layers, check_optional
 from hooks.errors import UnsupportedModelError
-from hooks.measures.rank.numbers import MEASURES, first_share, measures
+from hooks.measures.rank.numbers import MEASURES, first_share, with_and_without_first
 from hooks.measures.rank.report import WITH, RankReport, RankSettings, RankSite
 from hooks.measures.rank.sites import Block, Found, blocks_of, final_norm, resolve
 from hooks.model import (
@@ -133,10 +133,10 @@ class _Gathered:
             raise UnsupportedModelError(
                 check, wanted="finite numbers", got=got, layer=found.site.layer
             )
-        for row, prompt in zip(x.cpu().double(), prompts, strict=True):
-            some = (row, row[1:])
-            table = np.array([list(measures(part, self.rounding).values()) for part in some])
-            self.values.setdefault(found.site, {})[prompt] = table, first_share(row)
+        x = x.cpu()
+        numbers = with_and_without_first(x, self.rounding).numpy(), first_share(x).numpy()
+        for prompt, table, share in zip(prompts, *numbers, strict=True):
+            self.values.setdefault(found.site, {})[prompt] = table, share
 
     def note(self, words: Sequence[str], label: str) -> None:
         """Note what is missing at a block."""

@@ -237,6 +237,7 @@ class _Run:
         self.arguments = arguments
         self.starts = [stream_hook(model, sites) for sites in layers]
         self.ends = [stream_hook(model, sites, after=True) for sites in layers]
+        self.device, self.dtype = input_device(model), model_dtype(model)
         self.options: dict[str, Any] = without_cache(model)
         if "logits_to_keep" in arguments_of(model):  # all positions' would be the largest tensor
             self.options["logits_to_keep"] = 1
@@ -252,10 +253,9 @@ class _Run:
         ``clean``: whether a row is the unpermuted prompt, whose neighbours are compared; ``tried``:
         the generator of a row's last digits, where rounding is tried.
         """
-        device, dtype = input_device(self.model), model_dtype(self.model)
         named = {
-            name: value.expand(len(ids), *value.shape).to(device)
-            for name, value in self.arguments(ids.shape[1], dtype).items()
+            name: value.expand(len(ids), *value.shape).to(self.device)
+            for name, value in self.arguments(ids.shape[1], self.dtype).items()
         }
         kept: dict[str, Tensor] = {}
         given = ModelInput(ids, {**self.options, **named})
@@ -382,21 +382,15 @@ def neighbours(
     over all i, in which position i - d is more alike to i than i - e (ties count half): 1/2 where
     distance says nothing; NaN without a pair.
     """
-    sums = np.zeros((len(streams), REACH, 2))
-    share = np.full(len(streams), np.nan)
-    for point, stream in enumerate(streams):
-        x = stream[1:].double()
-        x = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-300)).cpu()
-        n = len(x)
-        band = torch.full((n, REACH), torch.nan, dtype=torch.float64)
-        for d in range(1, min(REACH, n - 1) + 1):
-            band[d:, d - 1] = (x[d:] * x[:-d]).sum(-1)
-        counted = ~band.isnan()
-        sums[point, :, 0] = band.nan_to_num().sum(0).numpy()
-        sums[point, :, 1] = counted.sum(0).numpy()
-        near, far = band[:, :, None], band[:, None, :]
-        pairs = torch.triu(counted[:, :, None] & counted[:, None, :], diagonal=1)
-        if bool(pairs.any()):
-            won = (near > far).double() + 0.5 * (near == far).double()
-            share[point] = float(won[pairs].mean())
-    return sums, share
+    x = torch.stack([stream[1:] for stream in streams]).double()
+    x = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-300)).cpu()
+    n = x.shape[1]
+    band = torch.zeros(len(x), n, REACH, dtype=torch.float64)
+    for d in range(1, min(REACH, n - 1) + 1):
+        band[:, d:, d - 1] = (x[:, d:] * x[:, :-d]).sum(-1)
+    counted = torch.arange(n)[:, None] > torch.arange(REACH)  # position i has one at i - d
+    sums = torch.stack([band.sum(1), counted.sum(0).double().expand(len(x), -1)], -1)
+    i, near, far = torch.triu(counted[:, :, None] & counted[:, None], 1).nonzero(as_tuple=True)
+    apart = band[:, i, near] - band[:, i, far]
+    share = 0.5 * (1 + apart.sign().mean(-1))  # NaN without a pair
+    return sums.numpy(), share.numpy()

@@ -27,7 +27,8 @@ from tests.support.watching import (
 def test_the_norm_found_is_the_module_s(name: str, dtype: torch.dtype) -> None:
     model = {**models.TINY, "gemma2": tiny_gemma2}[name]().to(dtype)
     with torch.no_grad():
-        norms = inner_norms(model, attention_sites(model).layers, short_input(model, 1, set()))
+        sites = attention_sites(model)
+        norms = inner_norms(model, sites, sites.layers, short_input(model, 1, set()))
     room = 8 * torch.finfo(dtype).eps
     for layer, norm in enumerate(norms):
         gain, bias, centred, eps = raw_norm(model, layer)

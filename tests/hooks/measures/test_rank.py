@@ -21,6 +21,7 @@ from hooks.measures.rank.numbers import (
     first_share,
     mean_cosine,
     measures,
+    with_and_without_first,
 )
 from qkvnorm_lens.models.bridge import to_bridge
 from qkvnorm_lens.models.config import QKVNormConfig
@@ -58,6 +59,27 @@ def ours(placement: str) -> Any:
 
 
 # -- measures ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 8), (8, 40), (9, 8), (8, 8), (2, 5), (1, 4)])
+@pytest.mark.parametrize("long", [1.0, 1e9])  # the first token, as models have it
+def test_one_qr_leaves_both_spectra_as_numpy_has_them(shape: tuple[int, int], long: float) -> None:
+    x = matrix(3, 2, *shape)
+    x[0, -1] = x[0, 0]  # of less than full rank, with all tokens
+    x[:, 0] *= long
+    found = with_and_without_first(x, 2.0**-53)
+    for prompt in range(2):
+        for start in range(2):
+            s = np.linalg.svd(x[prompt, start:].numpy(), compute_uv=False)
+            got = dict(zip(MEASURES, found[prompt, start].tolist(), strict=True))
+            if not len(s):
+                assert got["norm"] == got["rank"] == 0
+                continue
+            size, room = math.sqrt((s**2).sum()), 1e-13 * s[0]
+            assert got["norm"] == pytest.approx(size, rel=1e-12)
+            assert got["least"] == pytest.approx(s[-1], rel=1e-12, abs=room)
+            assert got["stable_rank"] == pytest.approx((size / s[0]) ** 2, rel=1e-12)
+            assert got["rank"] == np.linalg.matrix_rank(x[prompt, start:].numpy())
 
 
 @given(size=sizes, seed=seeds, scale=st.floats(1e-6, 1e6))
