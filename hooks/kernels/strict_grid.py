@@ -23,9 +23,10 @@ from hooks.kernels.integrals import (
     factor_cdf,
     normal_rule,
 )
+from hooks.kernels.strict_uniform import winning_factors
 from hooks.kernels.types import BIAS, Array, S, Setting
 
-_Q_NODES = 4  # of the query's factor under uniform noise
+_Q_NODES = 6  # of the query's factor under uniform noise
 _Q_STEP, _Q_END = 0.5, 5.0  # its normal variable under the other laws
 _TAIL = 4.5  # normal variable beyond which a level is not followed
 _CELLS, _MORE_CELLS = 12, 40  # of the grid of W: under uniform noise, under other laws
@@ -54,9 +55,11 @@ def grid_rate(how: Setting, crowd: Array, n: int, star: int, on_q: bool, result:
         _at_factor(how, crowd, n, star, 1.0, 1.0, result)
     elif how.law == UNIFORM:
         a = math.sqrt(3.0) * how.sigma
+        first, last = winning_factors(how, crowd, n, star, a)
         for k in range(_Q_NODES):
-            f_q = 1 - a + 2 * a * LEGENDRE_X[_Q_NODES, k]
-            _at_factor(how, crowd, n, star, f_q, LEGENDRE_W[_Q_NODES, k], result)
+            f_q = first + (last - first) * LEGENDRE_X[_Q_NODES, k]
+            share = LEGENDRE_W[_Q_NODES, k] * max(0.0, last - first) / (2 * a)
+            _at_factor(how, crowd, n, star, f_q, share, result)
     else:
         step = _Q_STEP if how.plain else 0.5 * _Q_STEP  # with biases, wins begin at a corner
         for k in range(int(2 * _Q_END / step) + 1):

@@ -19,13 +19,14 @@ from hooks.kernels.compile import compiled, compiled_without_nan
 from hooks.kernels.integrals import LEGENDRE_W, LEGENDRE_X
 from hooks.kernels.types import BIAS, Array, S, Setting
 
-_CELLS = 8  # of the grid of W
-_NODES = 4  # of the query's factor, where there are biases
+_CELLS = 10  # of the grid of W
+_NODES = 6  # of the query's factor, where there are biases
 _NEAR = 8  # of a factor around one of the query's: a whole vector
 _WIDE = 8.0  # ratio of the query's factors above which two parts of them are taken
 _LEAST = 1e-6  # half-width of a level
 _LOST = 1e-3  # probability that W is below the grid: the first cell takes it
 _HALVINGS = 5
+_MANY = 24  # tokens beyond which a part of them is looked at first
 _FAR = 12.0  # tokens that stay further below W add less than exp(-12)
 _FADED = -40.0
 _NOTHING = 1e-7  # probability of a win in a cell that is only bounded
@@ -70,7 +71,7 @@ def uniform_rate(how: Setting, crowd: Array, n: int, star: int, on_q: bool, resu
         _at_factor(how, crowd, n, star, 1.0, _nodes(0.0), 1.0, result)
         return True
     a = math.sqrt(3.0) * how.sigma
-    first, last = _winning_factors(how, crowd, n, star, a)
+    first, last = winning_factors(how, crowd, n, star, a)
     if last <= first:
         return False
     if how.plain:
@@ -100,7 +101,7 @@ def _nodes(away: float) -> Array:
 
 
 @compiled
-def _winning_factors(
+def winning_factors(
     how: Setting, crowd: Array, n: int, star: int, a: float
 ) -> tuple[float, float]:
     """Between which factors of the query another token can win."""
@@ -138,9 +139,12 @@ def _at_factor(
     last -= needed
     if last <= first:
         return
-    m, own = _levels(crowd, n, star, f_q, wide, first - _FAR, how.plain)
     start = first
-    first = _where_mass_begins(crowd, m, start, last)
+    if how.plain and n > _MANY:  # the largest ones alone tell where W can't be
+        m, own = _levels(crowd, _MANY, star, f_q, wide, first - _FAR, True)
+        first = _where_mass_begins(crowd, m, start, last)
+    m, own = _levels(crowd, n, star, f_q, wide, first - _FAR, how.plain)
+    first = _where_mass_begins(crowd, m, first, last)
     earlier = 0.0 if first > start else -1.0  # W's density rises from zero, or begins with a step
     width = (last - first) / _CELLS
     for k in range(m):

@@ -14,7 +14,6 @@ from hooks import kernels
 from hooks.kernels import LAW_CODES
 from hooks.kernels.strict import strict_rates
 from tests.oracles.strict import StrictRow, drawn_rate
-from tests.support.marks import slowly
 
 SIGMAS = (0.2, 0.45)
 CLOSE = StrictRow((20, 17, 16.9, 16.8, 16.5))
@@ -41,6 +40,7 @@ ROWS = {
     "sink": replace(MIXED, sink=2.0),
     "less sparse": replace(FIVE, sparse=0.7),
     "two": StrictRow((10, 6)),
+    "crowd below": StrictRow((20, 19, *(60 * [13]))),
 }
 
 
@@ -73,18 +73,18 @@ def test_the_computed_rate_is_that_of_draws(name: str) -> None:
     assert estimate[1] > 0
 
 
-@pytest.mark.parametrize("sigma", [0.25, *slowly(0.3, 0.4, 0.5)])
+@pytest.mark.parametrize("sigma", [0.25, 0.3, 0.4, 0.5])
 def test_two_tokens_leave_nothing_to_estimate(sigma: float) -> None:
     """Then P = E_q P(f_2 s_2 - f_1 s_1 >= ln(19) / f_q), here on a grid of all three."""
-    row, a, n = StrictRow((10, 6)), math.sqrt(3) * sigma, 400
+    row, a, n = StrictRow((10, 6)), math.sqrt(3) * sigma, 800
     f = 1 - a + 2 * a * (np.arange(n) + 0.5) / n
-    gap = 6 * f[:, None] - 10 * f
-    wanted = np.mean([(gap >= math.log(19) / q).mean() for q in f])
+    gap = np.sort((6 * f[:, None] - 10 * f).ravel())
+    wanted = 1 - np.searchsorted(gap, math.log(19) / f).mean() / gap.size
     estimate, low, high = computed(row, (sigma,))[:, 0]
-    assert estimate == pytest.approx(wanted, abs=5e-4)
+    assert estimate == pytest.approx(wanted, abs=5e-5)
     # Nothing but the grids' error and the width of a cell lies between the bounds.
     assert low == pytest.approx(estimate, abs=5e-4)
-    assert high == pytest.approx(estimate, abs=2e-3)
+    assert high == pytest.approx(estimate, abs=1e-3)
 
 
 @st.composite
@@ -106,7 +106,7 @@ def test_laws_of_the_strict_rate(row: StrictRow, sigma: float, seed: int) -> Non
     np.testing.assert_allclose(computed(moved, (sigma,), star)[0, 0], estimate, atol=1e-5)
     # Nor is a constant added to all scores after the noise, or a token far below.
     shifted = replace(row, bias=(7.5,) * len(row.s))
-    assert computed(shifted, (sigma,))[0, 0] == pytest.approx(estimate, abs=3e-3)
+    assert computed(shifted, (sigma,))[0, 0] == pytest.approx(estimate, abs=4e-3)
     far = replace(row, s=(*row.s, -300.0))
     assert computed(far, (sigma,))[0, 0] == pytest.approx(estimate, abs=1e-5)
     # A sink, or a higher threshold, leaves room for less.
