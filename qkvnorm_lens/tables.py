@@ -33,7 +33,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int
 
 
 def percent(x: float) -> str:
-    """A sigma in percent."""
+    """A sigma in percent; `hooks` has this, too, but takes seconds to import."""
     if math.isnan(x):
         return "-"
     return "never" if math.isinf(x) else f"{100 * x:.3g}%"
@@ -98,34 +98,12 @@ def strict_error(report: CollapseReport) -> str:
     return f" (± over {draws} draws)" if draws else ": not sampled"
 
 
-def heads(report: CollapseReport) -> pd.DataFrame:
-    """One row per head: sparse rows, sinks, score level, sigma at 1% with and without sinks.
-
-    Raises:
-        ValueError: the report's table is too small for ``sigma_at``.
-    """
-    import pandas as pd
-
-    columns = ["layer", "head", "label", "rows", "sinks", "score_level"]
-    frame: pd.DataFrame = report.to_frame().groupby(["layer", "head"], as_index=False).first()
-    frame = frame.loc[:, columns]
-    for name, content in (("sigma_at", False), ("sigma_at_content", True)):
-        by_head = report.sigma_at(RATE, by="head", content=content)
-        assert isinstance(by_head, pd.DataFrame)
-        layer = by_head.index.get_indexer(pd.Index(frame["layer"]))
-        frame[name] = by_head.to_numpy()[layer, frame["head"]]
-    return frame
-
-
 def _heads(report: CollapseReport, n: int, content: bool) -> str:
     try:
-        frame = heads(report)
+        ranked = report.heads(RATE, content=content, min_rows=MIN_ROWS)
     except ValueError as error:
         return str(error)
-    by = "sigma_at_content" if content else "sigma_at"
-    counted = frame["rows"] - frame["sinks"] if content else frame["rows"]
-    ranked = frame[counted >= MIN_ROWS]
-    finite = ranked[ranked[by] < math.inf].sort_values(by).head(n)
+    finite = ranked[ranked["sigma_at_content" if content else "sigma_at"] < math.inf].head(n)
     if finite.empty:
         return ""
     rows = [
@@ -140,8 +118,9 @@ def _heads(report: CollapseReport, n: int, content: bool) -> str:
         for row in finite.to_dict("records")
     ]
     names = ["head", "1% at sigma", "sinks left out", "sparse rows", "sinks", "score level"]
+    every = sum(report.model["heads"])
     return (
-        f"Heads, most fragile first ({len(ranked)} of {len(frame)} have {MIN_ROWS} sparse rows or "
+        f"Heads, most fragile first ({len(ranked)} of {every} have {MIN_ROWS} sparse rows or "
         f"more{', sinks left out' if content else ''}):\n{table(names, rows)}\n1% at sigma: the "
         "noise at which 1% of the head's sparse rows collapse. Score level: mean q.k score of the "
         "attended tokens."
@@ -201,7 +180,8 @@ def as_json(
     try:
         thresholds["model"] = _number(report.sigma_at(RATE))
         thresholds["content"] = _number(report.sigma_at(RATE, content=True))
-        by_head = _records(heads(report))
+        every = report.heads(RATE, min_rows=0).sort_values(["layer", "head"])
+        by_head = _records(every)
     except ValueError as error:
         thresholds["refused"] = str(error)
     told = {

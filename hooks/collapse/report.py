@@ -30,12 +30,7 @@ from hooks.collapse.solve import first_crossing, rate_of_rows, solve_sigma_at
 from hooks.collapse.table import RowTable, join
 from hooks.collapse.words import summarise
 from hooks.noise import NormNoise, check_sigma, get_law
-from hooks.reports import (
-    CorpusReport,
-    first_tokens,
-    se_draws,
-    se_prompts,
-)
+from hooks.reports import CorpusReport, Curves, first_tokens, percent, se_draws, se_prompts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -293,6 +288,58 @@ class CollapseReport(CorpusReport):
             return pd.Series(sigma, index=layers, name="sigma")
         heads = pd.RangeIndex(n_heads, name="head")
         return pd.DataFrame(sigma.reshape(n_layers, n_heads), index=layers, columns=heads)
+
+    def heads(
+        self, rate: float = 0.01, *, content: bool = False, min_rows: int = 20
+    ) -> pd.DataFrame:
+        """Heads, most fragile first: the sigma at which a share ``rate`` of their rows collapses.
+
+        Args:
+            rate: share of the rows, in (0, 1).
+            content: rank by ``sigma_at_content``.
+            min_rows: sparse rows (content: sinks left out) below which a head is left out, as a
+                single row would decide; 0: all heads.
+
+        Columns:
+            layer, head, label: block index; head; ``L5H1``.
+            rows, sinks: sparse rows; those that attend to the first token.
+            score_level: mean q.k part of the attended score.
+            sigma_at, sigma_at_content: as :meth:`sigma_at` gives them, with and without sinks.
+
+        Raises:
+            TypeError, ValueError: a wrong argument, or a table too small for ``sigma_at``.
+        """
+        (content,) = check_booleans(content=content)
+        (min_rows,) = check_integers(min_rows=(min_rows, 0))
+        columns = ["layer", "head", "label", "rows", "sinks", "score_level"]
+        frame = self.to_frame().groupby(["layer", "head"], as_index=False).first()[columns]
+        for name, without in (("sigma_at", False), ("sigma_at_content", True)):
+            by_head = self.sigma_at(rate, by="head", content=without)
+            assert isinstance(by_head, pd.DataFrame)
+            layer = by_head.index.get_indexer(pd.Index(frame["layer"]))
+            frame[name] = by_head.to_numpy()[layer, frame["head"]]
+        counted = frame["rows"] - frame["sinks"] if content else frame["rows"]
+        by = "sigma_at_content" if content else "sigma_at"
+        ranked = frame[counted >= min_rows].sort_values(by, kind="stable")
+        return ranked.reset_index(drop=True)
+
+    def glance(self) -> tuple[pd.DataFrame, Curves]:
+        """The most fragile heads, and the curves."""
+        curve = self.to_frame("model")
+        curves = {n: (curve["sigma"].to_numpy(), curve[n].to_numpy()) for n in ("loose", "strict")}
+        try:
+            heads = self.heads()
+        except ValueError:  # the table had too little room: the summary says so
+            return pd.DataFrame(), curves
+        table = {
+            "head": heads["label"],
+            "1% at sigma": heads["sigma_at"].map(percent),
+            "sinks left out": heads["sigma_at_content"].map(percent),
+            "sparse rows": heads["rows"],
+            "sinks": (heads["sinks"] / heads["rows"]).map(percent),
+            "score level": heads["score_level"],
+        }
+        return pd.DataFrame(table), curves
 
     def fragile(self, n: int = 10, *, content: bool = False) -> pd.DataFrame:
         """The n rows that collapse first, with the token they attend to and the one they jump to.

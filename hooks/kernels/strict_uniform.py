@@ -101,9 +101,7 @@ def _nodes(away: float) -> Array:
 
 
 @compiled
-def winning_factors(
-    how: Setting, crowd: Array, n: int, star: int, a: float
-) -> tuple[float, float]:
+def winning_factors(how: Setting, crowd: Array, n: int, star: int, a: float) -> tuple[float, float]:
     """Between which factors of the query another token can win."""
     first, last = 1 + a, 1 - a
     low = crowd[S, star] - a * abs(crowd[S, star])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Int
 from safetensors.numpy import save
 
@@ -31,6 +32,7 @@ from hooks.reports.files import (
     with_words,
     write_whole,
 )
+from hooks.reports.notebook import Curves, card
 from hooks.reports.values import as_kind, check_facts, check_texts
 
 _UNLIKE = ("device", "given")  # facts that two parts of one measurement may differ in
@@ -158,6 +160,13 @@ class SavedReport:
 
     def __repr__(self) -> str:
         return self.summary()
+
+    def glance(self) -> tuple[pd.DataFrame, Curves]:
+        """What a notebook shows below the words: a small sorted table, and curves over sigma."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return card(self.summary(), *self.glance())
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with the settings as JSON in its header; returns its path.

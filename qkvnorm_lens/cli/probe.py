@@ -38,7 +38,8 @@ TOKENS_AT_ONCE = 1024
 WINDOWS, SUMS = 8, 128
 _MOST = 100_000  # sigmas, layers
 _OPTIONS = (
-    "sigmas", "on", "method", "law", "shared", "layers", "sparse", "draws", "seed", "keep",
+    "sigmas", "on", "method", "law", "shared", "layers", "sparse", "strict", "draws", "seed",
+    "keep",
 )  # fmt: skip
 
 
@@ -104,6 +105,8 @@ def _noise(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--method", choices=("exact", "sample"), default="exact", help=said)
     said = "samples; with --method exact only to check the strict rate [0, or 16 to sample]"
     group.add_argument("--draws", type=count, metavar="N", help=said)
+    said = "skip the strict rate, or count it over --draws"
+    group.add_argument("--no-strict", dest="strict", action="store_false", help=said)
     group.add_argument("--layers", type=layers, metavar="LIST", help="as 0,3,5-7 [all]")
     group.add_argument(
         "--sparse",

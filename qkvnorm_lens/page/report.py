@@ -241,12 +241,10 @@ def _heads(report: CollapseReport, content: bool) -> dict[str, Any]:
     """Map and table of heads, or why there is none."""
     try:
         cells = head_cells(report, tables.RATE, content=content, min_rows=tables.MIN_ROWS)
-        frame = tables.heads(report)
+        frame = report.heads(tables.RATE, content=content, min_rows=0)
     except ValueError as error:
         return {"head_map": "", "heads": None, "heads_left_out": "", "refused": str(error)}
-    order = "sigma_at_content" if content else "sigma_at"
-    enough = frame["rows"] >= tables.MIN_ROWS
-    frame = frame.assign(few=~enough).sort_values(["few", order], kind="stable")
+    frame = frame.assign(few=frame["rows"] < tables.MIN_ROWS).sort_values("few", kind="stable")
     head = ("head", "1% at σ", "1% at σ, sinks left out", "sparse rows", "share of sinks")
     table = _Table(_columns(*head, "score level", texts=1))
     for row in frame.head(HEADS).to_dict("records"):

@@ -16,12 +16,14 @@ from hooks.collapse import CONTENT, SINK, By
 from hooks.measures.interference.count import ALL_ROWS, CONTENT_ROWS, DIRECTION, LENGTH, TOTAL
 from hooks.reports import (
     CorpusReport,
+    Curves,
     Form,
     Unsound,
     check_counts,
     check_numbers,
     check_sums,
     per_layer,
+    percent,
     se_prompts,
     told,
 )
@@ -228,6 +230,16 @@ class InterferenceReport(CorpusReport):
         }
 
     # -- words ------------------------------------------------------------------------------
+
+    def glance(self) -> tuple[pd.DataFrame, Curves]:
+        """The layers whose rows move most, with the first frozen vectors and constant."""
+        frame, settings = self.to_frame("layer"), self.settings
+        first = (frame["on"] == settings.on[0]) & (frame["constant"] == settings.constants[0])
+        frame = frame[first].sort_values("moved", ascending=False)
+        shares = {"moved": "moved", "sinks left out": "moved_content", "shuffled": "permuted"}
+        table = {"layer": frame["label"], "sparse rows": frame["rows"]}
+        table |= {name: frame[column].map(percent) for name, column in shares.items()}
+        return pd.DataFrame({**table, "independent noise": frame["predicted"].map(percent)}), {}
 
     def summary(self) -> str:
         """A few sentences: what moved, what noise of that size would have moved, and lengths."""

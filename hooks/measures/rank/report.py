@@ -13,7 +13,15 @@ from jaxtyping import Float
 
 from hooks.arguments import Settings, check_booleans, check_choice
 from hooks.measures.rank.numbers import MEASURES
-from hooks.reports import Form, SavedReport, Unsound, check_ascending, check_numbers
+from hooks.reports import (
+    MOST,
+    Curves,
+    Form,
+    SavedReport,
+    Unsound,
+    check_ascending,
+    check_numbers,
+)
 
 RankBy = Literal["prompt", "site"]
 WITH: Final = ("all", "without first")  # the axis of tokens
@@ -129,6 +137,16 @@ class RankReport(SavedReport):
         return rows.drop(columns="prompt").groupby(where, sort=False).mean().reset_index()
 
     # -- words ------------------------------------------------------------------------------
+
+    def glance(self) -> tuple[pd.DataFrame, Curves]:
+        """Some of the sites, by depth."""
+        frame = self.to_frame()
+        at = np.unique(np.linspace(0, len(frame) - 1, min(MOST, len(frame))).round().astype(int))
+        columns = {
+            "label": "site", "relative_mu": "distance from the mean token", "rank": "rank",
+            "stable_rank": "stable rank", "mean_cosine": "mean cosine",
+        }  # fmt: skip
+        return frame.iloc[at][list(columns)].rename(columns=columns), {}
 
     def summary(self) -> str:
         """A few sentences: the stream at its first and last site, and what the first token does."""

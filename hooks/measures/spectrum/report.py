@@ -11,7 +11,15 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from hooks.arguments import Settings, check_choice, check_integers
-from hooks.reports import Form, SavedReport, Unsound, check_ascending, check_numbers, per_layer
+from hooks.reports import (
+    Curves,
+    Form,
+    SavedReport,
+    Unsound,
+    check_ascending,
+    check_numbers,
+    per_layer,
+)
 
 SpectrumBy = Literal["prompt", "head", "layer", "length"]
 _NAMES = {
@@ -132,6 +140,12 @@ class SpectrumReport(SavedReport):
         )
 
     # -- words ------------------------------------------------------------------------------
+
+    def glance(self) -> tuple[pd.DataFrame, Curves]:
+        """The layers with the widest gap."""
+        columns = {"label": "layer", "gap": "gap", "uniform_gap": "the mask's own", "s1": "s1"}
+        frame = self.to_frame("layer").sort_values("gap", ascending=False)
+        return frame[list(columns)].rename(columns=columns), {}
 
     def summary(self) -> str:
         """A few sentences: the gap, beside the uniform matrix's, and what the fix leaves."""

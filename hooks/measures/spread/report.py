@@ -11,7 +11,16 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from hooks.arguments import Settings, check_choice, check_number
-from hooks.reports import Form, SavedReport, Unsound, check_numbers, first_tokens, per_layer
+from hooks.reports import (
+    Curves,
+    Form,
+    SavedReport,
+    Unsound,
+    check_numbers,
+    first_tokens,
+    per_layer,
+    percent,
+)
 
 Of = Literal["stream", "q", "k", "v"]
 SpreadBy = Literal["token", "head", "layer", "model"]
@@ -123,6 +132,13 @@ class SpreadReport(SavedReport):
         return {"layer": layer, "head": head.head, "label": f"{label}H{head.head}"}
 
     # -- words ------------------------------------------------------------------------------
+
+    def glance(self) -> tuple[pd.DataFrame, Curves]:
+        """The layers whose norms are spread most."""
+        frame = self.to_frame("layer").sort_values("band", ascending=False)
+        table = {"layer": frame["label"], "tokens": frame["tokens"], "band": frame["band"]}
+        table |= {"low": frame["low"], "high": frame["high"]}
+        return pd.DataFrame({**table, "to first tokens": frame["first_share"].map(percent)}), {}
 
     def summary(self) -> str:
         """A few sentences: how wide the band is, in which heads, and where the first token is."""

@@ -14,12 +14,14 @@ from hooks.arguments import Settings, check_choice, check_integers, check_number
 from hooks.noise import LAWS, At, NormNoise, Rows, Shared
 from hooks.reports import (
     CorpusReport,
+    Curves,
     Form,
     Unsound,
     check_ascending,
     check_counts,
     check_numbers,
     check_word,
+    percent,
     se_draws,
     se_prompts,
     told,
@@ -188,6 +190,17 @@ class SweepReport(CorpusReport):
         return float(sigma[i - 1] + share * (sigma[i] - sigma[i - 1]))
 
     # -- words ------------------------------------------------------------------------------
+
+    def glance(self) -> tuple[pd.DataFrame, Curves]:
+        """By sigma: how far the output moves."""
+        frame = self.to_frame()
+        changed = 1 - frame["top1_agreement"]
+        table = pd.DataFrame({"sigma": frame["sigma"].map(percent), "KL (nats)": frame["kl"]})
+        table["arg max changed"] = changed.map(percent)
+        if frame["accuracy"].notna().any():
+            table["accuracy"] = frame["accuracy"].map(percent)
+            table["loss (nats)"] = frame["loss"]
+        return table, {"arg max changed": (frame["sigma"].to_numpy(), changed.to_numpy())}
 
     def summary(self) -> str:
         """A few sentences: what was noised, what the output lost, and what that means here."""

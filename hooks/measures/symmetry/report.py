@@ -12,7 +12,14 @@ from jaxtyping import Bool, Float, Int
 
 from hooks.arguments import Settings, check_choice, check_integers
 from hooks.measures.symmetry.positions import Status, Variant
-from hooks.reports import Form, SavedReport, Unsound, check_numbers, per_layer
+from hooks.reports import (
+    Curves,
+    Form,
+    SavedReport,
+    Unsound,
+    check_numbers,
+    per_layer,
+)
 
 SymmetryBy = Literal["variant", "layer", "permutation", "distance"]
 FLOORS = 2  # how often each prompt is run again with the last digit of its stream changed
@@ -213,6 +220,12 @@ class SymmetryReport(SavedReport):
         ]
 
     # -- words ------------------------------------------------------------------------------
+
+    def glance(self) -> tuple[pd.DataFrame, Curves]:
+        """Each variant, and whether permuting the earlier tokens changes its output."""
+        columns = {"variant": "variant", "tv": "total variation", "kl": "KL (nats)"}
+        frame = self.to_frame()[[*columns, "verdict"]].rename(columns=columns)
+        return frame.rename(columns={"verdict": "gap"}), {}
 
     def summary(self) -> str:
         """A few sentences: the gap, what remains of it without positions and mask, and where."""

@@ -27,8 +27,7 @@ def test_probe_prints_tables(printed: str, wanted: hooks.CollapseReport) -> None
     assert [line[0] for line in lines[2:4]] == ["40%", "50%"]
     loose = wanted.to_frame("model")["loose"].iloc[1]
     assert lines[3][1] == f"{100 * loose:.3g}"
-    heads = tables.heads(wanted)
-    first = heads[heads["rows"] >= tables.MIN_ROWS].nsmallest(1, "sigma_at").iloc[0]
+    first = wanted.heads(tables.RATE, min_rows=tables.MIN_ROWS).iloc[0]
     assert rest.splitlines()[2].split()[:2] == [
         f"L{first['layer']:.0f}H{first['head']:.0f}",
         tables.percent(first["sigma_at"]),
@@ -132,7 +131,7 @@ def test_a_directory_of_ours(run: Run, ours_dir: str, printed: str) -> None:
 def test_every_option_reaches_the_probe(run: Run, seen: dict[str, Any]) -> None:
     argv = ["--method", "sample", "--layers", "0,2-3", "--law", "lognormal", "--shared", "heads"]
     argv += ["--on", "k", "--sparse", "0.9", "--seed", "3", "--draws", "5", "--sigmas", "1%"]
-    rest = ["--batch-size", "2", "--prompts", "9", "--keep", "7"]
+    rest = ["--batch-size", "2", "--prompts", "9", "--keep", "7", "--no-strict"]
     refused(run("probe", *argv, *rest), "enough")
     assert len(seen.pop("tokens")) == 9
     assert seen == {
@@ -143,6 +142,7 @@ def test_every_option_reaches_the_probe(run: Run, seen: dict[str, Any]) -> None:
         "shared": "heads",
         "sparse": 0.9,
         "layers": [0, 2, 3],
+        "strict": False,
         "draws": 5,
         "seed": 3,
         "batch_size": 2,
