@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 MOST = 10
 """Rows of the table."""
-_WIDTH, _HEIGHT, _EDGE = 420, 150, 34
+_WIDTH, _HEIGHT, _EDGE = 420, 150, 44
 _DASHES = ("", "6 4", "2 4")
 Curves = Mapping[str, tuple[Float[np.ndarray, "sigma"], Float[np.ndarray, "sigma"]]]
 
