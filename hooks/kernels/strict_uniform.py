@@ -28,7 +28,7 @@ _LOST = 1e-3  # probability that W is below the grid: the first cell takes it
 _HALVINGS = 5
 _MANY = 24  # tokens beyond which a part of them is looked at first
 _FAR = 12.0  # tokens that stay further below W add less than exp(-12)
-_FADED = -40.0
+_FADED, _MOST = -40.0, 300.0  # where an exponential is 0; where its square is finite
 _NOTHING = 1e-7  # probability of a win in a cell that is only bounded
 _TINY = 1e-30
 
@@ -146,8 +146,8 @@ def _at_factor(
     earlier = 0.0 if first > start else -1.0  # W's density rises from zero, or begins with a step
     width = (last - first) / _CELLS
     for k in range(m):
-        crowd[E_LOW, k] = _exp(min(600.0, crowd[LOW, k] - first))
-        crowd[E_HIGH, k] = _exp(min(600.0, crowd[HIGH, k] - first))
+        crowd[E_LOW, k] = _exp(min(_MOST, crowd[LOW, k] - first))
+        crowd[E_HIGH, k] = _exp(min(_MOST, crowd[HIGH, k] - first))
         crowd[SO_FAR, k], crowd[MASS, k] = 0.0, earlier  # what lies below is in the first cell
     far = (n - m) * math.exp(-_FAR)
     fade, per = math.exp(-0.5 * width), math.exp(-width)

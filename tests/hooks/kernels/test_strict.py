@@ -40,6 +40,7 @@ ROWS = {
     "sink": replace(MIXED, sink=2.0),
     "less sparse": replace(FIVE, sparse=0.7),
     "two": StrictRow((10, 6)),
+    "scores whose exponentials overflow": StrictRow((5e4, 4e4, 3.9e4, *range(1000, 9000, 500))),
     "crowd below": StrictRow((20, 19, *(60 * [13]))),
 }
 
