@@ -261,7 +261,11 @@ class AttentionSites:
         raise ValueError(f"index: wanted one of the attention layers {known}; got {brief(index)}")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per layer and vector: hooks, head counts and what shields the projection."""
+        """One row per layer and vector: hooks, head counts and what shields the projection.
+
+        ``scores``, ``pattern`` and ``z`` are hooks of the layer; "" where none shows them
+        (scores: ``"softmax"``, where they are read then).
+        """
         rows = [
             {
                 "layer": sites.layer,
@@ -272,6 +276,8 @@ class AttentionSites:
                 "heads": sites.vector(role).dot.n_heads,
                 "shield": sites.vector(role).shield,
                 "scores": sites.scores or "softmax",
+                "pattern": sites.pattern,
+                "z": "" if sites.z is None else sites.z.hook,
                 "bias": sites.has_bias,
                 "soft_cap": sites.soft_cap,
                 "sink": bool(sites.sink),

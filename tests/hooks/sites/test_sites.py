@@ -45,7 +45,8 @@ def ours(**options: object) -> TransformerBridge:
 def test_sites_of_known_architectures(
     kind: str, dot: str, shields: tuple[str, ...], bias: bool
 ) -> None:
-    sites = hooks.attention_sites(models.TINY[kind]())
+    model = models.TINY[kind]()
+    sites = hooks.attention_sites(model)
     assert [site.layer for site in sites] == [0, 1]
     for site in sites:
         assert site.q.projection.hook == f"blocks.{site.layer}.attn.hook_q"
@@ -59,6 +60,8 @@ def test_sites_of_known_architectures(
         assert site.kv_head_of == tuple(h // group for h in range(4))
     frame = sites.to_frame()
     assert list(frame["vector"]) == ["q", "k", "v"] * 2
+    assert set(frame["z"]) <= set(model.hook_dict)
+    assert set(frame["pattern"]) == {f"blocks.{i}.attn.hook_pattern" for i in range(2)}
     assert ("position bias" in sites.describe()) is bias
     assert ("removed" in sites.describe()) is ("removed" in shields)
 
