@@ -85,8 +85,8 @@ def summarise(report: Measured) -> str:
     )
     if sparse < _MIN_ROWS:
         lines.append(
-            f"Fewer than {_MIN_ROWS} sparse rows: too few to say how stable the model is. More text, "
-            f"or a threshold below {report.settings.sparse:g} (sparse=), gives more."
+            f"Fewer than {_MIN_ROWS} sparse rows: too few to say how stable the model is. More "
+            f"text, or a threshold below {report.settings.sparse:g} (sparse=), gives more."
         )
     lines.append(_threshold_sentence(report))
     named = _first_head(report)
