@@ -129,8 +129,8 @@ def _one_pass(data: Row) -> str:
         out.append(f"{markdown_table(checks)}\n")
     if data.get("long"):
         out.append(
-            "### Long texts\n\nOurs alone, loose rates: two layers, 4 heads, d_head 64, attention on "
-            f"sdpa; a process each.\n\n{markdown_table(data['long'])}\n"
+            "### Long texts\n\nOurs alone, loose rates: two layers, 4 heads, d_head 64, attention "
+            f"on sdpa; a process each.\n\n{markdown_table(data['long'])}\n"
         )
     if data.get("memory"):
         out.append(
