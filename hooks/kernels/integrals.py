@@ -23,12 +23,14 @@ from hooks.kernels.types import Array
 UNIFORM, GAUSSIAN, LOGNORMAL = 0, 1, 2
 LAW_CODES = {"uniform": UNIFORM, "gaussian": GAUSSIAN, "lognormal": LOGNORMAL}
 
-_BLOCK = 32  # nodes that are taken together, for the vector units
+_FEW = 16  # competitors up to which each node is taken for itself
+_LANES = 8  # nodes that are taken together, for the vector units
+_BLOCK = 4 * _LANES
 GRID = (3, _BLOCK)
 _Y, _WEIGHT, _H = 0, 1, 2  # its rows
-_FALL = 2.0  # of log H, by which it falls in one stretch at most, or little more
+FALL = 2.0  # of log H, by which it falls in one stretch at most, or little more
 _WRONG = 2e-6  # error of the mean of H
-_DEEP = 15.0  # H < exp(-15), and less beyond: what is cut off is below 1e-7
+DEEP = 15.0  # H < exp(-15), and less beyond: what is cut off is below 1e-7
 _Z_END, _Z_STEP = 8.5, 0.125  # normal variable of a factor; 1e-17 of the mass lies beyond
 _Q_NODES = 8  # nodes per panel of the outer integral over f_q, under uniform noise
 # Panels, finer towards small f_q (by which the bias is divided), further split where the nearest
@@ -117,11 +119,11 @@ def _cut(g: Array, d: Array, n: int, width: float) -> tuple[int, float]:
     for t in range(n):
         if t > 0:
             depth += steep * (min(d[t], width) - d[t - 1])
-        if depth >= _DEEP or d[t] >= width:
-            return t, min(d[t], width) - max(0.0, depth - _DEEP) / steep
+        if depth >= DEEP or d[t] >= width:
+            return t, min(d[t], width) - max(0.0, depth - DEEP) / steep
         steep += g[t]
     depth += steep * (width - d[n - 1])
-    return n, width - max(0.0, depth - _DEEP) / steep
+    return n, width - max(0.0, depth - DEEP) / steep
 
 
 @compiled
@@ -135,11 +137,17 @@ def _inside(A: Array, g: Array, d: Array, n: int, width: float, grid: Array) -> 
         stop = width if j == n else min(width, max(d[j], 0.0))
         if stop <= start:
             continue
-        parts = int(steep * (stop - start) / _FALL) + 1
+        parts = int(steep * (stop - start) / FALL) + 1
         span = (stop - start) / parts
         for part in range(parts):
-            nodes = _nodes(j, steep * span, depth)
+            nodes = legendre_nodes(j, steep * span, depth)
             for k in range(nodes):
+                if n <= _FEW:
+                    y, h = start + span * (part + LEGENDRE_X[nodes, k]), 1.0
+                    for t in range(j):
+                        h *= A[t] - g[t] * y
+                    total += span * LEGENDRE_W[nodes, k] * h
+                    continue
                 if used == _BLOCK:
                     total += _block(A, g, j, grid, used)
                     used = 0
@@ -151,34 +159,40 @@ def _inside(A: Array, g: Array, d: Array, n: int, width: float, grid: Array) -> 
 
 
 @compiled
-def _nodes(degree: int, fall: float, depth: float) -> int:
+def legendre_nodes(degree: int, fall: float, depth: float) -> int:
     """Legendre nodes for a stretch over which ``degree`` lines fall by ``fall`` together.
 
     H > 0 is a polynomial there, and its derivatives have |H^(k)| <= slope^k exp(-depth).
     """
     room = _WRONG * (1 + depth / 8) ** 8  # at most exp(depth)
-    square, power = fall * fall, 1.0
-    for nodes in range(1, len(LEGENDRE_ERROR)):
-        power *= square
-        if 2 * nodes > degree or power * LEGENDRE_ERROR[nodes] <= room:
-            return nodes
-    return len(LEGENDRE_ERROR) - 1
+    square, most = fall * fall, degree // 2 + 1
+    if square * LEGENDRE_ERROR[1] <= room:
+        return 1
+    if most <= 2 or square * square * LEGENDRE_ERROR[2] <= room:
+        return min(2, most)
+    nodes, power = 3, square * square * square
+    while nodes < most and nodes < len(LEGENDRE_ERROR) - 1 and power * LEGENDRE_ERROR[nodes] > room:
+        nodes, power = nodes + 1, power * square
+    return nodes
 
 
 @compiled
 def _block(A: Array, g: Array, n: int, grid: Array, used: int) -> float:
     """Weighted sum of H over the nodes in ``grid``, of which the last ones may be unused."""
     y, weight, h = grid[_Y], grid[_WEIGHT], grid[_H]
-    for i in range(used, _BLOCK):
+    lines = -(-used // _LANES)
+    for i in range(used, lines * _LANES):
         y[i], weight[i] = y[used - 1], 0.0
-    for i in range(_BLOCK):
+    for i in range(lines * _LANES):
         h[i] = 1.0
     for t in range(n):
         a, b = A[t], g[t]
-        for i in range(_BLOCK):
-            h[i] *= min(1.0, a - b * y[i])
+        for line in range(lines):
+            for lane in range(_LANES):
+                k = np.uintp(line * _LANES + lane)  # an index that may be negative is gathered
+                h[k] *= min(1.0, a - b * y[k])
     total = 0.0
-    for i in range(_BLOCK):
+    for i in range(used):
         total += weight[i] * h[i]
     return total
 
@@ -206,29 +220,14 @@ def uniform_plain(
         d[count] = top - s[count] * up
         if count > 0:
             depth += steep * (d[count] - d[count - 1])
-            if depth > _DEEP:
+            if depth > DEEP:
                 break
         g[count] = slope * inverse[count]
         A[count] = 1 + g[count] * d[count]
         steep += g[count]
         count += 1
-    inside = _inside(A, g, d, count, d[count] if depth > _DEEP else top - low, grid)
+    inside = _inside(A, g, d, count, d[count] if depth > DEEP else top - low, grid)
     return max(0.0, float(top - low - inside) / (2 * half))
-
-
-@compiled
-def enough(s_star: float, s: Array, inverse: Array, n: int, a: float, rest: float) -> bool:
-    """Whether these competitors decide P: none up to ``rest`` reaches where H is not yet zero."""
-    up = 1 + a if s_star > 0 else 1 - a
-    low, depth, steep = s_star - a * abs(s_star), 0.0, 0.0
-    if rest * up <= low:
-        return True
-    for t in range(n):
-        steep += 0.5 / a * abs(inverse[t])
-        depth += steep * (s[t] - (s[t + 1] if t + 1 < n else rest)) * up
-        if depth > _DEEP:
-            return True
-    return False
 
 
 @compiled

@@ -57,6 +57,7 @@ from hooks.kernels.types import (
     Sums,
     Table,
 )
+from hooks.kernels.uniform_plain import NODES
 
 
 def scratch(n_key: int, n_sigmas: int) -> Scratch:
@@ -76,6 +77,8 @@ def scratch(n_key: int, n_sigmas: int) -> Scratch:
         at=ints[2],
         work=np.empty((3, n_key)),
         grid=np.empty(GRID),
+        nodes=np.empty(NODES),
+        ends=np.empty((2, n_sigmas)),
         crowd=np.empty((CROWD, n_key)),
         rates=np.empty(n_sigmas),
     )

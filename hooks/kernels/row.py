@@ -12,13 +12,15 @@ import math
 import numpy as np
 
 from hooks.kernels.compile import compiled
-from hooks.kernels.integrals import GRID, LOGNORMAL, UNIFORM, biased, drawn_factor, enough, plain
+from hooks.kernels.integrals import GRID, LOGNORMAL, UNIFORM, biased, drawn_factor, plain
 from hooks.kernels.types import MASKED, Array, Drawn, Floats, Ints, Rule, Scratch
+from hooks.kernels.uniform_plain import uniform_rates
 
 TIE = 2.0  # scores closer than this many eps of their size differ by rounding alone
 _BUCKETS = 64
 _LINE = 64  # scores that are looked at together
 _FEW, _HALVINGS, _DECIDED = 128, 6, 28.0  # competitors that need no choice; its steps; its depth
+_MANY = 40  # competitors whose rates are computed together
 _LEAST_INT, _SIGN, _NO_SIGN = np.int32(-(2**31)), np.int32(31), np.int32(2**31 - 1)
 
 # Rows of the counts: examined; one visible key; two keys that share the maximum; competitors able
@@ -274,16 +276,16 @@ def exact_plain(rule: Rule, use: Scratch, n: int, s_star: float, rest: float, ou
         return rest == -math.inf
     for t in range(n):
         inverse[t] = 1 / s[t] if s[t] != 0 else 0.0
+    if rule.law == UNIFORM and (n > _MANY or rest > -math.inf):
+        return uniform_rates(
+            s_star, s, inverse, n, rest, rule.sigmas, use.nodes, use.ends, use.work, use.grid, out
+        )
     nearest = (s_star - s[0]) / (abs(s_star) + abs(s[0]))
-    for i in range(len(rule.sigmas) - 1, -1, -1):
+    for i in range(len(rule.sigmas)):
         sigma, count = rule.sigmas[i], n
         if sigma == 0.0 or (rule.law == UNIFORM and nearest >= math.sqrt(3.0) * sigma):
             continue
-        if rule.law == UNIFORM:
-            a = math.sqrt(3.0) * sigma
-            if not enough(s_star, s, inverse, n, a, rest):
-                return False
-        else:
+        if rule.law != UNIFORM:
             count = 0  # beyond it a competitor wins with less than 1e-13
             while count < n and within_tails(rule.law, s_star, s[count], sigma):
                 count += 1

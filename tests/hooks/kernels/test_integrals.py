@@ -50,7 +50,20 @@ def compiled(row: Row) -> float:
         return integrals.biased(law, row.s_star, s, beta, len(s), row.sigma, on_q, on_k, work, GRID)
     s = np.sort(s)[::-1].copy()
     inverse = np.divide(1, s, out=np.zeros_like(s), where=s != 0)
-    return integrals.plain(law, row.s_star, s, inverse, len(s), row.sigma, work, GRID)
+    alone = integrals.plain(law, row.s_star, s, inverse, len(s), row.sigma, work, GRID)
+    together = at_sigmas(row.s_star, s, row.law, row.sigma)[1]
+    assert together == pytest.approx(alone, abs=6e-7)
+    return together
+
+
+def at_sigmas(s_star: float, s: np.ndarray, law: str, sigma: float) -> np.ndarray:
+    """P of competitors that descend, at this sigma between two others, as the probe computes it."""
+    sigmas = np.array([0.3 * sigma, sigma, min(1.5 * sigma, 0.5773)])
+    rule = every_row(sigmas)._replace(law=integrals.LAW_CODES[law])
+    use, out = kernels.scratch(len(s), 3), np.full(3, np.nan)
+    use.near[:] = s
+    assert exact_plain(rule, use, len(s), s_star, -math.inf, out)
+    return out
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r.on != "q" or r.beta is not None], ids=str)
