@@ -52,9 +52,11 @@ class Measured(Protocol):
 
 
 def percent(x: float) -> str:
-    """A share as text: 7.9%, never reached, or no rows."""
+    """A share or a sigma as text: 7.9%, <0.01%, never reached, or no rows."""
     if math.isnan(x):
         return "no rows"
+    if 0 < x < 1e-4:
+        return "<0.01%"
     if math.isinf(x):
         return "never"
     return f"{100 * x:.2g}%" if x < 0.0995 else f"{100 * x:.3g}%"

@@ -6,7 +6,6 @@ end of a cell.
 """
 
 from qkvnorm_lens.plots.attention_views import (
-    SCALE as SCALE,
     View,
     attention,
     attention_rows,
