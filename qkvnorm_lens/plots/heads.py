@@ -79,7 +79,7 @@ def head_map(
     *,
     content: bool = False,
     min_rows: int = 20,
-    limits: tuple[float, float] | None = None,
+    limits: Sequence[charts.Number] | None = None,
     backend: charts.Backend = "matplotlib",
 ) -> charts.Figure | Any:
     """Sigma at which a share ``rate`` of a head's sparse rows collapses, layers by heads.

@@ -94,7 +94,7 @@ def ticks_between(low: float | int, high: float | int) -> list[float]:
     usual = (1.0,) if last - first > 4 else (1.0, 2.0, 5.0)
     for steps in (usual, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
         found = between(steps, range(first, last + 1))
-        if len(found) > 2:
+        if len(found) > 3:
             return found
     power = math.floor(math.log10(high - low))
     for size in (10.0**power, 10.0**power / 2, 10.0**power / 5):

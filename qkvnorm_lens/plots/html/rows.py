@@ -20,7 +20,7 @@ _Text = TypeVar("_Text", bound=str)
 MOST_TOKENS = 48
 """A view shows no more tokens than this: those that carry weight, and their neighbours."""
 _LEAST_WEIGHT = 0.005
-_MATRIX_TOKENS, _MATRIX_WEIGHT = 24, 0.02  # matrices are square: few tokens, or all of it is empty
+_MATRIX_TOKENS, _MATRIX_WEIGHT = 16, 0.02  # matrices are square: few tokens, or all of it is empty
 
 
 @dataclass(frozen=True, eq=False)

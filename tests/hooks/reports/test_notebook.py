@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import GPT2LMHeadModel
 
 import hooks
 from hooks.reports import MOST, SavedReport
 from hooks.reports.notebook import card
 from tests.support import models
+from tests.support.watching import shape_checks_off
 
 
 class Page(HTMLParser):
@@ -144,3 +149,35 @@ def test_heads_refuses_what_it_cannot_read(report: hooks.CollapseReport) -> None
         report.heads(min_rows=-1)
     with pytest.raises(TypeError, match="content: wanted True or False"):
         report.heads(content="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_model_goes_by_the_name_it_is_given(measure: str) -> None:
+    calls = {"probe": "collapse_probe", "rank": "rank_profile"}
+    calls |= {"spectrum": "spectral_gap", "symmetry": "symmetry_gap"}
+    call = getattr(hooks, calls.get(measure, measure))
+    assert inspect.signature(call).parameters["name"].default is None
+    few = {"sweep": {"sigmas": (0.1,), "replicates": 2}, "symmetry": {"permutations": 2}}
+    made = call(models.tiny_gpt2(), models.tokens(1), name="mine", **few.get(measure, {}))
+    assert made.model["name"] == "mine"
+    assert made.summary().startswith("mine: ")
+    with shape_checks_off(), pytest.raises(TypeError, match="name: wanted a text; got 3"):
+        call(models.tiny_gpt2(), models.tokens(1), name=3)
+
+
+def test_a_bridge_of_a_module_is_called_what_it_is(tmp_path: Path) -> None:
+    """TransformerLens calls each of them "external"."""
+    hf = models.tiny_hf(GPT2LMHeadModel, models.tiny_gpt2_config())
+    hf.save_pretrained(tmp_path / "mine")
+
+    def named(model: Any) -> str:
+        return hooks.collapse_probe(model, models.tokens(1), sigmas=[0.1]).model["name"]
+
+    bridge = build_bridge_from_module(hf, "GPT2LMHeadModel", hf_config=hf.config, device="cpu")
+    assert bridge.cfg.model_name == "external"
+    assert named(bridge) == "GPT2LMHeadModel"
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "mine")
+    bridge = build_bridge_from_module(
+        again, "GPT2LMHeadModel", hf_config=again.config, device="cpu"
+    )
+    assert named(bridge) == "mine"

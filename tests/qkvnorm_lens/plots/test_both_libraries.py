@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,9 @@ def test_accuracy_is_the_sweeps(sweep_report) -> None:  # type: ignore[no-untype
     np.testing.assert_allclose(y, 100 * frame["accuracy"].iloc[1:])
     levels = [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"]
     assert 100 * frame["accuracy"].iloc[0] in levels
+    blind = replace(sweep_report, targets=0 * sweep_report.targets)
+    (ax,) = plots.accuracy_curve(blind).axes
+    assert "same arg max" in ax.get_ylabel()
     with pytest.raises(ValueError, match="metric: wanted one of"):
         plots.accuracy_curve(sweep_report, metric="speed")
     with pytest.raises(ValueError, match="at least one"):
