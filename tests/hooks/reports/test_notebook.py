@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import GPT2LMHeadModel
 
@@ -181,3 +184,42 @@ def test_a_bridge_of_a_module_is_called_what_it_is(tmp_path: Path) -> None:
         again, "GPT2LMHeadModel", hf_config=again.config, device="cpu"
     )
     assert named(bridge) == "mine"
+
+
+# -- the figure -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_report_draws_itself(model: Any, measure: str) -> None:
+    made: Any = MEASURES[measure](model, models.tokens(2))
+    figure = made.plot()
+    assert isinstance(figure, Figure)
+    assert any(ax.lines or ax.collections for ax in figure.axes)
+    (ax,) = Figure().subplots(1, 1, squeeze=False).ravel()
+    assert made.plot(ax=ax) is ax.figure
+    with pytest.raises(ValueError, match="backend: wanted"):
+        made.plot(backend="gnuplot")
+
+
+def test_hooks_loads_a_figure_only_when_asked(report: hooks.CollapseReport, tmp_path: Path) -> None:
+    """Nothing of qkvnorm_lens is imported before, and without it the package is named."""
+    path = report.save(tmp_path / "report.safetensors")
+    code = f"""
+import sys
+import importlib.metadata
+from hooks import CollapseReport
+report = CollapseReport.load({str(path)!r})
+assert "qkvnorm_lens" not in sys.modules and "matplotlib" not in sys.modules
+report.plot()
+assert "qkvnorm_lens" in sys.modules
+from hooks.reports import figures
+figures.entry_points = lambda group: ()
+try:
+    report.plot()
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.match(
+        r"plot: wanted a package .* CollapseReport .*; got none: pip install", done.stdout
+    )
