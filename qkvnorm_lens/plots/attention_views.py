@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape as quoted  # markupsafe's leaves markup as it is
 from numbers import Integral
 from pathlib import Path
@@ -41,10 +42,12 @@ class View:
     Attributes:
         html: the page.
         height: of the frame in a notebook, pixels.
+        twin: makes the same as a figure of matplotlib's, for print; None where there is none.
     """
 
     html: str = field(repr=False)
     height: int = 480
+    twin: Callable[[], charts.Figure] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_text("html", self.html)
@@ -58,8 +61,22 @@ class View:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file that opens offline; returns its path."""
+        """Write the page to a file that opens offline; returns its path.
+
+        A path that ends in .png, .pdf or .svg gets the view's twin for print
+        (:func:`attention_rows` for :func:`attention`).
+
+        Raises:
+            ValueError: such a path, of a view without a twin.
+            ImportError: such a path, without matplotlib.
+            OSError: it can't be written.
+        """
         path = check_path("path", path)
+        if path.suffix[1:] in charts.FORMATS:
+            if self.twin is None:
+                wanted = "a name that ends in .html, as this view is only a page"
+                raise ValueError(f"path: wanted {wanted}; got {path}")
+            return charts.save(self.twin(), path)[0]
         with naming("path", "a file that can be written", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self.html, encoding="utf-8")
@@ -97,7 +114,8 @@ def attention(report: CollapseReport, n: int = 8, *, content: bool = False) -> V
     title = f"{name_of(report)}: the most fragile rows"
     body = Markup("<h1>{}</h1>").format(title) + Markup("").join(parts)
     scripts = [bundle, html.LOADER]
-    return View(_page(title, body, html.island("circuits", views), scripts), height=640)
+    page = _page(title, body, html.island("circuits", views), scripts)
+    return View(page, height=640, twin=partial(attention_rows, report, n, content=content))
 
 
 def fragile_text(report: CollapseReport, prompts: Sequence[int] | int = 8) -> View:

@@ -103,6 +103,7 @@ NAMES = (
     "plots.spectrum_by_depth",
     "plots.symmetry_by_depth",
     "plots.training_curves",
+    "plots.save",
     "View",
     "View.save",
     "html_report",
@@ -329,6 +330,7 @@ def figures(model: Any) -> dict[str, Call]:
     return out | {
         "View": Call(plots.View, {"html": hold("<p>")}),
         "View.save": Call(view.save),
+        "plots.save": Call(plots.save, {"figure": report.plot, "path": hold("figure.pdf")}),
         "html_report": Call(html_report.html_report, page),
         "write_html": Call(html_report.write_html, page | {"path": hold("page.html")}),
     }
