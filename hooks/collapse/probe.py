@@ -133,7 +133,8 @@ def collapse_probe(
             a time, never as one [query, key] matrix; default: as many as fit into 16 MiB.
         first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
             which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
-        progress: show a progress bar; default: in a terminal or a notebook.
+        progress: show a bar in a terminal or a notebook, lines in a log; default: in a log only
+            after a minute.
         name: what the report calls the model; default: the model's own name.
 
     Returns:
