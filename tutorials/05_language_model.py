@@ -315,7 +315,8 @@ least = np.full(len(ids[0]), np.inf)
 mine = (table.prompt == 0) & (table.key > 0)  # here without sinks
 np.minimum.at(least, table.query[mine], table.half_width[mine] / math.sqrt(3))
 finite = least[np.isfinite(least)]
-depth = np.log(finite.max() / least) / np.log(finite.max() / finite.min())
+most = finite.max()
+depth = np.log(most / np.minimum(least, most)) / np.log(most / finite.min())
 depth = np.where(np.isfinite(least), 0.1 + 0.9 * depth, 0)
 
 figure, ax = plt.subplots(figsize=(8.2, 2.0), layout="constrained")

@@ -143,6 +143,11 @@ def _first_head(report: Measured) -> str:
         return ""
     assert isinstance(sigma, pd.DataFrame)
     counts = report.rows.sum((-1, -2))
+    if counts.max() < _MIN_ROWS <= counts.sum():
+        return (
+            f"No head has {_MIN_ROWS} sparse rows or more, so none is named: more text gives more "
+            "rows, and heads(min_rows=1) lists all heads."
+        )
     values = np.where(counts >= _MIN_ROWS, sigma.to_numpy(), np.nan)
     if not np.isfinite(values).any():
         return ""

@@ -34,7 +34,7 @@ class _Lines:
     def update(self, n: int = 1) -> None:
         """More is done."""
         self.n += n
-        if time.monotonic() >= self.next:
+        if time.monotonic() >= self.next and (self.asked or self.n < self.total):
             self.next = time.monotonic() + EVERY
             self._say()
 

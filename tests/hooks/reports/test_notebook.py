@@ -186,6 +186,14 @@ def test_a_bridge_of_a_module_is_called_what_it_is(tmp_path: Path) -> None:
     assert named(bridge) == "mine"
 
 
+def test_rows_too_few_to_name_a_head_are_told(model: Any) -> None:
+    few = hooks.collapse_probe(model, models.tokens(1, 12), sigmas=[0.1])
+    assert few.rows.sum((-1, -2)).max() < 20 <= few.n_sparse
+    assert few.heads().empty
+    assert "heads(min_rows=1) lists all heads" in few.summary()
+    assert len(few.heads(min_rows=1))
+
+
 # -- the figure -------------------------------------------------------------------------------
 
 
