@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COMPLETE = 2 * BEYOND
 """Cutoff of a table that lists every competitor able to win."""
 
+_PARTS = 2048  # each is a dozen arrays, however few rows it has
 _ROW = ("layer", "head", "prompt", "query", "key", "rival")
 _ENTRY = ("s", "beta", "a")
 
@@ -160,9 +161,14 @@ class TableParts:
             a=piece.a[:n_entries].copy(),
             cutoff=np.asarray(cutoff, np.float32),
         )
+        self.add(part)
+
+    def add(self, part: RowTable) -> None:
+        """Take a table over; callable from several threads."""
         with self._lock:
             self._parts.append(part)
-            if sum(len(p.a) for p in self._parts) > 2 * self.keep:
+            self.cutoff = min(self.cutoff, float(part.cutoff))
+            if len(self._parts) > _PARTS or sum(len(p.a) for p in self._parts) > 2 * self.keep:
                 self._parts = [self._cut()]
                 self.cutoff = float(self._parts[0].cutoff)
 

@@ -52,6 +52,12 @@ class Tally:
         self.parts = TableParts(settings.keep, biased=self.biased)
         self.showing = Showing(settings.keep_rows)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The sums, by the names of the report's fields."""
+        draws = {f"{name}_draws": values for name, values in self.draws.items()}
+        beside = {"rows": self.rows, "able": self.able, "level": self.level}
+        return {**beside, **self.counts, **self.sums, **self.bounds, **draws}
+
     def report(self, *, model: Mapping[str, Any], prompts: Prompts) -> CollapseReport:
         """The frozen result."""
         table = self.parts.table()
@@ -64,13 +70,7 @@ class Tally:
             decoder_tokens=prompts.decoder_strings,
             starts=self.starts,
             padding=np.asarray(prompts.padding, dtype=np.int64),
-            rows=self.rows,
-            able=self.able,
-            level=self.level,
-            **self.counts,
-            **self.sums,
-            **self.bounds,
-            **{f"{name}_draws": values for name, values in self.draws.items()},
             table=table,
+            **self.arrays(),
             kept=kept,
         )
