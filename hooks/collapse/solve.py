@@ -197,7 +197,8 @@ def first_crossing(
     reaches it, NaN without rows.
     """
     x, before, at, part = _crossing(sigmas, sums, rate, counts)
-    found = x[before] + part * (x[at] - x[before])
+    with np.errstate(invalid="ignore"):
+        found = x[before] + part * (x[at] - x[before])
     return np.where(counts == 0, math.nan, np.where(at > 0, found, math.inf))
 
 

@@ -71,6 +71,7 @@ class Tally:
             starts=self.starts,
             padding=np.asarray(prompts.padding, dtype=np.int64),
             table=table,
+            moments=np.zeros((0, len(self.layers) * (self.rows.shape[1] + 1) + 1)),
             **self.arrays(),
             kept=kept,
         )

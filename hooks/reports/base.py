@@ -345,7 +345,8 @@ def _grouped(
     out: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name in absent and hasattr(kind, "dim_str"):  # not written, as it has no entry
-            out[name] = np.zeros([sizes[axis] for axis in kind.dim_str.split()])
+            dtype = "i8" if "Int" in kind.__name__ else float
+            out[name] = np.zeros([sizes[axis] for axis in kind.dim_str.split()], dtype)
             continue
         if not _has_arrays(kind) or name in absent:
             continue

@@ -60,7 +60,7 @@ def se_moments(
     return _se(of[0], rest, counts)
 
 
-def _se(n: Any, rest: np.ndarray, total: Any) -> np.ndarray:
+def _se(n: Any, rest: Any, total: Any) -> np.ndarray:
     """n prompts, their squared residuals added, and the sum of the denominators."""
     with np.errstate(invalid="ignore", divide="ignore"):
         found = np.sqrt(n / (n - 1) * rest) / total
