@@ -22,7 +22,6 @@ from hooks.collapse.table import join
 from hooks.reports import CorpusReport, first_tokens, moments, one_model, se_moments, se_prompts
 
 if TYPE_CHECKING:
-    from hooks.collapse.report import CollapseReport
     from hooks.collapse.table import RowTable
 
 SHOWN: Final = 256
@@ -38,7 +37,7 @@ class PooledReport(CorpusReport):
         """Tokens of all prompts."""
         return int(self.read.sum()) if self.settings.pooled else sum(map(len, self.tokens))
 
-    def pooled(self: Any) -> CollapseReport:
+    def pooled(self: Any) -> Any:
         """This report with sums over all prompts in place of sums for each.
 
         All rates, thresholds, standard errors and rows stay. The tokens of a prompt are left out,
@@ -46,11 +45,11 @@ class PooledReport(CorpusReport):
         counted or not.
         """
         if self.settings.pooled:
-            return self  # type: ignore[no-any-return]
+            return self
         arrays = {n: getattr(self, n) for n in prompt_axes(type(self))}
         packed = any(len(starts) > 1 for starts in self.starts)
         shown = shown_prompts(self.table, self.starts)
-        return replace(  # type: ignore[no-any-return]
+        return replace(
             self,
             settings=replace(self.settings, pooled=True),
             read=np.array([self.n_tokens]),
@@ -60,7 +59,7 @@ class PooledReport(CorpusReport):
             **over_prompts(type(self), arrays),
         )
 
-    def merge(self: Any, later: Any) -> CollapseReport:
+    def merge(self: Any, later: Any) -> Any:
         """The report of both corpora, as if they had been measured in one run.
 
         If one of the two is pooled, both are pooled first.
@@ -76,10 +75,9 @@ class PooledReport(CorpusReport):
         first, second = self, later
         if isinstance(later, type(self)) and self.settings.pooled != later.settings.pooled:
             first, second = self.pooled(), later.pooled()
-        merged: Any = super(PooledReport, first).merge(second)
-        return merged  # type: ignore[no-any-return]
+        return super(PooledReport, first).merge(second)
 
-    def alongside(self: Any, later: Any) -> CollapseReport:
+    def alongside(self: Any, later: Any) -> Any:
         """The report of two shards, pooled, whose prompts are numbered as those of the corpus.
 
         Raises:
@@ -93,7 +91,7 @@ class PooledReport(CorpusReport):
         }
         mine, other = (self, later) if len(self.tokens) >= len(later.tokens) else (later, self)
         words = {n: _either(getattr(mine, n), getattr(other, n)) for n in _WORDS}
-        return replace(self, **added, **self._both(later, 0, words))  # type: ignore[no-any-return]
+        return replace(self, **added, **self._both(later, 0, words))
 
     def _beside(self: Any, later: Any) -> dict[str, Any]:
         """What a merged report has of both beside sums."""

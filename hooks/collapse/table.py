@@ -129,10 +129,10 @@ def ordered(table: RowTable) -> RowTable:
 class TableParts:
     """A table that grows from many sides; what no longer fits is dropped, farthest first."""
 
-    def __init__(self, keep: int, *, biased: bool) -> None:
+    def __init__(self, keep: int, *, biased: bool, cutoff: float = COMPLETE) -> None:
         self.keep = keep
         self.biased = biased
-        self.cutoff = COMPLETE
+        self.cutoff = cutoff
         self._parts: list[RowTable] = []
         self._lock = threading.Lock()
 
@@ -171,6 +171,11 @@ class TableParts:
             if len(self._parts) > _PARTS or sum(len(p.a) for p in self._parts) > 2 * self.keep:
                 self._parts = [self._cut()]
                 self.cutoff = float(self._parts[0].cutoff)
+
+    def absorb(self, other: TableParts, before: int) -> None:
+        """Take over the rows of another one, of prompts that ``before`` others precede."""
+        for part in other._parts:
+            self.add(replace(part, prompt=part.prompt + np.int32(before)))
 
     def _cut(self) -> RowTable:
         """One table of all parts, cut to its size."""

@@ -10,7 +10,7 @@ import numpy as np
 from hooks.collapse.report import CollapseReport
 from hooks.collapse.settings import ProbeSettings
 from hooks.collapse.showing import Showing
-from hooks.collapse.table import TableParts
+from hooks.collapse.table import COMPLETE, TableParts
 from hooks.model import Prompts
 from hooks.sites import LayerSites
 
@@ -25,6 +25,7 @@ class Tally:
         n_prompts: int,
         first_prompt: int = 0,
         starts: tuple[tuple[int, ...], ...] = (),
+        cutoff: float = COMPLETE,
     ) -> None:
         self.settings = settings
         self.starts = starts or ((0,),) * n_prompts
@@ -49,7 +50,7 @@ class Tally:
             "strict": np.zeros((n_s, n_d, n_l, n_h, 2)),
             "centred": np.zeros((n_s, sampled, n_l, n_h, 2)),
         }
-        self.parts = TableParts(settings.keep, biased=self.biased)
+        self.parts = TableParts(settings.keep, biased=self.biased, cutoff=cutoff)
         self.showing = Showing(settings.keep_rows)
 
     def arrays(self) -> dict[str, np.ndarray]:

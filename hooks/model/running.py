@@ -56,7 +56,7 @@ def over_batches(
 
 
 @contextlib.contextmanager
-def counting(total: int, what: str, unit: str, progress: bool | None) -> Iterator[Any]:
+def counting(total: int | None, what: str, unit: str, progress: bool | None) -> Iterator[Any]:
     """A progress bar that disappears at its end."""
     disable = None if progress is None else not progress
     with tqdm(total=total, desc=what, unit=unit, disable=disable, leave=False) as bar:

@@ -73,8 +73,8 @@ class Form(Generic[R]):
     def __post_init__(self) -> None:
         _FORMS[self.report] = self
 
-    def save(self, report: R, path: str | Path) -> Path:
-        """See :meth:`SavedReport.save`."""
+    def save(self, report: R, path: str | Path, *, draft: Path | None = None) -> Path:
+        """See :meth:`SavedReport.save`; ``draft`` as in :func:`write_whole`."""
         path = check_path("path", path)
         if path.is_dir():
             raise IsADirectoryError(f"path: wanted a file's name; got the directory {path}")
@@ -86,7 +86,7 @@ class Form(Generic[R]):
         arrays = {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in _arrays_of(report)}
         words[DIGEST] = digest_of(words, entries_of(arrays), arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return write_whole(path, with_words(save(arrays), words))
+        return write_whole(path, with_words(save(arrays), words), draft=draft)
 
     def load(self, path: str | Path) -> R:
         """See :meth:`SavedReport.load`."""
