@@ -117,7 +117,7 @@ def _shard(shard: Any) -> tuple[int, int]:
     wanted = "a pair (i, n), i from 1 to n"
     if not isinstance(shard, (tuple, list)) or len(shard) != 2:
         raise ValueError(f"shard: wanted {wanted}; got {brief(shard)}")
-    first, of = check_integers(shard=(shard[0], 1), shards=(shard[1], 1))
+    (first,), (of,) = (check_integers(shard=(x, 1)) for x in shard)
     if first > of:
         raise ValueError(f"shard: wanted {wanted}; got {brief(shard)}")
     return first, of

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from hooks.arguments import brief, check_text
+from hooks.arguments import brief, check_path, check_text
 
 _KINDS: Final = {
     "json": (".jsonl", ".json", ".ndjson"),
@@ -37,9 +37,9 @@ class Documents:
         self.split = None if split is None else check_text("split", split)
         self.column = None if column is None else check_text("column", column)
         self.files: list[Path] = []
-        if isinstance(dataset, os.PathLike):
-            dataset = os.fspath(dataset)
-        if isinstance(dataset, (bytes, Iterator)) or not isinstance(dataset, (str, Iterable)):
+        if isinstance(dataset, (str, os.PathLike)):
+            dataset = str(check_path("dataset", dataset))
+        elif not _again_and_again(dataset):
             raise TypeError(
                 "dataset: wanted a file, a folder, an id of the Hugging Face Hub, a data set, or a "
                 f"list of texts or rows; got {brief(dataset)}"
@@ -53,7 +53,7 @@ class Documents:
         else:
             self.name, self.kind = "rows given", "rows"
         if split is not None and self.kind and not isinstance(dataset, Mapping):
-            raise ValueError(f"split: wanted none beside files or rows; got {split!r}")
+            raise ValueError(f"split: wanted none beside files or rows; got {brief(split)}")
 
     def __iter__(self) -> Iterator[str]:
         """Raises ValueError for a row without text, by its number."""
@@ -102,18 +102,22 @@ class Documents:
             return self._of_the_hub()
         files = [str(file) for file in self.files]
         options = {"delimiter": "\t"} if ".tsv" in self.files[0].name else {}
-        return self._load(self.kind, data_files=files, split="train", **options)
+        read: Iterable[Any] = self._load(self.kind, data_files=files, split="train", **options)
+        return read
 
     def _of_the_hub(self) -> Iterable[Any]:
         found = self._load(str(self.dataset), split=self.split)
-        return self._only(found) if isinstance(found, Mapping) else found
+        read: Iterable[Any] = self._only(found) if isinstance(found, Mapping) else found
+        return read
 
     def _only(self, splits: Mapping[Any, Any]) -> Iterable[Any]:
         """The split that was asked for, or the only one."""
         name = self.split if self.split is not None or len(splits) != 1 else next(iter(splits))
         if name not in splits:
-            raise ValueError(f"split: wanted one of {sorted(map(str, splits))}; got {name!r}")
+            raise ValueError(f"split: wanted one of {sorted(map(str, splits))}; got {brief(name)}")
         rows: Iterable[Any] = splits[name]
+        if not isinstance(rows, Iterable):
+            raise TypeError(f"dataset: wanted rows in split {name!r}; got {brief(rows)}")
         return rows
 
     def _pieces(self, file: Path) -> Iterator[str]:
@@ -157,6 +161,17 @@ class Documents:
         return ValueError(f"dataset: wanted {kind} that can be read; got {self.name!r}: {said}")
 
 
+def _again_and_again(rows: Any) -> bool:
+    """Whether this can be read more than once."""
+    if isinstance(rows, (bytes, Iterator)):
+        return False
+    try:
+        iter(rows)
+    except Exception:  # a class, a scalar array, something of somebody's own
+        return False
+    return True
+
+
 def _kind_of(file: Path) -> str:
     name = file.name.lower()
     for end in _PACKED:
@@ -170,5 +185,5 @@ def _column(row: Mapping[str, Any], column: str | None) -> str:
     if column is None and ("text" in row or len(texts) == 1):
         return "text" if "text" in row else texts[0]
     if column is None or column not in row:
-        raise ValueError(f"column: wanted one of {sorted(row)}; got {column!r}")
+        raise ValueError(f"column: wanted one of {sorted(row)}; got {brief(column)}")
     return column

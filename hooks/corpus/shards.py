@@ -9,7 +9,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from hooks.arguments import brief, check_path
+from hooks.arguments import brief, check_path, read_list
 from hooks.collapse import CollapseReport
 from hooks.corpus.part import corpus_of, differing
 
@@ -29,12 +29,17 @@ def merge_corpus(folders: str | os.PathLike[str] | Iterable[Any]) -> CollapseRep
     """
     if isinstance(folders, (str, os.PathLike)):
         folders = [folders]
+    wanted = "directories that probe_corpus wrote to"
     found: list[Path] = []
-    for given in folders:
+    for given in read_list("folders", folders, wanted):
         path = check_path("folders", given)
+        if not path.exists():
+            raise ValueError(
+                f"folders: wanted {wanted}; got {brief(str(path))}, which is not there"
+            )
         found += sorted(path.glob("part-*.safetensors")) if path.is_dir() else [path]
     if not found:
-        raise ValueError(f"folders: wanted parts that probe_corpus wrote; got {brief(folders)}")
+        raise ValueError(f"folders: wanted parts that probe_corpus wrote; got {brief(found)}")
     return together([CollapseReport.load(path) for path in found], found)
 
 
