@@ -173,8 +173,12 @@ class TableParts:
                 self.cutoff = float(self._parts[0].cutoff)
 
     def absorb(self, other: TableParts, before: int) -> None:
-        """Take over the rows of another one, of prompts that ``before`` others precede."""
-        for part in other._parts:
+        """Take over the rows of another one, of prompts that ``before`` others precede.
+
+        As one table: many small arrays that stay keep the memory between them from its next use.
+        """
+        part = together(other._parts, other.cutoff) if other._parts else None
+        if part is not None and len(part):
             self.add(replace(part, prompt=part.prompt + np.int32(before)))
 
     def _cut(self) -> RowTable:
