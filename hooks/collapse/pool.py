@@ -63,7 +63,7 @@ class Pool:
         self.read += sum(map(len, prompts.strings))
         self.prompts = first + len(prompts)
         if len(self._words) > _HELD:
-            shown = shown_prompts(self._parts.table(), ())
+            shown = shown_prompts(self._parts.unordered(), ())
             self._words = {at: self._words[at] for at in self._words if at in shown}
 
     def one_percent(self) -> tuple[float, float]:
@@ -88,7 +88,8 @@ class Pool:
             kept = join_kept(self._kept, mine, prompts=0, keep=keep, cutoff=cutoff)
             shown = shown_prompts(table, ())
         none: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-        words = [self._words.get(i, none) if i in shown else none for i in range(self.prompts)]
+        prompts = range(self.prompts if with_rows else 0)
+        words = [self._words.get(i, none) if i in shown else none for i in prompts]
         decoded = any(decoder for _, decoder in self._words.values())
         return CollapseReport(
             settings=self.settings,

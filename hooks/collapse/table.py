@@ -169,7 +169,7 @@ class TableParts:
             self._parts.append(part)
             self.cutoff = min(self.cutoff, float(part.cutoff))
             if len(self._parts) > _PARTS or sum(len(p.a) for p in self._parts) > 2 * self.keep:
-                self._parts = [self._cut()]
+                self._parts = [self.unordered()]
                 self.cutoff = float(self._parts[0].cutoff)
 
     def absorb(self, other: TableParts, before: int) -> None:
@@ -181,7 +181,7 @@ class TableParts:
         if part is not None and len(part):
             self.add(replace(part, prompt=part.prompt + np.int32(before)))
 
-    def _cut(self) -> RowTable:
+    def unordered(self) -> RowTable:
         """One table of all parts, cut to its size."""
         if not self._parts:
             nothing: dict[str, Any] = {n: np.zeros(0, np.int32) for n in _ROW}
@@ -194,4 +194,4 @@ class TableParts:
 
     def table(self) -> RowTable:
         """The finished table."""
-        return ordered(self._cut())
+        return ordered(self.unordered())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -266,8 +267,9 @@ class _Run:
     def _show(self, pool: Pool, block: Block) -> None:
         self.bar.update(block.tokens)
         if not self.bar.disable:
-            sigma, error = pool.one_percent()
-            self.bar.set_postfix_str(f"1% at sigma = {100 * sigma:.3g} ± {100 * error:.1g}%")
+            sigma, error = (100 * x for x in pool.one_percent())
+            known = "" if math.isnan(error) else f" ± {error:.1g}"
+            self.bar.set_postfix_str(f"1% at sigma = {sigma:.3g}{known}%")
 
     def _enough(self, pool: Pool) -> bool:
         """Whether the error of the sigma at 1% is small enough."""
@@ -294,7 +296,8 @@ class _Run:
         """Save what was counted; the error that says so."""
         said = "nothing was kept (out= keeps it)"
         if self.part is not None:
-            if self.pool is not None and self.done:
-                self.part.save(self.pool.report(self._told()))
+            if self.pool is not None and "blocks" in self.done:
+                with self.stopping.whole(last=True):  # torchrun repeats what it is sent
+                    self.part.save(self.pool.report(self._told()))
             said = "the same command goes on from there"
         return Stopped(f"stopped after {self.done.get('tokens', 0)} tokens; {said}", stop.signal)

@@ -43,14 +43,14 @@ class Stopping:
             signal.signal(number, before)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, nothing is stopped."""
+    def whole(self, *, last: bool = False) -> Iterator[None]:
+        """Inside, nothing is stopped, but after it; nor after the ``last``."""
         self._held = True
         try:
             yield
         finally:
-            self._held = False
-        if self._asked is not None:
+            self._held = last
+        if self._asked is not None and not last:
             raise Stopped(number=self._asked)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:

@@ -312,6 +312,9 @@ def _where(args: argparse.Namespace) -> tuple[str | None, Any]:
     """Device and dtype, tried before anything is loaded."""
     import torch
 
+    local = os.environ.get("LOCAL_RANK", "")
+    if args.device is None and local.isdigit() and torch.cuda.is_available():
+        args.device = f"cuda:{int(local) % torch.cuda.device_count()}"  # one for each process
     if args.device is not None:
         check_device(args.device)
     return args.device, None if args.dtype is None else getattr(torch, args.dtype)
@@ -392,7 +395,7 @@ def _of_corpus(args: argparse.Namespace, model: Any) -> str:
     """Probe a whole data set; of a shard, say how it goes on."""
     import hooks
 
-    context = args.context or 1024
+    context = args.context or min(1024, int(getattr(model.cfg, "n_ctx", 0) or 1024))
     options = {name: getattr(args, name) for name in _OPTIONS}
     report = hooks.probe_corpus(
         model,

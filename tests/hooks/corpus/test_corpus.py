@@ -239,7 +239,7 @@ def test_other_documents_are_seen(model: Any, texts: list[str], tmp_path: Path) 
 # -- spread ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 12])
 def test_any_split_gives_the_report_of_one(
     model: Any, texts: list[str], whole: CollapseReport, n: int, tmp_path: Path
 ) -> None:
