@@ -45,7 +45,7 @@ def texts() -> list[str]:
     whole = " ".join(models.shakespeare())
     lengths = np.random.default_rng(0).integers(1, 90, 40)
     ends = np.cumsum(lengths)
-    return ["", *(whole[end - n : end] for n, end in zip(lengths, ends, strict=True)), " "]
+    return ["", "x", *(whole[end - n : end] for n, end in zip(lengths, ends, strict=True)), " "]
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +84,12 @@ def test_a_corpus_is_the_probe_of_its_windows(
     assert whole.model["corpus"]["done"]["documents"] == len(texts)
     empty = sum(not text.strip() for text in texts)
     assert f"{empty} empty documents left out" in whole.summary()
+
+
+def test_a_window_of_one_token_is_left_out_and_counted(model: Any) -> None:
+    report = probe_corpus(model, ["x", "many words", "y"], prepend_bos=False, **OPTIONS)
+    assert len(report.tokens) == 1
+    assert "2 windows of one token left out" in report.summary()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "csv", "dataset", "folder"])
@@ -266,6 +272,12 @@ def test_shards_that_do_not_make_a_whole_are_named(
     probe_corpus(model, texts[:20], shard=(2, 3), out=tmp_path / "less", **OPTIONS)
     with pytest.raises(ValueError, match=r"got blocks .* instead of .*: the data set changed"):
         merge_corpus([folder, tmp_path / "less"])
+    stopping = Texts(texts)
+    stopping.at, stopping.happens = 20, lambda: os.kill(os.getpid(), signal.SIGINT)  # type: ignore[assignment]
+    with pytest.raises(Stopped):
+        probe_corpus(model, stopping, shard=(2, 3), out=tmp_path / "stopped", **OPTIONS)
+    with pytest.raises(ValueError, match=r"shard 2 of 3: wanted it whole; got \d+ prompts in"):
+        merge_corpus([folder, tmp_path / "stopped"])
     probe_corpus(model, texts, shard=(2, 2), out=tmp_path / "two", **OPTIONS)
     with pytest.raises(ValueError, match=r"wanted a shard of 3, as .*; got one of 2"):
         merge_corpus([folder, tmp_path / "two"])
