@@ -16,7 +16,7 @@ import pytest
 
 import hooks
 from hooks import CollapseReport, merge_corpus, probe_corpus
-from hooks.corpus import Stopped, cut
+from hooks.corpus import Stopped, cut, rank_and_size
 from tests.hooks.collapse.test_pooled import assert_equal
 from tests.support import models
 from tests.support.commands import characters
@@ -290,6 +290,27 @@ def test_shards_that_do_not_make_a_whole_are_named(
     report = hooks.collapse_probe(model, [[1, 2, 3]], sigmas=[0.1], progress=False)
     with pytest.raises(ValueError, match="wanted a part that probe_corpus wrote; got another"):
         merge_corpus(report.save(tmp_path / "report.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "3"}, (2, 3)),  # torchrun, accelerate launch
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, (1, 4)),  # srun
+        ({"RANK": "2", "WORLD_SIZE": "3", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, (2, 3)),
+    ],
+)
+def test_ranks_are_those_of_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, names: dict[str, str], wanted: tuple[int, int]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert rank_and_size() == (0, 1)  # nobody to meet: an interactive job
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert rank_and_size() == wanted
 
 
 # -- bad input ------------------------------------------------------------------------------------
