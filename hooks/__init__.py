@@ -8,6 +8,7 @@ from hooks.collapse import (
     RowTable,
     collapse_probe,
 )
+from hooks.corpus import merge_corpus, probe_corpus
 from hooks.errors import ReportFileError, UnsupportedModelError
 from hooks.measures.interference import InterferenceReport, InterferenceSettings, interference
 from hooks.measures.rank import RankReport, RankSettings, RankSite, rank_profile
@@ -45,6 +46,8 @@ __all__ = [
     "NormNoise",
     "collapse_probe",
     "CollapseReport",
+    "probe_corpus",
+    "merge_corpus",
     "sweep",
     "SweepReport",
     "spread",

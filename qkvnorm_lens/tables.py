@@ -191,7 +191,7 @@ def as_json(
             "source": prompts.source,
             "left_out": prompts.left_out,
             "prompts": len(report.tokens),
-            "tokens": sum(map(len, report.tokens)),
+            "tokens": report.n_tokens,
         },
         "rows": {
             "examined": int(report.examined.sum()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +54,7 @@ def windows(
         ValueError: empty text, a length outside the context, or no tokenizer.
     """
     from hooks.arguments import check_booleans, check_integers, check_text
+    from hooks.corpus import check_tokenizer, text_tokens
 
     if not callable(getattr(model, "to_tokens", None)):
         raise TypeError(f"model: wanted a TransformerBridge; got {type(model).__name__}")
@@ -72,7 +72,8 @@ def windows(
             f"length: wanted 2 to {context or 'any number of'} tokens, the model's context; got "
             f"{length}"
         )
-    bos, ids, note = _tokens(model, text, prepend_bos)
+    check_tokenizer(model)
+    bos, ids, note = text_tokens(model, text, prepend_bos)
     step = length - len(bos)
     if step < 1:
         raise ValueError(f"length: wanted more than the {len(bos)} tokens of bos; got {length}")
@@ -114,34 +115,6 @@ def conversations(model: TransformerBridge, messages: Any, *, limit: int) -> Pro
     left = len(several) - len(ids)
     left_out = f"{left} of {len(several)} conversations left out" if left else ""
     return Prompts(ids, _many(len(ids), "conversation"), left_out)
-
-
-def _tokens(
-    model: TransformerBridge, text: str, prepend_bos: bool | None
-) -> tuple[list[int], list[int], str]:
-    """(bos or nothing, the text's own ids, notes), however long the text is."""
-    from hooks.model import added, text_ids
-
-    tokenizer = model.tokenizer
-    # A directory without tokenizer files gives a tokenizer that knows special tokens only.
-    if tokenizer is None or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        raise ValueError(
-            "text: wanted a model with its tokenizer; got one without a vocabulary "
-            "(tokenizer.save_pretrained writes one beside the weights; in Python "
-            "hooks.collapse_probe takes token ids)"
-        )
-    log = logging.getLogger("transformers.tokenization_utils_base")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it would warn of a text longer than the context
-    try:
-        found, note = text_ids(model, text, prepend_bos)
-        bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    finally:
-        log.setLevel(level)
-    ids = found.tolist()
-    around = added(ids, bare, tokenizer.eos_token_id)
-    n_bos = len(around[0]) if around else 0  # a BOS of the text's own is part of it
-    return ids[:n_bos], ids[n_bos:], note
 
 
 def lines(model: TransformerBridge, text: str, *, limit: int) -> Prompts:

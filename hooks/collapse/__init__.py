@@ -2,7 +2,14 @@
 
 from hooks.collapse.form import FORM
 from hooks.collapse.kept import KeptRows
-from hooks.collapse.probe import DEFAULT_SIGMAS, check_sparse, collapse_probe, read_grid
+from hooks.collapse.pool import Pool
+from hooks.collapse.probe import (
+    DEFAULT_SIGMAS,
+    check_sparse,
+    collapse_probe,
+    read_grid,
+    read_options,
+)
 from hooks.collapse.report import CollapseReport
 from hooks.collapse.settings import CONTENT, SINK, By, ProbeSettings
 from hooks.collapse.showing import DRAWS
@@ -16,10 +23,12 @@ __all__ = [
     "DRAWS",
     "FORM",
     "KeptRows",
+    "Pool",
     "ProbeSettings",
     "RowTable",
     "SINK",
     "check_sparse",
     "read_grid",
+    "read_options",
     "collapse_probe",
 ]

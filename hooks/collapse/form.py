@@ -46,13 +46,17 @@ def _sizes(s: ProbeSettings, model: Mapping[str, Any], prompts: int) -> dict[str
         "loose_draw": s.draws if s.method == "sample" else 0,
         "layer": len(s.layers),
         "head": max(model["heads"]),
-        "prompt": prompts,
+        "prompt": 1 if s.pooled else prompts,
         "kind": 2,
+        "moment": 2 + 2 * len(s.sigmas) if s.pooled else 0,
+        "group": len(s.layers) * (max(model["heads"]) + 1) + 1,
+        "total": 1 if s.pooled else 0,
     }
 
 
 def _check_numbers(report: CollapseReport) -> None:
-    check_counts(report, "examined", "single_key", "padding", "able")
+    check_counts(report, "examined", "single_key", "padding", "able", "read")
+    check_numbers("moments", report.moments, 0)
     check_counts(report, "ties", most=report.examined)
     check_counts(report, "rows", most=report.examined[..., None])
     check_numbers("rows", report.rows.sum(-1), 0, report.examined)

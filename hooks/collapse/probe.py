@@ -9,6 +9,7 @@ counts while its scores exist, then freed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -31,6 +32,7 @@ from hooks.model import (
     HookedModel,
     MaskLike,
     ModelInput,
+    Prompts,
     Tokens,
     encode,
     measurement,
@@ -145,8 +147,75 @@ def collapse_probe(
         ValueError: empty text, a sequence longer than the context or of one token, a sigma that the
             law can't have, an unknown layer, site, law or method.
     """
+    options = read_options(
+        sigmas=sigmas,
+        on=on,
+        method=method,
+        law=law,
+        shared=shared,
+        layers=layers,
+        sparse=sparse,
+        strict=strict,
+        draws=draws,
+        seed=seed,
+        batch_size=batch_size,
+        keep=keep,
+        keep_rows=keep_rows,
+        query_block=query_block,
+    )
+    (first_prompt,) = check_integers(first_prompt=(first_prompt, 0))
+    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
+    prompts = encode(
+        model,
+        tokens,
+        decoder_tokens=decoder_tokens,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+    )
+    sites = sites_for(model, prompts)
+    chosen = choose_layers(sites, options.layers)
+    settings = replace(options.settings, layers=tuple(s.layer for s in chosen))
+    tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
+    count(model, prompts, tally, options, progress=progress)
+    facts = attention_facts(model, sites, chosen, prompts, name)
+    return tally.report(model=facts, prompts=prompts)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options of a probe; ``settings`` has no layers yet."""
+
+    settings: ProbeSettings
+    noise: NormNoise
+    layers: Sequence[int] | None
+    batch_size: int
+    query_block: int | None
+
+
+def read_options(
+    *,
+    sigmas: Sequence[float] | None = None,
+    on: str = "qk",
+    method: Method = "exact",
+    law: str = "uniform",
+    shared: Shared = "none",
+    layers: Sequence[int] | None = None,
+    sparse: float = SPARSE,
+    strict: bool = True,
+    draws: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    keep: int = KEEP,
+    keep_rows: int = KEEP_ROWS,
+    query_block: int | None = None,
+    pooled: bool = False,
+) -> Options:
+    """Options of :func:`collapse_probe`, checked.
+
+    Raises:
+        TypeError, ValueError: one that no probe could have.
+    """
     # Compiled code: whoever only injects noise needs none.
-    from hooks.collapse.reduce import LayerReducer, Workers
     from hooks.kernels import LAW_CODES
 
     asked: Any = law
@@ -160,25 +229,13 @@ def collapse_probe(
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
     sparse = check_sparse(sparse)
     least, usual = (2, 16) if method == "sample" else (0, 0)
-    draws, batch_size, keep, keep_rows, block, first_prompt = check_integers(
+    draws, batch_size, keep, keep_rows, block = check_integers(
         draws=(usual if draws is None else draws, least, MANY),
         batch_size=(batch_size, 1),
         keep=(keep, 1),
         keep_rows=(keep_rows, 0),
         query_block=(1 if query_block is None else query_block, 1),
-        first_prompt=(first_prompt, 0),
     )
-    query_block = None if query_block is None else block
-    _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
-    prompts = encode(
-        model,
-        tokens,
-        decoder_tokens=decoder_tokens,
-        attention_mask=attention_mask,
-        prepend_bos=prepend_bos,
-    )
-    sites = sites_for(model, prompts)
-    chosen = choose_layers(sites, layers)
     settings = ProbeSettings(
         sigmas=values,
         on="".join(noise.roles),
@@ -186,25 +243,37 @@ def collapse_probe(
         method=method,
         shared=noise.shared,
         sparse=sparse,
-        layers=tuple(s.layer for s in chosen),
+        layers=(),
         draws=draws,
         seed=noise.seed,
         keep=keep,
         keep_rows=keep_rows,
         strict=_how(strict, method, sparse),
+        pooled=pooled,
     )
-    tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
+    return Options(settings, noise, layers, batch_size, None if query_block is None else block)
+
+
+def count(
+    model: HookedModel, prompts: Prompts, tally: Tally, options: Options, *, progress: bool | None
+) -> None:
+    """Add the rows of all prompts to the tally, in passes of ``options.batch_size`` prompts."""
+    from hooks.collapse.reduce import LayerReducer, Workers
+
     with Workers().open() as workers:
 
         def measure(indices: Sequence[int], given: ModelInput) -> None:
             def on_seen(seen: SeenLayer) -> None:
-                reducer = LayerReducer(tally, seen.index, seen.sites, noise, indices, workers)
-                _reduce(seen, reducer, query_block)
+                reducer = LayerReducer(
+                    tally, seen.index, seen.sites, options.noise, indices, workers
+                )
+                _reduce(seen, reducer, options.query_block)
 
-            watch_layers(model, given, chosen, on_seen)
+            watch_layers(model, given, tally.layers, on_seen)
 
-        over_batches(model, prompts, batch_size, measure, what="collapse probe", progress=progress)
-    return tally.report(model=attention_facts(model, sites, chosen, prompts, name), prompts=prompts)
+        over_batches(
+            model, prompts, options.batch_size, measure, what="collapse probe", progress=progress
+        )
 
 
 def read_grid(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
@@ -24,22 +24,24 @@ from hooks.arguments import (
     check_text,
     read_array,
 )
-from hooks.collapse.kept import KeptRows, join_kept, no_rows
+from hooks.collapse.kept import KeptRows, no_rows
+from hooks.collapse.pooled import PooledReport
 from hooks.collapse.settings import CONTENT, SINK, By, ProbeSettings
 from hooks.collapse.solve import first_crossing, rate_of_rows, solve_sigma_at
-from hooks.collapse.table import RowTable, join
+from hooks.collapse.table import RowTable
 from hooks.collapse.words import summarise
 from hooks.noise import NormNoise, check_sigma, get_law
-from hooks.reports import CorpusReport, Curves, first_tokens, percent, se_draws, se_prompts
+from hooks.reports import Curves, first_tokens, percent, se_draws
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CollapseReport(CorpusReport):
+class CollapseReport(PooledReport):
     """The collapse of sparse attention under norm noise: rates, errors and the most fragile rows.
 
     Counts and sums have the axes sigma, draw, layer, head, prompt, and last the kind of row: 0 for
     rows that attend to content, 1 for rows that attend to a first token (attention sinks): the
-    prompt's, or in a prompt of packed documents any of theirs.
+    prompt's, or in a prompt of packed documents any of theirs. In a pooled report
+    (``settings.pooled``) the axis of prompts has one entry, their sum.
 
     Attributes:
         settings: how the probe was run.
@@ -61,6 +63,10 @@ class CollapseReport(CorpusReport):
             q.k part is subtracted first (the centred gauge, a control).
         strict_low, strict_high: bounds of ``strict``, where it was computed (``settings.strict``).
         loose_draws, strict_draws, centred_draws: these sums per draw, where they were sampled.
+        moments: where prompts are pooled, of each head, then each layer, then the model: prompts
+            with sparse rows, and over prompts with c sparse rows and loose sums x, the sums of c^2,
+            of xc and of x^2 by sigma.
+        read: where prompts are pooled, how many tokens they have.
         table: the rows that collapse first.
         kept: the very first of them, with their attention before and after noise.
     """
@@ -93,6 +99,13 @@ class CollapseReport(CorpusReport):
         repr=False, default_factory=lambda: np.zeros((0, 0, 0, 2))
     )
     starts: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+    # Of pooled reports alone.
+    moments: Float[np.ndarray, "moment group"] = field(
+        repr=False, default_factory=lambda: np.zeros((0, 0))
+    )
+    read: Int[np.ndarray, "total"] = field(
+        repr=False, default_factory=lambda: np.zeros(0, np.int64)
+    )
 
     @property
     def document_starts(self) -> tuple[tuple[int, ...], ...]:
@@ -145,7 +158,7 @@ class CollapseReport(CorpusReport):
                 "loose_content": sums["loose"][..., CONTENT].sum(-1) / content,
                 "loose_centred": sums["centred"].sum((-1, -2)) / total,
                 "se": se_draws(pool(self.loose_draws, 2).sum(-1) / total),
-                "se_prompts": se_prompts(sums["loose"].sum(-1), rows.sum(-1)),
+                "se_prompts": self.error_over_prompts(by),
             }
             level = pool(self.level, 0).sum((-1, -2)) / total
         if self.settings.method == "exact":
@@ -441,21 +454,6 @@ class CollapseReport(CorpusReport):
                 "sink": self.is_first(prompts, t.key[order]),
             }
         )
-
-    def _beside(self, later: CollapseReport) -> dict[str, Any]:
-        """The kept rows of a merged report: the most fragile of both, as many as are kept."""
-        before, settings = len(self.tokens), self.settings
-        moved = replace(later.table, prompt=later.table.prompt + np.int32(before))
-        table = join(self.table, moved, settings.keep)
-        kept = join_kept(
-            self.kept,
-            later.kept,
-            prompts=before,
-            keep=settings.keep_rows,
-            cutoff=float(table.cutoff),
-        )
-        starts = self.document_starts + later.document_starts
-        return {"table": table, "kept": kept, "starts": starts}
 
     # -- words ------------------------------------------------------------------------------
 

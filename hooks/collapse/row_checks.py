@@ -38,7 +38,8 @@ def check_table(report: Any) -> None:
         wanted = f"at most keep = {report.settings.keep} competitors"
         raise Unsound("table.a", wanted=wanted, got=str(len(table.a)))
     n = report.examined.shape  # [layer, head, prompt]
-    each = np.ravel_multi_index((table.layer, table.head, table.prompt), n)
+    prompt = table.prompt * (not report.settings.pooled)
+    each = np.ravel_multi_index((table.layer, table.head, prompt), n)
     rows = np.bincount(each, minlength=int(np.prod(n))).reshape(n)
     check_numbers("table: rows of head ", rows, 0, report.rows.sum(-1))
     listed = np.bincount(each, np.diff(table.start), int(np.prod(n))).reshape(n)

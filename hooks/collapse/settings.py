@@ -27,6 +27,7 @@ class ProbeSettings:
     keep: int
     keep_rows: int = 0  # reports written before rows were kept have none
     strict: str = "sampled"  # as in reports written before it was "computed"
+    pooled: bool = False  # sums over all prompts, with moments, in place of sums for each
 
     def __post_init__(self) -> None:
         check_fields(self)

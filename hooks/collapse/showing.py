@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,6 +102,15 @@ class Showing:
         with self._lock:
             both = sorted([*self._held, *found], key=lambda held: held.order)
             self._held = both[: self.keep]
+
+    def absorb(self, other: Showing, before: int) -> None:
+        """Take over what another one holds, of prompts that ``before`` others precede."""
+        moved = []
+        for held in other._held:
+            a, layer, head, prompt, query = held.order
+            moved.append(replace(held, order=(a, layer, head, before + prompt, query)))
+        with self._lock:
+            self._held = sorted([*self._held, *moved], key=lambda held: held.order)[: self.keep]
 
     def _worst(self) -> float:
         """Half-width beyond which no further row is kept."""

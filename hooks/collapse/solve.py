@@ -163,6 +163,28 @@ def _solve(
     return np.where(solved, hi, out)
 
 
+def error_of_crossing(
+    sigmas: Sequence[float],
+    sums: Float[np.ndarray, "sigma group"],
+    errors: Float[np.ndarray, "sigma group"],
+    rate: float,
+    counts: Int[np.ndarray, "group"],
+) -> Float[np.ndarray, "group"]:
+    """Per group, the standard error of :func:`first_crossing` from those of the rates.
+
+    NaN where no sigma reaches the rate.
+    """
+    x, before, at, part = _crossing(sigmas, sums, rate, counts)
+    group = np.arange(len(counts))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        root = np.sqrt(np.vstack([np.zeros(len(counts)), sums / np.maximum(counts, 1)]))
+        of_root = np.vstack([np.full(len(counts), np.nan), errors]) / (2 * root)
+        below, above = of_root[before, group], of_root[at, group]
+        error = np.where(root[before, group] > 0, below + part * (above - below), above)
+        slope = (root[at, group] - root[before, group]) / (x[at] - x[before])
+        return np.where((at > 0) & (counts > 0), error / slope, math.nan)
+
+
 def first_crossing(
     sigmas: Sequence[float],
     sums: Float[np.ndarray, "sigma group"],
@@ -174,6 +196,16 @@ def first_crossing(
     The root of the rate is taken as a line between two sigmas, the first of them 0. inf where none
     reaches it, NaN without rows.
     """
+    x, before, at, part = _crossing(sigmas, sums, rate, counts)
+    with np.errstate(invalid="ignore"):
+        found = x[before] + part * (x[at] - x[before])
+    return np.where(counts == 0, math.nan, np.where(at > 0, found, math.inf))
+
+
+def _crossing(
+    sigmas: Sequence[float], sums: np.ndarray, rate: float, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """0 and the sigmas; of each group the two around the crossing, and how far between it lies."""
     x = np.array([0.0, *sigmas])
     y = np.sqrt(np.vstack([np.zeros(len(counts)), sums / np.maximum(counts, 1)]))
     wanted = math.sqrt(rate)
@@ -181,5 +213,4 @@ def first_crossing(
     before, group = np.maximum(at - 1, 0), np.arange(len(counts))
     with np.errstate(divide="ignore", invalid="ignore"):
         part = (wanted - y[before, group]) / (y[at, group] - y[before, group])
-        found = x[before] + part * (x[at] - x[before])
-    return np.where(counts == 0, math.nan, np.where(at > 0, found, math.inf))
+    return x, before, at, part

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COMPLETE = 2 * BEYOND
 """Cutoff of a table that lists every competitor able to win."""
 
+_PARTS = 2048  # each is a dozen arrays, however few rows it has
 _ROW = ("layer", "head", "prompt", "query", "key", "rival")
 _ENTRY = ("s", "beta", "a")
 
@@ -128,10 +129,10 @@ def ordered(table: RowTable) -> RowTable:
 class TableParts:
     """A table that grows from many sides; what no longer fits is dropped, farthest first."""
 
-    def __init__(self, keep: int, *, biased: bool) -> None:
+    def __init__(self, keep: int, *, biased: bool, cutoff: float = COMPLETE) -> None:
         self.keep = keep
         self.biased = biased
-        self.cutoff = COMPLETE
+        self.cutoff = cutoff
         self._parts: list[RowTable] = []
         self._lock = threading.Lock()
 
@@ -160,13 +161,27 @@ class TableParts:
             a=piece.a[:n_entries].copy(),
             cutoff=np.asarray(cutoff, np.float32),
         )
+        self.add(part)
+
+    def add(self, part: RowTable) -> None:
+        """Take a table over; callable from several threads."""
         with self._lock:
             self._parts.append(part)
-            if sum(len(p.a) for p in self._parts) > 2 * self.keep:
-                self._parts = [self._cut()]
+            self.cutoff = min(self.cutoff, float(part.cutoff))
+            if len(self._parts) > _PARTS or sum(len(p.a) for p in self._parts) > 2 * self.keep:
+                self._parts = [self.unordered()]
                 self.cutoff = float(self._parts[0].cutoff)
 
-    def _cut(self) -> RowTable:
+    def absorb(self, other: TableParts, before: int) -> None:
+        """Take over the rows of another one, of prompts that ``before`` others precede.
+
+        As one table: many small arrays that stay keep the memory between them from its next use.
+        """
+        part = together(other._parts, other.cutoff) if other._parts else None
+        if part is not None and len(part):
+            self.add(replace(part, prompt=part.prompt + np.int32(before)))
+
+    def unordered(self) -> RowTable:
         """One table of all parts, cut to its size."""
         if not self._parts:
             nothing: dict[str, Any] = {n: np.zeros(0, np.int32) for n in _ROW}
@@ -179,4 +194,4 @@ class TableParts:
 
     def table(self) -> RowTable:
         """The finished table."""
-        return ordered(self._cut())
+        return ordered(self.unordered())

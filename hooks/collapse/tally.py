@@ -10,7 +10,7 @@ import numpy as np
 from hooks.collapse.report import CollapseReport
 from hooks.collapse.settings import ProbeSettings
 from hooks.collapse.showing import Showing
-from hooks.collapse.table import TableParts
+from hooks.collapse.table import COMPLETE, TableParts
 from hooks.model import Prompts
 from hooks.sites import LayerSites
 
@@ -25,6 +25,7 @@ class Tally:
         n_prompts: int,
         first_prompt: int = 0,
         starts: tuple[tuple[int, ...], ...] = (),
+        cutoff: float = COMPLETE,
     ) -> None:
         self.settings = settings
         self.starts = starts or ((0,),) * n_prompts
@@ -49,8 +50,14 @@ class Tally:
             "strict": np.zeros((n_s, n_d, n_l, n_h, 2)),
             "centred": np.zeros((n_s, sampled, n_l, n_h, 2)),
         }
-        self.parts = TableParts(settings.keep, biased=self.biased)
+        self.parts = TableParts(settings.keep, biased=self.biased, cutoff=cutoff)
         self.showing = Showing(settings.keep_rows)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The sums, by the names of the report's fields."""
+        draws = {f"{name}_draws": values for name, values in self.draws.items()}
+        beside = {"rows": self.rows, "able": self.able, "level": self.level}
+        return {**beside, **self.counts, **self.sums, **self.bounds, **draws}
 
     def report(self, *, model: Mapping[str, Any], prompts: Prompts) -> CollapseReport:
         """The frozen result."""
@@ -64,13 +71,8 @@ class Tally:
             decoder_tokens=prompts.decoder_strings,
             starts=self.starts,
             padding=np.asarray(prompts.padding, dtype=np.int64),
-            rows=self.rows,
-            able=self.able,
-            level=self.level,
-            **self.counts,
-            **self.sums,
-            **self.bounds,
-            **{f"{name}_draws": values for name, values in self.draws.items()},
             table=table,
+            moments=np.zeros((0, len(self.layers) * (self.rows.shape[1] + 1) + 1)),
+            **self.arrays(),
             kept=kept,
         )

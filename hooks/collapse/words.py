@@ -33,6 +33,10 @@ class Measured(Protocol):
         """Each prompt's tokens as strings."""
 
     @property
+    def n_tokens(self) -> int:
+        """Tokens of all prompts."""
+
+    @property
     def examined(self) -> np.ndarray:
         """Counts of rows with two or more visible keys."""
 
@@ -65,7 +69,7 @@ def percent(x: float) -> str:
 def summarise(report: Measured) -> str:
     """The report in a few sentences (see :meth:`hooks.CollapseReport.summary`)."""
     settings, model = report.settings, report.model
-    n_prompts, n_tokens = len(report.tokens), sum(map(len, report.tokens))
+    n_prompts, n_tokens = len(report.tokens), report.n_tokens
     examined, sparse = int(report.examined.sum()), int(report.rows.sum())
     lines = [
         f"{model['name']}: {n_prompts} prompt{'s' * (n_prompts != 1)}, {n_tokens} tokens, "

@@ -23,20 +23,26 @@ SILENT = 60.0
 
 
 class _Lines:
-    """Progress as whole lines, for what is no terminal."""
+    """Progress as whole lines, for what is no terminal; without a total, it is how much is done."""
 
-    def __init__(self, total: int, what: str, unit: str, *, asked: bool) -> None:
+    disable = unit_scale = False  # what a bar also has
+
+    def __init__(self, total: int | None, what: str, unit: str, *, asked: bool) -> None:
         self.total, self.what, self.unit = total, what, unit
-        self.n, self.asked = 0, asked
+        self.n, self.asked, self.postfix = 0, asked, ""
         self.began = time.monotonic()
         self.next = self.began + (EVERY if asked else SILENT)
 
     def update(self, n: int = 1) -> None:
         """More is done."""
         self.n += n
-        if time.monotonic() >= self.next and (self.asked or self.n < self.total):
+        if time.monotonic() >= self.next and (self.asked or self.n != self.total):
             self.next = time.monotonic() + EVERY
             self._say()
+
+    def set_postfix_str(self, words: str) -> None:
+        """What the next lines end with."""
+        self.postfix = words
 
     def close(self) -> None:
         """The last line, if it was asked for."""
@@ -45,15 +51,19 @@ class _Lines:
 
     def _say(self) -> None:
         seconds = time.monotonic() - self.began
-        left = seconds * (self.total / self.n - 1) if self.n else 0.0
-        rest = f", {terminal_bar.format_interval(left)} left" if 0 < self.n < self.total else ""
-        done = f"{self.what}: {self.n} of {self.total} {self.unit}s"
-        sys.stderr.write(f"{done}, {terminal_bar.format_interval(seconds)}{rest}\n")
+        of = "" if self.total is None else f" of {self.total}"
+        said = [f"{self.what}: {self.n}{of} {self.unit}s", terminal_bar.format_interval(seconds)]
+        if self.total is not None and 0 < self.n < self.total:
+            left = seconds * (self.total / self.n - 1)
+            said.append(f"{terminal_bar.format_interval(left)} left")
+        if self.total is None and seconds > 0:
+            said.append(f"{self.n / seconds:.0f} a second")
+        sys.stderr.write(", ".join([*said, self.postfix] if self.postfix else said) + "\n")
         sys.stderr.flush()
 
 
 @contextmanager
-def counting(total: int, what: str, unit: str, progress: bool | None) -> Iterator[Any]:
+def counting(total: int | None, what: str, unit: str, progress: bool | None) -> Iterator[Any]:
     """A bar that disappears at its end or, where there is neither terminal nor notebook, lines.
 
     ``progress``: False for nothing; True also has a last line; None keeps a log silent for its

@@ -36,7 +36,7 @@ from hooks.reports.files import (
 from hooks.reports.notebook import Curves, card
 from hooks.reports.values import as_kind, check_facts, check_texts
 
-_UNLIKE = ("device", "given")  # facts that two parts of one measurement may differ in
+_UNLIKE = ("device", "given", "corpus")  # facts that two parts of one measurement may differ in
 _DTYPES: Final = {"Int": "I64", "Float": "F64", "Bool": "BOOL"}
 R = TypeVar("R")
 Sizes = dict[str, Any]
@@ -74,8 +74,8 @@ class Form(Generic[R]):
     def __post_init__(self) -> None:
         _FORMS[self.report] = self
 
-    def save(self, report: R, path: str | Path) -> Path:
-        """See :meth:`SavedReport.save`."""
+    def save(self, report: R, path: str | Path, *, draft: Path | None = None) -> Path:
+        """See :meth:`SavedReport.save`; ``draft`` as in :func:`write_whole`."""
         path = check_path("path", path)
         if path.is_dir():
             raise IsADirectoryError(f"path: wanted a file's name; got the directory {path}")
@@ -87,7 +87,7 @@ class Form(Generic[R]):
         arrays = {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in _arrays_of(report)}
         words[DIGEST] = digest_of(words, entries_of(arrays), arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return write_whole(path, with_words(save(arrays), words))
+        return write_whole(path, with_words(save(arrays), words), draft=draft)
 
     def load(self, path: str | Path) -> R:
         """See :meth:`SavedReport.load`."""
@@ -223,17 +223,18 @@ class CorpusReport(SavedReport):
         check_follows(self, later)
         joined = dict(_joined(self, later))
         beside = getattr(self, "_beside", None)
-        return dataclasses.replace(self, **joined, **(beside(later) if beside else {}))  # type: ignore[type-var]
+        return dataclasses.replace(self, **joined | (beside(later) if beside else {}))  # type: ignore[type-var]
 
 
 def _joined(first: Any, later: Any) -> Iterator[tuple[str, Any]]:
     """Fields of both: arrays by prompt concatenated, others added."""
     yield "model", joined_facts(first, later)
+    pooled = getattr(first.settings, "pooled", False)  # an axis of prompts has one entry
     for name, kind in _kinds(type(first)).items():
         mine, other = getattr(first, name), getattr(later, name)
         if hasattr(kind, "dim_str"):
             axes = kind.dim_str.split()
-            at = axes.index("prompt") if "prompt" in axes else None
+            at = axes.index("prompt") if "prompt" in axes and not pooled else None
             yield name, mine + other if at is None else np.concatenate([mine, other], axis=at)
         elif name in ("tokens", "decoder_tokens"):
             yield name, mine + other
@@ -362,7 +363,8 @@ def _grouped(
     out: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name in absent and hasattr(kind, "dim_str"):  # not written, as it has no entry
-            out[name] = np.zeros([sizes[axis] for axis in kind.dim_str.split()])
+            dtype = "i8" if "Int" in kind.__name__ else float
+            out[name] = np.zeros([sizes[axis] for axis in kind.dim_str.split()], dtype)
             continue
         if not _has_arrays(kind) or name in absent:
             continue
@@ -395,18 +397,27 @@ def check_follows(first: Any, later: Any) -> None:
     """
     if not isinstance(later, type(first)):
         raise TypeError(f"merge: wanted another {type(first).__name__}; got {type(later).__name__}")
-    if first.settings != later.settings:
-        raise ValueError(
-            f"merge: wanted reports of equal settings; got {first.settings} and {later.settings}"
-        )
-    for name, (mine, other) in _apart(first.model, later.model):
-        raise ValueError(f"merge: wanted reports of one model; got {name} {mine!r} and {other!r}")
+    one_model(first, later)
     follows = first.first_prompt + len(first.tokens)
     if later.first_prompt != follows:
         raise ValueError(
             f"merge: wanted a report that starts at prompt {follows} (first_prompt={follows}); got "
             f"one that starts at {later.first_prompt}"
         )
+
+
+def one_model(first: Any, later: Any) -> None:
+    """Check that two reports are of equal settings and one model.
+
+    Raises:
+        ValueError: they are not; the message names what differs.
+    """
+    if first.settings != later.settings:
+        raise ValueError(
+            f"merge: wanted reports of equal settings; got {first.settings} and {later.settings}"
+        )
+    for name, (mine, other) in _apart(first.model, later.model):
+        raise ValueError(f"merge: wanted reports of one model; got {name} {mine!r} and {other!r}")
 
 
 def _apart(

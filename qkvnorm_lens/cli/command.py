@@ -1,4 +1,4 @@
-"""The command line: ``qkvnorm-lens probe``, ``report``, ``models``, ``train``, ``experiment``.
+"""The command line: ``qkvnorm-lens probe``, ``merge``, ``report``, ``train``, ``experiment``, ...
 
 A command is a module with ``add_arguments(parser)`` and ``run(args) -> str``; what it returns is
 all that goes to standard output. Heavy imports belong into ``run``: ``--help`` must be quick.
@@ -17,11 +17,12 @@ from typing import Any, Final, NoReturn
 
 from qkvnorm_lens import __version__
 from qkvnorm_lens.arguments import brief, near
-from qkvnorm_lens.cli import experiment, models, probe, report, train
+from qkvnorm_lens.cli import experiment, merge, models, probe, report, train
 
 PROG = "qkvnorm-lens"
 COMMANDS = {
     "probe": probe,
+    "merge": merge,
     "report": report,
     "models": models,
     "train": train,

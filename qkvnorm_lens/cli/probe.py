@@ -7,14 +7,15 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkvnorm_lens import tables, text
+from qkvnorm_lens import text
 from qkvnorm_lens.arguments import at_least, brief, count, directory, number, positive, some_path
-from qkvnorm_lens.cli import figures
+from qkvnorm_lens.cli import figures, output
 from qkvnorm_lens.cli.train import check_device
 from qkvnorm_lens.models import DEFAULT, Source, find, load_model
 
@@ -37,6 +38,7 @@ examples:
 TOKENS_AT_ONCE = 1024
 WINDOWS, SUMS = 8, 128
 _MOST = 100_000  # sigmas, layers
+_AMOUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _OPTIONS = (
     "sigmas", "on", "method", "law", "shared", "layers", "sparse", "strict", "draws", "seed",
     "keep",
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("model", metavar="MODEL", nargs="?", default=DEFAULT, help=f"[{DEFAULT}]")
     _reading(parser.add_argument_group("what the model reads"))
+    _corpus(parser.add_argument_group("a whole corpus"))
     _noise(parser.add_argument_group("noise"))
     where = parser.add_argument_group("how it runs")
     where.add_argument("--batch-size", type=positive, metavar="N", help="prompts per forward pass")
@@ -86,6 +89,44 @@ def _reading(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--length", type=at_least(2), metavar="N", help=said)
     said = f"at most N windows, or N sums [{WINDOWS} windows, {SUMS} sums]"
     group.add_argument("--prompts", type=positive, metavar="N", help=said)
+
+
+def _corpus(group: argparse._ArgumentGroup) -> None:
+    said = (
+        "a file or folder of jsonl, parquet, csv or text (also .gz, .bz2, .xz, .zst), or an id of "
+        "the Hugging Face Hub, read as a stream; --split names a split of the latter"
+    )
+    group.add_argument("--dataset", metavar="X", help=said)
+    said = "the column with the text [text, or the only one of text]"
+    group.add_argument("--column", metavar="NAME", help=said)
+    said = "documents are cut into windows of N tokens [the context, at most 1024]"
+    group.add_argument("--context", type=at_least(2), metavar="N", help=said)
+    said = "end after N tokens, as 200000, 200k or 1M [the end of the data set]"
+    group.add_argument("--tokens", type=amount, metavar="N", help=said)
+    said = "end when the standard error of the sigma at 1%% is below E percentage points"
+    points = number("percentage points above 0", lambda x: 0 < x < math.inf)
+    group.add_argument("--until", type=points, metavar="E", help=said)
+    said = "count one part of n, i from 1; `qkvnorm-lens merge` puts them together"
+    group.add_argument("--shard", type=shard, metavar="I/N", help=said)
+
+
+def amount(value: str) -> int:
+    """``200000``, ``200k``, ``1M``: a number of tokens."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB]?)", value.strip())
+    size = round(float(found[1]) * _AMOUNTS[found[2].lower()]) if found else 0
+    if not 1 <= size < 1 << 53:
+        raise argparse.ArgumentTypeError(
+            f"wanted a number of tokens, as 200000, 200k or 1M; got {brief(value)}"
+        )
+    return size
+
+
+def shard(value: str) -> tuple[int, int]:
+    """``2/7``: a part and their number."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", value.strip())
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"wanted i/n with i from 1 to n; got {brief(value)}")
+    return int(found[1]), int(found[2])
 
 
 def _noise(group: argparse._ArgumentGroup) -> None:
@@ -174,11 +215,26 @@ def run(args: argparse.Namespace) -> str:
     source = find(args.model)  # what can fail early fails before torch is imported
     if args.out is not None:
         directory("--out", args.out)
+    _check_corpus(args)
     if args.method == "sample" and args.draws is not None and args.draws < 2:
         raise ValueError(f"--draws: wanted 2 or more with --method sample; got {args.draws}")
     given = read(args)
     with _folder(args.out):
         return _run(args, source, given)
+
+
+def _check_corpus(args: argparse.Namespace) -> None:
+    """Refuse options that belong to a corpus without one, and others beside it."""
+    if args.dataset is None:
+        for name in ("column", "context", "tokens", "until", "shard"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name}: wanted it with --dataset; got it without")
+        return
+    for name in ("text", "file", "messages", "length", "prompts"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: wanted it without --dataset; got both")
+    if args.shard is not None and args.out is None:
+        raise ValueError("--out: wanted a directory for the shard; got none")
 
 
 @contextlib.contextmanager
@@ -196,21 +252,16 @@ def _folder(out: Path | None) -> Iterator[None]:
 
 def _run(args: argparse.Namespace, source: Source, given: str | None) -> str:
     if sys.stderr.isatty():
-        _say(f"loading {args.model}")
+        output.say(f"loading {args.model}")
     device, dtype = _where(args)
     _check(args)
     model = load_model(args.model, device=device, dtype=dtype)
+    if args.dataset is not None:
+        return _of_corpus(args, model)
     prompts = choose(args, source, model, given)
     if prompts.left_out:
-        _say(f"{prompts.left_out}: --prompts takes more")
-    report = probe(args, model, prompts)
-    if args.out is not None:
-        write(args, report, prompts)
-    show = tables.as_json if args.json else tables.render
-    shown = show(report, prompts, fragile=args.fragile, content=args.no_sinks)
-    if args.out is None or args.json:
-        return shown
-    return f"{shown}\n\nThis and more, to open in a browser: {args.out / 'report.html'}"
+        output.say(f"{prompts.left_out}: --prompts takes more")
+    return output.shown(args, probe(args, model, prompts), prompts)
 
 
 def read(args: argparse.Namespace) -> str | None:
@@ -252,7 +303,7 @@ def _check(args: argparse.Namespace) -> None:
     from hooks.collapse import read_grid
 
     read_grid(args.sigmas, args.law)
-    if args.split is not None:
+    if args.split is not None and args.dataset is None:
         from qkvnorm_lens.training import get_split
 
         get_split(args.split)
@@ -262,6 +313,9 @@ def _where(args: argparse.Namespace) -> tuple[str | None, Any]:
     """Device and dtype, tried before anything is loaded."""
     import torch
 
+    local = os.environ.get("LOCAL_RANK", "")
+    if args.device is None and local.isdigit() and torch.cuda.is_available():
+        args.device = f"cuda:{int(local) % torch.cuda.device_count()}"  # one for each process
     if args.device is not None:
         check_device(args.device)
     return args.device, None if args.dtype is None else getattr(torch, args.dtype)
@@ -338,24 +392,30 @@ def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> Collap
         ) from error
 
 
-def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompts) -> None:
-    """Report, its page, frame, summary and figures into the directory ``--out``, which exists."""
-    folder, content = args.out, args.no_sinks
-    report.save(folder / "report.safetensors")
-    report.to_frame().to_csv(folder / "frame.csv", index=False)
-    summary = tables.render(report, prompts, fragile=args.fragile, content=content)
-    (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
-    from qkvnorm_lens.page import write_html
+def _of_corpus(args: argparse.Namespace, model: Any) -> str:
+    """Probe a whole data set; of a shard, say how it goes on."""
+    import hooks
 
-    write_html(report, folder / "report.html", source=read_in_words(prompts), content=content)
-    if not figures.write(report, folder, args):
-        _say("no figures: they need matplotlib, pip install 'qkvnorm-lens[plots]'")
-
-
-def read_in_words(prompts: text.Prompts) -> str:
-    """What was read, and what was left out of it."""
-    return f"{prompts.source}{'; ' if prompts.left_out else ''}{prompts.left_out}"
-
-
-def _say(words: str) -> None:
-    sys.stderr.write(f"qkvnorm-lens: {words}\n")
+    context = args.context or min(1024, int(getattr(model.cfg, "n_ctx", 0) or 1024))
+    options = {name: getattr(args, name) for name in _OPTIONS}
+    report = hooks.probe_corpus(
+        model,
+        args.dataset,
+        split=args.split,
+        column=args.column,
+        context=args.context,
+        tokens=args.tokens,
+        until=args.until,
+        prepend_bos=args.prepend_bos,
+        out=args.out,
+        shard=args.shard,
+        batch_size=args.batch_size or max(1, TOKENS_AT_ONCE // context),
+        **options,
+    )
+    if args.shard is not None:
+        part, of = args.shard
+        return (
+            f"Shard {part} of {of} is whole: {report.n_tokens} tokens. When all are:\n"
+            f"qkvnorm-lens merge {args.out}"
+        )
+    return output.shown(args, report, output.read_of(report), first=output.is_first())

@@ -370,7 +370,7 @@ def _rates_note(report: CollapseReport) -> str:
 
 def _method(report: CollapseReport, source: str) -> list[tuple[str, str]]:
     settings, model = report.settings, report.model
-    n, tokens = len(report.tokens), sum(map(len, report.tokens))
+    n, tokens = len(report.tokens), report.n_tokens
     heads, kv = sorted(set(model["heads"])), sorted(set(model["kv_heads"]))
     exact = settings.method == "exact"
     sinks, alone, ties = (

@@ -34,6 +34,7 @@ from hooks.arguments import (
     check_path,
     check_text,
 )
+from hooks.corpus import Stopped as Stopped
 from qkvnorm_lens.models import QKVNormTransformer
 from qkvnorm_lens.training.addition import Batch, draw, get_split
 from qkvnorm_lens.training.recipes import LearningRate, get_recipe, make_optimizers
@@ -45,18 +46,6 @@ _FIELDS: Final = (
     "step", "sequences", "seconds", "lr", "loss", "per_token", "per_token_without_end", "exact",
 )  # fmt: skip
 STATE: Final = ("run", "model", "optimizers", "rate", "step", "seconds", "loss_sum", "losses")
-
-
-class Stopped(KeyboardInterrupt):
-    """A run was interrupted; the text says where, and from where it resumes.
-
-    Attributes:
-        signal: SIGINT or SIGTERM.
-    """
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal = number
 
 
 class _Signals:

@@ -27,6 +27,7 @@ FLOORS = {
         "noise",
         "collapse",
         "measures",
+        "corpus",
     ),
     "qkvnorm_lens": (
         "namesake",

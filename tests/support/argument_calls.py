@@ -15,7 +15,9 @@ import torch
 import hooks
 from hooks.noise.laws import LAWS
 from qkvnorm_lens.models.fields import HONOURED
+from tests.support import models
 from tests.support.arguments import Call
+from tests.support.commands import characters
 
 IDS = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 1, 2, 3]]
 # What a model is given is read by a function of its own, which has tests of its own.
@@ -27,6 +29,8 @@ NAMES = (
     "NormNoise",
     "CentredAttention",
     "collapse_probe",
+    "probe_corpus",
+    "merge_corpus",
     "sweep",
     "spread",
     "interference",
@@ -50,6 +54,7 @@ NAMES = (
     "ScoreParts.pattern_of",
     "CollapseReport.to_frame",
     "CollapseReport.sigma_at",
+    "CollapseReport.sigma_error",
     "CollapseReport.fragile",
     "CollapseReport.kept_noise",
     "CollapseReport.read_by",
@@ -256,6 +261,7 @@ def reports(model: Any, folder: Path) -> dict[str, Call]:
         for method in (
             "to_frame",
             "sigma_at",
+            "sigma_error",
             "fragile",
             "kept_noise",
             "read_by",
@@ -485,8 +491,29 @@ def alone() -> dict[str, Call]:
     }
 
 
+def corpora(folder: Path) -> dict[str, Call]:
+    from transformers import AutoTokenizer
+
+    characters().save_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    model = models.tiny_gpt2(tokenizer=tokenizer)
+    right = {"model": hold(model), "dataset": hold(["some words"]), "context": hold(8)}
+    part = folder / "parts"
+    hooks.probe_corpus(model, ["some words"], out=part, sigmas=[0.3], progress=False)
+    skip = ("model", "options")
+    return {
+        "probe_corpus": Call(
+            hooks.probe_corpus,
+            right,
+            {"dataset": "dataset|column|split", "context": "context|text"},
+            skip=skip,
+        ),
+        "merge_corpus": Call(hooks.merge_corpus, {"folders": hold([part])}),
+    }
+
+
 def every(model: Any, folder: Path) -> dict[str, Call]:
     """All of them; ``folder`` is the working directory."""
     made = [measurements(model), noises(model), tensors(model), reports(model, folder)]
-    made += [figures(model), ours(), alone()]
+    made += [figures(model), ours(), alone(), corpora(folder)]
     return {name: call for group in made for name, call in group.items()}

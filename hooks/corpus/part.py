@@ -1,0 +1,97 @@
+"""One shard of a corpus on disk: a report of what was counted so far, and what it was counted of.
+
+The file is a pooled report like any other; its fact ``corpus`` says what was read (`what`), which
+shard this is, and how far it came (`done`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+
+from hooks.collapse import FORM, CollapseReport
+from hooks.reports import one_model
+
+DONE: Final = ("blocks", "prompts", "tokens", "documents", "digest", "complete")
+
+
+class Part:
+    """The file of a shard, and the lock that keeps a second process from it."""
+
+    def __init__(self, folder: Path, shard: tuple[int, int]) -> None:
+        self.shard = shard
+        self.path = folder / f"part-{shard[0]:05}-of-{shard[1]:05}.safetensors"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, the shard is this process's own.
+
+        Raises:
+            ValueError: another process has it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path.with_suffix(".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"out: wanted a directory that no other process writes shard {self.shard[0]} of "
+                f"{self.shard[1]} to; got {self.path.parent}, where one is at work"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def save(self, report: CollapseReport) -> None:
+        """Write the file whole, or leave the one of before.
+
+        Raises:
+            OSError: it can't be written (a full disk).
+        """
+        FORM.save(report, self.path, draft=self.path.with_suffix(".draft"))
+
+    def load(self, fresh: Any) -> CollapseReport | None:
+        """What an earlier process counted of the same corpus and model; None where none did.
+
+        Raises:
+            ValueError: it counted something else: the message says what differs.
+        """
+        if not self.path.exists():
+            return None
+        report = CollapseReport.load(self.path)
+        wanted = f"out: wanted another directory, or the run that {self.path} is a part of"
+        try:
+            one_model(report, fresh)
+        except ValueError as error:
+            raise ValueError(f"{wanted}; got another: {error}") from error
+        mine, theirs = fresh.model["corpus"], corpus_of(report, self.path)
+        for name, (a, b) in differing(mine["what"], theirs["what"]):
+            raise ValueError(f"{wanted}; got {name} {a!r} instead of {b!r}")
+        return report
+
+
+def corpus_of(report: CollapseReport, path: Path) -> Any:
+    """What the report of a shard says of its corpus.
+
+    Raises:
+        ValueError: it is not that of a shard.
+    """
+    fact: Any = report.model.get("corpus")
+    whole = isinstance(fact, dict) and all(isinstance(fact.get(n), dict) for n in ("what", "done"))
+    if not whole or not report.settings.pooled or {*DONE} - {*fact["done"]}:
+        raise ValueError(f"{path}: wanted a part that probe_corpus wrote; got another report")
+    return fact
+
+
+def differing(
+    mine: Mapping[str, Any], other: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Names under which two mappings differ, and what each has."""
+    for name in sorted({*mine, *other}):
+        if mine.get(name) != other.get(name):
+            yield name, (mine.get(name), other.get(name))

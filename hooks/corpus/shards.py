@@ -1,0 +1,82 @@
+"""Parts of a corpus, counted by several processes, as one report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from hooks.arguments import brief, check_path, read_list
+from hooks.collapse import CollapseReport
+from hooks.corpus.part import corpus_of, differing
+
+
+def merge_corpus(folders: str | os.PathLike[str] | Iterable[Any]) -> CollapseReport:
+    """The report of a whole corpus from the parts that its shards wrote.
+
+    Sums are those of one process, up to the rounding of their order (1e-12); the rows are the same.
+
+    Args:
+        folders: directories with parts (``part-00001-of-00003.safetensors``), or such files.
+
+    Raises:
+        ValueError: a shard that is missing, there twice, or not at its end; parts of other corpora,
+            models or settings. The message names the shard and what differs.
+        ReportFileError: a damaged file.
+    """
+    if isinstance(folders, (str, os.PathLike)):
+        folders = [folders]
+    wanted = "directories that probe_corpus wrote to"
+    found: list[Path] = []
+    for given in read_list("folders", folders, wanted):
+        path = check_path("folders", given)
+        if not path.exists():
+            raise ValueError(
+                f"folders: wanted {wanted}; got {brief(str(path))}, which is not there"
+            )
+        found += sorted(path.glob("part-*.safetensors")) if path.is_dir() else [path]
+    if not found:
+        raise ValueError(f"folders: wanted parts that probe_corpus wrote; got {brief(found)}")
+    return together([CollapseReport.load(path) for path in found], found)
+
+
+def together(reports: Sequence[CollapseReport], names: Sequence[Any]) -> CollapseReport:
+    """The parts of all shards as one report; ``names`` say where each was found."""
+    facts = [corpus_of(report, name) for report, name in zip(reports, names, strict=True)]
+    n = facts[0]["shard"][1]
+    at: dict[int, int] = {}
+    for index, (fact, name) in enumerate(zip(facts, names, strict=True)):
+        shard, of = fact["shard"]
+        if of != n:
+            raise ValueError(f"{name}: wanted a shard of {n}, as {names[0]}; got one of {of}")
+        if shard in at:
+            raise ValueError(
+                f"shard {shard} of {n}: wanted it once; got it in {names[at[shard]]} and {name}"
+            )
+        at[shard] = index
+        for part, (mine, other) in differing(facts[0]["what"], fact["what"]):
+            raise ValueError(
+                f"{name}: wanted the corpus of {names[0]}; got {part} {other!r} instead of {mine!r}"
+            )
+        if not fact["done"]["complete"]:
+            raise ValueError(
+                f"shard {shard} of {n}: wanted it whole; got {fact['done']['prompts']} prompts in "
+                f"{name}: its own command goes on"
+            )
+        for part, (mine, other) in differing(facts[0]["done"], fact["done"]):
+            raise ValueError(
+                f"{name}: wanted to have read what {names[0]} has; got {part} {other!r} instead of "
+                f"{mine!r}: the data set changed"
+            )
+    missing = [str(i) for i in range(1, n + 1) if i not in at]
+    if missing:
+        raise ValueError(
+            f"shards of {n}: wanted all; got none for {', '.join(missing)}: probe with "
+            f"--shard {missing[0]}/{n}"
+        )
+    ordered = [reports[at[i]] for i in range(1, n + 1)]
+    whole: CollapseReport = reduce(lambda a, b: a.alongside(b), ordered)
+    return replace(whole, model={**whole.model, "corpus": {**facts[0], "shard": [1, 1]}})

@@ -1,0 +1,151 @@
+"""``probe --dataset``, its shards and ``merge``; killed at any point, in one process or several."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import hooks
+from hooks import CollapseReport
+from tests.hooks.collapse.test_pooled import assert_equal
+from tests.support import models
+from tests.support.commands import ALONE, Run, refused
+
+OPTIONS = ["--sigmas", "0.1,0.3", "--context", "32"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Some three hundred documents: blocks enough to be stopped between."""
+    path = tmp_path_factory.mktemp("corpus") / "plays.jsonl"
+    text = "\n".join(models.shakespeare())
+    rows = [{"text": text[at : at + 70]} for at in range(0, len(text) - 70, 35)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_corpus_its_shards_and_their_merge(
+    run: Run, gpt2_dir: str, corpus: str, tmp_path: Path
+) -> None:
+    asked = ["probe", gpt2_dir, "--dataset", corpus, "--tokens", "6k", *OPTIONS]
+    code, out, err = run(*asked, "--out", str(tmp_path / "one"))
+    assert code == 0, err
+    assert "windows of at most 32 tokens of plays.jsonl" in out
+    for i in (1, 2, 3):
+        code, out, err = run(*asked, "--shard", f"{i}/3", "--out", str(tmp_path / "three"))
+        assert code == 0, err
+        assert f"Shard {i} of 3 is whole" in out
+    code, out, err = run("merge", str(tmp_path / "three"))
+    assert code == 0, err
+    whole, merged = (
+        CollapseReport.load(tmp_path / name / "report.safetensors") for name in ("one", "three")
+    )
+    assert_equal(merged, whole, rtol=1e-12)
+    for name in ("report.html", "frame.csv", "summary.txt"):
+        assert (tmp_path / "three" / name).exists()
+    code, out, _ = run("merge", str(tmp_path / "three"), "--json")
+    assert json.loads(out)["read"]["tokens"] == whole.n_tokens >= 6000
+    (tmp_path / "three" / "part-00002-of-00003.safetensors").unlink()
+    refused(run("merge", str(tmp_path / "three")), "shards of 3", "got none for 2", "--shard 2/3")
+
+
+def test_options_that_do_not_fit(run: Run, gpt2_dir: str, corpus: str, tmp_path: Path) -> None:
+    asked = ["probe", gpt2_dir, "--dataset", corpus]
+    refused(run("probe", gpt2_dir, "--tokens", "1k"), "--tokens: wanted it with --dataset")
+    refused(run(*asked, "--text", "words"), "--text: wanted it without --dataset")
+    refused(run(*asked, "--shard", "1/2"), "--out: wanted a directory for the shard")
+    refused(run(*asked, "--column", "x"), "--column: wanted one of ['text']; got 'x'")
+    refused(run("merge", str(tmp_path)), "wanted parts that probe_corpus wrote")
+    for option, value in (("--tokens", "0"), ("--tokens", "1T"), ("--shard", "3/2")):
+        code, out, err = run(*asked, option, value)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"qkvnorm-lens: error: {option}: wanted ")
+
+
+# -- killed ---------------------------------------------------------------------------------------
+
+
+def start(argv: Sequence[str], launch: str = "") -> subprocess.Popen[str]:
+    """The command in a process, or several, of its own; a state after each block."""
+    every = "import hooks.corpus.probe as p; p.EVERY = 1e-6; import qkvnorm_lens.__main__"
+    own = [sys.executable, "-c", every] if not launch else [sys.executable, *launch.split()]
+    return subprocess.Popen(
+        [*own, *argv],
+        env={**ALONE, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def killed_and_resumed(argv: list[str], out: Path, rng: random.Random, times: int) -> int:
+    """Kill the command at random moments of its run, then let it end; how often it was at work."""
+    done, at_work = out / "report.safetensors", 0
+    numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    for number in (numbers * times)[:times]:
+        process = start([*argv, "--out", str(out)])
+        parts = {p: p.stat().st_mtime_ns for p in out.glob("part-*")} if out.exists() else {}
+        while process.poll() is None:  # until it has written a state of its own
+            now = {p: p.stat().st_mtime_ns for p in out.glob("part-*.safetensors")}
+            if any(parts.get(p) != at for p, at in now.items()):
+                break
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        at_work += process.returncode != 0
+        if process.returncode not in (0, -signal.SIGKILL):
+            assert process.returncode == 128 + number, err
+            assert "the same command goes on" in err
+    process = start([*argv, "--out", str(out)])
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert done.exists()
+    return at_work
+
+
+def kill_test(gpt2_dir: str, corpus: str, folder: Path, times: int, seed: int) -> int:
+    argv = ["probe", gpt2_dir, "--dataset", corpus, *OPTIONS]
+    undisturbed = start([*argv, "--out", str(folder / "whole")])
+    _, err = undisturbed.communicate(timeout=240)
+    assert undisturbed.returncode == 0, err
+    n = killed_and_resumed(argv, folder / "killed", random.Random(seed), times)
+    whole, killed = (folder / name / "report.safetensors" for name in ("whole", "killed"))
+    assert killed.read_bytes() == whole.read_bytes()
+    return n
+
+
+@pytest.mark.slow
+def test_three_kills_leave_no_trace(gpt2_dir: str, corpus: str, tmp_path: Path) -> None:
+    assert kill_test(gpt2_dir, corpus, tmp_path, 3, 0) >= 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(5))
+def test_twenty_kills_leave_no_trace(gpt2_dir: str, corpus: str, tmp_path: Path, seed: int) -> None:
+    assert kill_test(gpt2_dir, corpus, tmp_path, 4, seed) >= 1
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process(run: Run, gpt2_dir: str, corpus: str, tmp_path: Path) -> None:
+    asked = ["probe", gpt2_dir, "--dataset", corpus, "--tokens", "6k", *OPTIONS]
+    code, _, err = run(*asked, "--out", str(tmp_path / "one"))
+    assert code == 0, err
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -m qkvnorm_lens"
+    both = start([*asked, "--out", str(tmp_path / "two")], launch)
+    out, err = both.communicate(timeout=240)
+    assert both.returncode == 0, err
+    assert out.count("windows of at most 32 tokens") == 1
+    one, two = (
+        CollapseReport.load(tmp_path / name / "report.safetensors") for name in ("one", "two")
+    )
+    assert_equal(two, one, rtol=1e-12)
+    assert_equal(hooks.merge_corpus(tmp_path / "two"), two)
