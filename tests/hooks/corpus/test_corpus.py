@@ -16,6 +16,7 @@ import pytest
 
 import hooks
 from hooks import CollapseReport, merge_corpus, probe_corpus
+from hooks.collapse import pooled
 from hooks.corpus import Stopped, cut, rank_and_size
 from tests.hooks.collapse.test_pooled import assert_equal
 from tests.support import models
@@ -126,6 +127,36 @@ def test_a_text_file_is_read_in_whole_paragraphs(model: Any, tmp_path: Path) -> 
     path.write_text("\n\n".join(paragraphs))
     got = probe_corpus(model, str(path), **OPTIONS)
     assert_equal(got, probe_corpus(model, ["\n\n".join(paragraphs)], **OPTIONS))
+
+
+def test_the_order_of_the_documents_does_not_matter(
+    model: Any, texts: list[str], whole: CollapseReport
+) -> None:
+    turned = probe_corpus(model, texts[::-1], **OPTIONS)
+    # Batches of another make round differently.
+    for by in ("head", "model"):
+        pd.testing.assert_frame_equal(whole.to_frame(by), turned.to_frame(by), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        np.sort(turned.table.half_width), np.sort(whole.table.half_width), rtol=1e-3
+    )
+
+
+def test_a_report_does_not_grow(
+    model: Any, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve times the corpus: the same arrays, no more rows and tokens than asked for."""
+    monkeypatch.setattr(pooled, "SHOWN", 8)
+    options = OPTIONS | {"keep": 300, "keep_rows": 4}
+    one, many = (probe_corpus(model, texts * n, **options) for n in (1, 12))
+    for name, array in vars(one).items():
+        if isinstance(array, np.ndarray):
+            assert getattr(many, name).shape == array.shape, name
+    assert many.n_sparse == 12 * one.n_sparse
+    assert len(many.table.a) <= 300
+    assert len(many.kept) <= 4
+    assert 1 <= sum(map(bool, many.tokens)) <= 2 * 8
+    sizes = [report.save(tmp_path / f"{i}").stat().st_size for i, report in enumerate((one, many))]
+    assert sizes[1] < sizes[0] + 4 * len(many.tokens) + 20_000  # an empty entry for each prompt
 
 
 def test_tokens_end_a_corpus(model: Any, texts: list[str]) -> None:
