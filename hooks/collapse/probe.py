@@ -89,6 +89,7 @@ def collapse_probe(
     query_block: int | None = None,
     first_prompt: int = 0,
     progress: bool | None = None,
+    name: str | None = None,
 ) -> CollapseReport:
     """Share of sparse attention rows whose arg max moves under norm noise, by sigma, layer, head.
 
@@ -134,7 +135,9 @@ def collapse_probe(
             a time, never as one [query, key] matrix; default: as many as fit into 16 MiB.
         first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
             which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
-        progress: show a progress bar; default: in a terminal or a notebook.
+        progress: show a bar in a terminal or a notebook, lines in a log; default: in a log only
+            after a minute.
+        name: what the report calls the model; default: the model's own name.
 
     Returns:
         :class:`CollapseReport`.
@@ -174,7 +177,7 @@ def collapse_probe(
     settings = replace(options.settings, layers=tuple(s.layer for s in chosen))
     tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
     count(model, prompts, tally, options, progress=progress)
-    return tally.report(model=attention_facts(model, sites, chosen, prompts), prompts=prompts)
+    return tally.report(model=attention_facts(model, sites, chosen, prompts, name), prompts=prompts)
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ class _Run:
             prompts = encode(self.model, block.rows)
             sites = sites_for(self.model, prompts)
             chosen = choose_layers(sites, self.options.layers)
-            self.facts = partial(attention_facts, self.model, sites, chosen, prompts)
+            self.facts = partial(attention_facts, self.model, sites, chosen, prompts, None)
             self.model_facts, pool = self.facts(), Pool(self.options, chosen)
             if self.part is not None:
                 fresh = SimpleNamespace(settings=pool.settings, model=self._told())

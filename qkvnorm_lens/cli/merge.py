@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from qkvnorm_lens.arguments import count, directory, some_path
-from qkvnorm_lens.cli import output
+from qkvnorm_lens.cli import figures, output
 
 HELP = "put the shards of a corpus together"
 DESCRIPTION = """\
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     said = "list heads and rows by attention that does not go to the first token"
     parser.add_argument("--no-sinks", action="store_true", help=said)
     parser.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
+    figures.add_arguments(parser, "png")
     said = "for report.html, report.safetensors, frame.csv, ... [the first DIR]"
     parser.add_argument("--out", type=some_path, metavar="DIR", help=said)
 

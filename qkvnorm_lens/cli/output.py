@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
 from qkvnorm_lens import tables, text
+from qkvnorm_lens.cli import figures
 
 if TYPE_CHECKING:
     from hooks import CollapseReport
@@ -56,16 +56,8 @@ def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompt
     from qkvnorm_lens.page import write_html
 
     write_html(report, folder / "report.html", source=read_in_words(prompts), content=content)
-    if importlib.util.find_spec("matplotlib") is None:
+    if not figures.write(report, folder, args):
         say("no figures: they need matplotlib, pip install 'qkvnorm-lens[plots]'")
-        return
-    from qkvnorm_lens import plots
-    from qkvnorm_lens.plots.html import shown_rows
-
-    plots.collapse_curve(report).savefig(folder / "collapse.png")
-    plots.head_map(report, rate=tables.RATE, content=content).savefig(folder / "heads.png")
-    if shown_rows(report, 1, content=content):
-        plots.attention_rows(report, content=content).savefig(folder / "rows.png")
 
 
 def read_in_words(prompts: text.Prompts) -> str:

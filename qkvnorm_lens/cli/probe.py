@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkvnorm_lens import text
 from qkvnorm_lens.arguments import at_least, brief, count, directory, number, positive, some_path
-from qkvnorm_lens.cli import output
+from qkvnorm_lens.cli import figures, output
 from qkvnorm_lens.cli.train import check_device
 from qkvnorm_lens.models import DEFAULT, Source, find, load_model
 
@@ -66,8 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     said = "list heads and rows by attention that does not go to the first token"
     out.add_argument("--no-sinks", action="store_true", help=said)
     out.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
-    said = "also write report.html, report.safetensors, frame.csv, summary.txt and two figures"
+    said = "also write report.html, report.safetensors, frame.csv, summary.txt and three figures"
     out.add_argument("--out", type=some_path, metavar="DIR", help=said)
+    figures.add_arguments(out, "png")
 
 
 def _reading(group: argparse._ArgumentGroup) -> None:

@@ -30,6 +30,7 @@ FLOORS = {
         "corpus",
     ),
     "qkvnorm_lens": (
+        "namesake",
         "arguments",
         "theory",
         "models",
