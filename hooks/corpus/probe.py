@@ -13,6 +13,7 @@ from typing import Any, Final
 from hooks.arguments import brief, check_integers, check_number, check_optional, check_path
 from hooks.collapse import CollapseReport, Pool, read_options
 from hooks.corpus.cut import Block, Cut
+from hooks.corpus.freeing import give_back
 from hooks.corpus.part import Part, differing
 from hooks.corpus.ranks import gathered, rank_and_size
 from hooks.corpus.read import Documents
@@ -24,6 +25,7 @@ from hooks.sites import attention_facts, choose_layers, sites_for
 EVERY = 60.0
 """Seconds between two states on disk."""
 _CONTEXT: Final = 1024  # tokens of a window, where the model's own context is longer
+_FREE_EVERY: Final = 1.0  # seconds
 _LEAST: Final = 16  # prompts, before a standard error over them ends a run
 _LEFT_OUT: Final = (("empty", "empty documents"), ("single", "windows of one token"))
 
@@ -208,7 +210,7 @@ class _Run:
         return self._save()
 
     def _count(self, every: float) -> None:
-        saved, read = time.monotonic(), 0
+        saved, freed, read = time.monotonic(), 0.0, 0
         for block in self.cut:
             pool = self._begun(block)
             if self.done.get("complete"):
@@ -221,6 +223,9 @@ class _Run:
                 if self.part is not None and time.monotonic() - saved > every:
                     self._save()
                     saved = time.monotonic()
+            if time.monotonic() - freed > _FREE_EVERY:
+                give_back()
+                freed = time.monotonic()
             self._show(pool, block)
         if read < self.done.get("blocks", 0):
             raise self._other_documents()

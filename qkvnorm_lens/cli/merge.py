@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     said = "list heads and rows by attention that does not go to the first token"
     parser.add_argument("--no-sinks", action="store_true", help=said)
     parser.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
+    figures.add_arguments(parser, "png")
     said = "for report.html, report.safetensors, frame.csv, ... [the first DIR]"
     parser.add_argument("--out", type=some_path, metavar="DIR", help=said)
     figures.add_arguments(parser, "png")

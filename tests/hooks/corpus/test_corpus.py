@@ -16,6 +16,7 @@ import pytest
 
 import hooks
 from hooks import CollapseReport, merge_corpus, probe_corpus
+from hooks.collapse import pooled
 from hooks.corpus import Stopped, cut, rank_and_size
 from tests.hooks.collapse.test_pooled import assert_equal
 from tests.support import models
@@ -128,6 +129,36 @@ def test_a_text_file_is_read_in_whole_paragraphs(model: Any, tmp_path: Path) -> 
     assert_equal(got, probe_corpus(model, ["\n\n".join(paragraphs)], **OPTIONS))
 
 
+def test_the_order_of_the_documents_does_not_matter(
+    model: Any, texts: list[str], whole: CollapseReport
+) -> None:
+    turned = probe_corpus(model, texts[::-1], **OPTIONS)
+    # Batches of another make round differently.
+    for by in ("head", "model"):
+        pd.testing.assert_frame_equal(whole.to_frame(by), turned.to_frame(by), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        np.sort(turned.table.half_width), np.sort(whole.table.half_width), rtol=1e-3
+    )
+
+
+def test_a_report_does_not_grow(
+    model: Any, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times the corpus: the same arrays, no more rows and tokens than asked for."""
+    monkeypatch.setattr(pooled, "SHOWN", 8)
+    options = OPTIONS | {"keep": 300, "keep_rows": 4}
+    one, many = (probe_corpus(model, texts * n, **options) for n in (1, 4))
+    for name, array in vars(one).items():
+        if isinstance(array, np.ndarray):
+            assert getattr(many, name).shape == array.shape, name
+    assert many.n_sparse == 4 * one.n_sparse
+    assert len(many.table.a) <= 300
+    assert len(many.kept) <= 4
+    assert 1 <= sum(map(bool, many.tokens)) <= 2 * 8
+    sizes = [report.save(tmp_path / f"{i}").stat().st_size for i, report in enumerate((one, many))]
+    assert sizes[1] < sizes[0] + 4 * len(many.tokens) + 20_000  # an empty entry for each prompt
+
+
 def test_tokens_end_a_corpus(model: Any, texts: list[str]) -> None:
     rows, read = windows(model, texts, 24), 0
     wanted = next(i for i, row in enumerate(rows, 1) if (read := read + len(row)) >= 300)
@@ -139,13 +170,13 @@ def test_tokens_end_a_corpus(model: Any, texts: list[str]) -> None:
 def test_the_error_ends_a_corpus(model: Any, texts: list[str], whole: CollapseReport) -> None:
     """It ends with the first block after which the error is small enough."""
     error = 100 * whole.sigma_error(0.01)
-    reached = probe_corpus(model, texts * 8, until=error, **OPTIONS)
+    reached = probe_corpus(model, texts * 4, until=error, **OPTIONS)
     assert 100 * reached.sigma_error(0.01) < error
     n = reached.model["corpus"]["done"]["blocks"]
-    assert n < probe_corpus(model, texts * 8, **OPTIONS).model["corpus"]["done"]["blocks"]
-    read = cut.Cut(model, texts * 8, context=24, batch_size=8, most=None, prepend_bos=None)
+    assert n < probe_corpus(model, texts * 4, **OPTIONS).model["corpus"]["done"]["blocks"]
+    read = cut.Cut(model, texts * 4, context=24, batch_size=8, most=None, prepend_bos=None)
     end = sum(block.tokens for block in list(read)[: n - 1])
-    before = probe_corpus(model, texts * 8, tokens=end, **OPTIONS)
+    before = probe_corpus(model, texts * 4, tokens=end, **OPTIONS)
     assert before.model["corpus"]["done"]["blocks"] == n - 1
     assert 100 * before.sigma_error(0.01) >= error
 

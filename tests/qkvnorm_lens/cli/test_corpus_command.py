@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -149,3 +150,39 @@ def test_two_ranks_are_one_process(run: Run, gpt2_dir: str, corpus: str, tmp_pat
     )
     assert_equal(two, one, rtol=1e-12)
     assert_equal(hooks.merge_corpus(tmp_path / "two"), two)
+
+
+@pytest.mark.slow
+def test_a_lost_ranks_shard_is_run_alone(
+    run: Run, gpt2_dir: str, corpus: str, tmp_path: Path
+) -> None:
+    """One of two ranks is killed at work: the launcher names it, and nothing is counted twice."""
+    asked = ["probe", gpt2_dir, "--dataset", corpus, *OPTIONS, "--out", str(tmp_path / "two")]
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -m qkvnorm_lens"
+    both = start(asked, launch)
+    while not (tmp_path / "two" / "part-00002-of-00002.lock").exists():
+        assert both.poll() is None
+        time.sleep(0.01)
+    for entry in Path("/proc").iterdir():
+        try:
+            lines = (entry / "environ").read_bytes().split(b"\0")
+            mine = (entry / "status").read_text().partition("PPid:")[2].split()[0] == str(both.pid)
+        except (OSError, IndexError):  # gone, or no process
+            continue
+        if mine and b"RANK=1" in lines:
+            os.kill(int(entry.name), signal.SIGKILL)
+    _, err = both.communicate(timeout=240)
+    assert both.returncode != 0
+    assert "rank      : 1 " in err
+    refused(run("merge", str(tmp_path / "two")), "wanted")
+    for i in (1, 2):
+        code, _, err = run(*asked, "--shard", f"{i}/2")
+        assert code == 0, err
+    code, _, err = run("merge", str(tmp_path / "two"))
+    assert code == 0, err
+    code, _, err = run(*asked[:-1], str(tmp_path / "one"))
+    assert code == 0, err
+    one, two = (
+        CollapseReport.load(tmp_path / name / "report.safetensors") for name in ("one", "two")
+    )
+    assert_equal(two, one, rtol=1e-12)
