@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qkvnorm_lens.arguments import directory, some_path
+from qkvnorm_lens.cli.figures import formats
 from qkvnorm_lens.experiments.core import NAMES, get_experiment
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=some_path, metavar="DIR", default=Path("runs/experiments"), help=said
     )
+    said = "of the figure, beside PNG: pdf, svg; a finished experiment is only drawn again"
+    parser.add_argument("--format", type=formats, metavar="LIST", default=(), help=said)
     parser.add_argument(
         "--to", type=some_path, metavar="PAGES", help="report: their directory [DIR/reproduction]"
     )
@@ -108,8 +111,9 @@ def _one(
         what = "makes its own models" if own else "wants models that add integers"
         return f"{experiment.name}: left out, it {what}"
     print(f"{experiment.name}: {experiment.title}", file=sys.stderr)  # noqa: T201
+    command = _command(experiment.name, size, args)
     outcome = run_experiment(
-        experiment, subjects, args.out, size=size, command=_command(experiment.name, size, args)
+        experiment, subjects, args.out, size=size, command=command, formats=args.format
     )
     return (
         f"{experiment.name}: {experiment.title} ({experiment.source})\n\n{outcome.text}\n\n"

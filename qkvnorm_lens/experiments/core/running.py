@@ -63,6 +63,7 @@ def run_experiment(
     size: Size = "quick",
     command: str = "",
     progress: bool | None = None,
+    formats: Sequence[str] = (),
 ) -> Outcome:
     """Run what is missing of an experiment, and write its table, figure and text.
 
@@ -73,6 +74,7 @@ def run_experiment(
         size: how much.
         command: what to write down as the way to get these results.
         progress: show a progress bar; default: in a terminal or a notebook.
+        formats: of the figure, beside PNG: ``"pdf"``, ``"svg"``.
 
     Raises:
         ValueError: no model that the experiment can look at, or a directory that holds the results
@@ -103,9 +105,11 @@ def run_experiment(
     _write(folder / "about.json", json.dumps(about, indent=2) + "\n")
     _write(folder / "table.csv", table.to_csv(index=False, lineterminator="\n"))
     _write(folder / "text.md", text.rstrip() + "\n")
-    picture = io.BytesIO()
-    experiment.figure(table).savefig(picture, format="png")
-    write_whole(folder / "figure.png", picture.getvalue())
+    figure = experiment.figure(table)
+    for kind in dict.fromkeys(("png", *formats)):
+        picture = io.BytesIO()
+        figure.savefig(picture, format=kind)
+        write_whole(folder / f"figure.{kind}", picture.getvalue())
     return Outcome(table, about, text, folder)
 
 

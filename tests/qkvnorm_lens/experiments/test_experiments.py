@@ -416,7 +416,10 @@ def test_the_command_lists_runs_and_goes_on(tmp_path: Path, capsys: Any) -> None
     table = running.read_table(tmp_path / "accuracy")
     assert list(table["kind"]) == list(accuracy.KINDS)
     before = (tmp_path / "accuracy" / "parts" / "smoke" / "addition-qkv.json").stat().st_mtime_ns
-    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert main([*arguments, "--format", "pdf", "--out", str(tmp_path)]) == 0
+    drawn = {path.name for path in (tmp_path / "accuracy").glob("figure.*")}
+    assert drawn == {"figure.png", "figure.pdf"}
+    assert b"/FontFile2" in (tmp_path / "accuracy" / "figure.pdf").read_bytes()
     after = (tmp_path / "accuracy" / "parts" / "smoke" / "addition-qkv.json").stat().st_mtime_ns
     assert before == after
     assert capsys.readouterr().out == first

@@ -97,7 +97,7 @@ def test_heads_with_few_rows_are_marked(exact) -> None:  # type: ignore[no-untyp
     assert any("fewer than" in t.get_text() for t in ax.get_legend().get_texts())  # type: ignore[union-attr]
 
 
-def test_maps_side_by_side_have_one_scale(exact, sampled) -> None:  # type: ignore[no-untyped-def]
+def test_maps_side_by_side_have_one_scale(exact) -> None:  # type: ignore[no-untyped-def]
     figure = plots.head_map({"a": exact, "b": exact}, 0.2)
     first, second = (ax.images[0] for ax in figure.axes[:2])
     assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["a", "b"]
@@ -105,9 +105,11 @@ def test_maps_side_by_side_have_one_scale(exact, sampled) -> None:  # type: igno
     alone = plots.head_map(exact, 0.2, limits=(1, 57)).axes[0].images[0]
     assert (alone.norm.vmin, alone.norm.vmax) == (1, 57)
     pair = Figure().subplots(1, 2)
-    plots.head_map({"a": exact, "b": sampled}, ax=pair)
+    other: Any = small_report("exact", qk_scale=12)
+    plots.head_map({"a": exact, "b": other}, ax=pair)
     both = np.concatenate([ax.images[0].get_array().compressed() for ax in pair])
     both = both[both < 1e8]  # never
+    assert plots.head_map(exact).axes[0].images[0].norm.vmin != both.min()  # not the first's own
     assert {ax.images[0].norm.vmin for ax in pair} == {both.min()}
     assert {ax.images[0].norm.vmax for ax in pair} == {both.max()}
     for wrong in ((3, 2), (1,), (0, 1)):
