@@ -9,6 +9,7 @@ counts while its scores exist, then freed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -61,6 +62,7 @@ KEEP_ROWS = 16
 _BLOCK_BYTES = 1 << 24
 
 Method = Literal["exact", "sample"]
+Engine = Literal["auto", "compiled", "torch"]
 
 
 @measurement
@@ -86,6 +88,7 @@ def collapse_probe(
     keep_rows: int = KEEP_ROWS,
     query_block: int | None = None,
     first_prompt: int = 0,
+    engine: Engine = "auto",
     progress: bool | None = None,
 ) -> CollapseReport:
     """Share of sparse attention rows whose arg max moves under norm noise, by sigma, layer, head.
@@ -132,6 +135,11 @@ def collapse_probe(
             a time, never as one [query, key] matrix; default: as many as fit into 16 MiB.
         first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
             which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
+        engine: what reduces a layer's scores: ``"compiled"`` code on the CPU; ``"torch"`` on the
+            device where they lie, from which only the result is copied; ``"auto"``: compiled on
+            the CPU and where torch does not compute what is asked (draws, and the strict rate
+            under other laws than uniform, of noise on q alone and under soft caps), else torch.
+            The report's ``model["engine"]`` says which ran; parts of several may be merged.
         progress: show a progress bar; default: in a terminal or a notebook.
 
     Returns:
@@ -143,7 +151,8 @@ def collapse_probe(
             law can't have, an unknown layer, site, law or method.
     """
     # Compiled code: whoever only injects noise needs none.
-    from hooks.collapse.reduce import LayerReducer, Workers
+    from hooks.collapse.device import Engines
+    from hooks.collapse.reduce import Workers
     from hooks.kernels import LAW_CODES
 
     asked: Any = law
@@ -154,6 +163,7 @@ def collapse_probe(
         )
     values = read_grid(sigmas, law)
     method = cast(Method, check_choice("method", method, get_args(Method)))
+    engine = cast(Engine, check_choice("engine", engine, get_args(Engine)))
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
     sparse = check_sparse(sparse)
     least, usual = (2, 16) if method == "sample" else (0, 0)
@@ -192,16 +202,15 @@ def collapse_probe(
     )
     tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
     with Workers().open() as workers:
+        engines = Engines(tally, noise, engine, workers)
 
         def measure(indices: Sequence[int], given: ModelInput) -> None:
-            def on_seen(seen: SeenLayer) -> None:
-                reducer = LayerReducer(tally, seen.index, seen.sites, noise, indices, workers)
-                _reduce(seen, reducer, query_block)
-
-            watch_layers(model, given, chosen, on_seen)
+            watch = partial(watch_layers, model, given, chosen)
+            engines.each_layer(indices, watch, partial(_reduce, query_block=query_block))
 
         over_batches(model, prompts, batch_size, measure, what="collapse probe", progress=progress)
-    return tally.report(model=attention_facts(model, sites, chosen, prompts), prompts=prompts)
+    facts = attention_facts(model, sites, chosen, prompts) | {"engine": engines.name}
+    return tally.report(model=facts, prompts=prompts)
 
 
 def read_grid(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:

@@ -151,17 +151,24 @@ class TableParts:
             "key": key,
             "rival": rival,
         }
-        part = RowTable(
-            **{name: values.astype(np.int32) for name, values in columns.items()},
-            s_star=piece.s_star[:n_rows].copy(),
-            start=np.concatenate([[0], np.cumsum(count)]),
-            s=piece.s[:n_entries].copy(),
-            beta=piece.beta[:n_entries].copy(),
-            a=piece.a[:n_entries].copy(),
-            cutoff=np.asarray(cutoff, np.float32),
+        self.add(
+            RowTable(
+                **{name: values.astype(np.int32) for name, values in columns.items()},
+                s_star=piece.s_star[:n_rows].copy(),
+                start=np.concatenate([[0], np.cumsum(count)]),
+                s=piece.s[:n_entries].copy(),
+                beta=piece.beta[:n_entries].copy(),
+                a=piece.a[:n_entries].copy(),
+                cutoff=np.asarray(cutoff, np.float32),
+            )
         )
+
+    def add(self, part: RowTable) -> None:
+        """Add a table that is complete below its cutoff; callable from several threads."""
         with self._lock:
             self._parts.append(part)
+            if float(part.cutoff) < self.cutoff:
+                self.cutoff = float(part.cutoff)
             if sum(len(p.a) for p in self._parts) > 2 * self.keep:
                 self._parts = [self._cut()]
                 self.cutoff = float(self._parts[0].cutoff)
