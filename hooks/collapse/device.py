@@ -236,10 +236,11 @@ def _table(listed: Listed, cutoff: float, tally: Tally, prompts: Sequence[int]) 
 def _held(rows: FragileRows, tally: Tally, passing: _Pass) -> Iterator[Held]:
     """Rows as they are kept to be shown."""
     columns = [x.numpy() for x in rows]
-    for a, number, key, rival, scores, qk in zip(columns[0], *columns[2:], strict=True):
+    places = np.stack(from_number(columns[2]), 1).tolist()
+    for a, at, key, rival, scores, qk in zip(columns[0], places, *columns[3:], strict=True):
         if not a < 1:
             continue
-        layer, matrix, query = (int(x) for x in from_number(number))
+        layer, matrix, query = at
         mine, heads = passing.reducers[layer], tally.layers[layer].n_heads
         prompt = int(mine.prompts[matrix // heads])
         seen = int(np.flatnonzero(scores > MASKED)[-1]) + 1

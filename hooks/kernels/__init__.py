@@ -1,7 +1,16 @@
 """Compiled loops over a layer's rows of scores."""
 
 from hooks.kernels.compile import compiled
-from hooks.kernels.integrals import GRID, LAW_CODES
+from hooks.kernels.integrals import (
+    FEW,
+    GAUSSIAN,
+    GRID,
+    LAW_CODES,
+    LEGENDRE_W,
+    LEGENDRE_X,
+    LOGNORMAL,
+    UNIFORM,
+)
 from hooks.kernels.loop import add_strict, no_pending, scan, scratch
 from hooks.kernels.row import (
     ABLE,
@@ -9,6 +18,7 @@ from hooks.kernels.row import (
     EXAMINED,
     N_COUNTS,
     SINGLE,
+    TIE,
     TIES,
     collect_plain,
     count_above,
@@ -31,18 +41,25 @@ __all__ = [
     "BROKEN",
     "Draws",
     "EXAMINED",
+    "FEW",
     "Found",
+    "GAUSSIAN",
     "GRID",
     "Ints",
     "LAW_CODES",
+    "LEGENDRE_W",
+    "LEGENDRE_X",
+    "LOGNORMAL",
     "Layer",
     "MASKED",
     "N_COUNTS",
     "Rule",
     "SINGLE",
     "Sums",
+    "TIE",
     "TIES",
     "Table",
+    "UNIFORM",
     "add_strict",
     "collect_plain",
     "compiled",

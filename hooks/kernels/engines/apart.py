@@ -9,9 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooks.kernels.integrals import UNIFORM
-from hooks.kernels.row import TIE
-from hooks.kernels.types import BEYOND, MASKED, Rule
+from hooks.kernels import BEYOND, MASKED, TIE, UNIFORM, Rule
 
 
 def wide(device: torch.device) -> torch.dtype:

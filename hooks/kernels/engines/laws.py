@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.kernels import GAUSSIAN, LEGENDRE_W, LEGENDRE_X, LOGNORMAL, UNIFORM
 from hooks.kernels.engines import uniform
 from hooks.kernels.engines.slots import constant
-from hooks.kernels.integrals import GAUSSIAN, LEGENDRE_W, LEGENDRE_X, LOGNORMAL, UNIFORM
 
 _Z_END, _Z_STEP = 8.5, 0.125  # normal variable of a factor; 1e-17 of the mass lies beyond
 _Q_NODES, _Q_NEAREST = 8, 8

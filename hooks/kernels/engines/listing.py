@@ -105,11 +105,10 @@ class FragileRows(NamedTuple):
 
     def with_those(self, other: FragileRows, keep: int) -> FragileRows:
         """The most fragile rows of both."""
-        widest = max(self.scores.shape[1], other.scores.shape[1])
         both = []
         for name, x, y in zip(self._fields, self, other, strict=True):
             if x.ndim == 2:
-                fill = -math.inf if name == "scores" else 0.0
+                fill, widest = -math.inf if name == "scores" else 0.0, max(x.shape[1], y.shape[1])
                 x, y = (functional.pad(z, (0, widest - z.shape[1]), value=fill) for z in (x, y))
             both.append(torch.cat([x, y]))
         return FragileRows(*both).first(keep)
@@ -138,4 +137,5 @@ def entries(
     beta = torch.zeros_like(a) if beta is None else beta
     values = [x.flatten()[at].to(torch.float32) for x in (a, s, beta)]
     values.append(s_star[of].to(torch.float32))
-    return Listed(number[of], key[of], place.flatten()[at], *values), taken
+    ints = (x.to(torch.int32) for x in (key[of], place.flatten()[at]))
+    return Listed(number[of], *ints, *values), taken

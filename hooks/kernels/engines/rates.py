@@ -13,11 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooks.kernels import FEW, GAUSSIAN, UNIFORM, Rule
 from hooks.kernels.engines import laws
 from hooks.kernels.engines.apart import Competitors
 from hooks.kernels.engines.slots import Slots, constant
-from hooks.kernels.integrals import FEW, GAUSSIAN, UNIFORM
-from hooks.kernels.types import Rule
 
 _SIZES = (FEW, 32, 128)  # competitors of an item; more in one go only where they matter
 _DEEP = 15.0  # see `uniform.staying`

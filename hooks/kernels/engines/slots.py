@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional
 
-_FIRST = 0.25  # share of what there is that gets a place before more is known
+_FIRST = 1 / 64  # share of what there is that gets a place before more is known
 _MORE = 1.25  # beyond the largest share seen
 
 
@@ -43,7 +43,8 @@ class Slots:
         share = self._share.setdefault(name, _FIRST)
         places = min(n, int(n * share) + 1)
         rank = wanted.cumsum(0)
-        needed = rank[-1:].to(torch.float32) / n
+        count = rank[-1:]
+        needed = torch.cat([count > places, count / n]).to(torch.float32)
         key = name, wanted.device
         before = self._needed.get(key)
         self._needed[key] = needed if before is None else torch.maximum(before, needed)
@@ -54,7 +55,7 @@ class Slots:
         return picked.clamp_min(0), picked >= 0
 
     def needed(self, device: torch.device) -> Tensor:
-        """Shares that were needed on a device, in the order in which :meth:`enough` wants them."""
+        """Of each kind of work on a device: whether some had no place, which share wanted one."""
         mine = [x for (_, where), x in self._needed.items() if where == device]
         return torch.cat(mine) if mine else torch.zeros(0, device=device)
 
@@ -62,10 +63,9 @@ class Slots:
         """Whether all had a place; provides for more where not. The next pass counts anew."""
         mine = [key for key in self._needed if key[1] == device]
         fits = True
-        for key, share in zip(mine, needed, strict=True):
-            name = key[0]
-            if share > self._share[name]:
-                self._share[name], fits = min(1.0, _MORE * share), False
+        for key, lacked, share in zip(mine, needed[::2], needed[1::2], strict=True):
+            if lacked:
+                self._share[key[0]], fits = min(1.0, _MORE * share), False
             del self._needed[key]
         return fits
 

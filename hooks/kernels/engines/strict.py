@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.kernels import LEGENDRE_W, LEGENDRE_X, UNIFORM, Rule
 from hooks.kernels.engines.apart import Rows
 from hooks.kernels.engines.slots import Slots, constant
-from hooks.kernels.integrals import LEGENDRE_W, LEGENDRE_X, UNIFORM
-from hooks.kernels.types import Rule
 
 _CELLS = 10  # of the grid of W
 _NODES = 6  # of the query's factor, where there are biases

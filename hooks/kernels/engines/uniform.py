@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.kernels import FEW, LEGENDRE_W, LEGENDRE_X
 from hooks.kernels.engines.slots import constant
-from hooks.kernels.integrals import FEW, LEGENDRE_W, LEGENDRE_X
 
 _DEEP = 15  # H < exp(-15), and less beyond: what is cut off is below 1e-7
 _EVEN = 16  # panels of one width, among the others
-_EDGES = 256  # competitors, evenly chosen, at which panels end
+_NEAREST, _EVENLY = 128, 256  # competitors at which panels end: the nearest, and of the others
 _FEW_NODES, _NODES = 5, 4  # exact for as many as FEW, and to 1e-10 of a panel
 _ROOM = 1 << 21  # numbers in the largest intermediate tensor
 
@@ -40,9 +40,10 @@ def staying(
     slope = steep.gather(1, before).clamp_min(torch.finfo(g.dtype).tiny)
     deep = (targets + moment.gather(1, before)) / slope
     width = torch.minimum(width, deep[:, -1])[:, None].clamp_min(0)
-    every = max(1, -(-d.shape[1] // _EDGES))
+    near, far = d[:, :_NEAREST], d[:, _NEAREST:]
+    far = far[:, :: max(1, -(-far.shape[1] // _EVENLY))]
     even = torch.linspace(0, 1, _EVEN + 1, dtype=g.dtype, device=g.device) * width
-    edges = torch.cat([d[:, ::every], deep[:, :-1], even], 1)
+    edges = torch.cat([near, far, deep[:, :-1], even], 1)
     edges = torch.minimum(edges.clamp_min(0), width).sort(1).values
     return _gauss(g, d, edges, _NODES)
 

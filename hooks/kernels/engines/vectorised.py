@@ -17,13 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooks.kernels import BROKEN, EXAMINED, N_COUNTS, SINGLE, TIES, Rule
 from hooks.kernels.engines.apart import Competitors, Rows, Told, compete, lay_out, tell_apart, wide
 from hooks.kernels.engines.listing import FragileRows, Listed, Listing, entries
 from hooks.kernels.engines.rates import loose_rates
 from hooks.kernels.engines.slots import Slots, bring, constant
 from hooks.kernels.engines.strict import strict_rates
-from hooks.kernels.row import BROKEN, EXAMINED, N_COUNTS, SINGLE, TIES
-from hooks.kernels.types import Rule
 
 SUMS = ("loose", "centred", "strict", "strict_low", "strict_high")
 """What a layer's sums are of."""
