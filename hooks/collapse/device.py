@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from hooks.kernels.engines import (
     TorchPass,
     computes,
     from_number,
+    kernels,
 )
 from hooks.noise import NormNoise
 from hooks.sites import LayerSites, SeenLayer
@@ -71,6 +73,13 @@ class Engines:
     def name(self) -> str:
         """Which engines ran."""
         return ", ".join(sorted(self.ran))
+
+    def on(self, device: torch.device) -> str:
+        """Which engine reduces scores on a device other than the CPU, or on any if asked to."""
+        if self.asked != "auto":
+            return self.asked
+        found = device.type == "cuda" and find_spec("triton") is not None
+        return "triton" if found else "torch"
 
     def slots(self, device: torch.device) -> Slots:
         """How many places work has on this kind of device; remembered from pass to pass."""
@@ -128,6 +137,7 @@ class _Pass:
                 keep_rows=settings.keep_rows,
                 cutoff=tally.parts.cutoff,
                 strict=settings.strict == "computed",
+                kernels=kernels(self.engines.on(device)),
             )
         return self.passes[slots.fixed]
 
@@ -174,8 +184,9 @@ class DeviceReducer(LayerReducer):
         n_key = block.get("n_key") or scores.shape[3]
         rule = self._rule(block.get("first_query", 0), self.eps, n_key)
         lacking = lacks(self.settings, rule)
-        if engines.asked == "torch" and lacking:
-            raise ValueError(f"engine: wanted 'compiled' or 'auto' for {lacking}; got 'torch'")
+        if engines.asked in ("torch", "triton") and lacking:
+            wanted = f"wanted 'compiled' or 'auto' for {lacking}"
+            raise ValueError(f"engine: {wanted}; got {engines.asked!r}")
         here = engines.asked == "auto" and scores.device.type == "cpu"
         if engines.asked == "compiled" or here or lacking:
             engines.ran.add("compiled")
@@ -183,7 +194,7 @@ class DeviceReducer(LayerReducer):
             if self.index not in self.passing.done:
                 super().add(scores, pattern, s, **block)
             return
-        engines.ran.add("torch")
+        engines.ran.add(engines.on(scores.device))
         self.has_qk = s is not None
         weights, parts = (None if x is None else x.detach().flatten(0, 1) for x in (pattern, s))
         on, rows = self.passing.on(scores.device), scores.detach().flatten(0, 1)

@@ -62,7 +62,7 @@ KEEP_ROWS = 16
 _BLOCK_BYTES = 1 << 24
 
 Method = Literal["exact", "sample"]
-Engine = Literal["auto", "compiled", "torch"]
+Engine = Literal["auto", "compiled", "torch", "triton"]
 
 
 @measurement
@@ -136,9 +136,11 @@ def collapse_probe(
         first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
             which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
         engine: what reduces a layer's scores: ``"compiled"`` code on the CPU; ``"torch"`` on the
-            device where they lie, from which only the result is copied; ``"auto"``: compiled on
-            the CPU and where torch does not compute what is asked (draws, and the strict rate
-            under other laws than uniform, of noise on q alone and under soft caps), else torch.
+            device where they lie, from which only the result is copied; ``"triton"``: the same,
+            with kernels of its own for what every row needs; ``"auto"``: compiled on the CPU, and
+            where the others do not compute what is asked (draws, and the strict rate under other
+            laws than uniform, of noise on q alone and under soft caps); else triton on CUDA where
+            it is installed, else torch.
             The report's ``model["engine"]`` says which ran; parts of several may be merged.
         progress: show a progress bar; default: in a terminal or a notebook.
 

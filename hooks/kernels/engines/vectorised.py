@@ -7,7 +7,7 @@ a few rows to show.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +28,25 @@ SUMS = ("loose", "centred", "strict", "strict_low", "strict_high")
 """What a layer's sums are of."""
 _ROOM_CPU, _ROOM = 1 << 19, 1 << 22  # scores worked on at a time
 _PLACE = 1 << 22  # queries, and matrices, that a row's number can tell apart
+
+
+def in_chunks(rule: Rule, scores: Tensor, pattern: Tensor | None, step: int) -> Told:
+    """Tell rows apart, so many at a time."""
+    parts = []
+    for first in range(0, len(scores), step):
+        part = slice(first, first + step)
+        parts.append(tell_apart(rule, scores[part], None if pattern is None else pattern[part]))
+    return Told(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+class Kernels(NamedTuple):
+    """What a pass computes with; the same numbers, whichever."""
+
+    tell: Callable[[Rule, Tensor, Tensor | None, int], Told]
+    rates: Callable[[Rule, Competitors, Tensor, Slots], Tensor]
+
+
+TORCH = Kernels(in_chunks, loose_rates)
 
 
 class LayerSums(NamedTuple):
@@ -76,13 +95,21 @@ class TorchPass:
         keep_rows: rows to show.
         cutoff: half-width from which on nothing is listed.
         strict: whether to compute the strict rate.
+        kernels: what to compute with.
     """
 
     def __init__(
-        self, slots: Slots, *, keep: int, keep_rows: int, cutoff: float, strict: bool
+        self,
+        slots: Slots,
+        *,
+        keep: int,
+        keep_rows: int,
+        cutoff: float,
+        strict: bool,
+        kernels: Kernels = TORCH,
     ) -> None:
         self.slots, self.keep, self.keep_rows = slots, keep, keep_rows
-        self.cutoff, self.strict = cutoff, strict
+        self.cutoff, self.strict, self.kernels = cutoff, strict, kernels
         self._places: dict[torch.device, _Place] = {}
 
     def add(
@@ -109,7 +136,7 @@ class TorchPass:
             *(None if x is None else x.flatten(0, 1) for x in (pattern, qk)),
         )
         step = max(1, (_ROOM_CPU if device.type == "cpu" else _ROOM) // n_key)
-        told = _told(rule, flat, weights, step)
+        told = self.kernels.tell(rule, flat, weights, step)
         for name, which in ((SINGLE, told.seen == 1), (EXAMINED, told.seen == 2)):
             into.counts[name] += (which & ~told.broken).view(n_matrices, -1).sum(1)
         into.counts[BROKEN] += told.broken.view(n_matrices, -1).sum(1)
@@ -178,7 +205,7 @@ class _Work:
         into.level.index_add_(0, slot, torch.where(some, rows.top, 0.0))
         rivals = compete(rule, rows)
         into.able.index_add_(0, slot, rivals.able * count)
-        loose = loose_rates(rule, rivals, some, self.mine.slots)
+        loose = self.mine.kernels.rates(rule, rivals, some, self.mine.slots)
         into.sums[:2].index_add_(2, slot, loose.permute(1, 2, 0))
         if self.mine.strict:
             heads = matrix - batch * rule.n_heads
@@ -225,14 +252,6 @@ class _Work:
         new = FragileRows(a, order, number, rows.star, rivals.place[:, 0], w, part).first(keep)
         old = self.place.fragile
         self.place.fragile = new if old is None else old.with_those(new, keep)
-
-
-def _told(rule: Rule, scores: Tensor, pattern: Tensor | None, step: int) -> Told:
-    parts = []
-    for first in range(0, len(scores), step):
-        part = slice(first, first + step)
-        parts.append(tell_apart(rule, scores[part], None if pattern is None else pattern[part]))
-    return Told(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
 def _no_sums(rule: Rule, n: int, device: torch.device) -> LayerSums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -104,6 +105,13 @@ def test_engines_are_chosen_by_name_and_device(llama: Any) -> None:
         probe(llama, engine="cuda")
     with pytest.raises(ValueError, match="engine: wanted 'compiled' or 'auto' for draws"):
         probe(llama, engine="torch")
+
+
+def test_triton_that_is_not_installed(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "hooks.kernels.engines.fused", raising=False)
+    with pytest.raises(ImportError, match=r"engine: wanted triton, .*qkvnorm-lens\[triton\]"):
+        probe(llama, draws=0, engine="triton")
 
 
 def test_parts_of_two_engines_merge(llama: Any) -> None:
