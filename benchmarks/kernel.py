@@ -23,19 +23,17 @@ from numba import njit
 
 from hooks.collapse import DEFAULT_SIGMAS
 from hooks.kernels import (
-    MASKED,
     Rule,
     collect_plain,
-    count_above,
     exact_plain,
-    first_of_largest,
+    first_at_least,
     holds_sparse,
     largest,
     last_seen,
     lowest_able,
     scratch,
     sort_descending,
-    visible_sum,
+    survey,
 )
 
 SHAPES = ((8, 128), (1, 1024))
@@ -68,8 +66,8 @@ def stages(  # type: ignore[no-untyped-def]
             row = scores[m, q]
             row = row[: last_seen(row, q + 1)]
             top = largest(row)
-            star = first_of_largest(row)
-            mean = visible_sum(row) / count_above(row, MASKED)
+            star = first_at_least(row, top)
+            _, _, mean = survey(row)
             if upto < 2:
                 continue
             bar = min(lowest_able(top, REACH), mean + lowest_able(top - mean, REACH))
@@ -80,11 +78,13 @@ def stages(  # type: ignore[no-untyped-def]
             if upto < 4:
                 continue
             use.near[:n] = use.key[:n]
-            exact_plain(rule, use, n, top, out[0])
+            exact_plain(rule, use, n, top, -np.inf, use.rates)
+            out[0] += use.rates
             if upto < 5:
                 continue
             use.near[:n] -= mean
-            exact_plain(rule, use, n, top - mean, out[1])
+            exact_plain(rule, use, n, top - mean, -np.inf, use.rates)
+            out[1] += use.rates
     return found
 
 

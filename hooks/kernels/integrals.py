@@ -5,11 +5,10 @@ X_* = f_* s_* (see :mod:`hooks.noise.probability`), so that
 
     P = P(max_t X_t > X_*) = E_{X_*}[ 1 - H(X_*) ],        H(x) = prod_t P(X_t <= x).
 
-Under uniform noise every factor of H is a line in x that ends at 1: H is smooth between the points
-at which a competitor comes in. Few competitors: Gauss-Legendre between these points, exact to
-rounding. Many: one trapezoidal grid, corrected for the kinks at those points and for its ends
-(Euler-Maclaurin with jumps), wrong by less than 1e-6. Under the other laws H is smooth, and the
-trapezoidal rule in the normal variable behind f_* converges beyond any power of its step.
+Under uniform noise every factor of H is a line in x that ends at 1: between the points at which a
+competitor comes in H is a polynomial, which takes Legendre nodes, as many as keep P's error below
+3e-7. Under the other laws H is smooth, and the trapezoidal rule in the normal variable behind f_*
+converges beyond any power of its step.
 """
 
 from __future__ import annotations
@@ -24,11 +23,14 @@ from hooks.kernels.types import Array
 UNIFORM, GAUSSIAN, LOGNORMAL = 0, 1, 2
 LAW_CODES = {"uniform": UNIFORM, "gaussian": GAUSSIAN, "lognormal": LOGNORMAL}
 
-FEW = 8  # competitors up to which the panels between them are integrated exactly
-_BLOCK = 8  # what the grids' sizes are multiples of, for the vector units
-GRID, _COARSE = 56, 32  # points of the trapezoidal grid: at most, and where H falls little
-_SLIGHT = 0.04  # turn of log H in one cell below which its kinks can be taken one by one
-_DEEP = 15.0  # H < exp(-15), and less beyond: what is cut off is below 1e-7
+_FEW = 16  # competitors up to which each node is taken for itself
+_LANES = 8  # nodes that are taken together, for the vector units
+_BLOCK = 4 * _LANES
+GRID = (3, _BLOCK)
+_Y, _WEIGHT, _H = 0, 1, 2  # its rows
+FALL = 2.0  # of log H, by which it falls in one stretch at most, or little more
+_WRONG = 2e-6  # error of the mean of H
+DEEP = 15.0  # H < exp(-15), and less beyond: what is cut off is below 1e-7
 _Z_END, _Z_STEP = 8.5, 0.125  # normal variable of a factor; 1e-17 of the mass lies beyond
 _Q_NODES = 8  # nodes per panel of the outer integral over f_q, under uniform noise
 # Panels, finer towards small f_q (by which the bias is divided), further split where the nearest
@@ -48,6 +50,10 @@ def _legendre() -> tuple[Array, Array]:
 
 
 LEGENDRE_X, LEGENDRE_W = _legendre()
+# Of n nodes on a stretch of length 1, as a multiple of the derivative of order 2 n.
+LEGENDRE_ERROR = np.array(
+    [math.factorial(n) ** 4 / ((2 * n + 1) * math.factorial(2 * n) ** 3) for n in range(8)]
+)
 
 # The normal distribution function at steps of 1/64: cubic Hermite interpolation is good to 1e-9.
 _PHI_END, _PHI_STEP = 8.5, 1.0 / 64
@@ -104,109 +110,8 @@ def factor_cdf(law: int, f: float, sigma: float) -> float:
 
 
 @compiled
-def _panels(A: Array, g: Array, d: Array, n: int, width: float) -> float:
-    """Integral of H over 0 < y < width, panel by panel; exact to rounding for n <= 18."""
-    total = 0.0
-    for j in range(1, n + 1):
-        start = max(d[j - 1], 0.0)
-        stop = width if j == n else min(width, max(d[j], 0.0))
-        if stop <= start:
-            continue
-        nodes = j // 2 + 1  # a polynomial of degree j
-        mean = 0.0
-        for k in range(nodes):
-            y = start + (stop - start) * LEGENDRE_X[nodes, k]
-            h = 1.0
-            for t in range(j):
-                h *= A[t] - g[t] * y
-            mean += LEGENDRE_W[nodes, k] * h
-        total += (stop - start) * mean
-    return total
-
-
-@compiled
-def _end_slopes(A: Array, g: Array, n: int, y: float, step: float) -> tuple[float, float]:
-    """H'/H and H'''/H at y, in units of the step, of the first n competitors.
-
-    The third derivative is left out (0) where a factor is nearly zero, and H with it.
-    """
-    one, two, three, least = 0.0, 0.0, 0.0, 1.0
-    for t in range(n):
-        value = A[t] - g[t] * y
-        least = min(least, value)
-        z = g[t] * step / max(value, 1e-8)
-        one += z
-        two += z * z
-        three += z * z * z
-    third = one**3 - 3 * one * two + 2 * three if least > 0.01 else 0.0
-    return -one, -third
-
-
-@compiled
-def _kinks(g: Array, d: Array, begun: int, n: int, step: float, h: Array, points: int) -> float:
-    """What the kinks of H add to the trapezoidal rule, in units of the step.
-
-    A kink at i + theta adds g [B_2(theta)/2 H - 2 B_3(theta)/6 H'] of Bernoulli's polynomials B, H
-    and H' taken just before it.
-    """
-    total, per, t = 0.0, 1.0 / step, begun
-    while t < n:
-        cell = min(int(d[t] * per), points - 2)
-        stop, turn = t, 0.0
-        while stop < n and d[stop] * per < cell + 1:
-            turn += g[stop]
-            stop += 1
-        stop = max(stop, t + 1)
-        if turn * step < _SLIGHT:
-            chord = h[cell + 1] - h[cell]
-            for u in range(t, stop):
-                theta, slope = d[u] * per - cell, g[u] * step
-                rise = chord + slope * (1 - theta) * h[cell]
-                total += slope * _kink(theta, h[cell] + theta * rise, rise)
-        else:
-            total += _sharp_kinks(g, d, t, stop, step, h, cell)
-        t = stop
-    return total
-
-
-@compiled
-def _kink(theta: float, value: float, rise: float) -> float:
-    """What a kink of slope -1 adds at theta of a cell, from H and H' before it."""
-    second = theta * theta - theta + 1.0 / 6
-    third = theta * (theta * theta - 1.5 * theta + 0.5)
-    return 0.5 * second * value - third * rise * (1.0 / 3)
-
-
-@compiled
-def _sharp_kinks(
-    g: Array, d: Array, start: int, stop: int, step: float, h: Array, cell: int
-) -> float:
-    """What kinks add in one cell where H bends sharply: a broken line through its two grid values.
-
-    All its kinks together give the line's first slope.
-    """
-    per = 1.0 / step
-    # Value and slope as (constant, coefficient of the first slope).
-    v0, v1, r0, r1, theta = h[cell], 0.0, 0.0, 1.0, 0.0
-    for u in range(start, stop):
-        moved = d[u] * per - cell - theta
-        v0, v1 = v0 + moved * r0, v1 + moved * r1
-        r0, r1 = r0 - g[u] * step * v0, r1 - g[u] * step * v1
-        theta += moved
-    rise = (h[cell + 1] - v0 - (1 - theta) * r0) / (v1 + (1 - theta) * r1)
-    total, value, theta = 0.0, h[cell], 0.0
-    for u in range(start, stop):
-        moved = d[u] * per - cell - theta
-        value += moved * rise
-        theta += moved
-        total += g[u] * step * _kink(theta, value, rise)
-        rise -= g[u] * step * value
-    return total
-
-
-@compiled
-def _cut(g: Array, d: Array, n: int, width: float) -> tuple[int, float, float]:
-    """Where H is as good as zero: competitors and width up to there, and how deep H is then.
+def _cut(g: Array, d: Array, n: int, width: float) -> tuple[int, float]:
+    """Where H is as good as zero: competitors and width up to there.
 
     log H <= -depth(y) = -sum_t g_t (y - d_t) over those with d_t < y.
     """
@@ -214,55 +119,82 @@ def _cut(g: Array, d: Array, n: int, width: float) -> tuple[int, float, float]:
     for t in range(n):
         if t > 0:
             depth += steep * (min(d[t], width) - d[t - 1])
-        if depth >= _DEEP or d[t] >= width:
-            return t, min(d[t], width) - max(0.0, depth - _DEEP) / steep, min(depth, _DEEP)
+        if depth >= DEEP or d[t] >= width:
+            return t, min(d[t], width) - max(0.0, depth - DEEP) / steep
         steep += g[t]
     depth += steep * (width - d[n - 1])
-    return n, width - max(0.0, depth - _DEEP) / steep, min(depth, _DEEP)
+    return n, width - max(0.0, depth - DEEP) / steep
 
 
 @compiled
 def _inside(A: Array, g: Array, d: Array, n: int, width: float, grid: Array) -> float:
     """Integral of H over 0 < y < width; d ascends."""
-    n, width, depth = _cut(g, d, n, width)
-    if width <= 0.0:
-        return 0.0  # H is as good as zero from the start
-    if n <= FEW:
-        return _panels(A, g, d, n, width)
-    return _trapezoid(A, g, d, n, width, depth, grid)
+    n, width = _cut(g, d, n, width)
+    total, used, depth, steep = 0.0, 0, 0.0, 0.0
+    for j in range(1, n + 1):
+        steep += g[j - 1]
+        start = max(d[j - 1], 0.0)
+        stop = width if j == n else min(width, max(d[j], 0.0))
+        if stop <= start:
+            continue
+        parts = int(steep * (stop - start) / FALL) + 1
+        span = (stop - start) / parts
+        for part in range(parts):
+            nodes = legendre_nodes(j, steep * span, depth)
+            for k in range(nodes):
+                if n <= _FEW:
+                    y, h = start + span * (part + LEGENDRE_X[nodes, k]), 1.0
+                    for t in range(j):
+                        h *= A[t] - g[t] * y
+                    total += span * LEGENDRE_W[nodes, k] * h
+                    continue
+                if used == _BLOCK:
+                    total += _block(A, g, j, grid, used)
+                    used = 0
+                grid[_Y, used] = start + span * (part + LEGENDRE_X[nodes, k])
+                grid[_WEIGHT, used] = span * LEGENDRE_W[nodes, k]
+                used += 1
+            depth += steep * span
+    return total + _block(A, g, n, grid, used) if used else total
 
 
 @compiled
-def _trapezoid(A: Array, g: Array, d: Array, n: int, width: float, depth: float, h: Array) -> float:
-    """Integral of H over 0 < y < width by one grid; h holds its values."""
-    # The less H falls, the fewer points it takes.
-    extra = int((GRID - _COARSE) / _BLOCK * min(1.0, depth / _DEEP) + 0.999)
-    points = _COARSE + _BLOCK * extra
-    step = width / (points - 1)
-    per = 1.0 / step
-    for i in range(points):
+def legendre_nodes(degree: int, fall: float, depth: float) -> int:
+    """Legendre nodes for a stretch over which ``degree`` lines fall by ``fall`` together.
+
+    H > 0 is a polynomial there, and its derivatives have |H^(k)| <= slope^k exp(-depth).
+    """
+    room = _WRONG * (1 + depth / 8) ** 8  # at most exp(depth)
+    square, most = fall * fall, degree // 2 + 1
+    if square * LEGENDRE_ERROR[1] <= room:
+        return 1
+    if most <= 2 or square * square * LEGENDRE_ERROR[2] <= room:
+        return min(2, most)
+    nodes, power = 3, square * square * square
+    while nodes < most and nodes < len(LEGENDRE_ERROR) - 1 and power * LEGENDRE_ERROR[nodes] > room:
+        nodes, power = nodes + 1, power * square
+    return nodes
+
+
+@compiled
+def _block(A: Array, g: Array, n: int, grid: Array, used: int) -> float:
+    """Weighted sum of H over the nodes in ``grid``, of which the last ones may be unused."""
+    y, weight, h = grid[_Y], grid[_WEIGHT], grid[_H]
+    lines = -(-used // _LANES)
+    for i in range(used, lines * _LANES):
+        y[i], weight[i] = y[used - 1], 0.0
+    for i in range(lines * _LANES):
         h[i] = 1.0
     for t in range(n):
-        a, b = A[t], g[t] * step
-        first = max(0, int(d[t] * per + 1)) // _BLOCK
-        for block in range(first, points // _BLOCK):
-            for i in range(_BLOCK):
-                h[block * _BLOCK + i] *= min(1.0, a - b * (block * _BLOCK + i))
-    total = 0.5 * (h[0] + h[points - 1])
-    for i in range(1, points - 1):
-        total += h[i]
-    begun = 0
-    while begun < n and d[begun] <= 1e-9 * width:
-        begun += 1
-    kinks = _kinks(g, d, begun, n, step, h, points)
-    one, three = _end_slopes(A, g, begun, 0.0, step)
-    first_end, third_end = -h[0] * one, -h[0] * three
-    last = h[points - 1]
-    if last > 1e-9:
-        one, three = _end_slopes(A, g, n, width, step)
-        first_end += last * one
-        third_end += last * three
-    return float(step * (total - first_end / 12 + third_end / 720 - kinks))
+        a, b = A[t], g[t]
+        for line in range(lines):
+            for lane in range(_LANES):
+                k = np.uintp(line * _LANES + lane)  # an index that may be negative is gathered
+                h[k] *= min(1.0, a - b * y[k])
+    total = 0.0
+    for i in range(used):
+        total += weight[i] * h[i]
+    return total
 
 
 @compiled
@@ -288,13 +220,13 @@ def uniform_plain(
         d[count] = top - s[count] * up
         if count > 0:
             depth += steep * (d[count] - d[count - 1])
-            if depth > _DEEP:
+            if depth > DEEP:
                 break
         g[count] = slope * inverse[count]
         A[count] = 1 + g[count] * d[count]
         steep += g[count]
         count += 1
-    inside = _inside(A, g, d, count, d[count] if depth > _DEEP else top - low, grid)
+    inside = _inside(A, g, d, count, d[count] if depth > DEEP else top - low, grid)
     return max(0.0, float(top - low - inside) / (2 * half))
 
 

@@ -20,11 +20,11 @@ from hooks.kernels.row import (
     TIES,
     UNDECIDED,
     at_least_two,
+    bar_of_nearest,
     collect_plain,
-    count_above,
     exact_biased,
     exact_plain,
-    first_of_largest,
+    first_at_least,
     first_sigma,
     half_width,
     has_no_number,
@@ -37,9 +37,9 @@ from hooks.kernels.row import (
     sort_descending,
     sparse_again,
     sparse_by_nearest,
+    survey,
     tied,
     uncapped,
-    visible_sum,
 )
 from hooks.kernels.strict import CROWD, strict_rates
 from hooks.kernels.types import (
@@ -57,6 +57,7 @@ from hooks.kernels.types import (
     Sums,
     Table,
 )
+from hooks.kernels.uniform_plain import NODES
 
 
 def scratch(n_key: int, n_sigmas: int) -> Scratch:
@@ -76,6 +77,8 @@ def scratch(n_key: int, n_sigmas: int) -> Scratch:
         at=ints[2],
         work=np.empty((3, n_key)),
         grid=np.empty(GRID),
+        nodes=np.empty(NODES),
+        ends=np.empty((2, n_sigmas)),
         crowd=np.empty((CROWD, n_key)),
         rates=np.empty(n_sigmas),
     )
@@ -106,9 +109,10 @@ def scan(rule: Rule, layer: Layer, draws: Draws, found: Found, use: Scratch, fir
             sums.counts[BROKEN, m] += 1
             continue
         if layer.pattern.size:
-            sparse = holds_sparse(layer.pattern[m, q], rule.sparse)
+            sparse, top = holds_sparse(layer.pattern[m, q], rule.sparse), 0.0
         else:
-            sparse = is_sparse(row, largest(row), rule.room)
+            top = largest(row)
+            sparse = is_sparse(row, top, rule.room)
         if seen < 2:
             sums.counts[SINGLE, m] += seen
             continue
@@ -120,7 +124,8 @@ def scan(rule: Rule, layer: Layer, draws: Draws, found: Found, use: Scratch, fir
         if layer.qk.size or rule.soft_cap > 0:
             _unpacked_row(rule, layer, draws, found, use, m, q)
         else:
-            _plain_row(rule, row, draws, found, use, m, q)
+            top = largest(row) if layer.pattern.size else top
+            _plain_row(rule, row, top, draws, found, use, m, q)
     return n_rows
 
 
@@ -138,23 +143,25 @@ def _place(rule: Rule, m: int, q: int, star: int) -> Place:
 
 @compiled
 def _plain_row(
-    rule: Rule, row: Floats, draws: Draws, found: Found, use: Scratch, m: int, q: int
+    rule: Rule, row: Floats, top: float, draws: Draws, found: Found, use: Scratch, m: int, q: int
 ) -> None:
-    """A row whose scores are its q.k parts: only competitors are copied."""
+    """A row whose scores are its q.k parts: only competitors are copied, few where few decide."""
     sums = found.sums
-    top, star, reach = largest(row), first_of_largest(row), _reach(rule)
+    star, reach = first_at_least(row, top), _reach(rule)
     if (not rule.on_k or top == 0) and tied(row, star, rule.eps):
         sums.counts[TIES, m] += 1
         return
-    n_visible = count_above(row, MASKED)
-    mean = visible_sum(row) / n_visible
-    n = 0
+    n_visible, n_positive, mean = survey(row)
+    n, rest = 0, -math.inf
+    every = min(lowest_able(top, min(1.0, reach)), mean + lowest_able(top - mean, reach))
     if rule.on_k:
-        clean = lowest_able(top, min(1.0, max(reach, rule.cutoff)))
-        bar = min(clean, mean + lowest_able(top - mean, reach))
-        n = collect_plain(row, star, bar, use.key, use.place)
-        sort_descending(use.key, use.near, use.place, n, use.spare, use.at)
-        if n and use.key[0] >= top - TIE * rule.eps * abs(top):
+        listed = lowest_able(top, min(1.0, rule.cutoff))
+        bar, tie = min(every, listed), top - TIE * rule.eps * abs(top)
+        if rule.law == UNIFORM and rule.exact and top > 0 and not draws.k.shape[0]:
+            near = bar_of_nearest(row, top, max(top, top - mean), bar)
+            bar = max(bar, min(near, listed, tie))
+        n, rest = _nearest(rule, row, use, star, bar), bar if bar > every else -math.inf
+        if n and use.key[0] >= tie:
             sums.counts[TIES, m] += 1
             return
     at = _place(rule, m, q, star)
@@ -163,23 +170,35 @@ def _plain_row(
     if not rule.on_k:
         return
     if top != 0:  # those of its sign, itself among them
-        sums.counts[ABLE + at.kind, m] += (count_above(row, 0.0) if top > 0 else n_visible) - 1
+        sums.counts[ABLE + at.kind, m] += (n_positive if top > 0 else n_visible) - 1
     for t in range(n):
-        use.near[t], use.beta[t] = use.key[t], 0.0
+        use.beta[t] = 0.0
         use.a[t] = half_width(top, use.near[t], 0.0, rule.on_q, rule.on_k)
     _list(rule, use, n, top, at, found.table)
-    if rule.exact:
-        _no_rates(use)
-        exact_plain(rule, use, n, top, use.rates)
-        _add_loose(use, found, at)
-    if draws.k.shape[0]:
-        _draw(rule, row, draws, sums, use, n, at, top, 0, 0)
+    for gauge in range(2):
+        shift = mean if gauge else 0.0
+        if gauge:
+            for t in range(n):
+                use.near[t] -= shift
+        if rule.exact and not exact_plain(rule, use, n, top - shift, rest - shift, use.rates):
+            n, rest = _nearest(rule, row, use, star, every), -math.inf
+            for t in range(n):
+                use.near[t] -= shift
+            exact_plain(rule, use, n, top - shift, rest, use.rates)
+        if rule.exact:
+            _add_rates(use, found, at, gauge)
+        if draws.k.shape[0] and (gauge == 0 or not rule.exact):
+            _draw(rule, row, draws, sums, use, n, at, top - shift, gauge, 0)
+
+
+@compiled
+def _nearest(rule: Rule, row: Floats, use: Scratch, star: int, bar: float) -> int:
+    """Collect the competitors above ``bar`` in ``use.near``, nearest first; how many."""
+    n = collect_plain(row, star, bar, use.key, use.place)
+    sort_descending(use.key, use.near, use.place, n, use.spare, use.at)
     for t in range(n):
-        use.near[t] -= mean
-    if rule.exact:
-        exact_plain(rule, use, n, top - mean, sums.centred[:, m, at.kind])
-    elif draws.k.shape[0]:
-        _draw(rule, row, draws, sums, use, n, at, top - mean, 1, 0)
+        use.near[t] = use.key[t]
+    return n
 
 
 @compiled
@@ -189,14 +208,15 @@ def _no_rates(use: Scratch) -> None:
 
 
 @compiled
-def _add_loose(use: Scratch, found: Found, at: Place) -> None:
-    """Add the row's loose rates, and put it down for the strict ones."""
+def _add_rates(use: Scratch, found: Found, at: Place, gauge: int) -> None:
+    """Add the row's rates; put it down for the strict ones, where its loose ones are added."""
     sums, pending = found.sums, found.pending
     some, r = 0.0, pending.used[0]
+    out = sums.centred if gauge else sums.loose
     for i in range(len(use.rates)):
-        sums.loose[i, at.matrix, at.kind] += use.rates[i]
+        out[i, at.matrix, at.kind] += use.rates[i]
         some = max(some, use.rates[i])
-    if some > 0.0 and r < len(pending.row):
+    if gauge == 0 and some > 0.0 and r < len(pending.row):
         pending.row[r, 0], pending.row[r, 1] = at.matrix, at.query
         pending.row[r, 2], pending.row[r, 3] = at.star, at.kind
         for i in range(len(use.rates)):
@@ -278,12 +298,9 @@ def _unpacked_row(
         if rule.exact and biased:
             exact_biased(rule, use, count, s_star, use.rates)
         elif rule.exact:
-            exact_plain(rule, use, count, s_star, use.rates)
-        if gauge:
-            for i in range(len(use.rates)):
-                sums.centred[i, m, at.kind] += use.rates[i]
-        else:
-            _add_loose(use, found, at)
+            exact_plain(rule, use, count, s_star, -math.inf, use.rates)
+        if rule.exact:
+            _add_rates(use, found, at, gauge)
         if draws.k.shape[0] and (gauge == 0 or not rule.exact):
             _draw(rule, layer.scores[m, q], draws, sums, use, count, at, s_star, gauge, n)
 

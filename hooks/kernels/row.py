@@ -11,12 +11,17 @@ import math
 
 import numpy as np
 
-from hooks.kernels.compile import compiled, compiled_without_nan
+from hooks.kernels.compile import compiled
 from hooks.kernels.integrals import GRID, LOGNORMAL, UNIFORM, biased, drawn_factor, plain
 from hooks.kernels.types import MASKED, Array, Drawn, Floats, Ints, Rule, Scratch
+from hooks.kernels.uniform_plain import uniform_rates
 
 TIE = 2.0  # scores closer than this many eps of their size differ by rounding alone
 _BUCKETS = 64
+_LINE = 64  # scores that are looked at together
+_FEW, _HALVINGS, _DECIDED = 128, 6, 28.0  # competitors that need no choice; its steps; its depth
+_MANY = 40  # competitors whose rates are computed together
+_LEAST_INT, _SIGN, _NO_SIGN = np.int32(-(2**31)), np.int32(31), np.int32(2**31 - 1)
 
 # Rows of the counts: examined; one visible key; two keys that share the maximum; competitors able
 # to win at all, of rows that attend to content and of those that attend to the first token; rows
@@ -25,31 +30,50 @@ EXAMINED, SINGLE, TIES, ABLE, BROKEN = 0, 1, 2, 3, 5
 N_COUNTS = 6
 
 
-@compiled_without_nan
-def largest(row: Floats) -> float:
-    """max_t row_t."""
-    top = row[0]
-    for x in row:
-        top = max(top, x)
-    return np.float64(top)  # compiled, float() of a float32 is one: callers would be, twice
+# Loops count: iterating over an array compiles to gathers, ten times slower than by index.
 
 
 @compiled
-def first_of_largest(row: Floats) -> int:
-    """argmax_t row_t; 0 where nothing is a number."""
-    best = 0
-    for k in range(len(row)):
-        if row[k] > row[best]:
-            best = k
-    return best
+def largest(row: Floats) -> float:
+    """max_t row_t, of numbers.
+
+    Numba's maxima of floats are not vectorised, those of integers are: the bits of a float32, those
+    below the sign flipped where it is set, are in its order.
+    """
+    if row.itemsize == 8:
+        top = row[0]
+        for k in range(row.shape[0]):
+            top = max(top, row[k])
+        return np.float64(top)
+    bits, best = row.view(np.int32), _LEAST_INT
+    for k in range(bits.shape[0]):
+        best = max(best, bits[k] ^ ((bits[k] >> _SIGN) & _NO_SIGN))
+    best = np.int32(best ^ ((best >> _SIGN) & _NO_SIGN))
+    return np.float64(best.view(np.float32))
+
+
+@compiled
+def first_at_least(row: Floats, bar: float) -> int:
+    """Index of the first score from ``bar`` on; 0 where there is none."""
+    start = 0
+    for block in range(row.shape[0] // _LINE):
+        start, count = block * _LINE, 0
+        for k in range(_LINE):
+            count += row[start + k] >= bar
+        if count > 0:
+            break
+    for k in range(start, row.shape[0]):
+        if row[k] >= bar:
+            return k
+    return 0
 
 
 @compiled
 def has_no_number(row: Floats) -> bool:
     """Whether a score is NaN or +inf."""
     wrong = 0
-    for x in row:
-        wrong += not x < math.inf
+    for k in range(row.shape[0]):
+        wrong += not row[k] < math.inf
     return wrong > 0
 
 
@@ -84,13 +108,16 @@ def holds_sparse(weights: Floats, sparse: float) -> bool:
 @compiled
 def is_sparse(row: Floats, top: float, room: float) -> bool:
     """Whether all others together have at most ``room`` times the maximum's weight."""
-    left = room
-    for x in row:
-        if top - 40 < x and x > MASKED:
-            left -= math.exp(x - top)
-            if left < -1:  # the maximum itself counts one
-                return False
-    return True
+    if count_above(row, top + math.log(room)) > 1:
+        return False  # already one of them has more
+    total = 0.0
+    for k in range(row.shape[0]):
+        x = max(row[k] - top, -40.0) / 256  # what lies lower adds less than 1e-17
+        e = 1 + x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x / 720)))))
+        for _ in range(8):  # exp, to 1e-7, without a call: only then vectorised
+            e *= e
+        total += e
+    return total <= 1 + room
 
 
 @compiled
@@ -157,22 +184,44 @@ def _into_buckets(
 # -- one row ------------------------------------------------------------------------------------
 
 
-@compiled_without_nan
-def visible_sum(row: Floats) -> float:
-    """Sum of the visible scores."""
-    total = 0.0
-    for x in row:
-        total += x if x > MASKED else 0.0
-    return total
+@compiled
+def survey(row: Floats) -> tuple[int, int, float]:
+    """How many scores are visible, how many positive; the mean of the visible ones."""
+    visible, positive, total = 0, 0, 0.0
+    for k in range(row.shape[0]):
+        visible += row[k] > MASKED
+        positive += row[k] > 0
+        total += row[k] if row[k] > MASKED else 0.0
+    return visible, positive, total / visible
 
 
 @compiled
 def count_above(row: Floats, bar: float) -> int:
     """How many scores lie above ``bar``."""
     count = 0
-    for x in row:
-        count += x > bar
+    for k in range(row.shape[0]):
+        count += row[k] > bar
     return count
+
+
+@compiled
+def bar_of_nearest(row: Floats, top: float, scale: float, low: float) -> float:
+    """A bar from ``low`` on, above which lie, mostly, the competitors that decide P.
+
+    Nearest first, they make the row's arg max certain to move before the others come in: a depth of
+    ``_DECIDED`` (see :mod:`hooks.kernels.integrals`), here from their number and range at the
+    largest half-width. ``scale``: the attended score, the larger one of both gauges'.
+    """
+    if count_above(row, low) <= _FEW:
+        return low
+    above, below = top, low
+    for _ in range(_HALVINGS):
+        bar = 0.5 * (above + below)
+        if count_above(row, bar) * (top - bar) > 2 * _DECIDED * scale:
+            below = bar
+        else:
+            above = bar
+    return below
 
 
 @compiled
@@ -186,10 +235,10 @@ def last_seen(row: Floats, guess: int) -> int:
 @compiled
 def tied(row: Floats, star: int, eps: float) -> bool:
     """Whether another key's score equals the attended one's up to the dtype's rounding."""
-    bar = row[star] - TIE * eps * abs(row[star])
     close = 0
-    for x in row:
-        close += x >= bar
+    bar = row[star] - TIE * eps * abs(row[star])
+    for k in range(row.shape[0]):
+        close += row[k] >= bar
     return close > 1
 
 
@@ -205,20 +254,32 @@ def lowest_able(s_star: float, a: float) -> float:
 def collect_plain(row: Floats, star: int, bar: float, key: Array, index: Ints) -> int:
     """Competitors above ``bar``, unsorted."""
     n, bar = 0, max(bar, MASKED)
-    for k in range(len(row)):
-        key[n], index[n] = row[k], k  # without a branch: the next one takes its place
+    for k in range(row.shape[0]):
+        index[n] = k  # without a branch: the next one takes its place
         n += (row[k] > bar) & (k != star)
+    for t in range(n):
+        key[t] = row[index[t]]
     return n
 
 
 @compiled
-def exact_plain(rule: Rule, use: Scratch, n: int, s_star: float, sums: Array) -> None:
-    """Add the row's probability at each sigma; its competitors descend in ``use.near``."""
+def exact_plain(rule: Rule, use: Scratch, n: int, s_star: float, rest: float, out: Array) -> bool:
+    """Set ``out`` to the row's probability at each sigma; its competitors descend in ``use.near``.
+
+    ``rest``: the highest score that a competitor can have which is not among them, -inf if all are.
+    False where such a one would count.
+    """
     s, inverse = use.near, use.key
+    for i in range(len(out)):  # slices take seconds to compile
+        out[i] = 0.0
     if n == 0 or s_star == 0.0 or (s[0] > 0) != (s_star > 0):
-        return
+        return rest == -math.inf
     for t in range(n):
         inverse[t] = 1 / s[t] if s[t] != 0 else 0.0
+    if rule.law == UNIFORM and (n > _MANY or rest > -math.inf):
+        return uniform_rates(
+            s_star, s, inverse, n, rest, rule.sigmas, use.nodes, use.ends, use.work, use.grid, out
+        )
     nearest = (s_star - s[0]) / (abs(s_star) + abs(s[0]))
     for i in range(len(rule.sigmas)):
         sigma, count = rule.sigmas[i], n
@@ -228,7 +289,8 @@ def exact_plain(rule: Rule, use: Scratch, n: int, s_star: float, sums: Array) ->
             count = 0  # beyond it a competitor wins with less than 1e-13
             while count < n and within_tails(rule.law, s_star, s[count], sigma):
                 count += 1
-        sums[i] += plain(rule.law, s_star, s, inverse, count, sigma, use.work, use.grid)
+        out[i] = plain(rule.law, s_star, s, inverse, count, sigma, use.work, use.grid)
+    return True
 
 
 @compiled

@@ -114,6 +114,8 @@ class Scratch(NamedTuple):
     at: Ints
     work: Array
     grid: Array
+    nodes: Array
+    ends: Array  # [2, sigma]
     crowd: Array  # of the strict rate
     rates: Array  # one row's, at each sigma
 

@@ -50,8 +50,8 @@ class Fused:
         scores = scores.reshape(batch, n_heads, end - first, n_key)
         if self.is_causal:
             at = torch.arange(first, end, device=scores.device)[:, None]
-            later = torch.arange(n_key, device=scores.device) > at
-            scores.masked_fill_(later, -math.inf)
+            later = torch.arange(first, n_key, device=scores.device) > at
+            scores[..., first:].masked_fill_(later, -math.inf)
         if self.attn_mask is None:
             return scores
         mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], self.shape[2], every)

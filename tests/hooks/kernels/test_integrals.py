@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from hooks import collapse_probability, critical_half_width, kernels
 from hooks.kernels import integrals
 from hooks.kernels.row import (
     UNDECIDED,
-    first_of_largest,
+    bar_of_nearest,
+    exact_plain,
+    first_at_least,
     first_sigma,
     half_width,
     has_no_number,
@@ -23,6 +26,7 @@ from hooks.kernels.row import (
     is_sparse,
     sort_descending,
     sparse_by_nearest,
+    survey,
 )
 from hooks.kernels.types import Drawn
 from hooks.noise.laws import LAWS, get_law
@@ -46,7 +50,20 @@ def compiled(row: Row) -> float:
         return integrals.biased(law, row.s_star, s, beta, len(s), row.sigma, on_q, on_k, work, GRID)
     s = np.sort(s)[::-1].copy()
     inverse = np.divide(1, s, out=np.zeros_like(s), where=s != 0)
-    return integrals.plain(law, row.s_star, s, inverse, len(s), row.sigma, work, GRID)
+    alone = integrals.plain(law, row.s_star, s, inverse, len(s), row.sigma, work, GRID)
+    together = at_sigmas(row.s_star, s, row.law, row.sigma)[1]
+    assert together == pytest.approx(alone, abs=6e-7)
+    return together
+
+
+def at_sigmas(s_star: float, s: np.ndarray, law: str, sigma: float) -> np.ndarray:
+    """P of competitors that descend, at this sigma between two others, as the probe computes it."""
+    sigmas = np.array([0.3 * sigma, sigma, min(1.5 * sigma, 0.5773)])
+    rule = every_row(sigmas)._replace(law=integrals.LAW_CODES[law])
+    use, out = kernels.scratch(len(s), 3), np.full(3, np.nan)
+    use.near[:] = s
+    assert exact_plain(rule, use, len(s), s_star, -math.inf, out)
+    return out
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r.on != "q" or r.beta is not None], ids=str)
@@ -213,6 +230,91 @@ def test_the_first_sigma_of_a_draw_is_where_it_moves(
             assert bool((f[1:] * s > f[0] * s_star).any()) == moved
 
 
+@given(
+    x=st.lists(
+        st.floats(-(2.0**127), 2.0**127, width=32) | st.just(-math.inf), min_size=1, max_size=200
+    ),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+def test_what_a_look_over_a_row_finds(x: list[float], dtype: type) -> None:
+    row = np.array(x, dtype)
+    assert kernels.largest(row) == max(x)
+    assert first_at_least(row, float(max(x))) == int(row.argmax())
+    seen = row[row > kernels.MASKED].astype(float)
+    if len(seen):
+        n, positive, mean = survey(row)
+        assert (n, positive) == (len(seen), int((row > 0).sum()))
+        assert mean == pytest.approx(seen.sum() / len(seen), rel=1e-9, abs=1e-6 * abs(seen).max())
+
+
+@given(
+    n=st.integers(200, 3000),
+    spread=st.floats(0.3, 40),
+    level=st.floats(-60, 60),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=150)
+def test_the_nearest_of_many_decide_or_say_that_they_do_not(
+    n: int, spread: float, level: float, share: float, seed: int
+) -> None:
+    """P from the competitors above a bar is P from all of them, wherever it is given at all."""
+    row = (level + spread * np.random.default_rng(seed).normal(size=n)).astype(np.float32)
+    s = np.sort(row.astype(float))[::-1]
+    top, s = s[0], s[1:].copy()
+    if top <= 0:
+        return
+    rule = every_row(np.array([0.02, 0.1, 0.3, 0.5]))
+    chosen = bar_of_nearest(row, top, top, float(s[-1]))
+    for bar in (chosen, top + share * (s[-1] - top)):
+        out, use = np.empty((2, 4)), kernels.scratch(n, 4)
+        for k, count in enumerate((n - 1, int((s > bar).sum()))):
+            use.near[: n - 1] = s
+            use.near[count : n - 1] = np.nan  # not told of
+            decided = exact_plain(rule, use, count, top, bar if k else -math.inf, out[k])
+        if decided:
+            assert out[1] == pytest.approx(out[0], abs=3e-7)
+
+
+def test_the_bar_of_the_nearest_is_seldom_too_high() -> None:
+    """A normal row of thousands: a few hundred competitors at most, and they decide P."""
+    rule, decided = every_row(np.array([0.1, 0.3, 0.5])), 0
+    for seed in range(20):
+        row = (20 * np.random.default_rng(seed).normal(size=4096)).astype(np.float32)
+        s = np.sort(row.astype(float))[::-1]
+        bar = bar_of_nearest(row, s[0], s[0], 0.0)
+        use, count = kernels.scratch(4096, 3), int((s[1:] > bar).sum())
+        use.near[:count] = s[1 : count + 1]
+        assert count < 300
+        decided += exact_plain(rule, use, count, s[0], bar, np.empty(3))
+    assert decided == 20
+
+
+@given(
+    s_star=st.floats(1, 60),
+    places=st.lists(st.tuples(st.floats(1e-3, 20), st.integers(1, 12)), min_size=1, max_size=5),
+    a=st.floats(0.02, 0.99),
+)
+@settings(max_examples=200)
+def test_competitors_in_few_places_equal_fine_panels(
+    s_star: float, places: list[tuple[float, int]], a: float
+) -> None:
+    """Where many competitors come in at once H falls steeply: 3e-7 all the same."""
+    s = np.sort(np.repeat([s_star - gap for gap, _ in places], [n for _, n in places]))[::-1].copy()
+    s = s[s > 0]
+    x, w = np.polynomial.legendre.leggauss(40)
+    ends = {(1 - a) * s_star, *(y for y in (1 + a) * s if y > (1 - a) * s_star)}
+    wanted = 0.0
+    for low, high in pairwise(sorted(ends)):
+        at = (low + high) / 2 + (high - low) / 2 * x
+        below = np.clip((at[:, None] / s - 1 + a) / (2 * a), 0, 1).prod(1)
+        wanted += (high - low) / 2 * (w * (1 - below)).sum() / (2 * a * s_star)
+    got = integrals.plain(
+        0, s_star, s, 1 / s, len(s), a / math.sqrt(3), np.empty((3, len(s))), GRID
+    )
+    assert got == pytest.approx(min(1.0, wanted), abs=3e-7)
+
+
 def test_a_row_of_one_million_competitors() -> None:
     """No rule's memory grows with competitors times anything; more of them win more often."""
     s = np.linspace(19, 1, 1_000_000)
@@ -252,7 +354,7 @@ def test_the_nearest_decide_as_all_keys_do(
 def test_what_is_no_number_is_told_apart_and_ends_every_search() -> None:
     row = np.full(9, np.nan, np.float32)
     assert not holds_sparse(row, 0.95)
-    assert first_of_largest(row) == 0
+    assert first_at_least(row, 0.0) == 0
     for x, wrong in ((np.nan, True), (np.inf, True), (-np.inf, False), (-3e38, False)):
         assert has_no_number(np.array([0.5, x, 1.0], np.float32)) == wrong
 
