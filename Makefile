@@ -12,12 +12,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := .venv/installed
 LEGACY := .venv-legacy
 NEWEST := .venv-newest
+DIST := .venv-dist
 # Every process would translate some 500 modules anew.
 export PYTHONDONTWRITEBYTECODE :=
 # A process per core, with one thread each: small models gain nothing from more.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
-.PHONY: help setup probe test test-legacy test-newest slow long matrix browser smoke lint format real-model \
+.PHONY: help setup dist probe test test-legacy test-newest slow long matrix browser smoke lint format real-model \
 	benchmarks docs notebooks tutorials clean
 
 help:
@@ -33,6 +34,7 @@ help:
 	@echo "make real-model  fetch and convert the models that the tests read"
 	@echo "make benchmarks  time and memory"
 	@echo "make notebooks   run the tutorials;  make tutorials stores what they show"
+	@echo "make dist        wheel and source archive, checked, in dist/"
 	@echo "make docs        the documentation as a site, in site/"
 	@echo "make clean       remove what the tools leave behind; the environment stays"
 
@@ -121,6 +123,17 @@ tutorials: real-model
 # Offline, and every warning is an error (mkdocs.yml: strict).
 docs: $(SETUP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
+# What a release uploads; the slow tests install the wheel.
+dist: $(DIST)/installed
+	rm -rf dist
+	$(DIST)/bin/python -m build
+	$(DIST)/bin/twine check --strict dist/*
+
+$(DIST)/installed:
+	test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip --disable-pip-version-check install -q build twine
+	touch $@
 
 clean:
 	rm -rf site .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -1,3 +1,5 @@
+import hooks as hooks
+
 from .models import (
     NormSpec as NormSpec,
     QKVNormConfig as QKVNormConfig,

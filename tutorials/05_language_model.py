@@ -263,8 +263,8 @@ if SMOL:
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 7), layout="constrained")
-plots.head_map(report, ax=axes[0])
-plots.head_map(report, ax=axes[1], content=True)
+plots.head_map(report, ax=axes[0], limits=(8, 58))
+plots.head_map(report, ax=axes[1], limits=(8, 58), content=True)
 axes[0].set_title("all sparse rows", fontsize=10, loc="left")
 axes[1].set_title("sinks left out", fontsize=10, loc="left")
 for legend in filter(None, (ax.get_legend() for ax in axes)):
@@ -314,7 +314,10 @@ table = report.table
 least = np.full(len(ids[0]), np.inf)
 mine = (table.prompt == 0) & (table.key > 0)  # here without sinks
 np.minimum.at(least, table.query[mine], table.half_width[mine] / math.sqrt(3))
-depth = np.clip(-np.log(least / 0.58) / np.log(0.58 / 0.02), 0, 1)
+finite = least[np.isfinite(least)]
+most = finite.max()
+depth = np.log(most / np.minimum(least, most)) / np.log(most / finite.min())
+depth = np.where(np.isfinite(least), 0.1 + 0.9 * depth, 0)
 
 figure, ax = plt.subplots(figsize=(8.2, 2.0), layout="constrained")
 x = y = 0

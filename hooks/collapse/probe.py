@@ -90,6 +90,7 @@ def collapse_probe(
     first_prompt: int = 0,
     engine: Engine = "auto",
     progress: bool | None = None,
+    name: str | None = None,
 ) -> CollapseReport:
     """Share of sparse attention rows whose arg max moves under norm noise, by sigma, layer, head.
 
@@ -142,7 +143,9 @@ def collapse_probe(
             laws than uniform, of noise on q alone and under soft caps); else triton on CUDA where
             it is installed, else torch.
             The report's ``model["engine"]`` says which ran; parts of several may be merged.
-        progress: show a progress bar; default: in a terminal or a notebook.
+        progress: show a bar in a terminal or a notebook, lines in a log; default: in a log only
+            after a minute.
+        name: what the report calls the model; default: the model's own name.
 
     Returns:
         :class:`CollapseReport`.
@@ -211,7 +214,7 @@ def collapse_probe(
             engines.each_layer(indices, watch, partial(_reduce, query_block=query_block))
 
         over_batches(model, prompts, batch_size, measure, what="collapse probe", progress=progress)
-    facts = attention_facts(model, sites, chosen, prompts) | {"engine": engines.name}
+    facts = attention_facts(model, sites, chosen, prompts, name) | {"engine": engines.name}
     return tally.report(model=facts, prompts=prompts)
 
 

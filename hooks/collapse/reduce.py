@@ -314,6 +314,8 @@ class LayerReducer:
         return self._draws
 
     def _numbers(self, role: Any, n_draws: int, n_pos: int, n_heads: int) -> np.ndarray:
+        if not n_draws:
+            return np.empty((0, len(self.prompts), n_heads, n_pos))
         u = draw_uniforms(
             self.noise,
             places=[(self.sites.layer, role)],

@@ -52,9 +52,11 @@ class Measured(Protocol):
 
 
 def percent(x: float) -> str:
-    """A share as text: 7.9%, never reached, or no rows."""
+    """A share or a sigma as text: 7.9%, <0.01%, never reached, or no rows."""
     if math.isnan(x):
         return "no rows"
+    if 0 < x < 1e-4:
+        return "<0.01%"
     if math.isinf(x):
         return "never"
     return f"{100 * x:.2g}%" if x < 0.0995 else f"{100 * x:.3g}%"
@@ -141,6 +143,11 @@ def _first_head(report: Measured) -> str:
         return ""
     assert isinstance(sigma, pd.DataFrame)
     counts = report.rows.sum((-1, -2))
+    if counts.max() < _MIN_ROWS <= counts.sum():
+        return (
+            f"No head has {_MIN_ROWS} sparse rows or more, so none is named: more text gives more "
+            "rows, and heads(min_rows=1) lists all heads."
+        )
     values = np.where(counts >= _MIN_ROWS, sigma.to_numpy(), np.nan)
     if not np.isfinite(values).any():
         return ""

@@ -2,7 +2,6 @@
 
 from hooks.kernels.compile import compiled
 from hooks.kernels.integrals import (
-    FEW,
     GAUSSIAN,
     GRID,
     LAW_CODES,
@@ -40,7 +39,6 @@ __all__ = [
     "BROKEN",
     "Draws",
     "EXAMINED",
-    "FEW",
     "Found",
     "GAUSSIAN",
     "GRID",

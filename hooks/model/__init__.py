@@ -28,9 +28,10 @@ from hooks.model.inputs import (
     without_cache,
 )
 from hooks.model.known_wrong import refuse_known_wrong
+from hooks.model.progress import counting
 from hooks.model.prompts import Prompts, example_of
 from hooks.model.protocol import ROLES, Anchor, HookedModel, Role
-from hooks.model.running import checked_logits, counting, over_batches, run_with
+from hooks.model.running import checked_logits, over_batches, run_with
 from hooks.model.standing import Standing, names, resting, users
 from hooks.model.state import (
     Finished,

@@ -16,6 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from hooks.arguments import check_text
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -44,6 +46,8 @@ def measurement(call: Callable[_P, _T]) -> Callable[_P, _T]:
     @wraps(call)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         _forks.check()
+        if kwargs.get("name") is not None:  # before anything is run
+            check_text("name", kwargs["name"])
         outermost = not _here.depth
         given = (*args, *kwargs.values())
         args = tuple(_plain(x) for x in args)  # type: ignore[assignment]

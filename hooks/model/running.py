@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks.errors import UnsupportedModelError
 from hooks.model.calls import BlockCall
 from hooks.model.inputs import ModelInput
+from hooks.model.progress import counting
 from hooks.model.prompts import Prompts
 from hooks.model.protocol import HookedModel
 from hooks.model.state import Finished, evaluating
@@ -47,20 +47,12 @@ def over_batches(
     """Call ``measure`` for each batch of prompts of one length, in eval mode, without gradients.
 
     It takes the prompts' indices and the model's input. ``progress`` shows a bar with the title
-    ``what``; None: in a terminal or a notebook.
+    ``what``; None: in a terminal or a notebook, and after a minute in a log.
     """
     with evaluating(model), counting(len(prompts), what, "prompt", progress) as bar:
         for indices, given in prompts.batches(batch_size):
             measure(indices, given)
             bar.update(len(indices))
-
-
-@contextlib.contextmanager
-def counting(total: int, what: str, unit: str, progress: bool | None) -> Iterator[Any]:
-    """A progress bar that disappears at its end."""
-    disable = None if progress is None else not progress
-    with tqdm(total=total, desc=what, unit=unit, disable=disable, leave=False) as bar:
-        yield bar
 
 
 def checked_logits(logits: Any, *, classifier: bool = True) -> Float[Tensor, "batch pos d_vocab"]:

@@ -174,6 +174,11 @@ class Factors(Protocol):
     ) -> Float[Tensor, "prompt pos head"]:
         """See :meth:`hooks.NormNoise.factors`."""
 
+    def in_heads(
+        self, factors: Float[Tensor, "batch pos head"], sites: LayerSites, role: Role
+    ) -> Float[Tensor, "batch pos head"]:
+        """These factors, and 1 in heads that have no noise."""
+
 
 # -- the clock --------------------------------------------------------------------------------
 
@@ -230,7 +235,7 @@ class Clock:
         """Factors of one site; ``shape`` is (batch, positions, index of the first of them)."""
         batch, n_pos, first = shape
         padding = self.padding.get(sites.sequence(role), [0] * batch)
-        return noise.factors(
+        factors = noise.factors(
             layer=sites.layer,
             role=role,
             n_heads=site.n_heads,
@@ -238,6 +243,7 @@ class Clock:
             n_pos=n_pos,
             start=[first - before for before in padding],
         )
+        return noise.in_heads(factors, sites, role)
 
     def first_key(self, n_query: int, n_key: int) -> int:
         """Position of the first key of a row of scores.

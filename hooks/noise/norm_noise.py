@@ -43,6 +43,7 @@ from hooks.model import (
 )
 from hooks.noise.cache_check import HookList, cached_steps
 from hooks.noise.clock import Clock, read_masks
+from hooks.noise.heads import check_heads, read_heads, spare_others
 from hooks.noise.laws import LAWS, check_sigma, get_law
 from hooks.noise.writing import Writer
 from hooks.sites import (
@@ -95,6 +96,9 @@ class NormNoise:
             rows as in the paper's Fig. 2 right, judged by the layer's un-noised scores in the
             running pass and applied to the q.k part of those rows' scores; q and k only.
         layers: block indices; None for every attention layer.
+        heads: pairs (layer, head) in place of ``layers``; None for every head. Heads are counted
+            as queries; of k and v it is the head that such a query head reads, which other query
+            heads may read too (grouped keys).
         seed, draw: identify the sample.
 
     Raises:
@@ -116,6 +120,7 @@ class NormNoise:
     layers: tuple[int, ...] | None = None
     seed: int = 0
     draw: int = 0
+    heads: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         known = (("shared", Shared), ("at", At), ("rows", Rows))
@@ -129,6 +134,10 @@ class NormNoise:
             "layers": None if self.layers is None else check_layers(self.layers),
         }
         read["sigma"] = check_sigma(self.sigma, LAWS[read["law"]])
+        if self.heads is not None:
+            if self.layers is not None:
+                raise ValueError("heads: wanted None beside layers; got both")
+            read["heads"] = read_heads(self.heads)
         for name, value in read.items():
             object.__setattr__(self, name, value)
         if self.rows != "all" and ("v" in self.on or self.at != "dot"):
@@ -190,7 +199,7 @@ class NormNoise:
         n_pos: int,
         start: Sequence[int] | int = 0,
     ) -> Float[Tensor, "prompt pos head"]:
-        """1 + kappa of each vector, float32, on the CPU.
+        """1 + kappa of each vector, float32, on the CPU; of every head, whatever ``heads`` says.
 
         Args:
             layer: block index.
@@ -224,6 +233,12 @@ class NormNoise:
             )
             out[i, padding:] = law.factor(torch.tensor(u), self.sigma).float()
         return out
+
+    def in_heads(
+        self, factors: Float[Tensor, "batch pos head"], sites: LayerSites, role: Role
+    ) -> Float[Tensor, "batch pos head"]:
+        """These factors, and 1 in heads that have no noise."""
+        return factors if self.heads is None else spare_others(factors, self.heads, sites, role)
 
     # -- hooks ------------------------------------------------------------------------------
 
@@ -302,7 +317,9 @@ class NormNoise:
                 "training mode"
             )
         entries: HookList = []
-        layers = list(choose_layers(sites, self.layers))
+        of_heads = None if self.heads is None else sorted({layer for layer, _ in self.heads})
+        layers = list(choose_layers(sites, self.layers if of_heads is None else of_heads))
+        check_heads(self.heads or (), layers)
         writer = None if tap is None else Writer(self, clock, tap)
         for layer in layers:
             entries += self._layer_hooks(layer, clock, writer)

@@ -21,6 +21,7 @@ from safetensors.numpy import save
 
 from hooks.arguments import check_path
 from hooks.errors import ReportFileError
+from hooks.reports.figures import figure_of
 from hooks.reports.files import (
     DIGEST,
     TensorFile,
@@ -164,6 +165,23 @@ class SavedReport:
     def glance(self) -> tuple[pd.DataFrame, Curves]:
         """What a notebook shows below the words: a small sorted table, and curves over sigma."""
         raise NotImplementedError
+
+    def plot(self, **options: Any) -> Any:
+        """The report's own figure; a notebook shows it at the end of a cell.
+
+        Args:
+            options: those of the function that draws it (:mod:`qkvnorm_lens.plots`), such as ``ax``
+                or ``backend="plotly"``: ``collapse_curve`` for a :class:`hooks.CollapseReport`,
+                ``accuracy_curve`` (sweep), ``spread_bands``, ``interference_by_depth``,
+                ``rank_by_depth``, ``spectrum_by_depth``, ``symmetry_by_depth``.
+
+        Returns:
+            A figure of matplotlib (``figure.savefig(path)``) or of plotly.
+
+        Raises:
+            ImportError: no package that draws it is installed, or not what that package needs.
+        """
+        return figure_of(self, options)
 
     def _repr_html_(self) -> str:
         return card(self.summary(), *self.glance())

@@ -25,6 +25,11 @@ def percent(x: float) -> str:
     return "never" if math.isinf(x) else f"{100 * x:.3g}%"
 
 
+def share(x: float) -> str:
+    """A share of rows, none below what a table with two digits can show."""
+    return "<0.01%" if 0 < x < 1e-4 else percent(x)
+
+
 def number(x: float) -> str:
     """Three digits; a dash where there is none."""
     return "-" if math.isnan(x) else f"{x:.3g}"

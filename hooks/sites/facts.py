@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from hooks.sites.types import AttentionSites, LayerSites
 
 
-def model_facts(model: HookedModel, prompts: Prompts, notes: Sequence[str] = ()) -> dict[str, Any]:
+def model_facts(
+    model: HookedModel, prompts: Prompts, name: str | None, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Name, architecture, weights, dtype, device, versions, and what the model was given.
 
     ``fingerprint`` is that of the weights; ``state`` has the rest of :func:`fingerprint`.
@@ -22,7 +24,7 @@ def model_facts(model: HookedModel, prompts: Prompts, notes: Sequence[str] = ())
     cfg, state = model.cfg, fingerprint(model)
     given = given_facts(prompts, state) + [note.rstrip(".") for note in notes]
     return {
-        "name": _name(str(getattr(cfg, "model_name", None) or type(model).__name__)),
+        "name": _own_name(model) if name is None else name,
         "architecture": str(
             getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", None) or ""
         ),
@@ -36,11 +38,15 @@ def model_facts(model: HookedModel, prompts: Prompts, notes: Sequence[str] = ())
 
 
 def attention_facts(
-    model: HookedModel, sites: AttentionSites, chosen: tuple[LayerSites, ...], prompts: Prompts
+    model: HookedModel,
+    sites: AttentionSites,
+    chosen: tuple[LayerSites, ...],
+    prompts: Prompts,
+    name: str | None,
 ) -> dict[str, Any]:
     """:func:`model_facts`, and a description of the layers."""
     shields = sites.to_frame().groupby("vector", sort=False)["shield"].unique()
-    return model_facts(model, prompts, sites.notes) | {
+    return model_facts(model, prompts, name, sites.notes) | {
         "labels": [s.label for s in chosen],
         "heads": [s.n_heads for s in chosen],
         "kv_heads": [s.n_kv_heads for s in chosen],
@@ -49,8 +55,19 @@ def attention_facts(
     }
 
 
-def _name(name: str) -> str:
-    """The model's name without its local path, as reports are passed on."""
+def _own_name(model: HookedModel) -> str:
+    """The model's name without its local path, as reports are passed on.
+
+    A bridge made of a module is called "external" unless it was named: its configuration may know
+    where it came from, and its class says at least what it is.
+    """
+    inner = getattr(model, "original_model", None)
+    names = (
+        getattr(model.cfg, "model_name", None),
+        getattr(getattr(inner, "config", None), "name_or_path", None),
+        type(model if inner is None else inner).__name__,
+    )
+    name = str(next(n for n in names if n and n != "external"))
     return Path(name).name if Path(name).is_absolute() else name
 
 

@@ -14,15 +14,16 @@ from hooks.errors import UnsupportedModelError
 from hooks.model import HookedModel, ModelInput, Prompts, checking, evaluating, key_of, pass_dtype
 
 _LONGEST = 128  # tokens of a prompt of the caller's that a check runs copies of
+Key = tuple[str, str]
 _KEPT = 256  # questions about one model whose answer is remembered
 
 
-def check_masks(model: HookedModel, prompts: Prompts) -> None:
-    """Refuse padding and masks that do not do to the model what they say."""
+def check_masks(model: HookedModel, prompts: Prompts, key: Key | None = None) -> None:
+    """Refuse padding and masks that do not do to the model what they say; ``key``: the model's."""
     squares = prompts.each.get("attention_mask", ())
     square = next((i for i, x in enumerate(squares) if x.dtype == torch.bool), None)
     if prompts.padded or prompts.masked or square is not None:
-        key = key_of(model)
+        key = key_of(model) if key is None else key
         for at in prompts.padded:
             _check_padding(model, prompts, at, key)
         _check_mask(model, prompts, key)

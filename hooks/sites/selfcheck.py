@@ -63,7 +63,7 @@ from hooks.model import (
 from hooks.sites.copies import KINDS, LayerCopies, Undecided
 from hooks.sites.layer_check import LayerCheck, Unpredicted
 from hooks.sites.locate import locate
-from hooks.sites.masks import beginning, check_masks, once
+from hooks.sites.masks import Key, beginning, check_masks, once
 from hooks.sites.types import AttentionSites, LayerSites
 
 _ATTEMPTS = 3
@@ -107,24 +107,26 @@ def attention_sites(model: HookedModel, inputs: Any = None) -> AttentionSites:
     """
     check_model(model)
     if inputs is None:
-        return _sites(model, None, asked=False)
+        return _sites(model, None, asked=False)[0]
     prompts = encode(model, inputs)
-    sites = _sites(model, prompts, asked=True)
-    _check_longest(model, sites, prompts)
+    sites, key = _sites(model, prompts, asked=True)
+    _check_longest(model, sites, prompts, key)
     return sites
 
 
 def sites_for(model: HookedModel, prompts: Prompts) -> AttentionSites:
     """The sites for a measurement; its prompts decide where random tokens can't."""
     check_model(model)
-    sites = _sites(model, prompts, asked=False)
-    check_masks(model, prompts)
-    _check_longest(model, sites, prompts)
+    sites, key = _sites(model, prompts, asked=False)
+    check_masks(model, prompts, key)
+    _check_longest(model, sites, prompts, key)
     return sites
 
 
-def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> AttentionSites:
-    """The sites, remembered or checked; with ``asked`` checked anew, on the prompts."""
+def _sites(
+    model: HookedModel, prompts: Prompts | None, *, asked: bool
+) -> tuple[AttentionSites, Key]:
+    """The sites and the model's key; ``asked``: checked anew, on the prompts, else remembered."""
     unreadable = refuse_unreadable(model)
     if unreadable:
         raise UnsupportedModelError(
@@ -134,7 +136,7 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
     key, known = key_of(model), remembered.setdefault(model, OrderedDict())
     kinds = () if prompts is None else _unusual(prompts)
     if not asked and (*key, kinds) in known:
-        return known[(*key, kinds)]
+        return known[(*key, kinds)], key
     if asked or kinds:
         examples = [_Example(model, prompts)]
     else:
@@ -154,7 +156,7 @@ def _sites(model: HookedModel, prompts: Prompts | None, *, asked: bool) -> Atten
         known[(*key, ())] = sites
     while len(known) > _KEPT:
         known.popitem(last=False)
-    return sites
+    return sites, key
 
 
 def _unusual(prompts: Prompts) -> tuple[str, ...]:
@@ -191,7 +193,7 @@ def _with_or_without_hooks(model: HookedModel, examples: Sequence[_Example]) -> 
     return sites
 
 
-def _check_longest(model: HookedModel, sites: AttentionSites, prompts: Prompts) -> None:
+def _check_longest(model: HookedModel, sites: AttentionSites, prompts: Prompts, key: Key) -> None:
     """The check on the longest prompt, as hooks at the scores may act on no other."""
     standing = users(model)
     edits = _on_scores(model, sites, standing) if standing else []
@@ -215,7 +217,7 @@ def _check_longest(model: HookedModel, sites: AttentionSites, prompts: Prompts) 
         except UnsupportedModelError as error:
             raise _naming(error, edits) from error
 
-    once(model, ("longest", *key_of(model), max(len(row) for row in prompts.first)), check)
+    once(model, ("longest", *key, max(len(row) for row in prompts.first)), check)
 
 
 def _on_scores(

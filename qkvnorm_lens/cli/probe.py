@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkvnorm_lens import tables, text
 from qkvnorm_lens.arguments import at_least, brief, count, directory, number, positive, some_path
+from qkvnorm_lens.cli import figures
 from qkvnorm_lens.cli.train import check_device
 from qkvnorm_lens.models import DEFAULT, Source, find, load_model
 
@@ -66,8 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     said = "list heads and rows by attention that does not go to the first token"
     out.add_argument("--no-sinks", action="store_true", help=said)
     out.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
-    said = "also write report.html, report.safetensors, frame.csv, summary.txt and two figures"
+    said = "also write report.html, report.safetensors, frame.csv, summary.txt and three figures"
     out.add_argument("--out", type=some_path, metavar="DIR", help=said)
+    figures.add_arguments(out, "png")
 
 
 def _reading(group: argparse._ArgumentGroup) -> None:
@@ -350,16 +351,8 @@ def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompt
     from qkvnorm_lens.page import write_html
 
     write_html(report, folder / "report.html", source=read_in_words(prompts), content=content)
-    if importlib.util.find_spec("matplotlib") is None:
+    if not figures.write(report, folder, args):
         _say("no figures: they need matplotlib, pip install 'qkvnorm-lens[plots]'")
-        return
-    from qkvnorm_lens import plots
-    from qkvnorm_lens.plots.html import shown_rows
-
-    plots.collapse_curve(report).savefig(folder / "collapse.png")
-    plots.head_map(report, rate=tables.RATE, content=content).savefig(folder / "heads.png")
-    if shown_rows(report, 1, content=content):
-        plots.attention_rows(report, content=content).savefig(folder / "rows.png")
 
 
 def read_in_words(prompts: text.Prompts) -> str:

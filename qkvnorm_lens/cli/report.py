@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qkvnorm_lens.arguments import file, some_path
+from qkvnorm_lens.cli import figures
 
 HELP = "make the HTML page of a saved probe"
 DESCRIPTION = """\
@@ -17,6 +18,7 @@ examples:
   qkvnorm-lens probe gpt2 --file story.txt --out runs/gpt2     writes the page too
   qkvnorm-lens report runs/gpt2
   qkvnorm-lens report runs/gpt2 --no-sinks --out content.html
+  qkvnorm-lens report runs/gpt2 --format pdf,png --width column    figures for a paper
 """
 SAVED = "report.safetensors"
 
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-views", action="store_true", help="leave out circuitsvis's attention views (1.3 MB)"
     )
+    figures.add_arguments(parser, "no figures")
 
 
 def run(args: argparse.Namespace) -> str:
@@ -58,7 +61,13 @@ def run(args: argparse.Namespace) -> str:
         content=args.no_sinks,
         views=False if args.no_views else None,
     )
-    return f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)"
+    said = f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)"
+    if args.format is None and args.width is None:
+        return said
+    drawn = figures.write(report, out.parent, args)
+    if not drawn:
+        raise ImportError("figures need matplotlib: pip install 'qkvnorm-lens[plots]'")
+    return "\n".join([said, *(f"wrote {figure}" for figure in drawn)])
 
 
 def _source(summary: Path) -> str:

@@ -64,6 +64,20 @@
     });
   }
 
+  // What scrolls says so, and can be reached by keyboard.
+  for (const box of all(".wide")) {
+    const cue = box.nextElementSibling;
+    const look = () => {
+      const right = box.scrollWidth - box.clientWidth, below = box.scrollHeight - box.clientHeight;
+      const more = [right - box.scrollLeft > 2 && "right", below - box.scrollTop > 2 && "below"];
+      box.dataset.more = more.filter(Boolean).join(" ");
+      if (right > 2 || below > 2) box.tabIndex = 0; else box.removeAttribute("tabindex");
+      if (cue && cue.classList.contains("cue")) cue.hidden = right <= 2 && below <= 2;
+    };
+    box.addEventListener("scroll", look, { passive: true });
+    new ResizeObserver(look).observe(box);
+  }
+
   // Tooltips of the pictures, without the browser's delay.
   const tip = document.createElement("div");
   tip.id = "tip";

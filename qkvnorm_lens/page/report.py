@@ -19,7 +19,7 @@ from hooks.arguments import check_booleans, check_optional, check_path, check_te
 from qkvnorm_lens import __version__, tables
 from qkvnorm_lens.page import svg
 from qkvnorm_lens.page.template import environment, source as file_text
-from qkvnorm_lens.plots import SCALE, collapse_chart, head_cells, html, margins_chart, name_of
+from qkvnorm_lens.plots import collapse_chart, head_cells, html, margins_chart, name_of
 from qkvnorm_lens.plots.charts import check_report
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def html_report(
         data = html.circuits(shown, report)[:VIEWS] if bundle else []
         if data:
             scripts = [bundle, html.LOADER, *scripts]
-    texts, texts_left_out = _texts(report)
+    texts, scale, texts_left_out = _texts(report)
     fragile, left_out = _fragile(report, content)
     chart, margins = collapse_chart(report, "model"), margins_chart(report)
     lead, about = _sentences(report)
@@ -107,7 +107,7 @@ def html_report(
             views=data,
             texts=texts,
             texts_left_out=texts_left_out,
-            scale=SCALE,
+            scale=scale,
             rates=_rates(report),
             rates_note=_rates_note(report),
             method=_method(report, source),
@@ -312,8 +312,8 @@ def _text(text: str) -> Markup:
     return Markup('<span class="mono">{}</span>').format(html.token(text))
 
 
-def _texts(report: CollapseReport) -> tuple[list[Markup], str]:
-    """Whole prompts by fragility, as many as fit."""
+def _texts(report: CollapseReport) -> tuple[list[Markup], Markup, str]:
+    """Whole prompts by fragility, as many as fit, and what their colours mean."""
     tokens = report.decoder_tokens or report.tokens
     chosen: list[int] = []
     room = TEXT_TOKENS
@@ -324,7 +324,9 @@ def _texts(report: CollapseReport) -> tuple[list[Markup], str]:
         chosen.append(prompt)
     left = len([t for t in tokens if t]) - len(chosen)
     said = f"Prompts not shown: {left:,}." if left else ""
-    return [html.fragile_prompt(report, p, most=TEXT_TOKENS) for p in chosen], said
+    ends = html.fragile_ends(report, chosen)
+    shown = [html.fragile_prompt(report, p, ends, most=TEXT_TOKENS) for p in chosen]
+    return shown, html.fragile_scale(ends), said
 
 
 def _rates(report: CollapseReport) -> _Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -25,8 +25,27 @@ _CLASSES = {
     "#0072B2": "blue", "#D55E00": "orange", "#009E73": "green", "#777777": "grey",
     "#CC79A7": "pink",
 }  # fmt: skip
-_WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 50
+
+
+class _Box(NamedTuple):
+    """A picture's size."""
+
+    width: int
+    height: int
+
+    @property
+    def right(self) -> int:
+        """Where the axes end."""
+        return self.width - _RIGHT
+
+    @property
+    def foot(self) -> int:
+        """Where they stand."""
+        return self.height - _BOTTOM
+
+
+_BOXES = {"broad": _Box(720, 420), "narrow": _Box(360, 330)}
 
 
 def element(name: str, content: Any = "", /, **attributes: Any) -> Markup:
@@ -54,29 +73,35 @@ def colour(share: float) -> str:
 def curve(chart: Chart, name: str) -> Markup:
     """A chart with log axes that have ends, as a figure with a legend.
 
+    Twice, wide and narrow: the page's style shows the one that fits the window.
+
     Args:
         chart: lines, levels and marks are drawn.
         name: a description of the picture for those who can't see it.
     """
-    across, up = _scale(chart, "x"), _scale(chart, "y")
-    clip_name = "clip-" + "".join(c for c in name if c.isalnum())
-    parts = [*_grid(chart, across, up)]
+    both = (_picture(chart, name, box, shape) for shape, box in _BOXES.items())
+    return Markup("").join(both) + _legend(chart.lines)
+
+
+def _picture(chart: Chart, name: str, box: _Box, shape: str) -> Markup:
+    across, up = _scale(chart, "x", box), _scale(chart, "y", box)
+    clip_name = f"clip-{shape}-" + "".join(c for c in name if c.isalnum())
+    parts = [*_grid(chart, across, up, box)]
     for height, _ in chart.levels:
         y = _round(up(height))
-        parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="level"))
+        parts.append(element("line", x1=_LEFT, x2=box.right, y1=y, y2=y, class_="level"))
     clipped = [part for line in chart.lines for part in _line(line, across, up, chart)]
     parts.append(element("g", Markup("").join(clipped), clip_path=f"url(#{clip_name})"))
     for mark in chart.marks:
         parts += _mark(mark.x, mark.y, mark.text, across, up)
     if chart.note:
-        parts.append(element("text", chart.note, x=_WIDTH / 2, y=_HEIGHT / 2, class_="note"))
-    size = {"width": _WIDTH - _LEFT - _RIGHT, "height": _HEIGHT - _TOP - _BOTTOM}
-    inside = element("rect", x=_LEFT, y=_TOP, **size)
+        middle = {"x": box.width / 2, "y": box.height / 2}
+        parts.append(element("text", chart.note, **middle, class_="note"))
+    inside = element("rect", x=_LEFT, y=_TOP, width=box.right - _LEFT, height=box.foot - _TOP)
     clip = element("defs", element("clipPath", inside, id=clip_name))
-    about = {"role": "img", "aria_label": name, "class_": "curve"}
+    about = {"role": "img", "aria_label": name, "class_": f"curve {shape}"}
     content = clip + Markup("").join(parts)
-    picture = element("svg", content, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", **about)
-    return picture + _legend(chart.lines)
+    return element("svg", content, viewBox=f"0 0 {box.width} {box.height}", **about)
 
 
 def _ends(axis: Axis) -> tuple[float, float]:
@@ -85,10 +110,10 @@ def _ends(axis: Axis) -> tuple[float, float]:
     return float(axis.low), float(axis.high)
 
 
-def _scale(chart: Chart, which: str) -> Callable[[Number], float]:
+def _scale(chart: Chart, which: str, box: _Box) -> Callable[[Number], float]:
     axis = chart.x if which == "x" else chart.y
     low, high = _ends(axis)
-    begin, end = (_LEFT, _WIDTH - _RIGHT) if which == "x" else (_HEIGHT - _BOTTOM, _TOP)
+    begin, end = (_LEFT, box.right) if which == "x" else (box.foot, _TOP)
 
     def place(value: Number) -> float:
         """From a value to a pixel; far below the axis where there is no logarithm."""
@@ -109,19 +134,19 @@ def _ticks(axis: Axis) -> list[float]:
 
 
 def _grid(
-    chart: Chart, across: Callable[[Number], float], up: Callable[[Number], float]
+    chart: Chart, across: Callable[[Number], float], up: Callable[[Number], float], box: _Box
 ) -> Iterable[Markup]:
-    foot = _HEIGHT - _BOTTOM
+    foot = box.foot
     for value in _ticks(chart.x):
         x = _round(across(value))
         yield element("line", x1=x, x2=x, y1=_TOP, y2=foot, class_="grid")
         yield element("text", f"{value:g}", x=x, y=foot + 17, class_="tick mid")
     for value in _ticks(chart.y):
         y = _round(up(value))
-        yield element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid")
+        yield element("line", x1=_LEFT, x2=box.right, y1=y, y2=y, class_="grid")
         yield element("text", f"{value:g}", x=_LEFT - 8, y=float(y) + 4, class_="tick end")
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    yield element("text", chart.x.label, x=middle, y=_HEIGHT - 8, class_="axis mid")
+    middle = (_LEFT + box.right) / 2
+    yield element("text", chart.x.label, x=middle, y=box.height - 8, class_="axis mid")
     turn = f"translate(15 {(_TOP + foot) / 2}) rotate(-90)"
     yield element("text", chart.y.label, transform=turn, class_="axis mid")
 
@@ -209,9 +234,11 @@ def head_map(cells: HeadCells, min_rows: int) -> Markup:
     parts.append(element("text", "layer", transform=turn, class_="axis mid"))
     width, height = left + n_heads * wide + 6, foot + 40
     size = {"viewBox": f"0 0 {_round(width)} {_round(height)}"}
-    size["style"] = f"max-width: {_round(1.25 * width)}px"
+    # No number smaller than 8 pixels: a window without room for them scrolls.
+    size["style"] = f"max-width: {_round(1.25 * width)}px; min-width: {_round(0.77 * width)}px"
     about = {"role": "img", "aria_label": "map of layers by heads", "class_": "map"}
-    return element("svg", Markup("").join(parts), **size, **about) + _map_key(cells, min_rows)
+    picture = element("svg", Markup("").join(parts), **size, **about)
+    return element("div", picture, class_="wide") + _map_key(cells, min_rows)
 
 
 def _cell(

@@ -6,12 +6,12 @@ end of a cell.
 """
 
 from qkvnorm_lens.plots.attention_views import (
-    SCALE as SCALE,
     View,
     attention,
     attention_rows,
     fragile_text,
 )
+from qkvnorm_lens.plots.charts import save
 from qkvnorm_lens.plots.collapse import (
     collapse_chart as collapse_chart,
     collapse_curve,
@@ -20,6 +20,7 @@ from qkvnorm_lens.plots.collapse import (
     row_margins,
 )
 from qkvnorm_lens.plots.heads import HeadCells as HeadCells, head_cells as head_cells, head_map
+from qkvnorm_lens.plots.interference import interference_by_depth
 from qkvnorm_lens.plots.rank import rank_by_depth
 from qkvnorm_lens.plots.sparsity import sparsity_histogram
 from qkvnorm_lens.plots.spectrum import spectrum_by_depth
@@ -30,6 +31,6 @@ from qkvnorm_lens.plots.training import training_curves
 
 __all__ = [
     "collapse_curve", "head_map", "row_margins", "attention", "attention_rows", "fragile_text",
-    "View", "spread_bands", "accuracy_curve", "sparsity_histogram", "rank_by_depth",
-    "spectrum_by_depth", "symmetry_by_depth", "training_curves",
+    "View", "spread_bands", "interference_by_depth", "accuracy_curve", "sparsity_histogram",
+    "rank_by_depth", "spectrum_by_depth", "symmetry_by_depth", "training_curves", "save",
 ]  # fmt: skip

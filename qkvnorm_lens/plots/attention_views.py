@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape as quoted  # markupsafe's leaves markup as it is
 from numbers import Integral
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hooks import CollapseReport
 
 _ROW_HEIGHT = 1.05  # inches
+_LEFT_OUT = "#D9D9D9"  # columns that stand for tokens left out
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ class View:
     Attributes:
         html: the page.
         height: of the frame in a notebook, pixels.
+        twin: makes the same as a figure of matplotlib's, for print; None where there is none.
     """
 
     html: str = field(repr=False)
     height: int = 480
+    twin: Callable[[], charts.Figure] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_text("html", self.html)
@@ -57,8 +61,22 @@ class View:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file that opens offline; returns its path."""
+        """Write the page to a file that opens offline; returns its path.
+
+        A path that ends in .png, .pdf or .svg gets the view's twin for print
+        (:func:`attention_rows` for :func:`attention`).
+
+        Raises:
+            ValueError: such a path, of a view without a twin.
+            ImportError: such a path, without matplotlib.
+            OSError: it can't be written.
+        """
         path = check_path("path", path)
+        if path.suffix[1:] in charts.FORMATS:
+            if self.twin is None:
+                wanted = "a name that ends in .html, as this view is only a page"
+                raise ValueError(f"path: wanted {wanted}; got {path}")
+            return charts.save(self.twin(), path)[0]
         with naming("path", "a file that can be written", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self.html, encoding="utf-8")
@@ -96,15 +114,16 @@ def attention(report: CollapseReport, n: int = 8, *, content: bool = False) -> V
     title = f"{name_of(report)}: the most fragile rows"
     body = Markup("<h1>{}</h1>").format(title) + Markup("").join(parts)
     scripts = [bundle, html.LOADER]
-    return View(_page(title, body, html.island("circuits", views), scripts), height=640)
+    page = _page(title, body, html.island("circuits", views), scripts)
+    return View(page, height=640, twin=partial(attention_rows, report, n, content=content))
 
 
 def fragile_text(report: CollapseReport, prompts: Sequence[int] | int = 8) -> View:
     """The prompts' tokens, coloured by the least noise that can move one of their rows.
 
-    The darker, the less noise: full colour from sigma = 2% down, none at 58%, logarithmic between.
-    Tokens without colour have no sparse row that the report's table lists. A token's tooltip names
-    the head. Needs nothing but a browser.
+    The darker, the less noise: the colours span these prompts' tokens, logarithmically. Tokens
+    without colour have no sparse row that the report's table lists. A token's tooltip names the
+    head. Needs nothing but a browser.
 
     Args:
         report: what :func:`hooks.collapse_probe` gave.
@@ -115,9 +134,10 @@ def fragile_text(report: CollapseReport, prompts: Sequence[int] | int = 8) -> Vi
         ValueError: a prompt that the report does not have, or one that was not text.
     """
     chosen = _prompts(report, prompts)
-    parts = [html.fragile_prompt(report, p) for p in chosen]
+    ends = html.fragile_ends(report, chosen)
+    parts = [html.fragile_prompt(report, p, ends) for p in chosen]
     title = f"{name_of(report)}: tokens by the least noise that moves one of their rows"
-    body = Markup("<h1>{}</h1>{}").format(title, SCALE) + Markup("").join(parts)
+    body = Markup("<h1>{}</h1>{}").format(title, html.fragile_scale(ends)) + Markup("").join(parts)
     return View(_page(title, body, Markup(""), []), height=min(900, 150 + 90 * len(chosen)))
 
 
@@ -130,7 +150,8 @@ def attention_rows(
 ) -> charts.Figure:
     """The most fragile rows before and after noise, for print: two lines of weights per row.
 
-    A ring marks each line's arg max. The static version of :func:`attention`.
+    A ring marks each line's arg max, a grey column tokens left out of a long prompt; the others
+    then carry their positions. The static version of :func:`attention`.
 
     Args:
         report: what :func:`hooks.collapse_probe` gave, with ``keep_rows`` above 0.
@@ -159,17 +180,30 @@ def attention_rows(
 
 def _strip(ax: charts.Axes, row: html.ShownRow) -> Any:
     """One row's weights, before above after."""
-    both = np.stack([row.clean, row.noisy])
-    image = ax.imshow(both, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    from matplotlib import colormaps
+
+    shown = html.with_gaps(row.positions)
+    place = {p: i for i, p in enumerate(shown) if isinstance(p, int)}
+    cut = len(place) < len(shown)
+    both = np.full((2, len(shown)), np.nan)
+    both[:, list(place.values())] = row.clean, row.noisy
+    blues = colormaps["Blues"].with_extremes(bad=_LEFT_OUT)
+    image = ax.imshow(both, cmap=blues, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     for line, top in enumerate((row.key, row.lands)):
         if top >= 0:
-            at = row.positions.index(top)
+            at = place[top]
             ax.plot(
                 at, line, "o", markersize=9, markerfacecolor="none", markeredgecolor=charts.ORANGE
             )
-    small = 6.5 if len(row.tokens) <= 32 else 5
-    ax.set_xticks(range(len(row.tokens)))
-    names = [charts.printable(html.visible(text, 10)) for text in row.tokens]
+    small = 6.5 if len(shown) <= 32 else 5
+    ax.set_xticks(range(len(shown)))
+    text = dict(zip(row.positions, row.tokens, strict=True))
+    names = [
+        (charts.printable(html.visible(text[p], 10)) + (f" {p}" if cut else ""))
+        if isinstance(p, int)
+        else "⋯"
+        for p in shown
+    ]
     turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     short = max(map(len, names)) <= 2
     for tick in ax.set_xticklabels(names, **({} if short else turned)):
@@ -193,10 +227,19 @@ def _kept(report: CollapseReport, n: int, content: bool) -> list[html.ShownRow]:
     shown = html.shown_rows(report, n, content=content)
     if not shown:
         what = "rows on content" if content and len(report.kept) else "rows"
-        raise ValueError(
-            f"report: wanted one that keeps {what} (collapse_probe(..., keep_rows=16)); got none"
-        )
+        raise ValueError(f"report: wanted one that keeps {what}; got none: {_why(report)}")
     return shown
+
+
+def _why(report: CollapseReport) -> str:
+    """Why a report keeps no rows (or only sinks), and what helps."""
+    if not report.n_sparse:
+        return f"no row has a maximum >= {report.settings.sparse:g} (sparse=)"
+    if len(report.kept):
+        return "the rows that it keeps all attend to the first token (content=False, or keep_rows=)"
+    if not len(report.table):
+        return f"noise on {', '.join(report.settings.on)} can move none of its sparse rows"
+    return "it was made with keep_rows=0, or by an earlier version"
 
 
 def _prompts(report: CollapseReport, prompts: Sequence[int] | int) -> list[int]:
@@ -216,12 +259,6 @@ def _prompts(report: CollapseReport, prompts: Sequence[int] | int) -> list[int]:
     if not any((report.decoder_tokens or report.tokens)[p] for p in chosen):
         raise ValueError("prompts: wanted text; got images or sound")
     return chosen
-
-
-SCALE = Markup(
-    '<p class="scale"><span class="ramp"></span>'
-    "<span>a row can move from σ = 2%</span><span>… 58% or never</span></p>"
-)
 
 
 def _page(title: str, body: Markup, data: Markup, scripts: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -38,7 +39,7 @@ def collapse_curve(
     """Share of sparse rows that collapse against sigma, both in percent on log axes.
 
     Menary et al. 2024, Fig. 3. Points are ``report.to_frame(by)``; rates below 0.01% are below the
-    axis.
+    axis, which begins where the first curve does.
 
     Args:
         report: what :func:`hooks.collapse_probe` gave.
@@ -72,7 +73,7 @@ def collapse_chart(report: CollapseReport, by: str, *, published: bool = False) 
     chosen = report.settings.layers
     many = by == "layer" and len(chosen) > 6
     return charts.Chart(
-        x=charts.Axis(SIGMA, "log", *_ends(lines), ticks="log"),
+        x=charts.Axis(SIGMA, "log", *_ends(lines, PUBLISHED if published else ()), ticks="log"),
         y=charts.Axis(
             "sparse rows whose arg max moves (%)",
             "log",
@@ -239,8 +240,11 @@ def _layer_lines(report: CollapseReport) -> list[charts.Line]:
     return lines
 
 
-def _ends(lines: list[charts.Line]) -> tuple[float, float]:
-    """The sigmas that a log axis can show."""
-    x = np.concatenate([line.x for line in lines])
-    x = x[x > 0] if (x > 0).any() else np.array([1.0, 50.0])
-    return float(x.min()) / 1.15, float(x.max()) * 1.15
+def _ends(lines: list[charts.Line], marks: Sequence[charts.Mark]) -> tuple[float, float]:
+    """The sigmas that a log axis shows: from where the first curve begins."""
+    known = [x for line in lines for x in line.x if x > 0] or [1.0, 50.0]
+    begins = [float(mark.x) for mark in marks]
+    for line in lines:
+        shown = line.y[line.x > 0] >= LEAST_SHARE
+        begins += [charts.begin(line.x[line.x > 0], shown)] if shown.any() else []
+    return float(min(begins or known)) / 1.15, float(max(known)) * 1.15

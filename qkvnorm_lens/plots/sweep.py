@@ -27,18 +27,20 @@ def accuracy_curve(
     reports: SweepReport | Mapping[str, SweepReport],
     ax: charts.Axes | None = None,
     *,
-    metric: str = "accuracy",
+    metric: str | None = None,
     backend: charts.Backend = "matplotlib",
 ) -> charts.Figure | Any:
     """What the model's output loses under noise in all layers at once, against sigma.
 
     Points are ``report.to_frame()`` with standard errors over draws; the dotted line is the model
-    without noise. Menary et al. 2024, Fig. 2.
+    without noise. The axis begins before the first change that is a hundredth of the largest.
+    Menary et al. 2024, Fig. 2.
 
     Args:
         reports: what :func:`hooks.sweep` gave, or several by the name to show.
         ax: draw here; default: a new figure.
-        metric: ``"accuracy"``, ``"top1_agreement"``, ``"loss"`` or ``"kl"``.
+        metric: ``"accuracy"``, ``"top1_agreement"``, ``"loss"`` or ``"kl"``; default: the accuracy,
+            or the agreement of sweeps without targets.
         backend: ``"matplotlib"`` or ``"plotly"``.
 
     Raises:
@@ -48,12 +50,15 @@ def accuracy_curve(
             without that number (accuracy and loss need targets).
     """
     charts.check_backend(backend, ax)
-    metric = check_choice("metric", metric, _METRICS)
     named = charts.named_reports(reports)
-    label, unit = _METRICS[metric]
-    lines, levels = [], []
-    for i, (name, report) in enumerate(named.items()):
+    for report in named.values():
         charts.check_report("reports", report, "SweepReport")
+    scored = all(report.targets.any() for report in named.values())
+    usual = "accuracy" if scored else "top1_agreement"
+    metric = check_choice("metric", usual if metric is None else metric, _METRICS)
+    label, unit = _METRICS[metric]
+    lines, levels, begins = [], [], []
+    for i, (name, report) in enumerate(named.items()):
         frame = report.to_frame()
         if frame[metric].isna().all():
             raise ValueError(
@@ -66,12 +71,12 @@ def accuracy_curve(
         lines.append(
             charts.Line(100 * x, unit * y, name, colour, marker=3.5, bars=True, error=unit * error)
         )
+        change = np.abs(y - float(frame[metric].iloc[0]))
+        begins.append(charts.begin(100 * x, change > np.nanmax(change) / 100))
         levels.append((unit * float(frame[metric].iloc[0]), colour))
     known = np.concatenate([line.x for line in lines])
     chart = charts.Chart(
-        x=charts.Axis(
-            SIGMA, "log", float(known.min()) / 1.15, float(known.max()) * 1.15, ticks="log"
-        ),
+        x=charts.Axis(SIGMA, "log", min(begins) / 1.15, float(known.max()) * 1.15, ticks="log"),
         y=charts.Axis(label),
         lines=lines,
         levels=levels,

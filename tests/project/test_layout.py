@@ -29,6 +29,7 @@ FLOORS = {
         "measures",
     ),
     "qkvnorm_lens": (
+        "namesake",
         "arguments",
         "theory",
         "models",

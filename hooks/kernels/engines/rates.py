@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooks.kernels import FEW, GAUSSIAN, UNIFORM, Rule
-from hooks.kernels.engines import laws
+from hooks.kernels import GAUSSIAN, UNIFORM, Rule
+from hooks.kernels.engines import laws, uniform
 from hooks.kernels.engines.apart import Competitors
 from hooks.kernels.engines.slots import Slots, constant
 
-_SIZES = (FEW, 32, 128)  # competitors of an item; more in one go only where they matter
+_SIZES = (uniform.FEW, 32, 128)  # competitors of an item; more in one go only where they matter
 _DEEP = 15.0  # see `uniform.staying`
 _TAIL = 7.5  # spreads beyond which a competitor wins less than once in 1e13
 _ROOM = 1 << 21  # numbers in the largest intermediate tensor

@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.kernels import FEW, LEGENDRE_W, LEGENDRE_X
+from hooks.kernels import LEGENDRE_W, LEGENDRE_X
 from hooks.kernels.engines.slots import constant
 
 _DEEP = 15  # H < exp(-15), and less beyond: what is cut off is below 1e-7
 _EVEN = 16  # panels of one width, among the others
 _NEAREST, _EVENLY = 128, 256  # competitors at which panels end: the nearest, and of the others
+FEW = 8  # competitors up to which all panels between them are exact
 _FEW_NODES, _NODES = 5, 4  # exact for as many as FEW, and to 1e-10 of a panel
 _ROOM = 1 << 21  # numbers in the largest intermediate tensor
 

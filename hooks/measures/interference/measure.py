@@ -100,6 +100,7 @@ def interference(
     batch_size: int = 8,
     first_prompt: int = 0,
     progress: bool | None = None,
+    name: str | None = None,
 ) -> InterferenceReport:
     """Share of sparse attention rows whose arg max depends on the tokens' lengths, per head.
 
@@ -116,8 +117,8 @@ def interference(
     or a hook is in the block, a pass ended at that layer takes its place.
 
     Args:
-        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress: as
-            in :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress,
+            name: as in :func:`hooks.collapse_probe`.
         constants: in units of the default constant, the median of s_t over the tokens of each
             prompt and layer (per prompt, so that no prompt's numbers depend on the others);
             default: 1. Where neither the norm nor the projections nor the scores have a bias, no
@@ -178,7 +179,7 @@ def interference(
         run = _Run(model, chosen, norms, settings, prompts.starts, first_prompt, end)
         for indices in batches:
             run.batch(prompts.some(indices), indices, bar.update)
-    return run.report(attention_facts(model, sites, chosen, prompts), prompts)
+    return run.report(attention_facts(model, sites, chosen, prompts, name), prompts)
 
 
 def _settings(

@@ -288,12 +288,11 @@ class InterferenceReport(CorpusReport):
             )
         kind = "_content" if content else ""
         where = " of the content rows" if near["sinks"] and content else ""
-        shuffled = f", {near['permuted' + kind]:.2%} the same factors shuffled" * bool(
-            self.settings.draws
-        )
+        shuffled = f"; the same factors, shuffled, move {near['permuted' + kind]:.2%}"
         parts.append(
             f"Independent noise on k of the spread that the rows see (sigma = {near['sigma']:.3g}) "
-            f"would move {near['predicted' + kind]:.2%}{shuffled}{where}."
+            f"would move {near['predicted' + kind]:.2%}{where}"
+            f"{shuffled * bool(self.settings.draws)}."
         )
         return parts
 

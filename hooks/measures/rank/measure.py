@@ -47,6 +47,7 @@ def rank_profile(
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     progress: bool | None = None,
+    name: str | None = None,
 ) -> RankReport:
     """Distance from the mean token, ranks and cosines of the tokens, by block and site.
 
@@ -65,8 +66,8 @@ def rank_profile(
     Source: Wu et al. 2024; Rudelson and Vershynin 2007 (stable rank); Roy and Vetterli 2007.
 
     Args:
-        model, tokens, decoder_tokens, attention_mask, prepend_bos, batch_size, progress: as in
-            :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, attention_mask, prepend_bos, batch_size, progress, name: as
+            in :func:`hooks.collapse_probe`.
         layers: block indices (of an encoder-decoder: in both stacks); default: all.
 
     Returns:
@@ -102,7 +103,7 @@ def rank_profile(
         watch.close()
 
     over_batches(model, prompts, batch_size, measure, what="rank", progress=progress)
-    return gathered.report(asked, model_facts(model, prompts), prompts)
+    return gathered.report(asked, model_facts(model, prompts, name), prompts)
 
 
 def _chosen(stacks: dict[str, list[Block]], layers: Sequence[int] | None) -> set[int]:

@@ -39,6 +39,7 @@ def spectral_gap(
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     progress: bool | None = None,
+    name: str | None = None,
 ) -> SpectrumReport:
     """Singular values s_1 >= s_2 >= ... of each head's attention matrix A, and of A - U.
 
@@ -53,8 +54,8 @@ def spectral_gap(
     layer in memory; singular values in float64. Source: Naderi et al. 2024, arXiv 2410.07799.
 
     Args:
-        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress: as
-            in :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress,
+            name: as in :func:`hooks.collapse_probe`.
         k: singular values to keep, at least 2.
         lengths: measure each prompt's first n tokens for each n of these, to see the spectrum
             against T; prompts with fewer are left out there. Default: whole prompts.
@@ -102,7 +103,7 @@ def spectral_gap(
         what="spectral gap",
     )
     settings = SpectrumSettings(k=k, lengths=cuts, layers=tuple(s.layer for s in chosen))
-    facts = attention_facts(model, sites, chosen, prompts)
+    facts = attention_facts(model, sites, chosen, prompts, name)
     facts["centred"] = [s.label for s in chosen if is_centred(model, s)]
     return gathered.report(settings, facts, prompts, origin)
 

@@ -35,6 +35,7 @@ def spread(
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     progress: bool | None = None,
+    name: str | None = None,
 ) -> SpreadReport:
     """L2 norms per layer and head, weighted by attention, over the head's weighted median.
 
@@ -46,8 +47,8 @@ def spread(
     Source: Menary et al. 2024, Fig. 1 and 9-12.
 
     Args:
-        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress: as
-            in :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress,
+            name: as in :func:`hooks.collapse_probe`.
         of: ``"stream"``, the embeddings at the input of the layer's block; ``"k"`` or ``"v"``, the
             vectors that enter the dot product (v: that are averaged); ``"q"``, the queries, each
             with the weight 1: they receive no attention.
@@ -101,7 +102,7 @@ def spread(
     settings = SpreadSettings(
         of=of, without_first=without_first, layers=tuple(s.layer for s in chosen)
     )
-    return gathered.report(settings, attention_facts(model, sites, chosen, prompts), prompts)
+    return gathered.report(settings, attention_facts(model, sites, chosen, prompts, name), prompts)
 
 
 class _Gathered:

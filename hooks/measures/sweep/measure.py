@@ -62,6 +62,7 @@ def sweep(
     batch_size: int = 32,
     first_prompt: int = 0,
     progress: bool | None = None,
+    name: str | None = None,
 ) -> SweepReport:
     """Accuracy, loss, KL(clean || noisy) and top-1 agreement under norm noise, against sigma.
 
@@ -72,7 +73,8 @@ def sweep(
     Args:
         model: as in :func:`hooks.collapse_probe`. Hooks of your own stay on, and see clean and
             noisy rows in one batch.
-        tokens, decoder_tokens, layers, attention_mask, prepend_bos, progress: as there.
+        tokens, decoder_tokens, layers, attention_mask, prepend_bos, progress, name: as
+            there.
         targets: what should follow ``tokens[b, : p + 1]`` (in an encoder-decoder: the decoder's
             tokens), -100 where nothing is scored; padded like the tokens. Default: the next token.
             A model that predicts no next token (BERT) has KL and agreement at all positions, and no
@@ -129,7 +131,9 @@ def sweep(
                 tally.run(runner, part, first_prompt, alone)
                 bar.update(len(part.prompts) * len(part.conditions))
     settings = _settings(noise, grid, tuple(s.layer for s in chosen))
-    return tally.report(settings, attention_facts(model, sites, chosen, prompts), first_prompt)
+    return tally.report(
+        settings, attention_facts(model, sites, chosen, prompts, name), first_prompt
+    )
 
 
 def _settings(noise: NormNoise, grid: Grid, layers: tuple[int, ...]) -> SweepSettings:

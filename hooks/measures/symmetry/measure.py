@@ -70,6 +70,7 @@ def symmetry_gap(
     prepend_bos: bool | None = None,
     batch_size: int = 16,
     progress: bool | None = None,
+    name: str | None = None,
 ) -> SymmetryReport:
     """Change of the last position's prediction and stream when the earlier tokens are permuted.
 
@@ -97,7 +98,8 @@ def symmetry_gap(
 
     Args:
         model: a TransformerBridge of a model of one sequence of tokens. Left as found.
-        tokens, attention_mask, prepend_bos, progress: as in :func:`hooks.collapse_probe`.
+        tokens, attention_mask, prepend_bos, progress, name: as in
+            :func:`hooks.collapse_probe`.
         permutations: how many to draw for each prompt (uniformly from those that change its ids:
             equal tokens may change places), or the permutations themselves (a list of lists, an
             array or a tensor ``[permutation, position]``), each the positions 0 .. n-1 in the new
@@ -150,7 +152,7 @@ def symmetry_gap(
         variants=tuple(v.name for v in variants),
         layers=tuple(s.layer for s in chosen),
     )
-    facts = attention_facts(model, sites, chosen, prompts) | {
+    facts = attention_facts(model, sites, chosen, prompts, name) | {
         name: {"status": removal.status, "why": removal.why}
         for name, removal in (("positions", removals.positions), ("mask", removals.mask))
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Final
 
 from qkvnorm_lens.arguments import check_name
@@ -33,22 +34,27 @@ GROUPS: Final = {
 NAMES: Final = tuple(GROUPS)
 
 
+def check_installed() -> None:
+    """Refuse to run an experiment, for hours perhaps, whose results could not be drawn.
+
+    Raises:
+        ImportError: a package that experiments need is missing.
+    """
+    for package in ("scipy", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"experiments want {package}, which is not installed: "
+                "pip install 'qkvnorm-lens[experiments]'"
+            )
+
+
 def get_experiment(name: str) -> Experiment:
     """The experiment of that name.
 
     Raises:
         ValueError: no such name; the message lists them.
-        ImportError: a package that experiments need is missing.
     """
     name = check_name("name", name, NAMES)
-    try:
-        module = importlib.import_module(f"qkvnorm_lens.experiments.{GROUPS[name]}.{name}")
-    except ModuleNotFoundError as error:
-        if error.name in ("scipy", "matplotlib"):
-            raise ImportError(
-                f"experiments want {error.name}, which is not installed: "
-                "pip install 'qkvnorm-lens[experiments]'"
-            ) from error
-        raise
+    module = importlib.import_module(f"qkvnorm_lens.experiments.{GROUPS[name]}.{name}")
     experiment: Experiment = module.EXPERIMENT
     return experiment

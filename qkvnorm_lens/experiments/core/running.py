@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from hooks.reports import write_whole
 from qkvnorm_lens.experiments.core.base import SIZES, Experiment, Part, Size, Subject
+from qkvnorm_lens.experiments.core.registry import check_installed
 
 VERSIONS: Final = ("qkvnorm-lens", "torch", "transformer-lens", "transformers", "numpy")
 
@@ -76,7 +77,9 @@ def run_experiment(
     Raises:
         ValueError: no model that the experiment can look at, or a directory that holds the results
             of a larger size.
+        ImportError: scipy or matplotlib is not installed.
     """
+    check_installed()
     chosen = fitting(experiment, subjects)
     if experiment.models != "none" and not chosen:
         what = "a model that adds integers" if experiment.models == "addition" else "a model"

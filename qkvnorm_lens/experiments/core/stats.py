@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ def mean(values: Sequence[float], level: float = 0.95) -> Mean:
     x = np.asarray(values, dtype=float)
     if len(x) < 2:
         return Mean(float(x.mean()) if len(x) else math.nan, math.nan, len(x))
+    from scipy import stats
+
     half = stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
     return Mean(float(x.mean()), float(half), len(x))
 
@@ -72,5 +73,7 @@ def difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> M
         return Mean(value, math.nan, min(len(x), len(y)))
     with warnings.catch_warnings():  # seeds that all give one number have no spread, and may
         warnings.filterwarnings("ignore", message="Precision loss occurred")
+        from scipy import stats
+
         interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(level)
     return Mean(value, float(interval.high - interval.low) / 2, min(len(x), len(y)))

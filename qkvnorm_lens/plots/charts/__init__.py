@@ -10,6 +10,7 @@ from qkvnorm_lens.plots.charts.chart import (
     Mark,
     Number,
     axes_in,
+    begin,
     check_backend,
     check_report,
     named_reports,
@@ -17,7 +18,8 @@ from qkvnorm_lens.plots.charts.chart import (
 )
 from qkvnorm_lens.plots.charts.drawing import draw
 from qkvnorm_lens.plots.charts.matplotlib_backend import layer_colours
-from qkvnorm_lens.plots.charts.plotly_backend import graph_objects, lay_out
+from qkvnorm_lens.plots.charts.plotly_backend import graph_objects, lay_out, plain_text
+from qkvnorm_lens.plots.charts.saving import FORMATS, WIDTHS, read_formats, read_width, save
 from qkvnorm_lens.plots.charts.style import (
     BLUE,
     GREEN,
@@ -37,8 +39,9 @@ from qkvnorm_lens.plots.charts.style import (
 )
 
 __all__ = [
-    "Axes", "Axis", "BLUE", "Backend", "Band", "Bars", "Chart", "Figure", "GREEN", "GREY", "Line",
-    "Mark", "Number", "ORANGE", "RUNS", "axes_in", "axes_of", "check_backend", "check_report",
-    "draw", "graph_objects", "grid", "lay_out", "layer_colours", "log_ticks", "named_reports",
-    "new_figure", "numbers", "plain", "printable", "ticks_between", "top_figure",
+    "Axes", "Axis", "BLUE", "Backend", "Band", "Bars", "Chart", "FORMATS", "Figure", "GREEN",
+    "GREY", "Line", "Mark", "Number", "ORANGE", "RUNS", "WIDTHS", "axes_in", "axes_of", "begin",
+    "check_backend", "check_report", "draw", "graph_objects", "grid", "lay_out", "layer_colours",
+    "log_ticks", "named_reports", "new_figure", "numbers", "plain", "plain_text", "printable",
+    "read_formats", "read_width", "save", "ticks_between", "top_figure",
 ]  # fmt: skip

@@ -132,6 +132,11 @@ def axes_in(ax: Any, n: int, what: str, *, more: bool = False) -> list[Any]:
     return found
 
 
+def begin(x: np.ndarray, happens: np.ndarray) -> float:
+    """The point before the first at which something happens; the first where nothing does."""
+    return float(x[max(0, int(np.argmax(happens)) - 1)])
+
+
 def named_reports(given: Any) -> dict[str, Any]:
     """Several reports by the name to show; one has no name.
 

@@ -93,7 +93,8 @@ def _axis(ax: Axes, name: str, axis: Axis) -> None:
     if axis.named:
         of_it.set_ticks([at for at, _ in axis.named], [text for _, text in axis.named])
     elif axis.ticks == "log":
-        log_ticks(of_it)
+        known = axis.low is not None and axis.high is not None
+        log_ticks(of_it, (axis.low, axis.high) if known else None)  # type: ignore[arg-type]
     elif axis.ticks == "plain":
         of_it.set_major_formatter(plain)
     elif axis.ticks == "thousands":

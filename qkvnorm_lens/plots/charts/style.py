@@ -64,11 +64,13 @@ def grid(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def log_ticks(axis: Any) -> None:
-    """1, 2, 3, 5 and their multiples by ten, as plain numbers."""
-    from matplotlib.ticker import LogLocator, NullLocator
+def log_ticks(axis: Any, ends: tuple[float | int, float | int] | None = None) -> None:
+    """Round numbers, plainly written: between known ends at least two of them."""
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    given = ends is not None
+    locator = FixedLocator(ticks_between(*ends)) if given else LogLocator(subs=(1, 2, 3, 5))  # type: ignore[misc]
+    axis.set_major_locator(locator)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(plain)
 
@@ -79,11 +81,29 @@ def plain(value: float, position: Any = None) -> str:
 
 
 def ticks_between(low: float | int, high: float | int) -> list[float]:
-    """1, 2, 5 and their multiples by ten from ``low`` to ``high``; only 1 over many decades."""
+    """Round numbers from ``low`` to ``high`` for a log axis, at least two of them.
+
+    1, 2, 5 and their multiples by ten (only 1 over many decades); more where they are too few.
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1.0,) if last - first > 4 else (1.0, 2.0, 5.0)
-    values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-    return [v for v in values if low * 0.999 <= v <= high * 1.001]
+
+    def between(steps: tuple[float, ...], powers: range) -> list[float]:
+        values = [round(step * 10.0**power, 12) for power in powers for step in steps]
+        return [v for v in values if low * 0.999 <= v <= high * 1.001]
+
+    usual = (1.0,) if last - first > 4 else (1.0, 2.0, 5.0)
+    for steps in (usual, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
+        found = between(steps, range(first, last + 1))
+        if len(found) > 3:
+            return found
+    power = math.floor(math.log10(high - low))
+    for size in (10.0**power, 10.0**power / 2, 10.0**power / 5):
+        found = [
+            round(n * size, 12) for n in range(math.ceil(low / size), math.floor(high / size) + 1)
+        ]
+        if len(found) > 1:
+            return found
+    return [float(low), float(high)]
 
 
 def printable(text: str) -> str:

@@ -11,8 +11,10 @@ LOADER = """\
   const data = JSON.parse(document.getElementById("circuits").textContent);
   const draw = (place) => {
     const view = data[Number(place.dataset.view)];
+    // It numbers what it shows; these tokens have the numbers of their prompt already.
+    const tokens = Object.assign([...view.tokens], { map() { return [...this]; } });
     CircuitsVis.render(place.id, CircuitsVis.AttentionHeads, {
-      tokens: view.tokens, attention: view.attention,
+      tokens, attention: view.attention,
       attentionHeadNames: view.attentionHeadNames,
       minValue: 0, maxValue: 1, positiveColor: "#0072B2", maskUpperTri: view.maskUpperTri,
     });
@@ -50,6 +52,7 @@ def library() -> str:
         raise ImportError(
             f"attention views need circuitsvis 1.43, with its script at {path.name}; got none"
         ) from error
+    source = source.replace("`(${h.destIdx}, ${h.srcIdx})`,", "")  # as above, in its tooltips
     # Its comments and strings must not end the element that holds it.
     source = source.replace("</script", "<\\/script")
     lines = [line for line in source.splitlines() if not line.startswith("//# sourceMappingURL")]

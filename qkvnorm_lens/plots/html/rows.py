@@ -20,6 +20,7 @@ _Text = TypeVar("_Text", bound=str)
 MOST_TOKENS = 48
 """A view shows no more tokens than this: those that carry weight, and their neighbours."""
 _LEAST_WEIGHT = 0.005
+_MATRIX_TOKENS, _MATRIX_WEIGHT = 16, 0.02  # matrices are square: few tokens, or all of it is empty
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +195,30 @@ def fragile_tokens(report: CollapseReport, prompt: int) -> dict[int, Fragile]:
     return found
 
 
-def fragile_prompt(report: CollapseReport, prompt: int, most: int | None = None) -> Markup:
+Ends = tuple[float, float]
+"""The least and the greatest sigma of a colour scale."""
+
+
+def fragile_ends(report: CollapseReport, prompts: Sequence[int]) -> Ends:
+    """Of the tokens of these prompts that have a colour."""
+    found = [f.sigma for p in prompts for f in fragile_tokens(report, p).values()]
+    return (min(found), max(found)) if found else (math.nan, math.nan)
+
+
+def fragile_scale(ends: Ends) -> Markup:
+    """What the colours of :func:`fragile_prompt` mean; empty where no token has one."""
+    if math.isnan(ends[0]):
+        return Markup("")
+    said = Markup(
+        '<p class="scale"><span>a row can move from σ = {:.3g}%</span> <span class="ramp"></span> '
+        "<span>σ = {:.3g}%</span></p>"
+    )
+    return said.format(*(100 * end for end in ends))
+
+
+def fragile_prompt(
+    report: CollapseReport, prompt: int, ends: Ends, most: int | None = None
+) -> Markup:
     """A prompt's tokens, up to a limit, by the noise that can move one of their rows."""
     found = fragile_tokens(report, prompt)
     tokens = (report.decoder_tokens or report.tokens)[prompt]
@@ -209,7 +233,7 @@ def fragile_prompt(report: CollapseReport, prompt: int, most: int | None = None)
             f"(from position {f.key} to {f.rival})"
         )
         cell = Markup('<span class="ftok" style="--w:{}" title="{}">{}</span>')
-        cells.append(cell.format(f"{shade(f.sigma):.3f}", title, token(text)))
+        cells.append(cell.format(f"{shade(f.sigma, ends):.3f}", title, token(text)))
     if most is not None and len(tokens) > most:
         cells.append(Markup('<span class="gap">⋯ {} more</span>').format(len(tokens) - most))
     return Markup(
@@ -217,16 +241,18 @@ def fragile_prompt(report: CollapseReport, prompt: int, most: int | None = None)
     ).format(prompt, Markup("").join(cells))
 
 
-def shade(sigma: float) -> float:
-    """1 for rows that 2% of noise can move, 0 at the law's end, 58%; logarithmic between."""
-    end = 1 / math.sqrt(3)
-    return float(np.clip(math.log(end / max(sigma, 1e-6)) / math.log(end / 0.02), 0, 1))
+def shade(sigma: float, ends: Ends) -> float:
+    """1 at the least sigma, 0.1 at the greatest; logarithmic between."""
+    low, high = (math.log(max(end, 1e-6)) for end in ends)
+    share = (math.log(max(sigma, 1e-6)) - low) / max(high - low, 1e-9)
+    return 1 - 0.9 * float(np.clip(share, 0, 1))
 
 
 def circuits(rows: Sequence[ShownRow], report: CollapseReport) -> list[dict[str, Any]]:
     """Data of circuitsvis's ``AttentionHeads``: a view per prompt, two matrices per head.
 
-    A matrix holds only the kept rows; the others are empty. ``▸`` marks the tokens whose rows move.
+    A matrix holds only the kept rows; the others are empty. ``▸`` marks the tokens whose rows move,
+    a number in brackets is a token's position in its prompt, ``⋯`` stands for tokens left out.
     """
     views = []
     for prompt in dict.fromkeys(row.prompt for row in rows):
@@ -236,13 +262,16 @@ def circuits(rows: Sequence[ShownRow], report: CollapseReport) -> list[dict[str,
         mine = [row for row in mine if row.label[0] == mine[0].label[0]] if mine else []
         if not mine:
             continue
-        at = sorted({p for row in mine for p in (*row.positions, row.query)})
-        if len(at) > MOST_TOKENS:
-            at = _fewer(mine)
-        place = {p: i for i, p in enumerate(at)}
-        tokens = _key_tokens(report, mine[0].label, prompt, at[-1] + 1)
+        at = with_gaps(_of_matrix(mine))
+        place = {p: i for i, p in enumerate(at) if isinstance(p, int)}
+        tokens = _key_tokens(report, mine[0].label, prompt, max(place) + 1)
         moving = {row.query for row in mine}
-        shown = [f"{'▸' if p in moving else ''}{visible(tokens[p], 16)}" for p in at]
+        shown = [
+            f"{'▸' if p in moving else ''}{visible(tokens[p], 16)} ({p})"
+            if isinstance(p, int)
+            else p
+            for p in at
+        ]
         names, matrices = [], []
         for label in dict.fromkeys(row.label for row in mine):
             of_head = [row for row in mine if row.label == label]
@@ -267,11 +296,30 @@ def circuits(rows: Sequence[ShownRow], report: CollapseReport) -> list[dict[str,
     return views
 
 
-def _fewer(rows: Sequence[ShownRow]) -> list[int]:
-    """Positions of several long rows: queries, the keys they attend to, and their neighbours."""
-    musts = sorted({p for row in rows for p in (row.query, row.key, row.lands)})[:MOST_TOKENS]
-    chosen = set(musts)
-    for p in musts:
-        if p > 0 and len(chosen) < MOST_TOKENS:
-            chosen.add(p - 1)
-    return sorted(chosen)
+def _of_matrix(rows: Sequence[ShownRow]) -> list[int]:
+    """Positions of several rows in one matrix: all of a short prompt, else where weight is."""
+    everything = sorted({p for row in rows for p in (*row.positions, row.query)})
+    if everything[-1] < _MATRIX_TOKENS:
+        return everything
+    chosen = {p for row in rows for p in (row.query, row.key, row.lands)}
+    weighed = (
+        (float(max(pair)), p)
+        for row in rows
+        for p, *pair in zip(row.positions, row.clean, row.noisy, strict=True)
+    )
+    for weight, p in sorted(weighed, reverse=True):
+        if weight < _MATRIX_WEIGHT or len(chosen) >= _MATRIX_TOKENS:
+            break
+        chosen.add(p)
+    return sorted(chosen)[:MOST_TOKENS]
+
+
+def with_gaps(positions: Sequence[int]) -> list[int | str]:
+    """Positions, and between them words for those that are left out."""
+    out: list[int | str] = []
+    for last, at in zip([-1, *positions], positions, strict=False):
+        if at > last + 1:
+            first = last + 1
+            out.append(f"⋯ {first}" if first == at - 1 else f"⋯ {first} to {at - 1}")
+        out.append(at)
+    return out

@@ -180,12 +180,23 @@ def test_a_block_that_reads_more_than_its_call_is_not_run_alone() -> None:
     assert report.loose[:, :, 0].sum() >= 10
 
 
-def test_a_bar_shows_each_layer_in_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_shows_each_layer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hooks import interference
+    from hooks.model import progress
 
     interference(models.tiny_llama(), ids, progress=True)
-    said = capsys.readouterr().err
-    assert "interference" in said
-    assert "/4 " in said  # each of two layers as it is, and frozen
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("interference: 4 of 4 layers, ")  # each as it is, and frozen
+    monkeypatch.setattr(progress, "SILENT", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    interference(models.tiny_llama(), ids)
+    lines = capsys.readouterr().err.splitlines()
+    assert [int(line.split()[1]) for line in lines] == [1, 2, 3]
+    assert all(" left" in line for line in lines)
+    interference(models.tiny_llama(), ids, progress=False)
+    assert not capsys.readouterr().err
+    monkeypatch.undo()
     interference(models.tiny_llama(), ids)  # no terminal here
     assert not capsys.readouterr().err

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import GPT2LMHeadModel
 
 import hooks
 from hooks.reports import MOST, SavedReport
 from hooks.reports.notebook import card
 from tests.support import models
+from tests.support.watching import shape_checks_off
 
 
 class Page(HTMLParser):
@@ -144,3 +152,82 @@ def test_heads_refuses_what_it_cannot_read(report: hooks.CollapseReport) -> None
         report.heads(min_rows=-1)
     with pytest.raises(TypeError, match="content: wanted True or False"):
         report.heads(content="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_model_goes_by_the_name_it_is_given(measure: str) -> None:
+    calls = {"probe": "collapse_probe", "rank": "rank_profile"}
+    calls |= {"spectrum": "spectral_gap", "symmetry": "symmetry_gap"}
+    call = getattr(hooks, calls.get(measure, measure))
+    assert inspect.signature(call).parameters["name"].default is None
+    few = {"sweep": {"sigmas": (0.1,), "replicates": 2}, "symmetry": {"permutations": 2}}
+    made = call(models.tiny_gpt2(), models.tokens(1), name="mine", **few.get(measure, {}))
+    assert made.model["name"] == "mine"
+    assert made.summary().startswith("mine: ")
+    with shape_checks_off(), pytest.raises(TypeError, match="name: wanted a text; got 3"):
+        call(models.tiny_gpt2(), models.tokens(1), name=3)
+
+
+def test_a_bridge_of_a_module_is_called_what_it_is(tmp_path: Path) -> None:
+    """TransformerLens calls each of them "external"."""
+    hf = models.tiny_hf(GPT2LMHeadModel, models.tiny_gpt2_config())
+    hf.save_pretrained(tmp_path / "mine")
+
+    def named(model: Any) -> str:
+        return hooks.collapse_probe(model, models.tokens(1), sigmas=[0.1]).model["name"]
+
+    bridge = build_bridge_from_module(hf, "GPT2LMHeadModel", hf_config=hf.config, device="cpu")
+    assert bridge.cfg.model_name == "external"
+    assert named(bridge) == "GPT2LMHeadModel"
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "mine")
+    bridge = build_bridge_from_module(
+        again, "GPT2LMHeadModel", hf_config=again.config, device="cpu"
+    )
+    assert named(bridge) == "mine"
+
+
+def test_rows_too_few_to_name_a_head_are_told(model: Any) -> None:
+    few = hooks.collapse_probe(model, models.tokens(1, 12), sigmas=[0.1])
+    assert few.rows.sum((-1, -2)).max() < 20 <= few.n_sparse
+    assert few.heads().empty
+    assert "heads(min_rows=1) lists all heads" in few.summary()
+    assert len(few.heads(min_rows=1))
+
+
+# -- the figure -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_report_draws_itself(model: Any, measure: str) -> None:
+    made: Any = MEASURES[measure](model, models.tokens(2))
+    figure = made.plot()
+    assert isinstance(figure, Figure)
+    assert any(ax.lines or ax.collections for ax in figure.axes)
+    (ax,) = Figure().subplots(1, 1, squeeze=False).ravel()
+    assert made.plot(ax=ax) is ax.figure
+    with pytest.raises(ValueError, match="backend: wanted"):
+        made.plot(backend="gnuplot")
+
+
+def test_hooks_loads_a_figure_only_when_asked(report: hooks.CollapseReport, tmp_path: Path) -> None:
+    """Nothing of qkvnorm_lens is imported before, and without it the package is named."""
+    path = report.save(tmp_path / "report.safetensors")
+    code = f"""
+import sys
+import importlib.metadata
+from hooks import CollapseReport
+report = CollapseReport.load({str(path)!r})
+assert "qkvnorm_lens" not in sys.modules and "matplotlib" not in sys.modules
+report.plot()
+assert "qkvnorm_lens" in sys.modules
+from hooks.reports import figures
+figures.entry_points = lambda group: ()
+try:
+    report.plot()
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.match(
+        r"plot: wanted a package .* CollapseReport .*; got none: pip install", done.stdout
+    )

@@ -100,7 +100,7 @@ def test_a_probe_that_fails_leaves_no_directory(run: Run, tmp_path: Path, mamba_
 def test_without_matplotlib_only_the_figures_are_missing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe_command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(probe_command.figures.importlib.util, "find_spec", lambda name: None)
     code, _, err = run(*SUMS, "--out", str(tmp_path))
     assert code == 0
     assert "pip install 'qkvnorm-lens[plots]'" in err

@@ -5,6 +5,7 @@ Wants Debian's package: ``apt-get install -y chromium`` (or CHROMIUM=/path/to/it
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import hooks
 from qkvnorm_lens import plots
@@ -96,12 +99,12 @@ def test_everything_is_drawn(
     shown = int((frame[["loose", "strict"]] >= 1e-4).to_numpy().sum())
     assert shown >= 4
     with opened(chromium, page_file) as page:
-        seen = page.locator("#overview svg.curve")
+        seen = page.locator("#overview svg.curve:visible")
         assert seen.is_visible()
         box = seen.bounding_box()
         assert box is not None
         assert min(box["width"], box["height"]) > 200
-        assert page.locator("#overview svg.curve circle").count() == shown
+        assert page.locator("#overview svg.curve:visible circle").count() == shown
         choose(page, "heads")
         assert page.locator("#heads svg.map rect").count() == 8
         choose(page, "rows")
@@ -207,57 +210,170 @@ def test_a_notebooks_frame_is_shut_in(chromium: Browser, report: Any, tmp_path: 
     context.close()
 
 
-@pytest.mark.parametrize("width", [800, 1280])
-def test_nothing_is_wider_than_the_window(
-    chromium: Browser, page_file: Path, hostile_file: Path, width: int
+WIDTHS, SCHEMES = (390, 768, 1280), ("light", "dark")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_cut_off(
+    chromium: Browser, page_file: Path, hostile_file: Path, width: int, scheme: str
 ) -> None:
+    """What does not fit scrolls in its own box, and says so; text can be read everywhere."""
     for path in (page_file, hostile_file):
-        with opened(chromium, path) as page:
+        with opened(chromium, path, color_scheme=scheme) as page:
             page.set_viewport_size({"width": width, "height": 900})
             for tab in TABS:
                 choose(page, tab)
                 page.wait_for_timeout(150)
                 wide = page.evaluate("() => document.documentElement.scrollWidth")
                 assert wide <= width, tab
+                assert page.evaluate(CUT_OFF) == [], tab
+                assert page.evaluate(PALE) == [], tab
 
 
-def _contrast(page: Page, selector: str) -> float:
-    """WCAG contrast of an element's text with what stands behind it."""
-    found: float = page.evaluate(
-        """(selector) => {
-            const shade = (text) => {
-                const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(Number).map((v) => {
-                    v /= 255;
-                    return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-                });
-                return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-            };
-            let at = document.querySelector(selector);
-            const ink = shade(getComputedStyle(at).color);
-            let back = "rgba(0, 0, 0, 0)";
-            while (at && /, 0\\)$/.test(back)) {
-                back = getComputedStyle(at).backgroundColor;
-                at = at.parentElement;
-            }
-            const [a, b] = [ink, shade(back)].sort((x, y) => y - x);
-            return (a + 0.05) / (b + 0.05);
-        }""",
-        selector,
-    )
-    return found
+@pytest.mark.parametrize("width", WIDTHS)
+def test_views_stand_alone(chromium: Browser, report: Any, tmp_path: Path, width: int) -> None:
+    for view in (plots.attention(report, 4), plots.fragile_text(report)):
+        path = view.save(tmp_path / "view.html")
+        for scheme in SCHEMES:
+            with opened(chromium, path, color_scheme=scheme) as page:
+                page.set_viewport_size({"width": width, "height": 900})
+                assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+                assert page.evaluate(PALE) == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark(chromium: Browser, page_file: Path, scheme: str) -> None:
+# Visible elements with text that end beyond the window and beyond every box that scrolls.
+CUT_OFF = """() => {
+    const scrolls = (e) => e && (e.dataset && "more" in e.dataset ||
+        e.classList.contains("circuits") || scrolls(e.parentElement));
+    return Array.from(document.querySelectorAll("main *")).filter((e) => {
+        const box = e.getBoundingClientRect();
+        const shown = box.width && box.height && !scrolls(e);
+        return shown && (box.right > innerWidth + 1 || box.left < -1);
+    }).map((e) => e.outerHTML.slice(0, 80));
+}"""
+
+# Texts whose contrast with what is behind them is below 4.5 (WCAG AA), by class and contrast.
+PALE = """() => {
+    const rgba = (text) => {
+        const [r, g, b, a] = text.match(/[\\d.]+/g).map(Number);
+        return [r, g, b, a === undefined ? 1 : a];
+    };
+    const over = (top, below) => [0, 1, 2].map((i) => top[3] * top[i] + (1 - top[3]) * below[i]);
+    const ground = (e) => {
+        if (!e) return [255, 255, 255];
+        const own = rgba(getComputedStyle(e).backgroundColor);
+        return own[3] === 1 ? own : over(own, ground(e.parentElement));
+    };
+    const shade = (c) => {
+        const [r, g, b] = c.slice(0, 3).map((v) => v / 255).map(
+            (v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const found = new Set();
+    const walk = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+    while (walk.nextNode()) {
+        const e = walk.currentNode.parentElement;
+        if (!walk.currentNode.data.trim() || !e.getClientRects().length) continue;
+        if (e.closest("svg.map, .circuits, script, style")) continue;
+        const style = getComputedStyle(e), back = ground(e);
+        const ink = rgba(e.closest("svg") ? style.fill : style.color);
+        const [a, b] = [shade(over(ink, back)), shade(back)].sort((x, y) => y - x);
+        const ratio = (a + 0.05) / (b + 0.05);
+        if (ratio < 4.5) found.add(`${e.tagName}.${e.className}: ${ratio.toFixed(2)}`);
+    }
+    return Array.from(found);
+}"""
+
+
+def test_what_scrolls_says_so(chromium: Browser, page_file: Path) -> None:
+    with opened(chromium, page_file) as page:
+        choose(page, "rows")
+        box = page.locator("#rows .wide.tall")
+        cue = page.locator("#rows .cue")
+        assert box.get_attribute("data-more") == "below"
+        assert cue.is_visible()
+        assert "rows: the table scrolls" in cue.inner_text()
+        box.evaluate("e => e.scrollTo(0, e.scrollHeight)")
+        page.wait_for_timeout(100)
+        assert box.get_attribute("data-more") == ""
+        box.focus()  # by keyboard, too
+        page.keyboard.press("Home")
+        page.wait_for_timeout(200)
+        assert box.evaluate("e => e.scrollTop") == 0
+        choose(page, "heads")
+        page.wait_for_timeout(100)
+        assert page.locator("#heads .wide.tall").get_attribute("tabindex") is None  # it fits
+        assert not page.locator("#heads .cue").is_visible()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_curve_fits_the_window(chromium: Browser, page_file: Path, width: int) -> None:
+    with opened(chromium, page_file) as page:
+        page.set_viewport_size({"width": width, "height": 900})
+        seen = page.locator("#overview svg.curve:visible")
+        assert seen.count() == 1
+        box = seen.bounding_box()
+        assert box is not None
+        assert 0 <= box["x"] < box["x"] + box["width"] <= width
+        small = seen.evaluate(
+            """e => Math.min(...Array.from(e.querySelectorAll("text")).map(t => {
+                const size = parseFloat(getComputedStyle(t).fontSize);
+                return size * e.getBoundingClientRect().width / e.viewBox.baseVal.width; }))"""
+        )
+        assert small > 10  # pixels
+        lines = seen.locator("path.line")
+        for i in range(lines.count()):  # a good part of each curve's box is seen
+            line = lines.nth(i).bounding_box()
+            assert line is not None
+            assert line["x"] + line["width"] > box["x"] + box["width"] / 2
+
+
+def test_a_tree_for_those_who_listen(chromium: Browser, page_file: Path) -> None:
+    """Pictures have names, tables heads, the tabs name what they control."""
+    with opened(chromium, page_file) as page:
+        assert (
+            page.evaluate(
+                """() => Array.from(document.querySelectorAll("svg")).filter(
+                e => !e.getAttribute("aria-label") && !e.closest("[aria-hidden]")).length"""
+            )
+            == 0
+        )
+        assert page.locator("h1").count() == 1
+        levels = page.evaluate(
+            "() => Array.from(document.querySelectorAll('main h1, main h2')).map(e => e.tagName)"
+        )
+        assert levels[0] == "H1"
+        assert page.locator("table thead th:not([scope=col])").count() == 0
+        for tab in TABS:
+            button = page.locator(f".tabs button[data-tab={tab}]")
+            assert page.locator(f"section#{button.get_attribute('aria-controls')}").count() == 1
+        for region in page.locator("[role=region]").all():
+            assert region.get_attribute("aria-label")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_views_have_the_pages_colours(chromium: Browser, page_file: Path, scheme: str) -> None:
+    """As painted: circuitsvis knows no dark, its picture is turned round as a whole."""
     with opened(chromium, page_file, color_scheme=scheme) as page:
-        ground = "() => getComputedStyle(document.body).backgroundColor"
-        colours = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}
-        other = {"light": "dark", "dark": "light"}[scheme]
-        for now in (scheme, other, scheme):
-            assert page.evaluate(ground) == colours[now]
-            for selector in ("h1", ".lead", ".soft", ".tile span", ".tabs button", "figcaption"):
-                assert _contrast(page, selector) >= 4.5, (now, selector)
-            page.click(".theme")
+        choose(page, "attention")
+        view = page.locator("#attention .circuits").first
+        view.locator("canvas").first.wait_for(state="visible")
+        page.wait_for_timeout(500)
+        with Image.open(io.BytesIO(view.screenshot())) as picture:
+            pixels = np.asarray(picture.convert("L"), float)
+        assert np.median(pixels) > 200 if scheme == "light" else np.median(pixels) < 80
+
+
+def test_light_and_dark(chromium: Browser, page_file: Path) -> None:
+    ground = "() => getComputedStyle(document.body).backgroundColor"
+    colours = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}
+    for scheme, other in (SCHEMES, SCHEMES[::-1]):
+        with opened(chromium, page_file, color_scheme=scheme) as page:
+            for now in (scheme, other, scheme):
+                assert page.evaluate(ground) == colours[now]
+                assert page.evaluate(PALE) == []
+                page.click(".theme")
 
 
 def test_without_scripts_all_of_it_shows(chromium: Browser, page_file: Path) -> None:

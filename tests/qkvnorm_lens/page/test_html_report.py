@@ -144,8 +144,10 @@ def test_tables_sort_by_numbers_that_they_show(page: str) -> None:
             assert 100 * float(number) == pytest.approx(float(said[:-1]), rel=6e-3)
 
 
-def test_points_lie_where_the_curve_is(report: CollapseReport, page: str) -> None:
+@pytest.mark.parametrize("shape", ["broad", "narrow"])
+def test_points_lie_where_the_curve_is(report: CollapseReport, page: str, shape: str) -> None:
     """Pixels of the picture, back to numbers."""
+    page = page.split(f'class="curve {shape}"')[1].split("</svg>")[0]
     frame = report.to_frame("model")
     found = {
         float(x): float(y)
@@ -265,6 +267,9 @@ def test_views_have_the_kept_rows_and_nothing_else(report: CollapseReport) -> No
         assert matrices.shape[0] == len(view["attentionHeadNames"])
         assert matrices.shape[1:] == (len(view["tokens"]),) * 2
         marked = {i for i, token in enumerate(view["tokens"]) if token.startswith("▸")}
+        for i in marked:  # numbered as everywhere else
+            at = int(view["tokens"][i].rpartition("(")[2][:-1])
+            assert at in {row.query for row in mine}
         filled = set(np.flatnonzero(matrices.any((0, 2))).tolist())
         assert filled == marked
         assert len(marked) == len({row.query for row in mine})
@@ -294,6 +299,19 @@ def test_long_rows_show_what_carries_weight() -> None:
         assert row.clean.sum() > 0.95
 
 
+@settings(max_examples=60)
+@given(positions=st.sets(st.integers(0, 60), min_size=1))
+def test_gaps_stand_for_exactly_what_is_left_out(positions: set[int]) -> None:
+    shown = rows.with_gaps(sorted(positions))
+    assert [p for p in shown if isinstance(p, int)] == sorted(positions)
+    assert len({str(p) for p in shown}) == len(shown)  # circuitsvis looks them up by name
+    left_out: set[int] = set()
+    for gap in (p for p in shown if isinstance(p, str)):
+        first, _, last = gap.removeprefix("⋯ ").partition(" to ")
+        left_out |= set(range(int(first), int(last or first) + 1))
+    assert left_out == set(range(max(positions) + 1)) - positions
+
+
 def test_a_view_is_a_page_that_loads_nothing(report: CollapseReport, tmp_path: Path) -> None:
     for view in (plots.attention(hostile(report), 3), plots.fragile_text(hostile(report))):
         reader = Reader(view.save(tmp_path / "view.html").read_text(encoding="utf-8"))
@@ -315,10 +333,21 @@ def test_tokens_are_coloured_by_the_least_noise(report: CollapseReport) -> None:
         mine = everything[(everything["prompt"] == prompt) & np.isfinite(everything["sigma"])]
         least = mine.groupby("query_pos")["sigma"].min()
         assert {at: f.sigma for at, f in found.items()} == pytest.approx(least.to_dict())
-    shades = [rows.shade(s) for s in (0.01, 0.02, 0.05, 0.2, 0.5, 0.577350269)]
+    ends = rows.fragile_ends(report, [0, 1])
+    sigmas = sorted(f.sigma for p in (0, 1) for f in rows.fragile_tokens(report, p).values())
+    assert ends == (sigmas[0], sigmas[-1])
+    shades = [rows.shade(s, ends) for s in sigmas]
     assert shades == sorted(shades, reverse=True)
-    assert (shades[0], shades[1]) == (1, 1)
-    assert shades[-1] == pytest.approx(0, abs=1e-8)
+    assert (shades[0], shades[-1]) == pytest.approx((1, 0.1))  # all of the scale, none invisible
+    assert rows.shade(0.3, (0.3, 0.3)) == 1  # a single sigma
+
+
+def test_the_page_writes_no_share_below_its_least(report: CollapseReport) -> None:
+    """Tables, sentences and tiles say <0.01% of the same share."""
+    few = replace(report, loose=report.loose * 1e-6, strict=report.strict * 1e-6)
+    text = "".join(Reader(html_report(few)).text) + few.summary()
+    assert "<0.01%" in few.summary()
+    assert not re.search(r"\de-\d", text)
 
 
 def test_views_refuse_what_they_can_not_show(report: CollapseReport) -> None:

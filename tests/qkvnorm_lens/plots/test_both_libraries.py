@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,11 @@ from tests.support.watching import shape_checks_off
 @pytest.fixture(scope="module")
 def spread_report() -> hooks.SpreadReport:
     return hooks.spread(models.tiny_gpt2(), models.tokens(2, 16))
+
+
+@pytest.fixture(scope="module")
+def interference_report() -> hooks.InterferenceReport:
+    return hooks.interference(models.tiny_gpt2(qk_scale=20), models.tokens(2, 16), draws=2)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +96,7 @@ def _traces(figure: Any) -> list[tuple[str, np.ndarray]]:
         lambda f, **given: plots.collapse_curve(f["exact"], by="layer", **given),
         lambda f, **given: plots.row_margins(f["exact"], **given),
         lambda f, **given: plots.spread_bands(f["spread"], **given),
+        lambda f, **given: plots.interference_by_depth(f["interference"], **given),
         lambda f, **given: plots.accuracy_curve(f["sweep"], **given),
         lambda f, **given: plots.accuracy_curve({"a": f["sweep"]}, metric="kl", **given),
         lambda f, **given: plots.sparsity_histogram(_sparsity(), **given),
@@ -99,11 +106,12 @@ def _traces(figure: Any) -> list[tuple[str, np.ndarray]]:
     ],
 )
 def test_both_libraries_draw_the_same_and_axes_have_units(  # type: ignore[no-untyped-def]
-    call: Any, exact, sampled, spread_report, sweep_report
+    call: Any, exact, sampled, spread_report, sweep_report, interference_report
 ) -> None:
     plotly = pytest.importorskip("plotly.io")
     template = plotly.templates.default
     given = {"exact": exact, "sampled": sampled, "spread": spread_report, "sweep": sweep_report}
+    given["interference"] = interference_report
     figure = call(given)
     (ax, *_) = figure.axes
     assert ax.get_xlabel()
@@ -171,6 +179,24 @@ def test_bands_and_points_of_spread_are_its_frame(spread_report) -> None:  # typ
     np.testing.assert_allclose(y, 100 * spread_report.to_frame("head")["band"])
 
 
+@pytest.mark.parametrize("content", [False, True])
+def test_interference_is_the_frames(  # type: ignore[no-untyped-def]
+    interference_report, content: bool
+) -> None:
+    (ax,) = plots.interference_by_depth(interference_report, content=content).axes
+    frame, kind = interference_report.to_frame("layer"), "_content" if content else ""
+    frame = frame[(frame["on"] == frame["on"].iloc[0]) & (frame["constant"] == 1)]
+    curves = lines_of(ax)
+    assert len({*curves} - {"_nolegend_"}) == 3
+    for label, column in (
+        ("moved", "moved"),
+        ("the same", "permuted"),
+        ("independent", "predicted"),
+    ):
+        (y,) = (y for name, (_, y) in curves.items() if name.startswith(label))
+        np.testing.assert_array_equal(y, 100 * frame[column + kind])
+
+
 def test_accuracy_is_the_sweeps(sweep_report) -> None:  # type: ignore[no-untyped-def]
     (ax,) = plots.accuracy_curve({"a": sweep_report}).axes
     frame = sweep_report.to_frame()
@@ -179,6 +205,9 @@ def test_accuracy_is_the_sweeps(sweep_report) -> None:  # type: ignore[no-untype
     np.testing.assert_allclose(y, 100 * frame["accuracy"].iloc[1:])
     levels = [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"]
     assert 100 * frame["accuracy"].iloc[0] in levels
+    blind = replace(sweep_report, targets=0 * sweep_report.targets)
+    (ax,) = plots.accuracy_curve(blind).axes
+    assert "same arg max" in ax.get_ylabel()
     with pytest.raises(ValueError, match="metric: wanted one of"):
         plots.accuracy_curve(sweep_report, metric="speed")
     with pytest.raises(ValueError, match="at least one"):

@@ -11,10 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings, strategies as st
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
+import hooks
 from qkvnorm_lens import plots
+from qkvnorm_lens.plots import charts
+from qkvnorm_lens.plots.html import shown_rows
+from tests.support import models
 from tests.support.figures import SIGMAS, lines_of, small_report
 from tests.support.watching import shape_checks_off
 
@@ -90,6 +95,78 @@ def test_heads_with_few_rows_are_marked(exact) -> None:  # type: ignore[no-untyp
         head, layer = map(int, text.get_position())
         assert text.get_text().startswith("(") == (counts[layer, head] < limit)
     assert any("fewer than" in t.get_text() for t in ax.get_legend().get_texts())  # type: ignore[union-attr]
+
+
+def test_maps_side_by_side_have_one_scale(exact, sampled) -> None:  # type: ignore[no-untyped-def]
+    figure = plots.head_map({"a": exact, "b": exact}, 0.2)
+    first, second = (ax.images[0] for ax in figure.axes[:2])
+    assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["a", "b"]
+    assert first.norm.vmin == second.norm.vmin
+    alone = plots.head_map(exact, 0.2, limits=(1, 57)).axes[0].images[0]
+    assert (alone.norm.vmin, alone.norm.vmax) == (1, 57)
+    pair = Figure().subplots(1, 2)
+    plots.head_map({"a": exact, "b": sampled}, ax=pair)
+    both = np.concatenate([ax.images[0].get_array().compressed() for ax in pair])
+    both = both[both < 1e8]  # never
+    assert {ax.images[0].norm.vmin for ax in pair} == {both.min()}
+    assert {ax.images[0].norm.vmax for ax in pair} == {both.max()}
+    for wrong in ((3, 2), (1,), (0, 1)):
+        with pytest.raises(ValueError, match="limits: wanted"), shape_checks_off():
+            plots.head_map(exact, limits=wrong)
+    cells = sum(
+        trace.z.size for trace in plots.head_map({"a": exact, "b": exact}, backend="plotly").data
+    )
+    assert cells == 4 * exact.rows.sum((-1, -2)).size
+
+
+@settings(max_examples=200)
+@given(low=st.floats(1e-3, 1e3), ratio=st.floats(1.05, 1e4))
+def test_a_log_scale_has_two_ticks(low: float, ratio: float) -> None:
+    ticks = charts.ticks_between(low, low * ratio)
+    assert 2 <= len(ticks) <= 20
+    assert ticks == sorted(set(ticks))
+    assert low * 0.99 <= ticks[0] <= ticks[-1] <= low * ratio * 1.01
+
+
+def test_the_axis_begins_where_a_curve_does() -> None:
+    sigmas = (0.001, 0.002, 0.004, 0.1, 0.2, 0.4)
+    report: Any = small_report("exact", sigmas=sigmas)
+    seen = 100 * report.to_frame("model")[["loose", "loose_content", "loose_centred", "strict"]]
+    first = int((seen >= 0.01).any(axis=1).to_numpy().argmax())
+    assert first > 1
+    (ax,) = plots.collapse_curve(report).axes
+    assert 100 * sigmas[first - 2] < ax.get_xlim()[0] < 100 * sigmas[first - 1]
+    (ax,) = plots.collapse_curve(report, published=True).axes
+    assert ax.get_xlim()[0] < 5.5
+
+
+def test_tokens_left_out_are_marked() -> None:
+    report: Any = hooks.collapse_probe(
+        models.tiny_gpt2(), models.tokens(1, 64), sigmas=[0.1], progress=False
+    )
+    for row, ax in zip(shown_rows(report, 8), plots.attention_rows(report, 8).axes, strict=False):
+        (weights,) = (image.get_array() for image in ax.images)
+        names = [label.get_text() for label in ax.get_xticklabels()]
+        gaps = [i for i, name in enumerate(names) if name == "⋯"]
+        assert (np.diff(row.positions, prepend=-1) > 1).sum() == len(gaps)
+        assert np.ma.getmaskarray(weights)[:, gaps].all()
+        assert weights.shape[1] == len(row.positions) + len(gaps)
+        if gaps:
+            assert [int(n.split()[-1]) for n in names if n != "⋯"] == list(row.positions)
+
+
+def test_a_figure_of_kept_rows_says_why_there_are_none(nothing_sparse, exact) -> None:  # type: ignore[no-untyped-def]
+    values: Any = hooks.collapse_probe(
+        models.tiny_gpt2(), models.tokens(2, 16), on="v", sigmas=[0.1], progress=False
+    )
+    sinks = replace(exact, kept=replace(exact.kept, key=np.zeros_like(exact.kept.key)))
+    for report, content, why in (
+        (nothing_sparse, False, "no row has a maximum >= 0.95"),
+        (values, False, "noise on v can move none"),
+        (sinks, True, "all attend to the first token"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            plots.attention_rows(report, content=content)
 
 
 def test_a_given_axis_is_drawn_on(exact) -> None:  # type: ignore[no-untyped-def]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from qkvnorm_lens.experiments.core import Mean, mean, pick
 
@@ -65,6 +64,8 @@ def kept(table: pd.DataFrame, sigma: float) -> pd.DataFrame:
     """
     noisy = table[table["sigma"] == sigma].set_index("model")
     clean = table[table["sigma"] == 0].set_index("model")["accuracy"]
+    from scipy import stats
+
     half = stats.t.ppf(0.975, noisy["prompts"] - 1) * noisy["se_prompts"] / clean
     return pd.DataFrame({"kept": noisy["accuracy"] / clean, "half": half})
 
