@@ -35,6 +35,7 @@ class Pool:
         self.layers = layers
         self.prompts = 0  # of the corpus, those of other shards too
         self.read = 0  # tokens counted here
+        self.engines: tuple[str, ...] = ()  # that reduced them
         nothing = {**Tally(self.settings, layers, 1).arrays(), "padding": np.zeros(1, np.int64)}
         self._arrays: dict[str, Any] = over_prompts(CollapseReport, nothing)
         self._parts = TableParts(self.settings.keep, biased=any(s.has_bias for s in layers))
@@ -46,7 +47,8 @@ class Pool:
         tally = Tally(
             self.settings, self.layers, len(prompts), first, prompts.starts, self._parts.cutoff
         )
-        count(model, prompts, tally, self.options, progress=False)
+        ran = count(model, prompts, tally, self.options, progress=False)
+        self.engines = tuple(dict.fromkeys((*self.engines, ran)))
         return tally
 
     def add(self, tally: Tally, prompts: Prompts) -> None:
@@ -107,6 +109,7 @@ class Pool:
         """Go on from a report that :meth:`report` gave."""
         self._arrays = {n: getattr(report, n) for n in _summed(report)}
         self._parts.add(report.table)
+        self.engines = (str(report.model["engine"]),) if report.model.get("engine") else ()
         self._kept, self.prompts, self.read = report.kept, len(report.tokens), report.n_tokens
         decoder = report.decoder_tokens or ((),) * len(report.tokens)
         words = enumerate(zip(report.tokens, decoder, strict=True))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -63,6 +64,7 @@ KEEP_ROWS = 16
 _BLOCK_BYTES = 1 << 24
 
 Method = Literal["exact", "sample"]
+Engine = Literal["auto", "compiled", "torch", "triton"]
 
 
 @measurement
@@ -88,6 +90,7 @@ def collapse_probe(
     keep_rows: int = KEEP_ROWS,
     query_block: int | None = None,
     first_prompt: int = 0,
+    engine: Engine = "auto",
     progress: bool | None = None,
     name: str | None = None,
 ) -> CollapseReport:
@@ -135,6 +138,13 @@ def collapse_probe(
             a time, never as one [query, key] matrix; default: as many as fit into 16 MiB.
         first_prompt: index of the first prompt: parts of a corpus, each probed with the index at
             which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
+        engine: what reduces a layer's scores: ``"compiled"`` code on the CPU; ``"torch"`` on the
+            device where they lie, from which only the result is copied; ``"triton"``: the same,
+            with kernels of its own for what every row needs; ``"auto"``: compiled on the CPU, and
+            where the others do not compute what is asked (draws, and the strict rate under other
+            laws than uniform, of noise on q alone and under soft caps); else triton on CUDA where
+            it is installed, else torch.
+            The report's ``model["engine"]`` says which ran; parts of several may be merged.
         progress: show a bar in a terminal or a notebook, lines in a log; default: in a log only
             after a minute.
         name: what the report calls the model; default: the model's own name.
@@ -162,6 +172,7 @@ def collapse_probe(
         keep=keep,
         keep_rows=keep_rows,
         query_block=query_block,
+        engine=engine,
     )
     (first_prompt,) = check_integers(first_prompt=(first_prompt, 0))
     _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
@@ -176,8 +187,8 @@ def collapse_probe(
     chosen = choose_layers(sites, options.layers)
     settings = replace(options.settings, layers=tuple(s.layer for s in chosen))
     tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
-    count(model, prompts, tally, options, progress=progress)
-    facts = attention_facts(model, sites, chosen, prompts, name)
+    ran = count(model, prompts, tally, options, progress=progress)
+    facts = attention_facts(model, sites, chosen, prompts, name) | {"engine": ran}
     return tally.report(model=facts, prompts=prompts)
 
 
@@ -190,6 +201,7 @@ class Options:
     layers: Sequence[int] | None
     batch_size: int
     query_block: int | None
+    engine: Engine
 
 
 def read_options(
@@ -208,6 +220,7 @@ def read_options(
     keep: int = KEEP,
     keep_rows: int = KEEP_ROWS,
     query_block: int | None = None,
+    engine: Engine = "auto",
     pooled: bool = False,
 ) -> Options:
     """Options of :func:`collapse_probe`, checked.
@@ -226,6 +239,7 @@ def read_options(
         )
     values = read_grid(sigmas, law)
     method = cast(Method, check_choice("method", method, get_args(Method)))
+    engine = cast(Engine, check_choice("engine", engine, get_args(Engine)))
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
     sparse = check_sparse(sparse)
     least, usual = (2, 16) if method == "sample" else (0, 0)
@@ -251,29 +265,32 @@ def read_options(
         strict=_how(strict, method, sparse),
         pooled=pooled,
     )
-    return Options(settings, noise, layers, batch_size, None if query_block is None else block)
+    query_block = None if query_block is None else block
+    return Options(settings, noise, layers, batch_size, query_block, engine)
 
 
 def count(
     model: HookedModel, prompts: Prompts, tally: Tally, options: Options, *, progress: bool | None
-) -> None:
-    """Add the rows of all prompts to the tally, in passes of ``options.batch_size`` prompts."""
-    from hooks.collapse.reduce import LayerReducer, Workers
+) -> str:
+    """Add the rows of all prompts to the tally, in passes of ``options.batch_size`` prompts.
+
+    Returns:
+        Which engines reduced them.
+    """
+    from hooks.collapse.device import Engines
+    from hooks.collapse.reduce import Workers
 
     with Workers().open() as workers:
+        engines = Engines(tally, options.noise, options.engine, workers)
 
         def measure(indices: Sequence[int], given: ModelInput) -> None:
-            def on_seen(seen: SeenLayer) -> None:
-                reducer = LayerReducer(
-                    tally, seen.index, seen.sites, options.noise, indices, workers
-                )
-                _reduce(seen, reducer, options.query_block)
-
-            watch_layers(model, given, tally.layers, on_seen)
+            watch = partial(watch_layers, model, given, tally.layers)
+            engines.each_layer(indices, watch, partial(_reduce, query_block=options.query_block))
 
         over_batches(
             model, prompts, options.batch_size, measure, what="collapse probe", progress=progress
         )
+    return engines.name
 
 
 def read_grid(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:

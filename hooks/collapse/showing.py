@@ -36,7 +36,7 @@ _Key = tuple[float, int, int, int, int]
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """One row: where it is, and its clean scores over the keys up to the last visible one."""
 
     order: _Key  # half-width, layer, head, prompt, query: the order of ``fragile``
@@ -52,7 +52,7 @@ class Showing:
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
-        self._held: list[_Held] = []
+        self._held: list[Held] = []
         self._lock = threading.Lock()
 
     def take(
@@ -90,7 +90,7 @@ class Showing:
             row = layer.scores[at]
             seen = int(np.flatnonzero(row > MASKED)[-1]) + 1
             found.append(
-                _Held(
+                Held(
                     order=(float(a[i]), index, int(head[i]), int(prompt[i]), int(query[i])),
                     key=int(key[i]),
                     rival=int(rival[i]),
@@ -99,6 +99,10 @@ class Showing:
                     eps=eps,
                 )
             )
+        self.hold(found)
+
+    def hold(self, found: Sequence[Held]) -> None:
+        """Keep those of these rows that are fragile enough."""
         with self._lock:
             both = sorted([*self._held, *found], key=lambda held: held.order)
             self._held = both[: self.keep]
@@ -163,7 +167,7 @@ class _Noising:
 
     def __init__(
         self,
-        held: _Held,
+        held: Held,
         sites: LayerSites,
         settings: ProbeSettings,
         first_prompt: int,

@@ -152,19 +152,20 @@ class TableParts:
             "key": key,
             "rival": rival,
         }
-        part = RowTable(
-            **{name: values.astype(np.int32) for name, values in columns.items()},
-            s_star=piece.s_star[:n_rows].copy(),
-            start=np.concatenate([[0], np.cumsum(count)]),
-            s=piece.s[:n_entries].copy(),
-            beta=piece.beta[:n_entries].copy(),
-            a=piece.a[:n_entries].copy(),
-            cutoff=np.asarray(cutoff, np.float32),
+        self.add(
+            RowTable(
+                **{name: values.astype(np.int32) for name, values in columns.items()},
+                s_star=piece.s_star[:n_rows].copy(),
+                start=np.concatenate([[0], np.cumsum(count)]),
+                s=piece.s[:n_entries].copy(),
+                beta=piece.beta[:n_entries].copy(),
+                a=piece.a[:n_entries].copy(),
+                cutoff=np.asarray(cutoff, np.float32),
+            )
         )
-        self.add(part)
 
     def add(self, part: RowTable) -> None:
-        """Take a table over; callable from several threads."""
+        """Take over a table that is complete below its cutoff; callable from several threads."""
         with self._lock:
             self._parts.append(part)
             self.cutoff = min(self.cutoff, float(part.cutoff))

@@ -290,7 +290,9 @@ class _Run:
         left = [f"{self.done[n]} {what} left out" for n, what in _LEFT_OUT if self.done.get(n)]
         corpus = {"what": self.what, "shard": list(self.shard), "done": self.done}
         given = [*self.model_facts.get("given", ()), *left]
-        return {**self.model_facts, "given": given, "corpus": corpus}
+        told = {**self.model_facts, "given": given, "corpus": corpus}
+        engines = ", ".join(self.pool.engines) if self.pool else ""
+        return told | ({"engine": engines} if engines else {})
 
     def _save(self) -> CollapseReport:
         assert self.pool is not None

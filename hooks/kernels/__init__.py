@@ -1,7 +1,15 @@
 """Compiled loops over a layer's rows of scores."""
 
 from hooks.kernels.compile import compiled
-from hooks.kernels.integrals import GRID, LAW_CODES
+from hooks.kernels.integrals import (
+    GAUSSIAN,
+    GRID,
+    LAW_CODES,
+    LEGENDRE_W,
+    LEGENDRE_X,
+    LOGNORMAL,
+    UNIFORM,
+)
 from hooks.kernels.loop import add_strict, no_pending, scan, scratch
 from hooks.kernels.row import (
     ABLE,
@@ -9,6 +17,7 @@ from hooks.kernels.row import (
     EXAMINED,
     N_COUNTS,
     SINGLE,
+    TIE,
     TIES,
     collect_plain,
     exact_plain,
@@ -31,17 +40,23 @@ __all__ = [
     "Draws",
     "EXAMINED",
     "Found",
+    "GAUSSIAN",
     "GRID",
     "Ints",
     "LAW_CODES",
+    "LEGENDRE_W",
+    "LEGENDRE_X",
+    "LOGNORMAL",
     "Layer",
     "MASKED",
     "N_COUNTS",
     "Rule",
     "SINGLE",
     "Sums",
+    "TIE",
     "TIES",
     "Table",
+    "UNIFORM",
     "add_strict",
     "collect_plain",
     "compiled",

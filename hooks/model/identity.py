@@ -24,6 +24,7 @@ from transformer_lens.hook_points import HookPoint
 from hooks.model import apart, state
 from hooks.model.ambient import autocast_of_passes
 from hooks.model.standing import bare, of_a_library, standing, users
+from hooks.model.weights import weights_of
 from hooks.model.words import (
     CALLS,
     INTERNAL,
@@ -66,7 +67,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
     with inside(every, tokens=False):
         modules = digest([_of_modules(every), _replaced(every)])
     return {
-        "weights": of_tensors(root.named_parameters() if tensors else ()),
+        "weights": of_tensors(weights_of(root) if tensors else ()),
         "buffers": of_tensors(root.named_buffers() if tensors else ()),
         "configuration": digest(
             [

@@ -16,6 +16,7 @@ from hooks.model.ambient import model_pass
 from hooks.model.given import arguments_of
 from hooks.model.protocol import HookedModel
 from hooks.model.standing import names, raised_by, raised_in, resting, users
+from hooks.model.weights import execution_device
 
 _LENGTHS = (5, 7, 11, 13, 17, 3, 4, 2)  # few tokens only where the context has no room for more
 
@@ -204,7 +205,8 @@ def input_device(model: HookedModel) -> torch.device:
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if callable(parameters) else None
     if first is not None:
-        return torch.device(first.device)
+        brought = execution_device(model) if first.is_meta else None  # type: ignore[arg-type]
+        return brought or torch.device(first.device)
     return torch.device(getattr(model.cfg, "device", None) or "cpu")
 
 

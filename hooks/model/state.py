@@ -13,6 +13,7 @@ from torch import nn
 from hooks.model import ambient, apart
 from hooks.model.apart import modules
 from hooks.model.threads import OURS
+from hooks.model.weights import codes, has_values
 
 _DROPOUT_RATES = ("dropout", "attention_dropout", "attn_dropout", "dropout_p", "p_dropout")
 
@@ -123,22 +124,18 @@ def submodule(model: Any, name: str) -> nn.Module | None:
 
 
 def dtype_of_passes(model: Any) -> str:
-    """The dtype for a report: ``float32``, or ``float32, autocast bfloat16``."""
+    """The dtype for a report: ``float32``, or ``float32, quantised weights, autocast bfloat16``."""
     dtype = str(model_dtype(model)).removeprefix("torch.")
     cast = [str(d).removeprefix("torch.") for _, d in ambient.autocast_of_passes()]
-    return ", ".join([dtype, *(f"autocast {name}" for name in cast)])
+    parts = (part for m in modules(model) for p in m._parameters.values() for part in codes(p))
+    quantised = ["quantised weights"] if any(parts) else []
+    return ", ".join([dtype, *quantised, *(f"autocast {name}" for name in cast)])
 
 
 def refuse_unreadable(model: Any) -> str | None:
-    """Why vectors of this model can't be probed (quantised, on the meta device), or None."""
-    inner = getattr(model, "original_model", None)
-    config = getattr(inner, "config", None)
-    if getattr(inner, "is_quantized", False) or getattr(config, "quantization_config", None):
-        return "quantised weights"
+    """Why vectors of this model can't be probed (weights without values), or None."""
     for module in modules(model):
-        for parameter in module.parameters(recurse=False):
-            if parameter.device.type == "meta":
+        for name, parameter in module.named_parameters(recurse=False):
+            if not has_values(module, name, parameter):
                 return "weights on the meta device"
-            if not parameter.is_floating_point():
-                return f"quantised weights ({parameter.dtype})"
     return None

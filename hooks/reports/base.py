@@ -36,7 +36,7 @@ from hooks.reports.files import (
 from hooks.reports.notebook import Curves, card
 from hooks.reports.values import as_kind, check_facts, check_texts
 
-_UNLIKE = ("device", "given", "corpus")  # facts that two parts of one measurement may differ in
+_UNLIKE = ("device", "engine", "given", "corpus")  # facts that two parts may differ in
 _DTYPES: Final = {"Int": "I64", "Float": "F64", "Bool": "BOOL"}
 R = TypeVar("R")
 Sizes = dict[str, Any]
@@ -440,7 +440,9 @@ def _apart(
 def joined_facts(first: Any, later: Any) -> dict[str, Any]:
     """Facts of a merged report: notes on either part are kept."""
     given = [*first.model.get("given", ()), *later.model.get("given", ())]
-    return {**first.model, **({"given": list(dict.fromkeys(given))} if given else {})}
+    facts = {**first.model, **({"given": list(dict.fromkeys(given))} if given else {})}
+    engines = [x for part in (first, later) if (x := part.model.get("engine"))]
+    return facts | ({"engine": ", ".join(dict.fromkeys(engines))} if engines else {})
 
 
 def told(model: Mapping[str, Any]) -> str:

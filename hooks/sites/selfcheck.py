@@ -130,7 +130,7 @@ def _sites(
     unreadable = refuse_unreadable(model)
     if unreadable:
         raise UnsupportedModelError(
-            "readable weights", wanted="floating-point weights in memory", got=unreadable
+            "readable weights", wanted="weights that have values", got=unreadable
         )
     refuse_known_wrong(model)
     key, known = key_of(model), remembered.setdefault(model, OrderedDict())

@@ -41,7 +41,7 @@ _MOST = 100_000  # sigmas, layers
 _AMOUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _OPTIONS = (
     "sigmas", "on", "method", "law", "shared", "layers", "sparse", "strict", "draws", "seed",
-    "keep",
+    "keep", "engine",
 )  # fmt: skip
 
 
@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--batch-size", type=positive, metavar="N", help="prompts per forward pass")
     said = "competitors to remember, for the sigma at which 1%% collapse [524288]"
     where.add_argument("--keep", type=positive, default=1 << 19, metavar="N", help=said)
+    said = "what reduces scores [compiled on the CPU, triton on CUDA, else torch]"
+    choices = ("auto", "compiled", "torch", "triton")
+    where.add_argument("--engine", choices=choices, default="auto", help=said)
     where.add_argument("--device", help="cpu, cuda, cuda:1, ... [an accelerator, else cpu]")
     where.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="[as saved; else float32]"

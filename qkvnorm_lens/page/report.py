@@ -411,6 +411,7 @@ def _method(report: CollapseReport, source: str) -> list[tuple[str, str]]:
         ),
         ("Versions", ", ".join(f"{name} {v}" for name, v in model["versions"].items())),
         ("Device", str(model["device"])),
+        *([("Engine", str(model["engine"]))] if "engine" in model else []),
     ]
 
 

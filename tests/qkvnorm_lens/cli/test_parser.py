@@ -33,7 +33,7 @@ def test_choices_are_the_librarys() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["on", "method", "law", "shared", "sparse", "strict", "draws", "seed", "keep"]
+    "name", ["on", "method", "law", "shared", "sparse", "strict", "draws", "seed", "keep", "engine"]
 )
 def test_defaults_are_the_librarys(name: str) -> None:
     assert _action(name).default == inspect.signature(hooks.collapse_probe).parameters[name].default

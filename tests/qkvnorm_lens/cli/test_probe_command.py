@@ -132,6 +132,7 @@ def test_every_option_reaches_the_probe(run: Run, seen: dict[str, Any]) -> None:
     argv = ["--method", "sample", "--layers", "0,2-3", "--law", "lognormal", "--shared", "heads"]
     argv += ["--on", "k", "--sparse", "0.9", "--seed", "3", "--draws", "5", "--sigmas", "1%"]
     rest = ["--batch-size", "2", "--prompts", "9", "--keep", "7", "--no-strict"]
+    rest += ["--engine", "compiled"]
     refused(run("probe", *argv, *rest), "enough")
     assert len(seen.pop("tokens")) == 9
     assert seen == {
@@ -147,6 +148,7 @@ def test_every_option_reaches_the_probe(run: Run, seen: dict[str, Any]) -> None:
         "seed": 3,
         "batch_size": 2,
         "keep": 7,
+        "engine": "compiled",
     }
     run("probe")
     assert len(seen["tokens"]) == 128
