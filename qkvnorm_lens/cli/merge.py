@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     figures.add_arguments(parser, "png")
     said = "for report.html, report.safetensors, frame.csv, ... [the first DIR]"
     parser.add_argument("--out", type=some_path, metavar="DIR", help=said)
-    figures.add_arguments(parser, "png")
 
 
 def run(args: argparse.Namespace) -> str:
