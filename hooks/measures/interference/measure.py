@@ -117,8 +117,9 @@ def interference(
     or a hook is in the block, a pass ended at that layer takes its place.
 
     Args:
-        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress,
-            name: as in :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, name: as in
+            :func:`hooks.collapse_probe`.
+        batch_size, progress: likewise.
         constants: in units of the default constant, the median of s_t over the tokens of each
             prompt and layer (per prompt, so that no prompt's numbers depend on the others);
             default: 1. Where neither the norm nor the projections nor the scores have a bias, no

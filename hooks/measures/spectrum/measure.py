@@ -54,8 +54,9 @@ def spectral_gap(
     layer in memory; singular values in float64. Source: Naderi et al. 2024, arXiv 2410.07799.
 
     Args:
-        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress,
-            name: as in :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, name: as in
+            :func:`hooks.collapse_probe`.
+        batch_size, progress: likewise.
         k: singular values to keep, at least 2.
         lengths: measure each prompt's first n tokens for each n of these, to see the spectrum
             against T; prompts with fewer are left out there. Default: whole prompts.

@@ -47,8 +47,9 @@ def spread(
     Source: Menary et al. 2024, Fig. 1 and 9-12.
 
     Args:
-        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, batch_size, progress,
-            name: as in :func:`hooks.collapse_probe`.
+        model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, name: as in
+            :func:`hooks.collapse_probe`.
+        batch_size, progress: likewise.
         of: ``"stream"``, the embeddings at the input of the layer's block; ``"k"`` or ``"v"``, the
             vectors that enter the dot product (v: that are averaged); ``"q"``, the queries, each
             with the weight 1: they receive no attention.
