@@ -114,9 +114,12 @@ def apart(model: Any) -> Iterator[None]:
 
 
 def _versions(model: Any) -> list[int]:
-    """How often each weight was written to in place, as autograd counts it."""
+    """How often each weight was written to in place, as autograd counts it.
+
+    An offloaded one (on the meta device) is made anew in each pass.
+    """
     parameters = [p for m in modules(model) for p in m.parameters(recurse=False)]
-    return [p._version for p in parameters if not p.is_inference()]
+    return [p._version for p in parameters if not (p.is_inference() or p.is_meta)]
 
 
 # -- hooks ----------------------------------------------------------------------------------------
