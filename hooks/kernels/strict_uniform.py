@@ -30,6 +30,7 @@ _MANY = 24  # tokens beyond which a part of them is looked at first
 _FAR = 12.0  # tokens that stay further below W add less than exp(-12)
 _FADED, _MOST = -40.0, 300.0  # where an exponential is 0; where its square is finite
 _NOTHING = 1e-7  # probability of a win in a cell that is only bounded
+_ALONE = 1e-12  # sums of others that are rounding: the two alone are left
 _TINY = 1e-30
 
 # Rows of the working memory, tokens in descending order of the level that they never exceed.
@@ -360,7 +361,7 @@ def _winner(
     relative = variance * inverse * inverse
     skewed = relative * (6 + relative) / (6 + 4 * relative)  # ln(1 + relative), to 1e-3
     drift *= inverse
-    bend = 0.5 * drift * drift / max(rest, _TINY)
+    bend = 0.5 * drift * drift / max(rest, _ALONE)
     mean, least, most = log - 0.5 * skewed, max(0.0, log - 0.5 * variance), log + far
     estimate, low, high = 0.0, 0.0, 0.0
     for k in range(nodes.shape[1]):

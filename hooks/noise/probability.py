@@ -29,6 +29,8 @@ _NODES = 10  # Gauss-Legendre nodes per panel: exact for polynomials of degree 1
 _MANY = 16  # up to this many linear factors a panel's rule is exact; beyond, panels get finer
 _SMOOTH = ("gaussian", "lognormal")  # their knots are no corners, but steps of a grid
 _TURNS = 96  # nearest competitors whose turns split panels, where there are many
+_ROUNDS, _PARTS = 8, 8  # times that the steepest panel is split, and into how many
+_DEEPEST = -22.0  # of the product's logarithm: what lies deeper adds nothing
 _DYADIC = 12  # extra panels towards an end where many competitors together fall steeply
 _Q_PANELS = 12  # panels of the outer integral over f_q
 _BUDGET = 1 << 18  # elements of the largest intermediate tensor
@@ -196,7 +198,7 @@ def _elements_per_row(size: int, law: Law, biased: bool, noise_on_q: bool) -> in
     turns = min(size, _TURNS)
     ends = knots if biased or law.name != "uniform" else 1
     splits = turns * ends if biased or law.name not in _SMOOTH else 0
-    panels = knots + splits + (_DYADIC if size > _MANY else 0)
+    panels = knots + splits + (_DYADIC + _ROUNDS * (_PARTS - 1) if size > _MANY else 0)
     outer = (_Q_PANELS + 4 * size) * _NODES if biased and noise_on_q else 1
     return panels * _NODES * size * outer
 
@@ -281,19 +283,54 @@ def _stays(
         far = torch.where(s_star > 0, own[:, 0], own[:, -1])  # where f_* s_* is least
         towards = active[:, None] + (far - active)[:, None] * span
         grid = torch.cat([grid, towards.clamp(own[:, :1], own[:, -1:])], 1).sort(1).values
+        for _ in range(_ROUNDS):
+            grid = _split_the_steepest(grid, s_star, s, sigma, law, valid, beta)
     elif law.name == "uniform":
         nodes = n_t // 2 + 1  # a product of n_t linear factors: exact
     f, weight = _panels(grid, nodes)
     weight = weight * law.density(f, sigma[:, None])
-    if law.name == "uniform" and not bool((valid & (s == 0)).any()):
-        stays = _clipped_lines(f, s_star, s, sigma, valid, beta)
-    else:
-        threshold = (f * s_star[:, None])[:, :, None]
-        if beta is not None:
-            threshold = threshold + beta[:, None, :]
-        stays = _not_winning(threshold, s[:, None, :], valid[:, None, :], sigma, law)
+    stays = _each_stays(f, s_star, s, sigma, law, valid, beta).prod(2)
     # The law's truncated tail is normalised away.
-    return (stays.prod(2) * weight).sum(1) / weight.sum(1)
+    return (stays * weight).sum(1) / weight.sum(1)
+
+
+def _each_stays(
+    f: Tensor,
+    s_star: Tensor,
+    s: Tensor,
+    sigma: Tensor,
+    law: Law,
+    valid: Tensor,
+    beta: Tensor | None,
+) -> Tensor:
+    """P(f_t s_t <= f_* s_* + beta_t) for each competitor at each f_*, ``[row, f, competitor]``."""
+    if law.name == "uniform" and not bool((valid & (s == 0)).any()):
+        return _clipped_lines(f, s_star, s, sigma, valid, beta)
+    threshold = (f * s_star[:, None])[:, :, None]
+    if beta is not None:
+        threshold = threshold + beta[:, None, :]
+    return _not_winning(threshold, s[:, None, :], valid[:, None, :], sigma, law)
+
+
+def _split_the_steepest(
+    edges: Tensor,
+    s_star: Tensor,
+    s: Tensor,
+    sigma: Tensor,
+    law: Law,
+    valid: Tensor,
+    beta: Tensor | None,
+) -> Tensor:
+    """The edges, and some within each row's panel over which the product's logarithm falls most.
+
+    A crowd of competitors far below the nearest ones makes it fall within a fraction of a panel.
+    """
+    log = _each_stays(edges, s_star, s, sigma, law, valid, beta).clamp_min(1e-300).log().sum(2)
+    steepness = log.clamp_min(_DEEPEST).diff(dim=1).abs()
+    at = torch.where(edges.diff(dim=1) > 0, steepness, -1.0).argmax(1, keepdim=True)
+    low, high = edges.gather(1, at), edges.gather(1, at + 1)
+    share = torch.arange(1, _PARTS, dtype=edges.dtype, device=edges.device) / _PARTS
+    return torch.cat([edges, low + (high - low) * share], 1).sort(1).values
 
 
 def _clipped_lines(

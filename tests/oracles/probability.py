@@ -211,3 +211,32 @@ def corner_half_width(
         mid = (lo + hi) / 2
         lo, hi = (lo, mid) if reached(mid) else (mid, hi)
     return hi
+
+
+CROWDS = (
+    np.r_[26.0, np.linspace(8, 7.9, 300)],
+    np.r_[26.0, np.linspace(16, 4, 299)],
+    np.r_[29.0, np.full(50, 20.0)],
+    np.r_[28.0, 27.9, np.full(1000, 12.0)],
+    np.r_[np.linspace(29.9, 25, 200), np.full(2000, 15.0)],
+)
+"""Competitors that come in many at once, far below the nearest; each crowd descends."""
+
+
+def crowded(s_star: float, s: np.ndarray, a: float) -> float:
+    """P without a bias under uniform noise of half-width ``a``, for a positive ``s_star``.
+
+    Panels between the points where competitors come in, graded towards the upper end of each.
+    """
+    s = s[s > 0]
+    low, turns = (1 - a) * s_star, (1 + a) * s
+    ends = sorted({low, *(turn for turn in turns if turn > low)})
+    x, w = np.polynomial.legendre.leggauss(20)
+    total = 0.0
+    for begin, end in itertools.pairwise(ends):
+        parts = end - (end - begin) * np.r_[0, 2.0 ** -np.arange(14, -1, -1)]
+        for high, bottom in itertools.pairwise(parts):
+            at = (bottom + high) / 2 + (high - bottom) / 2 * x
+            stays = np.clip((at[:, None] / s - 1 + a) / (2 * a), 0, 1).prod(1)
+            total += (high - bottom) / 2 * float((w * (1 - stays)).sum())
+    return total / (2 * a * s_star)

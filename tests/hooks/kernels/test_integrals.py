@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from hooks.kernels.row import (
     survey,
 )
 from hooks.kernels.types import Drawn
+from hooks.kernels.uniform_plain import uniform_rates
 from hooks.noise.laws import LAWS, get_law
 from hooks.sites import uncapped
 from tests.oracles import probability as reference
@@ -51,19 +51,9 @@ def compiled(row: Row) -> float:
     s = np.sort(s)[::-1].copy()
     inverse = np.divide(1, s, out=np.zeros_like(s), where=s != 0)
     alone = integrals.plain(law, row.s_star, s, inverse, len(s), row.sigma, work, GRID)
-    together = at_sigmas(row.s_star, s, row.law, row.sigma)[1]
-    assert together == pytest.approx(alone, abs=6e-7)
-    return together
-
-
-def at_sigmas(s_star: float, s: np.ndarray, law: str, sigma: float) -> np.ndarray:
-    """P of competitors that descend, at this sigma between two others, as the probe computes it."""
-    sigmas = np.array([0.3 * sigma, sigma, min(1.5 * sigma, 0.5773)])
-    rule = every_row(sigmas)._replace(law=integrals.LAW_CODES[law])
-    use, out = kernels.scratch(len(s), 3), np.full(3, np.nan)
-    use.near[:] = s
-    assert exact_plain(rule, use, len(s), s_star, -math.inf, out)
-    return out
+    if row.law == "uniform" and len(s) and s[0] * row.s_star > 0 and row.sigma > 0:
+        assert together(row.s_star, s, row.sigma) == pytest.approx(alone, abs=8e-7)
+    return alone
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r.on != "q" or r.beta is not None], ids=str)
@@ -302,17 +292,54 @@ def test_competitors_in_few_places_equal_fine_panels(
     """Where many competitors come in at once H falls steeply: 3e-7 all the same."""
     s = np.sort(np.repeat([s_star - gap for gap, _ in places], [n for _, n in places]))[::-1].copy()
     s = s[s > 0]
-    x, w = np.polynomial.legendre.leggauss(40)
-    ends = {(1 - a) * s_star, *(y for y in (1 + a) * s if y > (1 - a) * s_star)}
-    wanted = 0.0
-    for low, high in pairwise(sorted(ends)):
-        at = (low + high) / 2 + (high - low) / 2 * x
-        below = np.clip((at[:, None] / s - 1 + a) / (2 * a), 0, 1).prod(1)
-        wanted += (high - low) / 2 * (w * (1 - below)).sum() / (2 * a * s_star)
-    got = integrals.plain(
-        0, s_star, s, 1 / s, len(s), a / math.sqrt(3), np.empty((3, len(s))), GRID
+    wanted = min(1.0, reference.crowded(s_star, s, a))
+    sigma, work = a / math.sqrt(3), np.empty((3, len(s)))
+    alone = integrals.plain(0, s_star, s, 1 / s, len(s), sigma, work, GRID)
+    assert alone == pytest.approx(wanted, abs=3e-7)
+    if len(s):
+        assert together(s_star, s, sigma) == pytest.approx(wanted, abs=6e-7)
+
+
+@pytest.mark.parametrize("crowd", reference.CROWDS, ids=len)
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.4, 0.5])
+def test_a_crowd_far_below_one_rival(crowd: np.ndarray, sigma: float) -> None:
+    wanted = reference.crowded(30.0, crowd, math.sqrt(3) * sigma)
+    assert together(30.0, crowd, sigma) == pytest.approx(wanted, abs=6e-7)
+    row = (torch.tensor(x, dtype=torch.float64) for x in ([30.0], crowd[None], [sigma]))
+    plain = collapse_probability(*row, get_law("uniform"))
+    assert float(plain) == pytest.approx(wanted, abs=1e-8)
+
+
+@given(
+    s_star=st.floats(1, 60),
+    sign=st.sampled_from([1, -1]),
+    gaps=st.lists(st.floats(1e-3, 70), min_size=1, max_size=150),
+    sigma=st.floats(0.01, 0.57),
+)
+@settings(max_examples=200)
+def test_all_sigmas_together_are_each_alone(
+    s_star: float, sign: int, gaps: list[float], sigma: float
+) -> None:
+    """However few the competitors: power sums where they are many, of either sign."""
+    top = sign * s_star
+    s = np.sort(top - np.array(gaps))[::-1].copy()
+    if (s[0] > 0) != (top > 0):
+        return
+    inverse = np.divide(1, s, out=np.zeros_like(s), where=s != 0)
+    work = np.empty((3, len(s)))
+    alone = integrals.plain(0, top, s, inverse, len(s), sigma, work, GRID)
+    assert together(top, s, sigma) == pytest.approx(alone, abs=8e-7)
+
+
+def together(s_star: float, s: np.ndarray, sigma: float) -> float:
+    """P at this sigma, computed with those of two others, as of rows with many competitors."""
+    sigmas = np.array([0.3 * sigma, sigma, min(1.5 * sigma, 0.5773)])
+    use, out = kernels.scratch(len(s), 3), np.zeros(3)
+    inverse = np.divide(1, s, out=np.zeros_like(s), where=s != 0)
+    assert uniform_rates(
+        s_star, s, inverse, len(s), -math.inf, sigmas, use.nodes, use.ends, use.work, use.grid, out
     )
-    assert got == pytest.approx(min(1.0, wanted), abs=3e-7)
+    return float(out[1])
 
 
 def test_a_row_of_one_million_competitors() -> None:
