@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -74,12 +73,10 @@ class Engines:
         """Which engines ran."""
         return ", ".join(sorted(self.ran))
 
-    def on(self, device: torch.device) -> str:
-        """Which engine reduces scores on a device other than the CPU, or on any if asked to."""
-        if self.asked != "auto":
-            return self.asked
-        found = device.type == "cuda" and find_spec("triton") is not None
-        return "triton" if found else "torch"
+    @property
+    def chosen(self) -> str:
+        """Which engine reduces scores where they lie."""
+        return "torch" if self.asked == "auto" else self.asked
 
     def slots(self, device: torch.device) -> Slots:
         """How many places work has on this kind of device; remembered from pass to pass."""
@@ -137,7 +134,7 @@ class _Pass:
                 keep_rows=settings.keep_rows,
                 cutoff=tally.parts.cutoff,
                 strict=settings.strict == "computed",
-                kernels=kernels(self.engines.on(device)),
+                kernels=kernels(self.engines.chosen),
             )
         return self.passes[slots.fixed]
 
@@ -194,7 +191,7 @@ class DeviceReducer(LayerReducer):
             if self.index not in self.passing.done:
                 super().add(scores, pattern, s, **block)
             return
-        engines.ran.add(engines.on(scores.device))
+        engines.ran.add(engines.chosen)
         self.has_qk = s is not None
         weights, parts = (None if x is None else x.detach().flatten(0, 1) for x in (pattern, s))
         on, rows = self.passing.on(scores.device), scores.detach().flatten(0, 1)

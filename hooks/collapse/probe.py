@@ -142,8 +142,8 @@ def collapse_probe(
             device where they lie, from which only the result is copied; ``"triton"``: the same,
             with kernels of its own for what every row needs; ``"auto"``: compiled on the CPU, and
             where the others do not compute what is asked (draws, and the strict rate under other
-            laws than uniform, of noise on q alone and under soft caps); else triton on CUDA where
-            it is installed, else torch.
+            laws than uniform, of noise on q alone and under soft caps); else torch. Triton's
+            kernels ran under its interpreter only, so they are never chosen for you.
             The report's ``model["engine"]`` says which ran; parts of several may be merged.
         progress: show a bar in a terminal or a notebook, lines in a log; default: in a log only
             after a minute.

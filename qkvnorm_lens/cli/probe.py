@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--batch-size", type=positive, metavar="N", help="prompts per forward pass")
     said = "competitors to remember, for the sigma at which 1%% collapse [524288]"
     where.add_argument("--keep", type=positive, default=1 << 19, metavar="N", help=said)
-    said = "what reduces scores [compiled on the CPU, triton on CUDA, else torch]"
+    said = "what reduces scores [compiled on the CPU, else torch]"
     choices = ("auto", "compiled", "torch", "triton")
     where.add_argument("--engine", choices=choices, default="auto", help=said)
     where.add_argument("--device", help="cpu, cuda, cuda:1, ... [an accelerator, else cpu]")
