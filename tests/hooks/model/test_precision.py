@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -552,11 +551,3 @@ def test_weights_that_are_on_disk_are_measured(saved: Path, tmp_path: Path) -> N
         hf_model=AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager"),
     )
     assert_same_report(probe(whole, draws=2), probe(model, draws=2))
-    end = threading.Event()  # beside another thread, weights are watched
-    beside = threading.Thread(target=end.wait)
-    beside.start()
-    try:
-        assert_same_report(probe(whole, draws=2), probe(model, draws=2))
-    finally:
-        end.set()
-        beside.join()
