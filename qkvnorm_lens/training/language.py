@@ -9,7 +9,6 @@ measured on books that were never trained on (``texts/README.md``).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from pathlib import Path
 from typing import Final
@@ -163,22 +162,26 @@ def bits(loss: float) -> float:
     return loss * len(held_out_tokens()) / len(held_out_text()) / math.log(2)
 
 
-@functools.lru_cache(maxsize=8)
-def ngram_loss(n: int, path: Path = TRAIN, d_vocab: int = 512) -> float:
-    """Loss of an n-gram model on the held-out books, in nats per token.
+def ngram_loss(
+    n: int,
+    train: Int[np.ndarray, " token"],
+    held: Int[np.ndarray, " other"],
+    d_vocab: int = 512,
+) -> float:
+    """Loss of an n-gram model, in nats per token: what a language model has to be better than.
 
     Counted on the training text, and smoothed by the next shorter one as Witten and Bell do:
     ``p(t|h) = (c(ht) + u(h) p(t|h')) / (c(h) + u(h))``, u(h) the number of tokens seen behind h.
 
     Args:
         n: 1 for single tokens, 2 for pairs, 3 for triples.
-        path: the training text.
+        train: tokens that are counted.
+        held: tokens that are predicted, each from those before it.
         d_vocab: number of tokens.
     """
     (n,) = check_integers(n=(n, 1, 4))
-    train, held = train_tokens(path), held_out_tokens()
     p = np.full(len(held), 1 / d_vocab)
-    for k in range(1, n + 1):
+    for k in range(1, min(n, len(held)) + 1):
         grams, counts = np.unique(_keys(train, k, d_vocab), return_counts=True)
         heads, first = np.unique(grams // d_vocab, return_index=True)
         seen, kinds = np.add.reduceat(counts, first), np.diff(np.append(first, len(grams)))
@@ -186,17 +189,17 @@ def ngram_loss(n: int, path: Path = TRAIN, d_vocab: int = 512) -> float:
         c = _found(grams, counts, wanted)
         total, u = (_found(heads, x, wanted // d_vocab) for x in (seen, kinds))
         shorter = p[k - 1 :]
-        with np.errstate(invalid="ignore"):
-            p[k - 1 :] = np.where(total > 0, (c + u * shorter) / (total + u), shorter)
+        p[k - 1 :] = np.where(total > 0, (c + u * shorter) / np.maximum(total + u, 1), shorter)
     return float(-np.log(p).mean())
 
 
 def _keys(ids: Int[np.ndarray, " token"], k: int, d_vocab: int) -> Int[np.ndarray, " gram"]:
     """Each k tokens in a row as one number."""
-    wide, out = ids.astype(np.int64), 0
+    wide = ids.astype(np.int64)
+    out = np.zeros(len(wide) - k + 1, dtype=np.int64)
     for i in range(k):
-        out = out * d_vocab + wide[i : len(wide) - k + 1 + i]
-    return np.asarray(out)
+        out = out * d_vocab + wide[i : i + len(out)]
+    return out
 
 
 def _found(known: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

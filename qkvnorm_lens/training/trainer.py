@@ -162,8 +162,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        seed = (run.seed, _TRAIN_STREAM, rank, self.step)
-        batch = rows_of(self.task, self.recipe.batch_size, seed)
+        drawn = (run.seed, _TRAIN_STREAM, rank, self.step)
+        batch = rows_of(self.task, self.recipe.batch_size, drawn)
         n_scored = int(batch.scored.sum())
         parts = batch.by_length(run.length_parts)
         loss = torch.zeros((), device=self.device)

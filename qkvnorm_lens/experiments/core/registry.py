@@ -23,6 +23,7 @@ GROUPS: Final = {
     "gauge": "beyond",
     "confound": "beyond",
     "quantisation": "beyond",
+    "language": "beyond",
     "rank": "related",
     "masks": "related",
     "spectrum": "related",

@@ -70,8 +70,15 @@ def _from_directory(name: str, path: Path) -> Subject:
         name=name,
         kind="addition" if ours and config.get("d_vocab") == 17 else "language",
         path=path,
-        placement=str(config.get("placement", "")) if ours else "",
+        placement=_placement(config) if ours else "",
         group=group,
         seed=seed,
         digest=digest_of(path),
     )
+
+
+def _placement(config: dict[str, Any]) -> str:
+    """Where a model of ours has its norm; ``"qk"`` where v has none."""
+    norm = config.get("norm")
+    on = norm.get("on") if isinstance(norm, dict) else None
+    return "qk" if on == "qk" else str(config.get("placement", ""))

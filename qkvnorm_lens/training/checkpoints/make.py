@@ -33,7 +33,7 @@ from qkvnorm_lens.training import (
     train,
 )
 from qkvnorm_lens.training.language import Texts, ngram_loss, score
-from qkvnorm_lens.training.texts import text_tokenizer
+from qkvnorm_lens.training.texts import held_out_tokens, text_tokenizer, train_tokens
 
 RUNS: Final[dict[str, Run]] = {
     f"addition-{placement}": Run(
@@ -76,7 +76,8 @@ def card(
 def accuracy(run: Run, model: QKVNormTransformer, rows: int) -> dict[str, Any]:
     """By test: sums drawn separately from training; or held-out books, with what n-grams lose."""
     if isinstance(task := get_task(run.split), Texts):
-        grams = {f"{n}-gram": ngram_loss(n, task.path) for n in (1, 2, 3)}
+        read, held = train_tokens(task.path), held_out_tokens()
+        grams = {f"{n}-gram": ngram_loss(n, read, held) for n in (1, 2, 3)}
         return {"held out": {**dataclasses.asdict(score(model, task.length)), **grams}}
     return {
         kind: {

@@ -33,7 +33,7 @@ from qkvnorm_lens.experiments.paper.collapse import (
     measure as collapse,
     words as collapse_words,
 )
-from qkvnorm_lens.training.addition import get_split
+from qkvnorm_lens.training.run import get_task
 from tests.support import models
 from tests.support.counting import NOBODY, Counting
 from tests.support.paths import RESULTS
@@ -188,8 +188,10 @@ def test_trained_models_are_what_their_command_makes() -> None:
         card = json.loads((path / "card.json").read_text())
         assert card["run"] == json.loads(json.dumps(describe(known[name]))), name
         assert card["command"] == f"python -m qkvnorm_lens.experiments.train {name}"
-        own = json.loads(json.dumps(get_split(known[name].split).to_json()))
-        assert card["accuracy"]["in distribution"]["split"] == own, name
+        own = json.loads(json.dumps(get_task(known[name].split).to_json()))
+        assert card["run"]["split"] == own, name
+        if "text" not in own:
+            assert card["accuracy"]["in distribution"]["split"] == own, name
 
 
 def test_models_by_name_directory_and_hub() -> None:
@@ -450,6 +452,6 @@ def test_the_command_says_what_is_wrong(
 def test_all_on_a_foreign_model_names_what_it_leaves_out(tmp_path: Path) -> None:
     names = {n for n in experiments.NAMES if experiments.get_experiment(n).models == "any"}
     rest = set(experiments.NAMES) - names
-    own = {"stability", "theorems", "confound", "masks", "centring", "positions"}
+    own = {"stability", "theorems", "confound", "masks", "centring", "positions", "language"}
     assert rest == {"accuracy"} | own
     assert running.fitting(ACCURACY, [NOBODY]) == ()
