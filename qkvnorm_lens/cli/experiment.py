@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     said = (
         "a shipped model, a directory or a Hugging Face id; may be given several times; "
-        "`study` stands for the trained study models [study models and shipped ones]"
+        "`study` and `language` stand for all trained models of that name [study models and "
+        "shipped ones]"
     )
     parser.add_argument("--model", action="append", metavar="MODEL", help=said)
     size = parser.add_mutually_exclusive_group()

@@ -24,6 +24,7 @@ GROUPS: Final = {
     "confound": "beyond",
     "quantisation": "beyond",
     "language": "beyond",
+    "atlas": "beyond",
     "rank": "related",
     "masks": "related",
     "spectrum": "related",

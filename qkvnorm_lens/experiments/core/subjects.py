@@ -30,7 +30,9 @@ def default_subjects(size: Size) -> tuple[Subject, ...]:
 
 
 def find_subjects(names: Sequence[str]) -> tuple[Subject, ...]:
-    """Models by name: a trained or shipped one, ``study`` for all of those, a directory, a hub id.
+    """Models by name: a trained or shipped one, a directory, a hub id.
+
+    ``study`` and ``language`` stand for all trained models of that name.
 
     Raises:
         LoadError: no such model.
@@ -38,8 +40,9 @@ def find_subjects(names: Sequence[str]) -> tuple[Subject, ...]:
     """
     found: list[Subject] = []
     for name in names:
-        known = trained("study-") if name == "study" else trained()
-        if name == "study":
+        several = name in ("study", "language")
+        known = trained(f"{name}-") if several else trained()
+        if several:
             found += [_from_directory(n, path) for n, path in known.items()]
         elif name in known:
             found.append(_from_directory(name, known[name]))
