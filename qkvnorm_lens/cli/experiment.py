@@ -24,8 +24,8 @@ Finished parts are kept: a stopped run resumes where it was. NAME is one of
   {names}
 
 `list` describes each; `report` compares all results under DIR with the published ones: a
-summary, and a page for each experiment. Without --model: small models trained on addition that
-come with the package."""
+summary, and a page for each experiment. Without --model: small models trained on addition, which
+a clone has; a wheel has three of them."""
 EPILOG = """\
 examples:
   qkvnorm-lens experiment list

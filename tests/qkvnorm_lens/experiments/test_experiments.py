@@ -194,6 +194,29 @@ def test_trained_models_are_what_their_command_makes() -> None:
             assert card["accuracy"]["in distribution"]["split"] == own, name
 
 
+def test_models_that_are_not_here_are_named_with_what_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qkvnorm_lens.experiments.core import subjects
+    from qkvnorm_lens.models import LoadError, find, is_experiment_model, loading
+
+    assert all(map(is_experiment_model, train.runs()))
+    assert not any(map(is_experiment_model, ["gpt2", "addition-pre", "my/study-pre-1", "order-1"]))
+    monkeypatch.setattr(loading, "experiment_models", dict)
+    monkeypatch.setattr(subjects, "trained", lambda prefix="": {})
+    monkeypatch.chdir(tmp_path)
+    for name in ("study-pre-1", "language-qk-2"):
+        with pytest.raises(LoadError, match=f"experiments.train {name}` makes them"):
+            find(name)
+    with pytest.raises(LoadError, match=r"wanted the models study-\*; got none: they do not come"):
+        find_subjects(["study"])
+    names = [s.name for s in default_subjects("smoke")]
+    assert names == ["addition-pre", "addition-qkv"]
+    (tmp_path / "study-pre-1").mkdir()  # a directory of that name is what was meant
+    (tmp_path / "study-pre-1" / "config.json").write_text("{}")
+    assert find("study-pre-1").kind == "directory"
+
+
 def test_models_by_name_directory_and_hub() -> None:
     names = ["study", "addition-pre", str(train.MODELS / "study-qkv-2"), "gpt2"]
     found = find_subjects(names)
