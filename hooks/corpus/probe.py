@@ -165,7 +165,7 @@ class _Run:
             model,
             self.documents,
             context=context,
-            batch_size=self.options.batch_size,
+            batch_size=self.options.together(None),
             most=self.limit,
             prepend_bos=self.prepend_bos,
         )
