@@ -16,7 +16,19 @@ from filelock import FileLock, Timeout
 from hooks.collapse import FORM, CollapseReport
 from hooks.reports import one_model
 
-DONE: Final = ("blocks", "prompts", "tokens", "documents", "digest", "complete")
+DONE: Final = (
+    "groups",
+    "blocks",
+    "windows",
+    "prompts",
+    "tokens",
+    "documents",
+    "digest",
+    "complete",
+)
+SHARED: Final = ("groups", "documents", "empty", "seen", "digest")
+"""What all shards have read of a corpus, so that it is the same for each."""
+_LEFT_OUT: Final = (("empty", "empty documents"), ("single", "windows of one token"))
 
 
 class Part:
@@ -83,9 +95,20 @@ def corpus_of(report: CollapseReport, path: Path) -> Any:
     """
     fact: Any = report.model.get("corpus")
     whole = isinstance(fact, dict) and all(isinstance(fact.get(n), dict) for n in ("what", "done"))
+    if whole and "groups" not in fact["done"]:
+        raise ValueError(
+            f"{path}: wanted a part whose documents were dealt; got one of an earlier version, "
+            "which dealt windows: that version goes on with it, or count it anew in another "
+            "directory"
+        )
     if not whole or not report.settings.pooled or {*DONE} - {*fact["done"]}:
         raise ValueError(f"{path}: wanted a part that probe_corpus wrote; got another report")
     return fact
+
+
+def left_out(done: Mapping[str, Any]) -> list[str]:
+    """What was left out of a corpus, in words."""
+    return [f"{done[name]} {what} left out" for name, what in _LEFT_OUT if done.get(name)]
 
 
 def differing(

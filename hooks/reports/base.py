@@ -36,7 +36,7 @@ from hooks.reports.files import (
 from hooks.reports.notebook import Curves, card
 from hooks.reports.values import as_kind, check_facts, check_texts
 
-_UNLIKE = ("device", "engine", "given", "corpus")  # facts that two parts may differ in
+_UNLIKE = ("device", "engine", "given", "corpus", "numbers")  # facts that two parts may differ in
 _DTYPES: Final = {"Int": "I64", "Float": "F64", "Bool": "BOOL"}
 R = TypeVar("R")
 Sizes = dict[str, Any]
@@ -455,8 +455,8 @@ def first_tokens(
     starts: Sequence[Sequence[int]], prompt: Int[np.ndarray, "n"], position: Int[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n"]:
     """Whether these tokens are a prompt's first, or the first of a document packed into it."""
+    packed = [(i << 32) | p for i, mine in enumerate(starts) if len(mine) > 1 for p in mine]
     first: np.ndarray = position == 0
-    for index, mine in enumerate(starts):
-        if len(mine) > 1:
-            first |= (prompt == index) & np.isin(position, mine)
+    if packed:
+        first |= np.isin((prompt.astype(np.int64) << 32) | position, packed)
     return first
