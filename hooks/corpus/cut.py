@@ -159,6 +159,8 @@ class Cut:
 
     def _within(self, windows: list[Window]) -> list[Window]:
         """Windows up to the one that ends the corpus, counted."""
+        if self.most is None:
+            return windows
         for at, window in enumerate(windows, 1):
             self.seen += len(window)
             if self._ended:

@@ -330,18 +330,21 @@ def test_a_shard_cuts_only_its_own_documents(
 
     original = cut.text_tokens
     monkeypatch.setattr(cut, "text_tokens", recorded)
-    some = [text for text in texts if text.strip()]
-    shards: list[set[str]] = []
-    for i in (1, 2, 3):
+    groups: list[set[str]] = [set()]
+    size = 0
+    for text in texts:
+        groups[-1] |= {text} if text.strip() else set()
+        size += len(text) + 1
+        if size >= 200:
+            groups, size = [*groups, set()], 0
+    for i in (0, 1, 2):
         cut_texts.clear()
-        probe_corpus(model, texts, shard=(i, 3), out=tmp_path, **OPTIONS)
-        shards.append({*cut_texts} - ({*some[:10]} if i > 1 else set()))
-    assert set.union(*shards) == {*some}
-    assert all(len(shard) < 0.5 * len(some) for shard in shards)
-    assert not shards[1] & shards[2]
-    cut_texts.clear()
-    probe_corpus(model, texts, shard=(2, 3), out=tmp_path, **OPTIONS)
-    assert {*cut_texts} <= {*some[:10]}
+        probe_corpus(model, texts, shard=(i + 1, 3), out=tmp_path, **OPTIONS)
+        own = set[str]().union(*groups[i::3])
+        assert own <= {*cut_texts} <= own | groups[0]
+        cut_texts.clear()
+        probe_corpus(model, texts, shard=(i + 1, 3), out=tmp_path, **OPTIONS)
+        assert {*cut_texts} <= groups[0]
 
 
 def test_a_part_of_an_earlier_version_is_refused(
