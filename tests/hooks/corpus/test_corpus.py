@@ -335,7 +335,7 @@ def test_a_shard_cuts_only_its_own_documents(
     for text in texts:
         groups[-1] |= {text} if text.strip() else set()
         size += len(text) + 1
-        if size >= 200:
+        if size >= 2 * 8 * 24:  # two characters for each token of a block, here a batch
             groups, size = [*groups, set()], 0
     for i in (0, 1, 2):
         cut_texts.clear()
