@@ -19,7 +19,15 @@ from hooks.collapse.kept import KeptRows, join_kept
 from hooks.collapse.settings import By
 from hooks.collapse.solve import error_of_crossing
 from hooks.collapse.table import join
-from hooks.reports import CorpusReport, first_tokens, moments, one_model, se_moments, se_prompts
+from hooks.reports import (
+    CorpusReport,
+    first_tokens,
+    moments,
+    one_model,
+    prompt_axes,
+    se_moments,
+    se_prompts,
+)
 
 if TYPE_CHECKING:
     from hooks.collapse.table import RowTable
@@ -198,14 +206,6 @@ class PooledReport(CorpusReport):
 
 _WORDS: Final = ("tokens", "decoder_tokens")
 _AXES: Final = {"head": (), "layer": (-1,), "model": (-2, -1)}
-
-
-def prompt_axes(report: type) -> dict[str, int]:
-    """Arrays of a report with an axis of prompts, and which axis that is."""
-    kinds = {
-        n: k.dim_str.split() for n, k in get_type_hints(report).items() if hasattr(k, "dim_str")
-    }
-    return {name: axes.index("prompt") for name, axes in kinds.items() if "prompt" in axes}
 
 
 def over_prompts(report: type, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from typing import Any
 
 from hooks.collapse import CollapseReport, Pool, read_options
@@ -84,7 +83,9 @@ def probe_corpus(
     run = Run(
         model,
         dataset,
-        partial(Pool, chosen),
+        lambda layers, prompts: Pool(chosen, layers),
+        measure="collapse_probe",
+        options=None,
         layers=chosen.layers,
         batch_size=chosen.batch_size,
         split=split,

@@ -74,7 +74,8 @@ class Run:
     """A corpus, a model, and what is counted.
 
     Args:
-        measure: the sums, from the layers that are measured.
+        sums: what is counted, from the layers that are measured and the first block's prompts.
+        measure, options: its name and, where its settings are not known from the start, those.
         layers: block indices; default: every attention layer.
         batch_size: prompts that share a pass.
     """
@@ -83,8 +84,10 @@ class Run:
         self,
         model: HookedModel,
         dataset: Any,
-        measure: Callable[[tuple[LayerSites, ...]], Sums],
+        sums: Callable[[tuple[LayerSites, ...], Prompts], Sums],
         *,
+        measure: str,
+        options: Mapping[str, str] | None,
         layers: Sequence[int] | None,
         batch_size: int,
         split: str | None,
@@ -97,7 +100,7 @@ class Run:
         name: str | None,
     ) -> None:
         self.model, self.name = model, name
-        self.measure, self.layers, self.batch_size = measure, layers, batch_size
+        self.begin, self.layers, self.batch_size = sums, layers, batch_size
         self.documents = Documents(dataset, split, column)
         known = int(getattr(getattr(model, "cfg", None), "n_ctx", 0) or 0)
         usual = min(_CONTEXT, known or _CONTEXT)
@@ -120,6 +123,8 @@ class Run:
         self.model_facts: dict[str, Any] = {}
         self.done: dict[str, Any] = {"complete": False, "tokens": 0, "prompts": 0, "windows": []}
         self.what = {
+            "measure": measure,
+            "options": options,
             "dataset": self.documents.name,
             "split": self.documents.split,
             "column": self.documents.column,
@@ -232,7 +237,7 @@ class Run:
         sites = sites_for(self.model, prompts)
         chosen = choose_layers(sites, self.layers)
         self.facts = partial(attention_facts, self.model, sites, chosen, prompts, self.name)
-        self.model_facts, sums = self.facts(), self.measure(chosen)
+        self.model_facts, sums = self.facts(), self.begin(chosen, prompts)
         if self.part is not None:
             fresh = SimpleNamespace(settings=sums.settings, model=self._told())
             report = self.part.load(fresh)

@@ -13,12 +13,11 @@ import numpy as np
 from jaxtyping import Int
 
 from hooks.arguments import brief, check_path, read_list
-from hooks.collapse import CollapseReport
-from hooks.corpus.part import SHARED, corpus_of, differing, left_out
+from hooks.corpus.part import SHARED, corpus_of, differing, left_out, read_part
 
 
-def merge_corpus(folders: str | os.PathLike[str] | Iterable[Any]) -> CollapseReport:
-    """The report of a whole corpus from the parts that its shards wrote.
+def merge_corpus(folders: str | os.PathLike[str] | Iterable[Any]) -> Any:
+    """The report of a whole corpus from the parts that its shards wrote, whatever was measured.
 
     Sums are those of one process, up to the rounding of their order (1e-12); the rows are the same.
 
@@ -32,7 +31,7 @@ def merge_corpus(folders: str | os.PathLike[str] | Iterable[Any]) -> CollapseRep
     """
     if isinstance(folders, (str, os.PathLike)):
         folders = [folders]
-    wanted = "directories that probe_corpus wrote to"
+    wanted = "directories with parts of a corpus"
     found: list[Path] = []
     for given in read_list("folders", folders, wanted):
         path = check_path("folders", given)
@@ -42,11 +41,11 @@ def merge_corpus(folders: str | os.PathLike[str] | Iterable[Any]) -> CollapseRep
             )
         found += sorted(path.glob("part-*.safetensors")) if path.is_dir() else [path]
     if not found:
-        raise ValueError(f"folders: wanted parts that probe_corpus wrote; got {brief(found)}")
-    return together([CollapseReport.load(path) for path in found], found)
+        raise ValueError(f"folders: wanted parts of a corpus; got {brief(found)}")
+    return together([read_part(path) for path in found], found)
 
 
-def together(reports: Sequence[CollapseReport], names: Sequence[Any]) -> CollapseReport:
+def together(reports: Sequence[Any], names: Sequence[Any]) -> Any:
     """The parts of all shards as one report; ``names`` say where each was found."""
     facts = [corpus_of(report, name) for report, name in zip(reports, names, strict=True)]
     n = facts[0]["shard"][1]
@@ -92,7 +91,7 @@ def together(reports: Sequence[CollapseReport], names: Sequence[Any]) -> Collaps
     given = [words for words in whole.model["given"] if words not in left_out(facts[at[1]]["done"])]
     told = {"given": [*given, *left_out(done)]}
     corpus = {**facts[0], "shard": [1, 1], "done": done}
-    return replace(whole, model={**whole.model, **told, "corpus": corpus})  # type: ignore[no-any-return]
+    return replace(whole, model={**whole.model, **told, "corpus": corpus})
 
 
 def _summed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

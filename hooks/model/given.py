@@ -19,8 +19,6 @@ from torch import Tensor
 from hooks.arguments import near
 from hooks.errors import UnsupportedModelError
 
-Tokens: TypeAlias = str | Iterable[Any] | np.ndarray | Tensor
-"""A text, texts, chat messages, token ids, or named inputs: see :func:`hooks.collapse_probe`."""
 MaskLike: TypeAlias = Iterable[Any] | np.ndarray | Tensor
 """1 for real tokens and 0 for padding, ``[batch, pos]``; or what a model takes for each query and
 key, ``[batch, head or 1, query, key]``."""

@@ -149,6 +149,28 @@ class Form(Generic[R]):
 _FORMS: dict[type, Form[Any]] = {}
 
 
+def save_report(report: Any, path: Path, *, draft: Path) -> Path:
+    """Write a report of any kind; ``draft`` as in :func:`write_whole`."""
+    return _FORMS[type(report)].save(report, path, draft=draft)
+
+
+def load_report(path: Path, kinds: Sequence[type]) -> Any:
+    """The report in a file, of one of these kinds: the first, where the file doesn't say which.
+
+    Raises:
+        ReportFileError: the file is not a report of that kind, or not whole.
+        OSError: no such file, or one that can't be read.
+    """
+    said = ""
+    try:
+        with path.open("rb") as stream:
+            said = TensorFile.open(stream).words.get("format", "")
+    except (Unsound, OSError):  # which loading names
+        pass
+    named = (kind for kind in kinds if said.startswith(f"qkvnorm-lens {_FORMS[kind].name} "))
+    return _FORMS[next(named, kinds[0])].load(path)
+
+
 class SavedReport:
     """What every report can do: be printed, saved and loaded."""
 
