@@ -65,12 +65,18 @@ def measure_corpus(
     Raises:
         UnsupportedModelError: the model failed the self-check, or a check of the measure.
         TypeError: another measure, or an option that it does not have.
-        ValueError, Stopped: as for :func:`probe_corpus`.
+        ValueError: ``pack`` with interference; and as for :func:`probe_corpus`.
+        Stopped: as there.
     """
-    if measure not in _MEASURES:
+    if not any(measure is known for known in _MEASURES):
         raise TypeError(
             "measure: wanted hooks.sweep, hooks.spread or hooks.interference (hooks.probe_corpus "
             f"is the collapse probe's); got {brief(measure)}"
+        )
+    if pack and measure is interference:
+        raise ValueError(
+            "pack: wanted False with hooks.interference, whose constant is the median scale of a "
+            "document's own tokens; got True"
         )
     known = inspect.signature(measure).parameters
     wanted = sorted({*known} - _OF_THE_CORPUS)
