@@ -87,7 +87,7 @@ def probe_corpus(
         measure="collapse_probe",
         options=None,
         layers=chosen.layers,
-        batch_size=chosen.batch_size,
+        batch_size=chosen.together(None),
         split=split,
         column=column,
         context=context,

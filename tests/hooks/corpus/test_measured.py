@@ -163,7 +163,7 @@ def test_packed_documents_give_what_they_give_alone(
 ) -> None:
     measure, options = case
     if measure is hooks.interference:
-        with pytest.raises(ValueError, match="pack: wanted False with hooks.interference"):
+        with pytest.raises(ValueError, match=r"pack: wanted False with hooks\.interference"):
             measure_corpus(model, few, measure, pack=True, **options, **CORPUS)
         return
     if "sigmas" in options:
