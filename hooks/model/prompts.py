@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -144,6 +145,11 @@ class Prompts:
             if self.decoder_masked:
                 named["decoder_attention_mask"] = torch.ones_like(decoder)
         return ModelInput(first, named, frozenset(self.joined))
+
+
+Tokens: TypeAlias = str | Iterable[Any] | np.ndarray | Tensor | Prompts
+"""A text, texts, chat messages, token ids, named inputs, or prompts that :func:`hooks.encode` made:
+see :func:`hooks.collapse_probe`."""
 
 
 def _padded(row: Tensor, width: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Where a model keeps q, k, v, scores and pattern, and the proof that they are there."""
 
 from hooks.sites.facts import attention_facts, model_facts
-from hooks.sites.masks import check_masks
+from hooks.sites.masks import check_masks, once
 from hooks.sites.norm import CHECK, InnerNorm, inner_norms
 from hooks.sites.scores import (
     ScoreParts,
@@ -37,6 +37,6 @@ __all__ = [
     "CHECK", "AttentionSites", "Hook", "InnerNorm", "LayerSites", "LayerView", "ScoreParts",
     "SeenLayer", "Site", "Stream", "VectorSite", "as_hooked", "attention_facts", "attention_sites",
     "check_masks", "choose_layers", "expand_factors", "inner_norms", "may_share", "model_facts",
-    "observe", "qk_part", "refuse_several_streams", "sites_and_key", "sites_for", "split",
+    "observe", "once", "qk_part", "refuse_several_streams", "sites_and_key", "sites_for", "split",
     "stream_hook", "uncapped", "view_layers", "visible", "watch_layers",
 ]  # fmt: skip
