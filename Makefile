@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
 .PHONY: help setup dist probe test test-legacy test-newest nightly slow long matrix browser smoke lint format real-model \
-	benchmarks docs notebooks tutorials clean
+	models benchmarks docs notebooks tutorials clean
 
 help:
 	@echo "make probe       which heads of the shipped model lose their token at which noise"
@@ -34,6 +34,7 @@ help:
 	@echo "make smoke       every experiment of the paper, in its smallest form"
 	@echo "make lint        ruff and mypy;  make format rewrites"
 	@echo "make real-model  fetch and convert the models that the tests read"
+	@echo "make models      train what is missing of the experiments' models, for hours"
 	@echo "make benchmarks  time and memory"
 	@echo "make notebooks   run the tutorials;  make tutorials stores what they show"
 	@echo "make dist        wheel and source archive, checked, in dist/"
@@ -124,6 +125,11 @@ format: $(SETUP)
 
 real-model: $(SETUP)
 	$(BIN)/python -m tests.support.real_models
+
+# Those that are there stay; a stopped run goes on. The wheel has none of them.
+models: $(SETUP)
+	$(BIN)/python -m qkvnorm_lens.training.texts.make
+	$(BIN)/python -m qkvnorm_lens.experiments.train $(ARGS)
 
 benchmarks: real-model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
