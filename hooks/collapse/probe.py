@@ -53,7 +53,7 @@ from hooks.sites import (
 )
 
 if TYPE_CHECKING:
-    from hooks.collapse.reduce import LayerReducer
+    from hooks.collapse.device import DeviceReducer
 
 DEFAULT_SIGMAS = (
     0.01, 0.015, 0.02, 0.03, 0.04, 0.055, 0.075, 0.1, 0.11, 0.14, 0.17, 0.2, 0.25, 0.3, 0.4, 0.5,
@@ -370,7 +370,7 @@ def check_sparse(sparse: float) -> float:
 
 
 def _reduce(
-    seen: SeenLayer, reducer: LayerReducer, query_block: int | None, padding: _Padding | None
+    seen: SeenLayer, reducer: DeviceReducer, query_block: int | None, padding: _Padding | None
 ) -> None:
     """Count one layer's rows; with q and k apart where a bias is added to their product."""
     sites, fused = seen.sites, None if seen.taken is None else seen.taken.fused
@@ -379,6 +379,9 @@ def _reduce(
         of = seen.vectors()
         wide = torch.promote_types(of["q"].dtype, torch.float32)
         vectors = of["q"].to(wide), of["k"].to(wide)
+    if fused is not None and vectors is None and padding is None and reducer.takes(fused):
+        reducer.add_fused(fused, query_block, _BLOCK_BYTES)
+        return
     if fused is not None:
         _in_blocks(reducer, sites, fused, vectors, query_block, padding)
         return
@@ -390,7 +393,7 @@ def _reduce(
 
 
 def _in_blocks(
-    reducer: LayerReducer,
+    reducer: DeviceReducer,
     sites: LayerSites,
     fused: Fused,
     vectors: tuple[Tensor, Tensor] | None,
