@@ -72,7 +72,8 @@ class CacheRecipe:
         try:
             found = json.loads(path.read_text("utf-8"))
             lists = ("layers", "keys", "values")
-            recipe = cls(**{n: tuple(x) if n in lists else x for n, x in found.items()})
+            fields: Any = {n: tuple(x) if n in lists else x for n, x in found.items()}
+            recipe = cls(**fields)
             if not len(recipe.layers) == len(recipe.keys) == len(recipe.formats()):
                 raise ValueError("not a format for each layer's keys and values")
         except (TypeError, ValueError, AttributeError) as error:
