@@ -12,26 +12,29 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := .venv/installed
 LEGACY := .venv-legacy
 NEWEST := .venv-newest
+NIGHTLY := .venv-nightly
 DIST := .venv-dist
 # Every process would translate some 500 modules anew.
 export PYTHONDONTWRITEBYTECODE :=
 # A process per core, with one thread each: small models gain nothing from more.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
-.PHONY: help setup dist probe test test-legacy test-newest slow long matrix browser smoke lint format real-model \
-	benchmarks docs notebooks tutorials clean
+.PHONY: help setup dist probe test test-legacy test-newest nightly slow long matrix browser smoke lint format real-model \
+	models benchmarks docs notebooks tutorials clean
 
 help:
 	@echo "make probe       which heads of the shipped model lose their token at which noise"
 	@echo "make test        fast tests and a real-model smoke test"
 	@echo "make test-legacy a HookedTransformer of TransformerLens 3.9, in its own .venv-legacy"
 	@echo "make test-newest the same library on transformers 5.24, in its own .venv-newest"
+	@echo "make nightly     the newest release of everything, and what breaks there, in .venv-nightly"
 	@echo "make slow        the slow tests;  make long: thousands of fuzzed cases"
 	@echo "make matrix      every architecture that TransformerLens knows"
 	@echo "make browser     the report's page in the system's Chromium"
 	@echo "make smoke       every experiment of the paper, in its smallest form"
 	@echo "make lint        ruff and mypy;  make format rewrites"
 	@echo "make real-model  fetch and convert the models that the tests read"
+	@echo "make models      train what is missing of the experiments' models, for hours"
 	@echo "make benchmarks  time and memory"
 	@echo "make notebooks   run the tutorials;  make tutorials stores what they show"
 	@echo "make dist        wheel and source archive, checked, in dist/"
@@ -86,6 +89,19 @@ $(NEWEST)/installed: pyproject.toml constraints.txt
 	$(NEWEST)/bin/python -m pip --disable-pip-version-check install -q --no-deps transformers==5.24.0
 	touch $@
 
+# The newest release of everything, whatever pyproject.toml allows, made anew each time. TORCH=torch
+# takes torch's own newest (gigabytes of CUDA); PYTHON=python3.13 another Python. What broke, and
+# beside which versions, is in runs/newest/newest.md.
+nightly: real-model
+	rm -rf $(NIGHTLY)
+	$(PYTHON) -m venv $(NIGHTLY)
+	$(NIGHTLY)/bin/python -m pip --disable-pip-version-check install -q "$(TORCH)"
+	$(NIGHTLY)/bin/python -m pip --disable-pip-version-check install -q --upgrade --upgrade-strategy eager \
+		-e ".[plots,test,tutorials]" "$(TORCH)"
+	$(NIGHTLY)/bin/python -m pip --disable-pip-version-check install -q --upgrade --no-deps \
+		transformers transformer-lens
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NIGHTLY)/bin/python -m tests.support.newest $(ARGS)
+
 slow: real-model
 	$(PARALLEL) -m slow --durations=10 $(ARGS)
 
@@ -109,6 +125,11 @@ format: $(SETUP)
 
 real-model: $(SETUP)
 	$(BIN)/python -m tests.support.real_models
+
+# Those that are there stay; a stopped run goes on. The wheel has none of them.
+models: $(SETUP)
+	$(BIN)/python -m qkvnorm_lens.training.texts.make
+	$(BIN)/python -m qkvnorm_lens.experiments.train $(ARGS)
 
 benchmarks: real-model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)

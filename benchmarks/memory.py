@@ -58,7 +58,7 @@ def work(kind: str, n_layers: int, length: int) -> dict[str, float]:
     hooks.collapse_probe(model, tokens[:, :16], draws=2, progress=False)
     out: dict[str, float] = {}
     if kind == "plain":
-        _pass_to_the_last_attention(model, tokens)
+        pass_to_the_last_attention(model, tokens)
     else:
         sigmas, draws = (int(n) for n in kind.split("x"))
         report = hooks.collapse_probe(
@@ -72,7 +72,7 @@ def work(kind: str, n_layers: int, length: int) -> dict[str, float]:
     return out
 
 
-def _pass_to_the_last_attention(model: Any, tokens: Any) -> None:
+def pass_to_the_last_attention(model: Any, tokens: Any) -> None:
     import torch
 
     import hooks

@@ -8,7 +8,7 @@ from hooks.collapse import (
     RowTable,
     collapse_probe,
 )
-from hooks.corpus import merge_corpus, probe_corpus
+from hooks.corpus import measure_corpus, merge_corpus, probe_corpus
 from hooks.errors import ReportFileError, UnsupportedModelError
 from hooks.measures.cache import (
     CacheFormat,
@@ -54,6 +54,7 @@ __all__ = [
     "collapse_probe",
     "CollapseReport",
     "probe_corpus",
+    "measure_corpus",
     "merge_corpus",
     "sweep",
     "SweepReport",

@@ -454,7 +454,7 @@ assert all(same)
 #
 # ### Curves of the study models
 #
-# Three seeds each; the logs come with the package. A placement has one colour here, a seed one
+# Three seeds each; the logs come with the repository. A placement has one colour here, a seed one
 # line.
 
 # %%

@@ -27,6 +27,7 @@ from hooks.kernels.engines import (
     from_number,
     kernels,
 )
+from hooks.model import Fused
 from hooks.noise import NormNoise
 from hooks.sites import LayerSites, SeenLayer
 
@@ -87,7 +88,7 @@ class Engines:
         self,
         prompts: Sequence[int],
         watch: Callable[[Callable[[SeenLayer], None]], None],
-        reduce: Callable[[SeenLayer, LayerReducer], None],
+        reduce: Callable[[SeenLayer, DeviceReducer], None],
     ) -> None:
         """Reduce the layers of one pass, which ``watch`` shows, again if there were too few places.
 
@@ -116,7 +117,7 @@ class _Pass:
         self.passes: dict[bool, TorchPass] = {}
         self.reducers: dict[int, DeviceReducer] = {}
 
-    def reducer(self, seen: SeenLayer) -> LayerReducer:
+    def reducer(self, seen: SeenLayer) -> DeviceReducer:
         """The reducer of a layer."""
         mine = self.reducers.get(seen.index)
         if mine is None:
@@ -180,14 +181,7 @@ class DeviceReducer(LayerReducer):
         self.eps = torch.finfo(scores.dtype).eps if eps is None else eps
         n_key = block.get("n_key") or scores.shape[3]
         rule = self._rule(block.get("first_query", 0), self.eps, n_key)
-        lacking = lacks(self.settings, rule)
-        if engines.asked in ("torch", "triton") and lacking:
-            wanted = f"wanted 'compiled' or 'auto' for {lacking}"
-            raise ValueError(f"engine: {wanted}; got {engines.asked!r}")
-        here = engines.asked == "auto" and scores.device.type == "cpu"
-        if engines.asked == "compiled" or here or lacking:
-            engines.ran.add("compiled")
-            self.passing.compiled.add(self.index)
+        if self._by_compiled_code(scores.device, rule):
             if self.index not in self.passing.done:
                 super().add(scores, pattern, s, **block)
             return
@@ -196,6 +190,30 @@ class DeviceReducer(LayerReducer):
         weights, parts = (None if x is None else x.detach().flatten(0, 1) for x in (pattern, s))
         on, rows = self.passing.on(scores.device), scores.detach().flatten(0, 1)
         on.add(self.index, rule, rows, weights, parts, self.passing.prompts)
+
+    def add_fused(self, fused: Fused, query_block: int | None, room: int) -> None:
+        """As :meth:`LayerReducer.add_fused`, where :meth:`takes` allows it."""
+        if self.index not in self.passing.done:
+            super().add_fused(fused, query_block, room)
+
+    def takes(self, fused: Fused) -> bool:
+        """Whether compiled code makes and reduces these scores, on threads of its own."""
+        if fused.query.device.type != "cpu":
+            return False
+        return self._by_compiled_code(fused.query.device, self._rule(0, 0.0, fused.shape[3]))
+
+    def _by_compiled_code(self, device: torch.device, rule: Rule) -> bool:
+        """Whether this engine was asked for, or is the only one that can."""
+        engines, lacking = self.passing.engines, lacks(self.settings, rule)
+        if engines.asked in ("torch", "triton") and lacking:
+            wanted = f"wanted 'compiled' or 'auto' for {lacking}"
+            raise ValueError(f"engine: {wanted}; got {engines.asked!r}")
+        here = engines.asked == "auto" and device.type == "cpu"
+        if not (engines.asked == "compiled" or here or lacking):
+            return False
+        engines.ran.add("compiled")
+        self.passing.compiled.add(self.index)
+        return True
 
     def add_sums(self, found: LayerSums) -> None:
         """Add what a pass brought of this layer to the tally."""

@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING, Any, Final, get_type_hints
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from hooks.arguments import check_choice, check_number
-from hooks.collapse.kept import join_kept
+from hooks.collapse.kept import KeptRows, join_kept
 from hooks.collapse.settings import By
 from hooks.collapse.solve import error_of_crossing
 from hooks.collapse.table import join
-from hooks.reports import CorpusReport, first_tokens, moments, one_model, se_moments, se_prompts
+from hooks.reports import (
+    CorpusReport,
+    first_tokens,
+    moments,
+    one_model,
+    prompt_axes,
+    se_moments,
+    se_prompts,
+)
 
 if TYPE_CHECKING:
     from hooks.collapse.table import RowTable
@@ -77,6 +85,25 @@ class PooledReport(CorpusReport):
             first, second = self.pooled(), later.pooled()
         return super(PooledReport, first).merge(second)
 
+    def placed(self: Any, places: Int[np.ndarray, "prompt"], n: int) -> Any:
+        """This shard's report, with its prompts at their ``places`` among the ``n`` of a corpus."""
+        words: dict[str, Any] = {}
+        for name in _WORDS:
+            rows = [()] * (n if name == "tokens" or getattr(self, name) else 0)
+            for at, row in zip(places, getattr(self, name), strict=False):
+                rows[at] = row
+            words[name] = tuple(rows)
+        table, kept = (
+            replace(rows, prompt=places[rows.prompt].astype(np.int32))
+            for rows in (self.table, self.kept)
+        )
+        starts = [(0,)] * (n if self.starts else 0)
+        for at, mine in zip(places, self.starts, strict=False):
+            starts[at] = mine
+        numbers = {str(places[int(p)]): x for p, x in self.model.get("numbers", {}).items()}
+        model = {**self.model, "numbers": numbers}
+        return replace(self, table=table, kept=kept, starts=tuple(starts), model=model, **words)
+
     def alongside(self: Any, later: Any) -> Any:
         """The report of two shards, pooled, whose prompts are numbered as those of the corpus.
 
@@ -91,7 +118,16 @@ class PooledReport(CorpusReport):
         }
         mine, other = (self, later) if len(self.tokens) >= len(later.tokens) else (later, self)
         words = {n: _either(getattr(mine, n), getattr(other, n)) for n in _WORDS}
-        return replace(self, **added, **self._both(later, 0, words))
+        starts = self.starts or later.starts
+        if self.starts and later.starts:
+            starts = tuple(max(x, key=len) for x in zip(self.starts, later.starts, strict=True))
+        both = self._both(later, 0, words, starts)
+        if starts:  # of the rows that both keep together
+            known = within(dict(enumerate(starts)), both["table"])
+            both["starts"] = tuple(known.get(i, (0,)) for i in range(len(starts)))
+        numbers = {**self.model.get("numbers", {}), **later.model.get("numbers", {})}
+        model = {**self.model, "numbers": kept_numbers(numbers, both["kept"])}
+        return replace(self, **added, **both | {"model": model})
 
     def _beside(self: Any, later: Any) -> dict[str, Any]:
         """What a merged report has of both beside sums."""
@@ -172,14 +208,6 @@ _WORDS: Final = ("tokens", "decoder_tokens")
 _AXES: Final = {"head": (), "layer": (-1,), "model": (-2, -1)}
 
 
-def prompt_axes(report: type) -> dict[str, int]:
-    """Arrays of a report with an axis of prompts, and which axis that is."""
-    kinds = {
-        n: k.dim_str.split() for n, k in get_type_hints(report).items() if hasattr(k, "dim_str")
-    }
-    return {name: axes.index("prompt") for name, axes in kinds.items() if "prompt" in axes}
-
-
 def over_prompts(report: type, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays of a report with their axis of prompts added up to one entry, and the moments."""
     axes = prompt_axes(report)
@@ -193,6 +221,17 @@ def _groups(x: np.ndarray) -> np.ndarray:
     by_layer = x.sum(-2)
     heads = x.reshape(*x.shape[:-3], -1, x.shape[-1])
     return np.concatenate([heads, by_layer, by_layer.sum(-2, keepdims=True)], axis=-2)
+
+
+def kept_numbers(numbers: Mapping[Any, int], kept: KeptRows) -> dict[str, int]:
+    """Under which numbers the noise of the kept rows' prompts is drawn."""
+    prompts = map(str, sorted({*kept.prompt.tolist()}))
+    return {p: numbers[p] for p in prompts if p in numbers}
+
+
+def within(starts: Mapping[int, tuple[int, ...]], table: RowTable) -> dict[int, tuple[int, ...]]:
+    """First tokens of the prompts that a table has rows of."""
+    return {p: starts[p] for p in np.unique(table.prompt).tolist() if p in starts}
 
 
 def shown_prompts(table: RowTable, starts: Sequence[Sequence[int]]) -> set[int]:

@@ -8,6 +8,7 @@ counts while its scores exist, then freed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,13 +46,14 @@ from hooks.sites import (
     SeenLayer,
     attention_facts,
     choose_layers,
+    may_share,
     qk_part,
-    sites_for,
+    sites_and_key,
     watch_layers,
 )
 
 if TYPE_CHECKING:
-    from hooks.collapse.reduce import LayerReducer
+    from hooks.collapse.device import DeviceReducer
 
 DEFAULT_SIGMAS = (
     0.01, 0.015, 0.02, 0.03, 0.04, 0.055, 0.075, 0.1, 0.11, 0.14, 0.17, 0.2, 0.25, 0.3, 0.4, 0.5,
@@ -62,6 +64,7 @@ KEEP = 1 << 19
 KEEP_ROWS = 16
 """Rows, the most fragile ones, whose attention a report keeps before and after noise."""
 _BLOCK_BYTES = 1 << 24
+_PROMPTS, _TOKENS = 8, 1024  # of a pass: so many prompts, more where they are short
 
 Method = Literal["exact", "sample"]
 Engine = Literal["auto", "compiled", "torch", "triton"]
@@ -85,7 +88,7 @@ def collapse_probe(
     seed: int = 0,
     attention_mask: MaskLike | None = None,
     prepend_bos: bool | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     keep: int = KEEP,
     keep_rows: int = KEEP_ROWS,
     query_block: int | None = None,
@@ -128,8 +131,11 @@ def collapse_probe(
             row of a tensor are padding, unless they are also its first or last token (bos, eos);
             lists of ids are taken as they are.
         prepend_bos: passed on to ``model.to_tokens``; with text only.
-        batch_size: prompts per forward pass; only prompts of one length share a pass, so that
-            nothing is ever padded.
+        batch_size: prompts per forward pass; default: 8, or as many short ones as have 1,024 tokens
+            together. Prompts of different lengths share a pass, the shorter ones padded at the end,
+            if none has over 512 tokens, no hook of yours is on the model, and it computes the same
+            scores for the longest and the shortest of them together as alone (tried on the model);
+            else only prompts of one length do.
         keep: how many competitors the report's table holds, those nearest to winning; ``sigma_at``
             and ``fragile`` are computed from them.
         keep_rows: how many of the most fragile rows the report keeps with their attention before
@@ -183,11 +189,12 @@ def collapse_probe(
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
     )
-    sites = sites_for(model, prompts)
+    sites, key = sites_and_key(model, prompts)
     chosen = choose_layers(sites, options.layers)
     settings = replace(options.settings, layers=tuple(s.layer for s in chosen))
     tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
-    ran = count(model, prompts, tally, options, progress=progress)
+    padded = may_share(model, sites, prompts, key)
+    ran = count(model, prompts, tally, options, padded=padded, progress=progress)
     facts = attention_facts(model, sites, chosen, prompts, name) | {"engine": ran}
     return tally.report(model=facts, prompts=prompts)
 
@@ -199,9 +206,16 @@ class Options:
     settings: ProbeSettings
     noise: NormNoise
     layers: Sequence[int] | None
-    batch_size: int
+    batch_size: int | None
     query_block: int | None
     engine: Engine
+
+    def together(self, prompts: Prompts | None) -> int:
+        """How many prompts share a pass, of these prompts or of any."""
+        if self.batch_size is not None:
+            return self.batch_size
+        lengths = () if prompts is None else prompts.lengths
+        return max(_PROMPTS, _TOKENS // max(lengths, default=_TOKENS))
 
 
 def read_options(
@@ -216,7 +230,7 @@ def read_options(
     strict: bool = True,
     draws: int | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     keep: int = KEEP,
     keep_rows: int = KEEP_ROWS,
     query_block: int | None = None,
@@ -243,9 +257,9 @@ def read_options(
     noise = NormNoise(sigma=values[0], on=on, law=law, shared=shared, seed=seed)
     sparse = check_sparse(sparse)
     least, usual = (2, 16) if method == "sample" else (0, 0)
-    draws, batch_size, keep, keep_rows, block = check_integers(
+    draws, batch, keep, keep_rows, block = check_integers(
         draws=(usual if draws is None else draws, least, MANY),
-        batch_size=(batch_size, 1),
+        batch_size=(_PROMPTS if batch_size is None else batch_size, 1),
         keep=(keep, 1),
         keep_rows=(keep_rows, 0),
         query_block=(1 if query_block is None else query_block, 1),
@@ -266,13 +280,22 @@ def read_options(
         pooled=pooled,
     )
     query_block = None if query_block is None else block
-    return Options(settings, noise, layers, batch_size, query_block, engine)
+    together = None if batch_size is None and not pooled else batch  # a corpus has blocks
+    return Options(settings, noise, layers, together, query_block, engine)
 
 
 def count(
-    model: HookedModel, prompts: Prompts, tally: Tally, options: Options, *, progress: bool | None
+    model: HookedModel,
+    prompts: Prompts,
+    tally: Tally,
+    options: Options,
+    *,
+    padded: bool = False,
+    progress: bool | None,
 ) -> str:
     """Add the rows of all prompts to the tally, in passes of ``options.batch_size`` prompts.
+
+    ``padded``: prompts of different lengths share a pass, as :func:`hooks.sites.may_share` allows.
 
     Returns:
         Which engines reduced them.
@@ -285,12 +308,35 @@ def count(
 
         def measure(indices: Sequence[int], given: ModelInput) -> None:
             watch = partial(watch_layers, model, given, tally.layers)
-            engines.each_layer(indices, watch, partial(_reduce, query_block=options.query_block))
+            ends = [len(prompts.first[i]) for i in indices] if padded else []
+            padding = _Padding(ends) if len({*ends}) > 1 else None
+            reduce = partial(_reduce, query_block=options.query_block, padding=padding)
+            engines.each_layer(indices, watch, reduce)
 
         over_batches(
-            model, prompts, options.batch_size, measure, what="collapse probe", progress=progress
+            model,
+            prompts,
+            options.together(prompts),
+            measure,
+            what="collapse probe",
+            progress=progress,
+            padded=padded,
         )
     return engines.name
+
+
+class _Padding:
+    """The rows of a pass that are padding: no key is visible to them, so none is counted."""
+
+    def __init__(self, ends: Sequence[int]) -> None:
+        self._ends = torch.tensor(ends)
+
+    def hide(self, scores: Tensor, first: int = 0) -> Tensor:
+        """Scores of the rows from query ``first`` on, without those of padding."""
+        self._ends = self._ends.to(scores.device)
+        queries = torch.arange(first, first + scores.shape[2], device=scores.device)
+        rows = queries >= self._ends[:, None]
+        return scores.masked_fill(rows[:, None, :, None], -math.inf)
 
 
 def read_grid(sigmas: Sequence[float] | None, law: str) -> tuple[float, ...]:
@@ -323,7 +369,9 @@ def check_sparse(sparse: float) -> float:
     return check_number("sparse", sparse, "a maximum in (0, 1]", lambda x: 0 < x <= 1)
 
 
-def _reduce(seen: SeenLayer, reducer: LayerReducer, query_block: int | None) -> None:
+def _reduce(
+    seen: SeenLayer, reducer: DeviceReducer, query_block: int | None, padding: _Padding | None
+) -> None:
     """Count one layer's rows; with q and k apart where a bias is added to their product."""
     sites, fused = seen.sites, None if seen.taken is None else seen.taken.fused
     vectors = None
@@ -331,20 +379,26 @@ def _reduce(seen: SeenLayer, reducer: LayerReducer, query_block: int | None) -> 
         of = seen.vectors()
         wide = torch.promote_types(of["q"].dtype, torch.float32)
         vectors = of["q"].to(wide), of["k"].to(wide)
+    if fused is not None and vectors is None and padding is None and reducer.takes(fused):
+        reducer.add_fused(fused, query_block, _BLOCK_BYTES)
+        return
     if fused is not None:
-        _in_blocks(reducer, sites, fused, vectors, query_block)
+        _in_blocks(reducer, sites, fused, vectors, query_block, padding)
         return
     s = None if vectors is None else qk_part(sites, *vectors)
     scores, pattern = seen.scores_and_pattern()
+    if padding is not None:
+        scores = padding.hide(scores)
     reducer.add(scores, pattern, s)
 
 
 def _in_blocks(
-    reducer: LayerReducer,
+    reducer: DeviceReducer,
     sites: LayerSites,
     fused: Fused,
     vectors: tuple[Tensor, Tensor] | None,
     query_block: int | None,
+    padding: _Padding | None,
 ) -> None:
     """Scores in blocks of queries, so that no [query, key] matrix is ever made."""
     batch, n_heads, n_query, n_key = fused.shape
@@ -359,5 +413,7 @@ def _in_blocks(
             q, k = vectors
             s = qk_part(sites, q[:, first:end], k[:, :seen])
         scores = fused.scores(first, end, n_key=seen)
+        if padding is not None:
+            scores = padding.hide(scores, first)
         eps = torch.finfo(fused.query.dtype).eps
         reducer.add(scores, None, s, first_query=first, n_query=n_query, n_key=n_key, eps=eps)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -36,6 +38,7 @@ from hooks.kernels import (
     scan,
     scratch,
 )
+from hooks.model import Fused
 from hooks.noise import NormNoise, draw_uniforms, get_law
 from hooks.sites import LayerSites
 
@@ -53,6 +56,7 @@ class Workers:
     def __init__(self) -> None:
         self.count = max(1, torch.get_num_threads())
         self._pool: ThreadPoolExecutor | None = None
+        self._alone: ThreadPoolExecutor | None = None
         self._behind: ThreadPoolExecutor | None = None
         self._waiting: deque[Future[None]] = deque()
 
@@ -60,15 +64,16 @@ class Workers:
     def open(self) -> Iterator[Workers]:
         """Threads for the time of a probe; at its end all work is done."""
         others = ThreadPoolExecutor(max(1, self.count - 1))
-        with others as pool, ThreadPoolExecutor(1) as behind:
-            self._pool, self._behind = pool, behind
+        alone = ThreadPoolExecutor(self.count)
+        with others as pool, alone, ThreadPoolExecutor(1) as behind:
+            self._pool, self._behind, self._alone = pool, behind, alone
             try:
                 yield self
                 self.finish()
             finally:
                 for job in self._waiting:
                     job.cancel()
-                self._pool, self._behind = None, None
+                self._pool, self._behind, self._alone = None, None, None
 
     def later(self, job: Callable[[], None]) -> None:
         """Queue a job to run beside the model, in order; few wait at a time."""
@@ -93,6 +98,31 @@ class Workers:
         work(edges[0], edges[1])  # this thread takes its share
         for job in jobs:
             job.result()
+
+    def apart(self, works: Sequence[Callable[[], None]]) -> None:
+        """Run each in a thread in which torch works alone; raises what one raised.
+
+        After a product on several threads torch's own wait for the next one, busily, for some
+        milliseconds: threads that reduce what it gave would share their cores with them.
+        """
+        assert self._alone is not None
+        ready = threading.Barrier(self.count)
+
+        def enter() -> None:
+            torch.set_num_threads(1)  # of this thread
+            ready.wait()
+
+        if len(self._alone._threads) < self.count:
+            for job in [self._alone.submit(enter) for _ in range(self.count)]:
+                job.result()
+            torch.set_num_threads(self.count)  # of this thread, and of those to come
+        jobs = [self._alone.submit(work) for work in works]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
 
 
 class LayerReducer:
@@ -170,9 +200,48 @@ class LayerReducer:
                 arrays[1] if has_pattern else empty,
                 arrays[-1] if has_s else empty,
             )
-            self._scan_part(rule, layer, draws, sums, first, end)
+            part = _Part(self, first, end - first, n_key)
+            part.scan(rule, layer, draws)
+            part.add_to(sums)
 
         self.workers.each(work, batch * n_heads)
+        self._refuse_broken(sums.counts[BROKEN].reshape(batch, n_heads))
+        self._take(sums, batch)
+
+    def add_fused(self, fused: Fused, query_block: int | None, room: int) -> None:
+        """Count all rows of a fused attention on the CPU, whose scores are the q.k parts.
+
+        Each thread makes scores for heads of its own, blocks of queries at a time, and reduces
+        them while they are in its cache.
+
+        Args:
+            fused: the attention.
+            query_block: queries of a block; None: as many as fit.
+            room: bytes of all scores that exist at a time.
+        """
+        batch, n_heads, n_query, n_key = fused.shape
+        parts = fused.split(self.workers.count)
+        drawn, sums = self._drawn(n_query, n_key), self._sums(batch * n_heads)
+        eps = torch.finfo(fused.query.dtype).eps
+        square = fused.is_causal and n_query == n_key
+        empty = np.zeros((0, 0, 0), np.float32)
+
+        def work(first: int, mine: Fused) -> None:
+            n = mine.shape[0] * mine.shape[1]
+            part = _Part(self, first, n, n_key)
+            fits = max(1, room // (4 * n * n_key * min(len(parts), self.workers.count)))
+            block = fits if query_block is None else query_block
+            for at in range(0, n_query, block):
+                end = min(at + block, n_query)
+                seen = end if square else n_key  # later keys are masked for all of these
+                scores = _array(mine.scores(at, end, n_key=seen).flatten(0, 1))
+                draws = drawn
+                if self.settings.draws:
+                    draws = drawn._replace(q=np.ascontiguousarray(drawn.q[..., at:end]))
+                part.scan(self._rule(at, eps, n_key), Layer(scores, empty, empty), draws)
+            part.add_to(sums)
+
+        self.workers.apart([partial(work, *part) for part in parts])
         self._refuse_broken(sums.counts[BROKEN].reshape(batch, n_heads))
         self._take(sums, batch)
 
@@ -184,44 +253,6 @@ class LayerReducer:
                 f"numbers; got NaN or inf in {int(rows[at].sum())} rows of prompt "
                 f"{self.tally.first_prompt + int(self.prompts[at])}"
             )
-
-    def _scan_part(
-        self,
-        rule: Rule,
-        layer: Layer,
-        draws: Draws,
-        sums: Sums,
-        first: int,
-        end: int,
-    ) -> None:
-        n_matrices, n_query, n_key = layer.scores.shape
-        own = self._sums(n_matrices)  # whole arrays: each layout would be compiled for itself
-        use = scratch(n_key, len(self.settings.sigmas))
-        table = empty_piece(_ROWS, max(_ENTRIES, 2 * n_key), self.tally.biased)
-        computed = self.settings.strict == "computed"
-        pending = no_pending(_ROWS if computed else 0, len(self.settings.sigmas))
-        found = Found(own, table, pending)
-        at = 0
-        while at < n_matrices * n_query:
-            table.used[:] = 0
-            near = rule._replace(cutoff=self.tally.parts.cutoff, first_matrix=first)
-            at = scan(near, layer, draws, found, use, at)
-            if pending.used[0]:
-                add_strict(near, layer, found, use)
-            heads = self.sites.n_heads
-            self.tally.parts.take(table, near.cutoff, self.index, heads, self.prompts)
-            self.tally.showing.take(
-                table,
-                layer,
-                index=self.index,
-                n_heads=heads,
-                prompts=self.prompts,
-                first=(first, rule.first_query),
-                eps=rule.eps,
-            )
-        for name, values in own._asdict().items():
-            where = (slice(None),) * _MATRIX_AXIS.get(name, 2)
-            getattr(sums, name)[(*where, slice(first, end))] = values
 
     def _first_tokens(self, n_key: int) -> np.ndarray:
         """1 where one of the batch's documents begins, ``[batch, key]``."""
@@ -328,6 +359,55 @@ class LayerReducer:
         out = np.array(np.broadcast_to(u, shape).transpose(1, 0, 3, 2), order="C")
         law = get_law(self.settings.law)
         return law.base(torch.from_numpy(out)).numpy()
+
+
+class _Part:
+    """Some matrices of a layer: their sums, and what one thread needs to scan them.
+
+    Args:
+        reducer: of the layer.
+        first, n: these matrices.
+        n_key: keys of a row, at most.
+    """
+
+    def __init__(self, reducer: LayerReducer, first: int, n: int, n_key: int) -> None:
+        self.reducer, self.first = reducer, first
+        settings = reducer.settings
+        self.sums = reducer._sums(n)  # whole arrays: each layout would be compiled for itself
+        self.use = scratch(n_key, len(settings.sigmas))
+        self.table = empty_piece(_ROWS, max(_ENTRIES, 2 * n_key), reducer.tally.biased)
+        n_rows = _ROWS if settings.strict == "computed" else 0
+        self.pending = no_pending(n_rows, len(settings.sigmas))
+
+    def scan(self, rule: Rule, layer: Layer, draws: Draws) -> None:
+        """Add these rows of the matrices, from query ``rule.first_query`` on."""
+        reducer, tally = self.reducer, self.reducer.tally
+        n_matrices, n_query, _ = layer.scores.shape
+        found = Found(self.sums, self.table, self.pending)
+        heads, at = reducer.sites.n_heads, 0
+        while at < n_matrices * n_query:
+            self.table.used[:] = 0
+            near = rule._replace(cutoff=tally.parts.cutoff, first_matrix=self.first)
+            at = scan(near, layer, draws, found, self.use, at)
+            if self.pending.used[0]:
+                add_strict(near, layer, found, self.use)
+            tally.parts.take(self.table, near.cutoff, reducer.index, heads, reducer.prompts)
+            tally.showing.take(
+                self.table,
+                layer,
+                index=reducer.index,
+                n_heads=heads,
+                prompts=reducer.prompts,
+                first=(self.first, rule.first_query),
+                eps=rule.eps,
+            )
+
+    def add_to(self, sums: Sums) -> None:
+        """Put these matrices' sums into the layer's."""
+        for name, values in self.sums._asdict().items():
+            where = (slice(None),) * _MATRIX_AXIS.get(name, 2)
+            place = slice(self.first, self.first + values.shape[len(where)])
+            getattr(sums, name)[(*where, place)] = values
 
 
 def _copies_to_the_cpu(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:

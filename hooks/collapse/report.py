@@ -400,7 +400,9 @@ class CollapseReport(PooledReport):
         """The noise under which ``kept`` shows a row, in that row's layer alone.
 
         A forward pass of the same prompts under ``noise.applied(model,
-        first_prompt=report.first_prompt)`` reproduces that row of attention.
+        first_prompt=report.first_prompt)`` reproduces that row of attention. Of a corpus, whose
+        windows are numbered by documents, take the row's prompt alone, and ``first_prompt =
+        report.model["numbers"][str(prompt)]``.
 
         Raises:
             IndexError (a ValueError, too): no such row.

@@ -45,6 +45,7 @@ class Held:
     scores: Float[np.ndarray, "key"]
     qk: Float[np.ndarray, "key"] | None
     eps: float
+    number: int | None = None  # of its prompt, for the noise, where it is not its place
 
 
 class Showing:
@@ -107,14 +108,22 @@ class Showing:
             both = sorted([*self._held, *found], key=lambda held: held.order)
             self._held = both[: self.keep]
 
-    def absorb(self, other: Showing, before: int) -> None:
-        """Take over what another one holds, of prompts that ``before`` others precede."""
+    def absorb(self, other: Showing, before: int, number: int) -> None:
+        """Take over what another one holds, of prompts that ``before`` others precede.
+
+        The noise of its first prompt is drawn under ``number``.
+        """
         moved = []
         for held in other._held:
             a, layer, head, prompt, query = held.order
-            moved.append(replace(held, order=(a, layer, head, before + prompt, query)))
+            order = (a, layer, head, before + prompt, query)
+            moved.append(replace(held, order=order, number=number + prompt))
         with self._lock:
             self._held = sorted([*self._held, *moved], key=lambda held: held.order)[: self.keep]
+
+    def numbers(self) -> dict[str, int]:
+        """Under which number the noise of each held row's prompt is drawn."""
+        return {str(held.order[3]): n for held in self._held if (n := held.number) is not None}
 
     def _worst(self) -> float:
         """Half-width beyond which no further row is kept."""
@@ -136,7 +145,7 @@ class Showing:
             noise,
             roles=roles,
             layers=np.asarray([layers[held.order[1]].layer for held in near])[None, :, None],
-            prompts=np.asarray([first_prompt + held.order[3] for held in near])[None, :, None],
+            prompts=np.asarray([_number(held, first_prompt) for held in near])[None, :, None],
             draws=np.arange(DRAWS)[None, None, :],
         )
         for at, held in enumerate(near):
@@ -162,6 +171,11 @@ class Showing:
         return from_parts(parts)
 
 
+def _number(held: Held, first_prompt: int) -> int:
+    """The number under which the noise of a row's prompt is drawn."""
+    return first_prompt + held.order[3] if held.number is None else held.number
+
+
 class _Noising:
     """One row under the draws of NormNoise."""
 
@@ -173,9 +187,9 @@ class _Noising:
         first_prompt: int,
         streams: Mapping[str, np.ndarray],
     ) -> None:
-        _, _, self.head, prompt, self.query = held.order
+        _, _, self.head, _, self.query = held.order
         self.held, self.sites, self.settings = held, sites, settings
-        self.prompt = first_prompt + prompt
+        self.prompt = _number(held, first_prompt)
         self.law = get_law(settings.law)
         self.streams = streams
         self.mask = held.scores > MASKED

@@ -9,14 +9,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
-from hooks.collapse import FORM, CollapseReport
-from hooks.reports import one_model
+from hooks.collapse import CollapseReport
+from hooks.measures.interference import InterferenceReport
+from hooks.measures.spread import SpreadReport
+from hooks.measures.sweep import SweepReport
+from hooks.reports import load_report, one_model, save_report
 
-DONE: Final = ("blocks", "prompts", "tokens", "documents", "digest", "complete")
+DONE: Final = (
+    "groups",
+    "blocks",
+    "windows",
+    "prompts",
+    "tokens",
+    "documents",
+    "digest",
+    "complete",
+)
+SHARED: Final = ("groups", "documents", "empty", "seen", "digest")
+"""What all shards have read of a corpus, so that it is the same for each."""
+_KINDS: Final = (CollapseReport, SweepReport, SpreadReport, InterferenceReport)
+_LEFT_OUT: Final = (("empty", "empty documents"), ("single", "windows of one token"))
 
 
 class Part:
@@ -47,15 +64,15 @@ class Part:
         finally:
             lock.release()
 
-    def save(self, report: CollapseReport) -> None:
+    def save(self, report: Any) -> None:
         """Write the file whole, or leave the one of before.
 
         Raises:
             OSError: it can't be written (a full disk).
         """
-        FORM.save(report, self.path, draft=self.path.with_suffix(".draft"))
+        save_report(report, self.path, draft=self.path.with_suffix(".draft"))
 
-    def load(self, fresh: Any) -> CollapseReport | None:
+    def load(self, fresh: Any) -> Any:
         """What an earlier process counted of the same corpus and model; None where none did.
 
         Raises:
@@ -63,19 +80,26 @@ class Part:
         """
         if not self.path.exists():
             return None
-        report = CollapseReport.load(self.path)
+        report = read_part(self.path)
         wanted = f"out: wanted another directory, or the run that {self.path} is a part of"
-        try:
-            one_model(report, fresh)
-        except ValueError as error:
-            raise ValueError(f"{wanted}; got another: {error}") from error
-        mine, theirs = fresh.model["corpus"], corpus_of(report, self.path)
-        for name, (a, b) in differing(mine["what"], theirs["what"]):
+        mine, theirs = fresh.model["corpus"]["what"], corpus_of(report, self.path)["what"]
+        if mine["measure"] == theirs["measure"]:
+            settings = fresh.settings or report.settings  # else they follow from the options
+            try:
+                one_model(report, SimpleNamespace(settings=settings, model=fresh.model))
+            except ValueError as error:
+                raise ValueError(f"{wanted}; got another: {error}") from error
+        for name, (a, b) in differing(mine, theirs):
             raise ValueError(f"{wanted}; got {name} {a!r} instead of {b!r}")
         return report
 
 
-def corpus_of(report: CollapseReport, path: Path) -> Any:
+def read_part(path: Path) -> Any:
+    """The report of a shard, whatever was measured."""
+    return load_report(path, _KINDS)
+
+
+def corpus_of(report: Any, path: Path) -> Any:
     """What the report of a shard says of its corpus.
 
     Raises:
@@ -83,9 +107,20 @@ def corpus_of(report: CollapseReport, path: Path) -> Any:
     """
     fact: Any = report.model.get("corpus")
     whole = isinstance(fact, dict) and all(isinstance(fact.get(n), dict) for n in ("what", "done"))
+    if whole and "groups" not in fact["done"]:
+        raise ValueError(
+            f"{path}: wanted a part whose documents were dealt; got one of an earlier version, "
+            "which dealt windows: that version goes on with it, or count it anew in another "
+            "directory"
+        )
     if not whole or not report.settings.pooled or {*DONE} - {*fact["done"]}:
-        raise ValueError(f"{path}: wanted a part that probe_corpus wrote; got another report")
+        raise ValueError(f"{path}: wanted a part of a corpus; got another report")
     return fact
+
+
+def left_out(done: Mapping[str, Any]) -> list[str]:
+    """What was left out of a corpus, in words."""
+    return [f"{done[name]} {what} left out" for name, what in _LEFT_OUT if done.get(name)]
 
 
 def differing(

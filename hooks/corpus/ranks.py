@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch.distributed as dist
-
-if TYPE_CHECKING:
-    from hooks.collapse import CollapseReport
 
 _PATIENCE = timedelta(days=30)  # shards end at different times
 
@@ -23,7 +20,7 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
-def gathered(report: CollapseReport, rank: int, size: int) -> list[CollapseReport]:
+def gathered(report: Any, rank: int, size: int) -> list[Any]:
     """The reports of all ranks, in every one of them.
 
     Raises:
@@ -37,7 +34,7 @@ def gathered(report: CollapseReport, rank: int, size: int) -> list[CollapseRepor
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
         dist.monitored_barrier(group, timeout=_PATIENCE, wait_all_ranks=True)
-        reports: list[CollapseReport | None] = [None] * size
+        reports: list[Any] = [None] * size
         dist.all_gather_object(reports, report, group=group)
     finally:
         if own:

@@ -6,7 +6,6 @@ from hooks.model.encoding import encode
 from hooks.model.given import (
     TOKENS_ALONE,
     MaskLike,
-    Tokens,
     added,
     arguments_of,
     chat_ids,
@@ -29,7 +28,7 @@ from hooks.model.inputs import (
 )
 from hooks.model.known_wrong import refuse_known_wrong
 from hooks.model.progress import counting
-from hooks.model.prompts import Prompts, example_of
+from hooks.model.prompts import Prompts, Tokens, example_of
 from hooks.model.protocol import ROLES, Anchor, HookedModel, Role
 from hooks.model.running import checked_logits, over_batches, run_with
 from hooks.model.standing import Standing, names, resting, users

@@ -47,7 +47,7 @@ def encode(
     A text; ids ``[pos]`` or ``[batch, pos]`` (tensor, array or lists); one conversation (messages
     with ``role`` and ``content``); a list of texts, ids and conversations; named inputs, or rows of
     a data set that hold them. What your forward pass would get is what is measured: masks,
-    positions and options are passed on, padding is cut off.
+    positions and options are passed on, padding is cut off. Prompts stay as they are.
 
     Raises:
         ValueError: nothing to probe, an id outside the vocabulary, only one token, more tokens than
@@ -57,6 +57,12 @@ def encode(
     check_model(model)
     if prepend_bos is not None and not isinstance(prepend_bos, bool):
         raise TypeError(f"prepend_bos: wanted True, False or None; got {shorten(prepend_bos)}")
+    if isinstance(tokens, Prompts):
+        beside = {"decoder_tokens": decoder_tokens, "attention_mask": attention_mask}
+        for name, value in {**beside, "prepend_bos": prepend_bos}.items():
+            if value is not None:
+                raise ValueError(f"{name}: wanted none beside prompts that have it; got it too")
+        return tokens
     values: dict[str, Any] = {}
     lengths: tuple[int, ...] = ()
     notes: list[str] = []

@@ -19,8 +19,6 @@ from torch import Tensor
 from hooks.arguments import near
 from hooks.errors import UnsupportedModelError
 
-Tokens: TypeAlias = str | Iterable[Any] | np.ndarray | Tensor
-"""A text, texts, chat messages, token ids, or named inputs: see :func:`hooks.collapse_probe`."""
 MaskLike: TypeAlias = Iterable[Any] | np.ndarray | Tensor
 """1 for real tokens and 0 for padding, ``[batch, pos]``; or what a model takes for each query and
 key, ``[batch, head or 1, query, key]``."""
@@ -273,8 +271,8 @@ def chat_ids(model: Any, messages: Sequence[Mapping[str, Any]]) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[misc]
 
 
-def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, str]:
-    """Token ids of a text, and a note on its special tokens.
+def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, str, list[int]]:
+    """Token ids of a text, a note on its special tokens, and the ids without these.
 
     Special tokens that the text already has are not added again: those of a chat template, or a
     text's own first or last one. ``prepend_bos`` True or False always applies.
@@ -285,10 +283,11 @@ def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, s
     row, bare = ids.tolist(), list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if prepend_bos is not None:
         twice = len(row) > 1 and row[0] == row[1] == tokenizer.bos_token_id
-        return ids, "two BOS tokens, as prepend_bos=True asks" if twice and prepend_bos else ""
+        said = "two BOS tokens, as prepend_bos=True asks" if twice and prepend_bos else ""
+        return ids, said, bare
     around = added(row, bare, getattr(tokenizer, "eos_token_id", None))
     if around is None:
-        return ids, ""
+        return ids, "", bare
     before, after = around
     notes = []
     if before and bare and (before[-1] == bare[0] or bare[0] in _template_starts(tokenizer)):
@@ -298,7 +297,7 @@ def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, s
         notes.append(f"text that ends with {tokenizer.decode(bare[-1:])!r} got none after it")
         after = []
     whole = [*before, *bare, *after]
-    return torch.tensor(whole, dtype=ids.dtype), "; ".join(notes)
+    return torch.tensor(whole, dtype=ids.dtype), "; ".join(notes), bare
 
 
 def added(row: list[int], bare: list[int], eos: Any) -> tuple[list[int], list[int]] | None:

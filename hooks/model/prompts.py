@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from hooks.model.inputs import ModelInput, short_input
 
 Spans = tuple[tuple[int, int], ...]
+
+_PADDED, _FEW = 1.25, 64
+"""A pass has at most so many positions for each real token, and so many more."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,14 @@ class Prompts:
         """Whether a prompt holds several documents."""
         return any(len(starts) > 1 for starts in self.starts)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each prompt, where these are all that it consists of; else nothing."""
+        if self.decoder or self.extra or self.packed:
+            return ()
+        tokens = all(row.ndim == 1 and not row.is_floating_point() for row in self.first)
+        return tuple(map(len, self.first)) if tokens else ()
+
     def some(self, indices: Sequence[int]) -> Prompts:
         """Some of the prompts."""
 
@@ -83,8 +95,15 @@ class Prompts:
         each = {name: pick(rows) for name, rows in self.each.items()}
         return replace(self, each=each, decoder_spans=pick(self.decoder_spans), **picked)
 
-    def batches(self, batch_size: int) -> list[tuple[list[int], ModelInput]]:
-        """Prompts of one shape together, at most ``batch_size``: (their indices, the input)."""
+    def batches(
+        self, batch_size: int, *, padded: bool = False
+    ) -> list[tuple[list[int], ModelInput]]:
+        """Prompts of one shape together, at most ``batch_size``: (their indices, the input).
+
+        ``padded``: prompts of different lengths too, padded at the end.
+        """
+        if padded:
+            return [(mixed, self.batch(mixed)) for mixed in self._mixed(batch_size)]
         by_shape: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for index, first in enumerate(self.first):
             decoder = len(self.decoder[index]) if self.decoder else 0
@@ -95,19 +114,49 @@ class Prompts:
             for at in range(0, len(indices), batch_size)
         ]
 
+    def _mixed(self, batch_size: int) -> list[list[int]]:
+        """Prompts of similar lengths together, so that little of a pass is padding."""
+        batches: list[list[int]] = []
+        real = 0
+        for index in sorted(range(len(self)), key=lambda i: len(self.first[i])):
+            n = len(self.first[index])
+            filled = bool(batches) and len(batches[-1]) < batch_size
+            if filled and n * (len(batches[-1]) + 1) <= _PADDED * (real + n) + _FEW:
+                batches[-1].append(index)
+                real += n
+            else:
+                batches.append([index])
+                real = n
+        return batches
+
     def batch(self, indices: Sequence[int]) -> ModelInput:
-        """Prompts of one shape as a model takes them."""
+        """Prompts as a model takes them: of one shape or, tokens alone, padded at the end."""
         named: dict[str, Any] = {**self.plain, **self.joined}
         named |= {n: torch.stack([rows[i] for i in indices]) for n, rows in self.each.items()}
-        first = torch.stack([self.first[i] for i in indices])
+        rows = [self.first[i] for i in indices]
+        width = max(len(row) for row in rows)
+        first = torch.stack([_padded(row, width) for row in rows])
         if self.masked:
-            named["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.long)
+            ends = torch.tensor([len(row) for row in rows])
+            named["attention_mask"] = (torch.arange(width) < ends[:, None]).long()
         if self.decoder:
             decoder = torch.stack([self.decoder[i] for i in indices])
             named["decoder_input_ids"] = decoder
             if self.decoder_masked:
                 named["decoder_attention_mask"] = torch.ones_like(decoder)
         return ModelInput(first, named, frozenset(self.joined))
+
+
+Tokens: TypeAlias = str | Iterable[Any] | np.ndarray | Tensor | Prompts
+"""A text, texts, chat messages, token ids, named inputs, or prompts that :func:`hooks.encode` made:
+see :func:`hooks.collapse_probe`."""
+
+
+def _padded(row: Tensor, width: int) -> Tensor:
+    """A prompt of this width: its last token again and again, which any model takes."""
+    if len(row) == width:
+        return row
+    return torch.cat([row, row[-1:].expand(width - len(row))])
 
 
 def example_of(model: Any, prompts: Prompts) -> ModelInput:

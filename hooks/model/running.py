@@ -43,14 +43,16 @@ def over_batches(
     *,
     what: str,
     progress: bool | None,
+    padded: bool = False,
 ) -> None:
     """Call ``measure`` for each batch of prompts of one length, in eval mode, without gradients.
 
     It takes the prompts' indices and the model's input. ``progress`` shows a bar with the title
-    ``what``; None: in a terminal or a notebook, and after a minute in a log.
+    ``what``; None: in a terminal or a notebook, and after a minute in a log. ``padded``: shorter
+    prompts share a pass, padded at the end.
     """
     with evaluating(model), counting(len(prompts), what, "prompt", progress) as bar:
-        for indices, given in prompts.batches(batch_size):
+        for indices, given in prompts.batches(batch_size, padded=padded):
             measure(indices, given)
             bar.update(len(indices))
 

@@ -7,7 +7,8 @@ requested.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -59,6 +60,47 @@ class Fused:
         if mask.dtype == torch.bool:
             return scores.masked_fill_(~mask, -math.inf)
         return scores.add_(mask.to(wide))
+
+    def split(self, n: int) -> list[tuple[int, Fused]]:
+        """Parts that n threads can share, each of one prompt or more, or of some of its heads.
+
+        Each with the index of its first matrix, where a matrix is a (prompt, head).
+        """
+        batch, n_heads = self.shape[:2]
+        n_kv = self.key.shape[1]
+        group = n_heads // n_kv
+        prompts = _edges(batch, n)
+        heads = _edges(n_kv, math.ceil(n / len(prompts)))
+        if len(heads) > 1:  # some heads of several prompts are no range of matrices
+            prompts = _edges(batch, batch)
+        return [
+            (first * n_heads + low * group, self._some(first, end, low * group, high * group))
+            for first, end in prompts
+            for low, high in heads
+        ]
+
+    def _some(self, first: int, end: int, low: int, high: int) -> Fused:
+        """Some prompts and query heads."""
+        group = self.shape[1] // self.key.shape[1]
+        mask = self.attn_mask
+        if mask is not None:
+            mask = mask[None] if mask.ndim == 3 else mask
+            mask = mask[None, None] if mask.ndim == 2 else mask
+            mask = mask if mask.shape[0] == 1 else mask[first:end]
+            mask = mask if mask.shape[1] == 1 else mask[:, low:high]
+        return replace(
+            self,
+            query=self.query[first:end, low:high],
+            key=self.key[first:end, low // group : high // group],
+            attn_mask=mask,
+        )
+
+
+def _edges(n: int, parts: int) -> list[tuple[int, int]]:
+    """0 to n in at most so many ranges."""
+    parts = min(n, parts)
+    edges = [n * i // parts for i in range(parts + 1)]
+    return list(pairwise(edges))
 
 
 @dataclass(frozen=True)

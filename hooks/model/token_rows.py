@@ -51,7 +51,7 @@ def _row(model: Any, item: Any, index: int, prepend_bos: bool | None) -> tuple[T
             raise ValueError(
                 f"prompt {index}: wanted token ids, as the model has no tokenizer; got text"
             )
-        ids, note = text_ids(model, item, prepend_bos)
+        ids, note, _ = text_ids(model, item, prepend_bos)
         pad = own_pad_token(model)
         if pad is not None and int((ids == pad).sum()) > item.count(model.tokenizer.pad_token):
             raise ValueError(

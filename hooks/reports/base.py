@@ -36,7 +36,7 @@ from hooks.reports.files import (
 from hooks.reports.notebook import Curves, card
 from hooks.reports.values import as_kind, check_facts, check_texts
 
-_UNLIKE = ("device", "engine", "given", "corpus")  # facts that two parts may differ in
+_UNLIKE = ("device", "engine", "given", "corpus", "numbers")  # facts that two parts may differ in
 _DTYPES: Final = {"Int": "I64", "Float": "F64", "Bool": "BOOL"}
 R = TypeVar("R")
 Sizes = dict[str, Any]
@@ -147,6 +147,28 @@ class Form(Generic[R]):
 
 
 _FORMS: dict[type, Form[Any]] = {}
+
+
+def save_report(report: Any, path: Path, *, draft: Path) -> Path:
+    """Write a report of any kind; ``draft`` as in :func:`write_whole`."""
+    return _FORMS[type(report)].save(report, path, draft=draft)
+
+
+def load_report(path: Path, kinds: Sequence[type]) -> Any:
+    """The report in a file, of one of these kinds: the first, where the file doesn't say which.
+
+    Raises:
+        ReportFileError: the file is not a report of that kind, or not whole.
+        OSError: no such file, or one that can't be read.
+    """
+    said = ""
+    try:
+        with path.open("rb") as stream:
+            said = TensorFile.open(stream).words.get("format", "")
+    except (Unsound, OSError):  # which loading names
+        pass
+    named = (kind for kind in kinds if said.startswith(f"qkvnorm-lens {_FORMS[kind].name} "))
+    return _FORMS[next(named, kinds[0])].load(path)
 
 
 class SavedReport:
@@ -455,8 +477,8 @@ def first_tokens(
     starts: Sequence[Sequence[int]], prompt: Int[np.ndarray, "n"], position: Int[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n"]:
     """Whether these tokens are a prompt's first, or the first of a document packed into it."""
+    packed = [(i << 32) | p for i, mine in enumerate(starts) if len(mine) > 1 for p in mine]
     first: np.ndarray = position == 0
-    for index, mine in enumerate(starts):
-        if len(mine) > 1:
-            first |= (prompt == index) & np.isin(position, mine)
+    if packed:
+        first |= np.isin((prompt.astype(np.int64) << 32) | position, packed)
     return first

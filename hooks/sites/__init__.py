@@ -1,7 +1,7 @@
 """Where a model keeps q, k, v, scores and pattern, and the proof that they are there."""
 
 from hooks.sites.facts import attention_facts, model_facts
-from hooks.sites.masks import check_masks
+from hooks.sites.masks import check_masks, once
 from hooks.sites.norm import CHECK, InnerNorm, inner_norms
 from hooks.sites.scores import (
     ScoreParts,
@@ -11,7 +11,8 @@ from hooks.sites.scores import (
     uncapped,
     visible,
 )
-from hooks.sites.selfcheck import attention_sites, sites_for
+from hooks.sites.selfcheck import attention_sites, sites_and_key, sites_for
+from hooks.sites.together import may_share
 from hooks.sites.types import (
     AttentionSites,
     LayerSites,
@@ -35,7 +36,7 @@ from hooks.sites.watch import (
 __all__ = [
     "CHECK", "AttentionSites", "Hook", "InnerNorm", "LayerSites", "LayerView", "ScoreParts",
     "SeenLayer", "Site", "Stream", "VectorSite", "as_hooked", "attention_facts", "attention_sites",
-    "check_masks", "choose_layers", "expand_factors", "inner_norms", "model_facts", "observe",
-    "qk_part", "refuse_several_streams", "sites_for", "split", "stream_hook", "uncapped",
-    "view_layers", "visible", "watch_layers",
+    "check_masks", "choose_layers", "expand_factors", "inner_norms", "may_share", "model_facts",
+    "observe", "once", "qk_part", "refuse_several_streams", "sites_and_key", "sites_for", "split",
+    "stream_hook", "uncapped", "view_layers", "visible", "watch_layers",
 ]  # fmt: skip

@@ -116,11 +116,16 @@ def attention_sites(model: HookedModel, inputs: Any = None) -> AttentionSites:
 
 def sites_for(model: HookedModel, prompts: Prompts) -> AttentionSites:
     """The sites for a measurement; its prompts decide where random tokens can't."""
+    return sites_and_key(model, prompts)[0]
+
+
+def sites_and_key(model: HookedModel, prompts: Prompts) -> tuple[AttentionSites, Key]:
+    """:func:`sites_for`, and the key of verdicts on this model, which takes time to make."""
     check_model(model)
     sites, key = _sites(model, prompts, asked=False)
     check_masks(model, prompts, key)
     _check_longest(model, sites, prompts, key)
-    return sites
+    return sites, key
 
 
 def _sites(

@@ -24,8 +24,8 @@ Finished parts are kept: a stopped run resumes where it was. NAME is one of
   {names}
 
 `list` describes each; `report` compares all results under DIR with the published ones: a
-summary, and a page for each experiment. Without --model: small models trained on addition that
-come with the package."""
+summary, and a page for each experiment. Without --model: small models trained on addition, which
+a clone has; a wheel has three of them."""
 EPILOG = """\
 examples:
   qkvnorm-lens experiment list
@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     said = (
         "a shipped model, a directory or a Hugging Face id; may be given several times; "
-        "`study` stands for the trained study models [study models and shipped ones]"
+        "`study` and `language` stand for all trained models of that name [study models and "
+        "shipped ones]"
     )
     parser.add_argument("--model", action="append", metavar="MODEL", help=said)
     size = parser.add_mutually_exclusive_group()

@@ -13,6 +13,7 @@ from qkvnorm_lens.models import (
     checkpoint_path,
     checkpoints,
     experiment_models,
+    how_to_get,
 )
 from qkvnorm_lens.tables import table
 
@@ -43,9 +44,12 @@ def run(args: argparse.Namespace) -> str:
         seeds.setdefault(group, []).append(seed)
     others = ", ".join(f"{group}-{{{','.join(each)}}}" for group, each in seeds.items())
     others = fill(others, 100, break_on_hyphens=False)
+    more = f"The experiments' models, one for each seed, go by their names too:\n{others}"
+    if not others:
+        more = f"The experiments compare other models; {how_to_get()}."
     return (
         f"{text}\n\nAccuracy per token, teacher forced. `probe` without a model takes {DEFAULT}."
-        f"\n\nThe experiments' models, one for each seed, go by their names too:\n{others}"
+        f"\n\n{more}"
     )
 
 

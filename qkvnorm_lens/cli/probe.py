@@ -104,6 +104,8 @@ def _corpus(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--column", metavar="NAME", help=said)
     said = "documents are cut into windows of N tokens [the context, at most 1024]"
     group.add_argument("--context", type=at_least(2), metavar="N", help=said)
+    said = "put several documents into one window, kept apart by positions and mask"
+    group.add_argument("--pack", action="store_true", default=None, help=said)
     said = "end after N tokens, as 200000, 200k or 1M [the end of the data set]"
     group.add_argument("--tokens", type=amount, metavar="N", help=said)
     said = "end when the standard error of the sigma at 1%% is below E percentage points"
@@ -229,7 +231,7 @@ def run(args: argparse.Namespace) -> str:
 def _check_corpus(args: argparse.Namespace) -> None:
     """Refuse options that belong to a corpus without one, and others beside it."""
     if args.dataset is None:
-        for name in ("column", "context", "tokens", "until", "shard"):
+        for name in ("column", "context", "pack", "tokens", "until", "shard"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name}: wanted it with --dataset; got it without")
         return
@@ -410,6 +412,7 @@ def _of_corpus(args: argparse.Namespace, model: Any) -> str:
         tokens=args.tokens,
         until=args.until,
         prepend_bos=args.prepend_bos,
+        pack=bool(args.pack),
         out=args.out,
         shard=args.shard,
         batch_size=args.batch_size or max(1, TOKENS_AT_ONCE // context),

@@ -62,5 +62,7 @@ from .shipped import (
     checkpoint_path as checkpoint_path,
     checkpoints as checkpoints,
     experiment_models as experiment_models,
+    how_to_get as how_to_get,
+    is_experiment_model as is_experiment_model,
     load_checkpoint as load_checkpoint,
 )

@@ -340,11 +340,18 @@ NAMED: Final[dict[str, dict[str, Any]]] = {
     "large": {**_PAPER, "n_layers": 12, "d_model": 1024, "n_heads": 16},
     "small": {**_SMALL, "n_layers": 4},
     "study": {**_SMALL, "n_layers": 2, "d_model": 64, "d_head": 16, "d_mlp": 256},
-}
+    "language": {
+        "d_vocab": 512, "default_prepend_bos": True, "n_layers": 4, "d_model": 96, "d_head": 32,
+        "n_heads": 4, "d_mlp": 256, "n_ctx": 128, "positional_embedding_type": "rotary",
+        "act_fn": "gelu",
+    },
+}  # fmt: skip
 
 
 def named_config(name: str, placement: Placement | str, **changes: Any) -> QKVNormConfig:
-    """A named configuration under one placement: the paper's three, ``"small"`` and ``"study"``.
+    """A named configuration under one placement.
+
+    The paper's three, ``"small"`` and ``"study"`` for addition, ``"language"`` for text.
 
     Args:
         name: one of ``NAMED``.

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qkvnorm_lens.arguments import brief, near
 from qkvnorm_lens.models.cards import LoadError, read_object
-from qkvnorm_lens.models.shipped import DEFAULT, checkpoint_path, checkpoints, experiment_models
+from qkvnorm_lens.models.shipped import (
+    DEFAULT,
+    checkpoint_path,
+    checkpoints,
+    experiment_models,
+    how_to_get,
+    is_experiment_model,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +49,8 @@ def find(name: str) -> Source:
     Reads no weights and imports neither torch nor TransformerLens.
 
     Raises:
-        LoadError: a path that is not a model directory.
+        LoadError: a path that is not a model directory, or a model of the experiments that is not
+            here.
     """
     if isinstance(name, os.PathLike):
         name = os.fspath(name)
@@ -53,6 +61,11 @@ def find(name: str) -> Source:
     if name in (known := experiment_models()):
         return Source(name, "ours", known[name])
     path = _path(name)
+    if is_experiment_model(name) and (path is None or not path.is_dir()):
+        raise LoadError(
+            f"model: wanted one that is here; got {brief(name)}, one of the experiments' models: "
+            f"{how_to_get(name)}"
+        )
     if path is None or not path.is_dir():
         a_path = path is None or path.exists() or name.startswith((".", "~")) or path.is_absolute()
         if path is None or a_path or not name.strip() or len(path.parts) > 2:

@@ -336,12 +336,18 @@ class QKVNormTransformer(nn.Module, ModelHubMixin):
             positions = positions + shift
         return positions
 
-    def write(self, folder: Path) -> None:
-        """Write ``model.safetensors``, ``config.json`` and the tokenizer, if there is one."""
+    def write(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write ``model.safetensors``, ``config.json`` and the tokenizer, if there is one.
+
+        Args:
+            folder: where to.
+            dtype: of the weights in the file, which are read into the configuration's dtype.
+        """
         values = self.cfg.to_json()
         if self.tokenizer is not None:
             files.write_tokenizer(self.tokenizer, folder)
-        files.write(self.state_dict(), values, folder)
+        state = self.state_dict()
+        files.write({k: v.to(dtype=dtype) for k, v in state.items()}, values, folder)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Called by huggingface_hub's `save_pretrained` and `push_to_hub`."""

@@ -7,6 +7,7 @@ Each is a directory with ``model.safetensors``, ``config.json``, the tokenizer, 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "addition-pre"
 EXPERIMENT_MODELS: Final = Path(__file__).parents[1] / "experiments" / "models"
+MAKE: Final = "python -m qkvnorm_lens.experiments.train"
 SHIPPED: Final = Path(__file__).parents[1] / "training" / "checkpoints"
 
 
@@ -29,6 +31,17 @@ def checkpoints() -> list[str]:
 def experiment_models(folder: Path = EXPERIMENT_MODELS) -> dict[str, Path]:
     """Directories of the models that the experiments compare, by name: ``study-pre-1``, ..."""
     return {path.parent.name: path.parent for path in sorted(folder.glob("*/card.json"))}
+
+
+def is_experiment_model(name: str) -> bool:
+    """Whether a name is one that a model of the experiments has, here or not."""
+    return re.fullmatch(r"(study|confound|centred|order|language)-[a-z-]+-\d+", name) is not None
+
+
+def how_to_get(name: str = "") -> str:
+    """Where the experiments' models, or one of them, come from: the wheel has none."""
+    command = f"{MAKE} {name}".strip()
+    return f"they do not come with the wheel: `{command}` makes them, a clone has them"
 
 
 def checkpoint_path(name: str = DEFAULT) -> Path:

@@ -15,6 +15,14 @@ from .addition import (
     tests_of as tests_of,
     trained_on as trained_on,
 )
+from .language import (
+    Texts as Texts,
+    TextScore as TextScore,
+    Windows as Windows,
+    held_out as held_out,
+    ngram_loss as ngram_loss,
+    score as score,
+)
 from .recipes import (
     RECIPES as RECIPES,
     LearningRate as LearningRate,
@@ -27,6 +35,7 @@ from .run import (
     Run as Run,
     describe as describe,
     evaluate as evaluate,
+    get_task as get_task,
     positions_for as positions_for,
     processes as processes,
     sequences as sequences,

@@ -312,7 +312,7 @@ def trained_on(source: Source) -> Split | None:
         return None
     path = source.path / "card.json"
     split = read_card(path).get("run", {}).get("split")
-    if split is None:
+    if split is None or (isinstance(split, dict) and "text" in split):  # a language model's
         return None
     try:
         counts, digits, signed = split["counts"], split["digits"], split.get("signed", True)

@@ -13,7 +13,15 @@ from torch import nn
 
 from hooks.arguments import SEEDS, check_booleans, check_device, check_integers, check_kind
 from qkvnorm_lens.models import QKVNormConfig
-from qkvnorm_lens.training.addition import Accuracy, AccuracyCounter, Split, draw, get_split
+from qkvnorm_lens.training.addition import (
+    Accuracy,
+    AccuracyCounter,
+    Batch,
+    Split,
+    draw,
+    get_split,
+)
+from qkvnorm_lens.training.language import Texts, score
 from qkvnorm_lens.training.recipes import Recipe, get_recipe
 
 TEST_SEED: Final = 2406_17837
@@ -25,7 +33,7 @@ class Run:
 
     Args:
         config: the model.
-        split: which sums.
+        split: which sums; or a `Texts`, for a language model.
         recipe: a name in ``RECIPES``, or a `Recipe`.
         steps: how many.
         seed: of the data (the weights' is ``config.seed``).
@@ -34,11 +42,11 @@ class Run:
             changes nothing else.
         log_every: steps between rows of the log.
         eval_every: steps between measurements of accuracy.
-        eval_rows: sums in each of them.
+        eval_rows: sums, or windows of held-out text, in each of them.
     """
 
     config: QKVNormConfig
-    split: str | Split
+    split: str | Split | Texts
     recipe: str | Recipe = "modern"
     steps: int = 10_000
     seed: int = 0
@@ -51,10 +59,11 @@ class Run:
     def __post_init__(self) -> None:
         check_kind("config", self.config, QKVNormConfig, "a QKVNormConfig")
         recipe = get_recipe(self.recipe)
-        wanted = get_split(self.split).max_length
-        if self.config.n_ctx < wanted:
+        task = get_task(self.split)
+        if self.config.n_ctx < (wanted := task.max_length):
+            what = "windows" if isinstance(task, Texts) else "sums"
             raise ValueError(
-                f"n_ctx: wanted at least {wanted} tokens for these sums; got {self.config.n_ctx}"
+                f"n_ctx: wanted at least {wanted} tokens for these {what}; got {self.config.n_ctx}"
             )
         names = ("steps", "length_parts", "log_every", "eval_every", "eval_rows")
         whole: dict[str, Any] = {name: (getattr(self, name), 1) for name in names}
@@ -67,6 +76,37 @@ class Run:
                 f"length_parts: wanted at most batch_size = {recipe.batch_size}; got "
                 f"{self.length_parts}"
             )
+
+
+def get_task(split: str | Split | Texts) -> Split | Texts:
+    """The sums of that name, or a task as it is.
+
+    Raises:
+        ValueError: no such name; the message lists them.
+    """
+    return split if isinstance(split, Texts) else get_split(split)
+
+
+def rows_of(task: Split | Texts, n: int, seed: tuple[int, ...]) -> Batch:
+    """Rows of a task, drawn from a seed."""
+    return task.draw(n, seed=seed) if isinstance(task, Texts) else draw(task, n, seed=seed)
+
+
+def measured(
+    model: nn.Module, task: Split | Texts, rows: int, device: str | torch.device
+) -> dict[str, float]:
+    """What the log says of a model besides its loss: `SCORES`."""
+    if isinstance(task, Texts):
+        found: Any = score(model, task.length, windows=rows, device=device)
+    else:
+        found = evaluate(model, task, rows=rows, device=device)
+    return {k: v for k, v in dataclasses.asdict(found).items() if k in SCORES[type(task)]}
+
+
+SCORES: Final[dict[type, tuple[str, ...]]] = {
+    Split: ("per_token", "per_token_without_end", "exact"),
+    Texts: ("held_out", "per_token"),
+}
 
 
 def positions_for(
@@ -125,7 +165,7 @@ def describe(run: Run, processes: int = 1) -> dict[str, Any]:
     """What identifies a run, in JSON types; each of the `processes` has its own batch."""
     return {
         "config": run.config.to_json(),
-        "split": get_split(run.split).to_json(),
+        "split": get_task(run.split).to_json(),
         "recipe": dataclasses.asdict(get_recipe(run.recipe)),
         "steps": run.steps,
         "seed": run.seed,
@@ -136,5 +176,5 @@ def describe(run: Run, processes: int = 1) -> dict[str, Any]:
 
 
 def sequences(run: Run, processes: int = 1) -> int:
-    """How many sums a run trains on."""
+    """How many sums, or windows, a run trains on."""
     return run.steps * get_recipe(run.recipe).batch_size * processes

@@ -1,4 +1,4 @@
-"""Training on addition, with the recipe of Menary et al. 2024 or a modern one.
+"""Training on addition or text, with the recipe of Menary et al. 2024 or a modern one.
 
     loss = - sum over scored positions of log p(target) / their number
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import hashlib
 import os
 import signal
@@ -36,15 +35,21 @@ from hooks.arguments import (
 )
 from hooks.corpus import Stopped as Stopped
 from qkvnorm_lens.models import QKVNormTransformer
-from qkvnorm_lens.training.addition import Batch, draw, get_split
+from qkvnorm_lens.training.addition import Batch
 from qkvnorm_lens.training.recipes import LearningRate, get_recipe, make_optimizers
-from qkvnorm_lens.training.run import Run, describe, evaluate, positions_for
+from qkvnorm_lens.training.run import (
+    SCORES,
+    Run,
+    describe,
+    get_task,
+    measured,
+    positions_for,
+    rows_of,
+)
 from qkvnorm_lens.training.run_files import RunFileError, cut_log, note_log, read_state, write_state
 
 _TRAIN_STREAM, _SHIFT_STREAM, _CALIBRATION_STREAM = 1, 2, 3
-_FIELDS: Final = (
-    "step", "sequences", "seconds", "lr", "loss", "per_token", "per_token_without_end", "exact",
-)  # fmt: skip
+_FIELDS: Final = ("step", "sequences", "seconds", "lr", "loss")
 STATE: Final = ("run", "model", "optimizers", "rate", "step", "seconds", "loss_sum", "losses")
 
 
@@ -88,7 +93,8 @@ class Trainer:
 
         self.run = run
         self.recipe = get_recipe(run.recipe)
-        self.split = get_split(run.split)
+        self.task = get_task(run.split)
+        self.fields = (*_FIELDS, *SCORES[type(self.task)])
         self.out = out
         self.accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
         self.processes: int = self.accelerator.num_processes
@@ -116,7 +122,8 @@ class Trainer:
         if held is not None:
             self._load(held)
         elif self.accelerator.is_main_process:  # of a run that was killed before its first state
-            cut_log(self.log_path, {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}, 0, _FIELDS)
+            nothing = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+            cut_log(self.log_path, nothing, 0, self.fields)
         if held is None and (run.config.calibrated or run.config.score_scale == "calibrated"):
             self._calibrate()
 
@@ -136,7 +143,7 @@ class Trainer:
         return self.out / "log.csv"
 
     def _calibrate(self) -> None:
-        rows = draw(self.split, self.recipe.batch_size, seed=(self.run.seed, _CALIBRATION_STREAM))
+        rows = rows_of(self.task, self.recipe.batch_size, (self.run.seed, _CALIBRATION_STREAM))
         batch = rows.to(self.device)
         positions = positions_for(
             self.run.config, rows.tokens, (self.run.seed, _CALIBRATION_STREAM, 0)
@@ -155,9 +162,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        batch = draw(
-            self.split, self.recipe.batch_size, seed=(run.seed, _TRAIN_STREAM, rank, self.step)
-        )
+        drawn = (run.seed, _TRAIN_STREAM, rank, self.step)
+        batch = rows_of(self.task, self.recipe.batch_size, drawn)
         n_scored = int(batch.scored.sum())
         parts = batch.by_length(run.length_parts)
         loss = torch.zeros((), device=self.device)
@@ -212,12 +218,11 @@ class Trainer:
         }
         self.loss_sum, self.losses = 0.0, 0
         if self.step % run.eval_every == 0 or self.step == run.steps:
-            accuracy = evaluate(self.model, self.split, rows=run.eval_rows, device=self.device)
-            row |= {k: v for k, v in dataclasses.asdict(accuracy).items() if k in _FIELDS}
+            row |= measured(self.model, self.task, run.eval_rows, self.device)
         try:
             new = not self.log_path.exists()
             with self.log_path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, _FIELDS, restval="")
+                writer = csv.DictWriter(file, self.fields, restval="")
                 if new:
                     writer.writeheader()
                 writer.writerow(row)
@@ -264,7 +269,7 @@ class Trainer:
             raise RunFileError(path, f"{error.message}; {self._way_on(path)}") from error
         self.saved, self.saved_step = path, self.step
         if self.accelerator.is_main_process:  # rows written after that state was saved
-            cut_log(self.log_path, state.get("log"), self.step, _FIELDS)
+            cut_log(self.log_path, state.get("log"), self.step, self.fields)
 
     def _way_on(self, path: Path) -> str:
         """What to do about a state that was damaged."""

@@ -160,6 +160,31 @@ def test_figures_and_experiments_run_or_name_their_extra(
         assert "pip install 'qkvnorm-lens[experiments]'" in done.stderr
 
 
+def test_the_wheel_is_small_and_names_what_makes_the_experiments_models(
+    wheel: Path, folder: Path, extra: str, tmp_path: Path
+) -> None:
+    """The three shipped models are in it, those of the experiments are not."""
+    assert wheel.stat().st_size < 8e6
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    weights = [name for name in names if name.endswith(".safetensors")]
+    assert [name.split("/")[-2] for name in weights] == [
+        "addition-none",
+        "addition-pre",
+        "addition-qkv",
+    ]
+    command = "python -m qkvnorm_lens.experiments.train"
+    assert command in said(folder, "qkvnorm-lens", "models", cwd=tmp_path)
+    done = run(folder, "qkvnorm-lens", "probe", "study-pre-1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"`{command} study-pre-1` makes them" in done.stderr
+    if extra == "experiments":
+        for name in ("language", "positions", "confound", "centring"):
+            done = run(folder, "qkvnorm-lens", "experiment", name, "--smoke", cwd=tmp_path)
+            assert done.returncode == 1
+            assert command in done.stderr
+
+
 def test_the_metadata_says_what_it_is(wheel: Path) -> None:
     told = metadata(wheel)
     assert told["License-Expression"] == "MIT"

@@ -30,6 +30,7 @@ NAMES = (
     "CentredAttention",
     "collapse_probe",
     "probe_corpus",
+    "measure_corpus",
     "merge_corpus",
     "sweep",
     "spread",
@@ -510,6 +511,12 @@ def corpora(folder: Path) -> dict[str, Call]:
         "probe_corpus": Call(
             hooks.probe_corpus,
             right,
+            {"dataset": "dataset|column|split", "context": "context|text"},
+            skip=skip,
+        ),
+        "measure_corpus": Call(
+            hooks.measure_corpus,
+            right | {"measure": hold(hooks.spread)},
             {"dataset": "dataset|column|split", "context": "context|text"},
             skip=skip,
         ),

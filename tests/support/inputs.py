@@ -107,7 +107,7 @@ def _check_padding(built: builders.Built, given: dict[str, Any], sparse: float) 
     named = {n: torch.cat([x, x]) for n, x in rest.items()}
     given = {"input_ids": both, "attention_mask": mask, **named}
     try:
-        padded = probe(built.model, given, sparse)
+        padded = probe(built.model, given, sparse, batch_size=1)
     except hooks.UnsupportedModelError as error:
         if error.check == "left padding" and _padding_counts(built, given, ids[:, PAD:], rest):
             return "padding refused"
@@ -120,7 +120,11 @@ def _check_padding(built: builders.Built, given: dict[str, Any], sparse: float) 
                 raise Disagreement(
                     f"padding on the left: {what} of prompt {number} are not its own"
                 )
-
+    together = probe(built.model, given, sparse)  # one pass, where the model allows it
+    if not np.array_equal(together.rows, padded.rows):
+        raise Disagreement("two lengths in one pass: other rows than alone")
+    if not np.allclose(together.loose, padded.loose, atol=1e-3):
+        raise Disagreement("two lengths in one pass: other rates than alone")
     return "padding"
 
 

@@ -15,15 +15,17 @@ from hooks.arguments import Settings, check_choice, check_integers
 from hooks.collapse import CONTENT, SINK, By
 from hooks.measures.interference.count import ALL_ROWS, CONTENT_ROWS, DIRECTION, LENGTH, TOTAL
 from hooks.reports import (
-    CorpusReport,
     Curves,
     Form,
+    PoolingReport,
     Unsound,
     check_counts,
     check_numbers,
     check_sums,
+    moments,
     per_layer,
     percent,
+    se_moments,
     se_prompts,
     told,
 )
@@ -42,10 +44,11 @@ class InterferenceSettings(Settings):
     draws: int
     layers: tuple[int, ...]
     seed: int
+    pooled: bool = False  # sums over all prompts, with moments, in place of sums for each
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InterferenceReport(CorpusReport):
+class InterferenceReport(PoolingReport):
     """Sparse rows that attend to another token once their layer's norm has one scale for all.
 
     The last axis of most arrays is the kind of row: 0 for rows that attend to content, 1 for rows
@@ -79,6 +82,11 @@ class InterferenceReport(CorpusReport):
             else reads it: KL(clean || frozen), nats; the clean top token; -log p(target). Without
             constants where the output was not requested.
         clean_loss: -log p(target) of the model as it is.
+        squares: where prompts are pooled, the sums of ``scale_spread`` squared.
+        moments: where prompts are pooled, of all rows, then of content rows; of each head, then
+            each layer, then the model: prompts with sparse rows, and over prompts with c sparse
+            rows, x of them moved, the sums of c^2, and of xc and x^2 by frozen vectors and
+            constant.
     """
 
     settings: InterferenceSettings
@@ -106,6 +114,13 @@ class InterferenceReport(CorpusReport):
     agree: Float[np.ndarray, "output layer prompt"] = field(repr=False)
     loss: Float[np.ndarray, "output layer prompt"] = field(repr=False)
     clean_loss: Float[np.ndarray, "prompt"] = field(repr=False)
+    # Of pooled reports alone.
+    squares: Float[np.ndarray, "pooled_layer 2"] = field(
+        repr=False, default_factory=lambda: np.zeros((0, 2))
+    )
+    moments: Float[np.ndarray, "moment 2 group"] = field(
+        repr=False, default_factory=lambda: np.zeros((0, 2, 0))
+    )
 
     # -- rates ------------------------------------------------------------------------------
 
@@ -188,14 +203,37 @@ class InterferenceReport(CorpusReport):
             columns |= self._scales(by, rows.shape[:-2])
             columns |= _variance_shares(pool(self.variance).sum(len(rows.shape) - 2))
             moved = pool(self.loose[at]).astype(float)
-            columns["se"] = se_prompts(moved.sum(-1), rows.sum(-1))
-            columns["se_content"] = se_prompts(moved[..., CONTENT], rows[..., CONTENT])
+            for which, name in enumerate(("se", "se_content")):
+                columns[name] = self._error(by, at, which, _of(which, moved), _of(which, rows))
             if by == "layer":
                 columns |= self._output(on, constant)
         shape = rows.shape[:-2]
         return pd.DataFrame(
             {name: np.broadcast_to(values, shape).ravel() for name, values in columns.items()}
         )
+
+    def _error(
+        self, by: By, at: tuple[int, int], which: int, moved: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Standard error over prompts of the share that moves, ``[group...]``."""
+        if not self.settings.pooled:
+            return se_prompts(moved, rows)
+        n_layers, n_heads = self.examined.shape[:2]
+        ends = np.cumsum([0, n_layers * n_heads, n_layers, 1])
+        group = ("head", "layer", "model").index(by)
+        mine = self.moments[:, which, ends[group] : ends[group + 1]]
+        sums, counts = moved.sum(-1), rows.sum(-1)
+        index = at[0] * len(self.settings.constants) + at[1]
+        n_x = (len(mine) - 2) // 2
+        some = mine[[0, 1, 2 + index, 2 + n_x + index]].reshape(4, *counts.shape)
+        return np.asarray(se_moments(some, sums[None], counts)[0])
+
+    def _over_prompts(self) -> dict[str, np.ndarray]:
+        loose = self.loose.reshape(-1, *self.loose.shape[2:]).astype(float)
+        both = [
+            moments(_groups(_of(which, loose)), _groups(_of(which, self.rows))) for which in (0, 1)
+        ]
+        return {"squares": (self.scale_spread**2).sum(1), "moments": np.stack(both, 1)}
 
     def _names(self, by: By, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         if by == "model":
@@ -209,8 +247,10 @@ class InterferenceReport(CorpusReport):
         return {"layer": layer[:, None], "head": head[None], "label": both}
 
     def _scales(self, by: By, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        over = (0, 1) if by == "model" else (1,)
-        spread = np.sqrt((self.scale_spread**2).mean(axis=over))
+        squares = (self.scale_spread**2).sum(1)
+        spread = np.sqrt((self.squares if self.settings.pooled else squares) / len(self.tokens))
+        if by == "model":
+            spread = np.sqrt((spread**2).mean(0))
         if by == "head":
             spread = spread[:, None, :]
         return {
@@ -316,8 +356,11 @@ def _sizes(s: InterferenceSettings, model: Mapping[str, Any], prompts: int) -> d
         "draw": s.draws,
         "layer": len(s.layers),
         "head": max(model["heads"]),
-        "prompt": prompts,
+        "prompt": 1 if s.pooled else prompts,
         "kind": 2,
+        "pooled_layer": len(s.layers) if s.pooled else 0,
+        "moment": 2 + 2 * len(s.on) * len(s.constants) if s.pooled else 0,
+        "group": len(s.layers) * (max(model["heads"]) + 1) + 1,
     }
 
 
@@ -352,6 +395,18 @@ _FORM = Form(
     {"labels": tuple[str, ...], "heads": tuple[int, ...], "sites": str},
     what="report of interference",
 )
+
+
+def _of(which: int, values: np.ndarray) -> np.ndarray:
+    """All rows (0) or content rows (1): ``[..., prompt]``."""
+    return np.asarray(values[..., CONTENT] if which else values.sum(-1))
+
+
+def _groups(x: np.ndarray) -> np.ndarray:
+    """Of every head, then every layer, then the model: ``[..., group, prompt]``."""
+    by_layer = x.sum(-2)
+    heads = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+    return np.concatenate([heads, by_layer, by_layer.sum(-2, keepdims=True)], axis=-2)
 
 
 def _share(values: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from hooks.arguments import Settings, check_choice, check_number
 from hooks.reports import (
@@ -18,6 +18,7 @@ from hooks.reports import (
     Unsound,
     check_numbers,
     first_tokens,
+    one_model,
     per_layer,
     percent,
 )
@@ -30,6 +31,8 @@ _WHAT = {
     "k": "the keys (as they enter the dot product) of",
     "v": "the values of",
 }
+_STEP = 2.0**-11  # of the logarithm of a norm, where tokens are pooled
+_ZERO = -(1 << 40)  # in place of the logarithm of zero
 _TIE = 1e-12  # of the total weight: what rounding of a running sum may add or lack
 
 
@@ -40,6 +43,7 @@ class SpreadSettings(Settings):
     of: Of
     without_first: bool
     layers: tuple[int, ...]
+    pooled: bool = False  # tokens of like norm together
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +63,10 @@ class SpreadReport(SavedReport):
         prompt, position: where each token is.
         starts: positions of each prompt's first tokens, where documents are packed into one; empty
             where no prompt holds several.
+        totals: where prompts are pooled, in place of ``weights``: those of all tokens of one norm,
+            ``[head, norm]``; ``norms`` are then a grid, first tokens apart (``position`` 0, of
+            the others 1).
+        counts: how many tokens these are, of those with a weight.
     """
 
     settings: SpreadSettings
@@ -70,6 +78,54 @@ class SpreadReport(SavedReport):
     prompt: tuple[Int[np.ndarray, "_"], ...] = field(repr=False)
     position: tuple[Int[np.ndarray, "_"], ...] = field(repr=False)
     starts: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+    # Of pooled reports alone.
+    totals: tuple[Float[np.ndarray, "_ _"], ...] = field(repr=False, default_factory=tuple)
+    counts: tuple[Int[np.ndarray, "_ _"], ...] = field(repr=False, default_factory=tuple)
+
+    def pooled(self) -> SpreadReport:
+        """This report with tokens of like norm together: its size does not grow with the corpus.
+
+        Norms are rounded to a grid in their logarithm, by 0.025% at most, and so are medians and
+        bands; weights stay. Tokens are left out.
+        """
+        if self.settings.pooled:
+            return self
+        firsts = [
+            first_tokens(self.starts, prompt, position)
+            for prompt, position in zip(self.prompt, self.position, strict=True)
+        ]
+        parts = zip(self.norms, self.weights, firsts, strict=True)
+        grids = [_grid(norms, w.astype(float), w > 0, first) for norms, w, first in parts]
+        return replace(
+            self,
+            settings=replace(self.settings, pooled=True),
+            tokens=((),) * len(self.tokens),
+            decoder_tokens=(),
+            starts=(),
+            weights=(),
+            **_fields(grids),
+        )
+
+    def placed(self, places: Int[np.ndarray, "prompt"], n: int) -> SpreadReport:
+        """This shard's report, as that of ``n`` prompts, some of which are its own."""
+        return replace(self, tokens=((),) * n)
+
+    def alongside(self, later: SpreadReport) -> SpreadReport:
+        """The tokens of two parts, pooled, of as many prompts as this one has.
+
+        Raises:
+            ValueError: other settings, or another model.
+        """
+        one_model(self, later)
+        grids = []
+        for i in range(len(self.norms)):
+            arrays = (
+                [getattr(part, name)[i] for part in (self, later)]
+                for name in ("norms", "totals", "counts", "position")
+            )
+            norms, totals, counts, position = (np.concatenate(x, -1) for x in arrays)
+            grids.append(_grid(norms, totals, counts, position == 0))
+        return replace(self, **_fields(grids))
 
     def to_frame(self, by: SpreadBy = "head", *, share: float = 0.9) -> pd.DataFrame:
         """One row per layer and head (or layer, or one for the model; or per head and token).
@@ -97,11 +153,14 @@ class SpreadReport(SavedReport):
         ``without_first=False``. NaN where a head attends to no other token.
 
         Raises:
-            ValueError: an unknown ``by``, or a share outside (0, 1].
+            ValueError: an unknown ``by``, or ``"token"`` of a pooled report; a share outside
+                (0, 1].
         """
-        check_choice("by", by, get_args(SpreadBy))
+        known = get_args(SpreadBy)
+        check_choice("by", by, [k for k in known if k != "token" or not self.settings.pooled])
         share = check_number("share", share, "a share in (0, 1]", lambda x: 0 < x <= 1)
-        heads = [self._head(i, h) for i, w in enumerate(self.weights) for h in range(len(w))]
+        weights = self.totals or self.weights
+        heads = [self._head(i, h) for i, w in enumerate(weights) for h in range(len(w))]
         if by == "token":
             return pd.concat([head.frame(self) for head in heads], ignore_index=True)
         pooled: dict[tuple[int, ...], list[_Head]] = {}
@@ -114,14 +173,16 @@ class SpreadReport(SavedReport):
 
     def _head(self, index: int, head: int) -> _Head:
         """One head's tokens over its median."""
-        norms, weights = self.norms[index], self.weights[index][head].astype(float)
-        norm = norms[head * len(norms) // len(self.weights[index])].astype(float)
+        norms, every = self.norms[index], (self.totals or self.weights)[index]
+        weights = every[head].astype(float)
+        norm = norms[head * len(norms) // len(every)].astype(float)
         first = first_tokens(self.starts, self.prompt[index], self.position[index])
         counted = ~first if self.settings.without_first else np.ones_like(first)
         median = weighted_quantile(norm[counted], weights[counted], 0.5)
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = norm / median
-        return _Head(index, head, norm, weights, relative, first, counted)
+        many = self.counts[index][head] if self.counts else (weights > 0).astype(int)
+        return _Head(index, head, norm, weights, relative, first, counted, many)
 
     def _names(self, by: str, head: _Head) -> dict[str, Any]:
         layer, label = self.settings.layers[head.index], self.model["labels"][head.index]
@@ -174,13 +235,20 @@ def _sizes(s: SpreadSettings, model: Mapping[str, Any], prompts: int) -> dict[st
     own = {"stream": [1] * len(heads), "q": heads}.get(s.of, model["kv_heads"])
     return {
         "norms": [(n, "token") for n in own],
-        "weights": [(n, "token") for n in heads],
+        "weights": [(n, "token") for n in ([] if s.pooled else heads)],
+        "totals": [(n, "token") for n in (heads if s.pooled else [])],
+        "counts": [(n, "token") for n in (heads if s.pooled else [])],
         "prompt": [("token",) for _ in heads],
         "position": [("token",) for _ in heads],
     }
 
 
 def _check_numbers(report: SpreadReport) -> None:
+    if report.settings.pooled:
+        for name in ("norms", "totals", "counts"):
+            for i, values in enumerate(getattr(report, name)):
+                check_numbers(f"{name}.{i}", values, 0)
+        return
     for i, (prompt, position) in enumerate(zip(report.prompt, report.position, strict=True)):
         last = len(report.tokens) - 1
         check_numbers(f"prompt.{i}", prompt, 0, last)
@@ -208,6 +276,38 @@ _FORM = Form(
 )
 
 
+_Grid = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _grid(
+    norms: Float[np.ndarray, "vector token"],
+    weights: Float[np.ndarray, "head token"],
+    counts: Shaped[np.ndarray, "head token"],
+    first: Bool[np.ndarray, "token"],
+) -> _Grid:
+    """Norms, weights, counts and positions of tokens, those of one norm together."""
+    with np.errstate(divide="ignore"):
+        at = np.rint(np.log(norms.astype(float)) / _STEP)
+    keys = 2 * np.where(norms > 0, at, _ZERO).astype(np.int64) + first
+    every, place = np.unique(keys, return_inverse=True)
+    place, n = place.reshape(keys.shape), len(every)
+    of = np.arange(len(weights)) * len(norms) // len(weights)
+    sums = [
+        np.stack([np.bincount(place[v], x, n) for v, x in zip(of, values, strict=True)])
+        for values in (weights, counts)
+    ]
+    steps = every // 2
+    grid = np.where(steps == _ZERO, 0.0, np.exp(steps * _STEP)).astype(np.float32)
+    whole = np.repeat(grid[None], len(norms), 0)
+    return whole, sums[0], sums[1].astype(np.int64), (1 - every % 2).astype(np.int32)
+
+
+def _fields(grids: list[_Grid]) -> dict[str, Any]:
+    names = ("norms", "totals", "counts", "position")
+    fields = {name: tuple(grid[i] for grid in grids) for i, name in enumerate(names)}
+    return {**fields, "prompt": tuple(np.zeros_like(grid[3]) for grid in grids)}
+
+
 @dataclass(frozen=True, eq=False)
 class _Head:
     """A head's tokens: norms, weights, norms over the median; which are first, which count."""
@@ -219,6 +319,7 @@ class _Head:
     relative: np.ndarray
     first: np.ndarray
     counted: np.ndarray
+    many: np.ndarray  # tokens
 
     def frame(self, report: SpreadReport) -> pd.DataFrame:
         """One row per token."""
@@ -244,7 +345,7 @@ def _measures(heads: list[_Head], share: float) -> dict[str, Any]:
     weight, relative = pool("weight", "counted"), pool("relative", "counted")
     first, total = pool("weight", "first"), sum(float(h.weight.sum()) for h in heads)
     return {
-        "tokens": int((weight > 0).sum()),
+        "tokens": int(pool("many", "counted").sum()),
         "weight": float(weight.sum()),
         "median": weighted_quantile(pool("norm", "counted"), weight, 0.5),
         "band": weighted_quantile(np.abs(relative - 1), weight, share),

@@ -13,16 +13,18 @@ from jaxtyping import Float, Int
 from hooks.arguments import Settings, check_choice, check_integers, check_number
 from hooks.noise import LAWS, At, NormNoise, Rows, Shared
 from hooks.reports import (
-    CorpusReport,
     Curves,
     Form,
+    PoolingReport,
     Unsound,
     check_ascending,
     check_counts,
     check_numbers,
     check_word,
+    moments,
     percent,
     se_draws,
+    se_moments,
     se_prompts,
     told,
 )
@@ -30,6 +32,7 @@ from hooks.reports import (
 SweepBy = Literal["sigma", "prompt", "draw"]
 _MOST_NATS = 1e60  # far beyond any logit
 _METRICS = ("accuracy", "loss", "kl", "top1_agreement")
+_WITH_TARGETS = ("accuracy", "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +48,11 @@ class SweepSettings(Settings):
     rows: str
     layers: tuple[int, ...]
     seed: int
+    pooled: bool = False  # sums over all prompts, with moments, in place of sums for each
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SweepReport(CorpusReport):
+class SweepReport(PoolingReport):
     """What a model's output loses under norm noise in all chosen layers at once, against sigma.
 
     Sums over the scored positions of each prompt, for each sigma and draw; the clean row is this
@@ -67,6 +71,9 @@ class SweepReport(CorpusReport):
         correct, loss: these two under noise.
         kl: sum of KL(clean || noisy), nats.
         agree: positions whose arg max is the clean row's.
+        moments: where prompts are pooled, of the changes of accuracy and of loss: prompts with
+            targets, and over prompts with c targets and changes x, the sums of c^2, and of xc and
+            x^2 by sigma, the clean row in front.
     """
 
     settings: SweepSettings
@@ -82,6 +89,10 @@ class SweepReport(CorpusReport):
     loss: Float[np.ndarray, "sigma draw prompt"] = field(repr=False)
     kl: Float[np.ndarray, "sigma draw prompt"] = field(repr=False)
     agree: Int[np.ndarray, "sigma draw prompt"] = field(repr=False)
+    # Of pooled reports alone.
+    moments: Float[np.ndarray, "moment 2"] = field(
+        repr=False, default_factory=lambda: np.zeros((0, 2))
+    )
 
     # -- curves -----------------------------------------------------------------------------
 
@@ -102,8 +113,12 @@ class SweepReport(CorpusReport):
                 are the same at every sigma: compare two sigmas draw by draw (``by="draw"``).
             se_prompts_accuracy_change, se_prompts_loss_change: standard error of the changes over
                 prompts, clean and noisy paired (by sigma; NaN for one prompt).
+
+        Raises:
+            ValueError: an unknown ``by``, or ``"prompt"`` of a pooled report.
         """
-        check_choice("by", by, get_args(SweepBy))
+        known = get_args(SweepBy)
+        check_choice("by", by, [k for k in known if k != "prompt" or not self.settings.pooled])
         sums = self._sums()  # [sigma, draw, prompt]
         over = {"sigma": (1, 2), "prompt": (1,), "draw": (2,)}[by]
         n = {name: self._counts(name) for name in _METRICS}
@@ -113,16 +128,20 @@ class SweepReport(CorpusReport):
         with np.errstate(invalid="ignore", divide="ignore"):
             for name in _METRICS:
                 columns[name] = sums[name].sum(axis=over) / (pooled[name] * draws)
-            for name in ("accuracy", "loss"):
+            for name in _WITH_TARGETS:
                 columns[f"{name}_change"] = columns[name] - columns[name][:1]
             if by != "draw":
                 each = {k: v if by == "prompt" else v.sum(2) for k, v in sums.items()}
                 for name in _METRICS:
                     columns[f"se_{name}"] = _se_draws(each[name] / pooled[name])
             if by == "sigma":
-                for name in ("accuracy", "loss"):
-                    change = (sums[name] - sums[name][:1]).mean(1)
-                    columns[f"se_prompts_{name}_change"] = se_prompts(change, n[name])
+                change, targets = self._changes()
+                if self.settings.pooled:
+                    errors = se_moments(self.moments, change.sum(-1), targets.sum(-1))
+                else:
+                    errors = se_prompts(change, targets)
+                for name, error in zip(_WITH_TARGETS, errors.T, strict=True):
+                    columns[f"se_prompts_{name}_change"] = error
         return self._tidy(by, columns, pooled["kl"])
 
     def _tidy(self, by: SweepBy, columns: dict[str, np.ndarray], positions: Any) -> pd.DataFrame:
@@ -161,7 +180,18 @@ class SweepReport(CorpusReport):
         }
 
     def _counts(self, metric: str) -> Int[np.ndarray, "prompt"]:
-        return self.targets if metric in ("accuracy", "loss") else self.positions
+        return self.targets if metric in _WITH_TARGETS else self.positions
+
+    def _changes(
+        self,
+    ) -> tuple[Float[np.ndarray, "sigma_and_clean 2 prompt"], Int[np.ndarray, "2 prompt"]]:
+        """Changes of accuracy and loss, the mean of the draws, and how many targets they are of."""
+        sums = self._sums()
+        changes = [(sums[name] - sums[name][:1]).mean(1) for name in _WITH_TARGETS]
+        return np.stack(changes, 1), np.stack([self._counts(name) for name in _WITH_TARGETS])
+
+    def _over_prompts(self) -> dict[str, np.ndarray]:
+        return {"moments": moments(*self._changes())}
 
     def sigma_at(self, drop: float = 0.1) -> float:
         """The sigma at which the accuracy has fallen by the share ``drop`` of the clean accuracy.
@@ -256,7 +286,12 @@ def _check_settings(s: SweepSettings) -> None:
 
 
 def _sizes(s: SweepSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:
-    return {"sigma": len(s.sigmas), "draw": s.replicates, "prompt": prompts}
+    return {
+        "sigma": len(s.sigmas),
+        "draw": s.replicates,
+        "prompt": 1 if s.pooled else prompts,
+        "moment": 2 + 2 * (1 + len(s.sigmas)) if s.pooled else 0,
+    }
 
 
 def _check_numbers(report: SweepReport) -> None:

@@ -52,7 +52,7 @@ class Subject:
         name: as it is called in tables.
         kind: ``"addition"`` (reads the 17 characters) or ``"language"``.
         path: its directory; None for a name on the Hugging Face hub.
-        placement: ``"none"``, ``"pre"`` or ``"qkv"``; empty for other people's models.
+        placement: ``"none"``, ``"pre"``, ``"qk"`` or ``"qkv"``; empty for other people's models.
         group: the models that differ from it by their seed alone share this name.
         seed: of its weights and data; None where it isn't known.
         digest: of its weights, configuration and tokenizer, so that results of others aren't mixed

@@ -13,6 +13,7 @@ from qkvnorm_lens.plots.charts import (
     GREEN,
     GREY,
     ORANGE,
+    RUNS,
     Axes as Axes,
     Figure as Figure,
     Number,
@@ -21,8 +22,10 @@ from qkvnorm_lens.plots.charts import (
     plain,
 )
 
-COLOURS: Final = {"none": GREEN, "pre": BLUE, "qkv": ORANGE, "": GREY}
-PLACEMENT_NAMES: Final = {"none": "No-Norm", "pre": "Pre-Norm", "qkv": "QKV-Norm", "": ""}
+COLOURS: Final = {"none": GREEN, "pre": BLUE, "qk": RUNS[3], "qkv": ORANGE, "": GREY}
+PLACEMENT_NAMES: Final = {
+    "none": "No-Norm", "pre": "Pre-Norm", "qk": "QK-Norm", "qkv": "QKV-Norm", "": "",
+}  # fmt: skip
 
 
 def panels(

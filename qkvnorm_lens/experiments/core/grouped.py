@@ -13,6 +13,7 @@ from qkvnorm_lens.experiments.core.draw import groups
 from qkvnorm_lens.experiments.core.stats import Mean, difference, mean
 
 STUDY: Final = "study-"
+LANGUAGE: Final = "language-"
 PLAIN: Final = "-"  # the variant of a quantity that has no other
 
 
@@ -23,13 +24,14 @@ def placement_of(mine: pd.DataFrame) -> str:
 
 
 def is_language(mine: pd.DataFrame) -> bool:
-    """Whether a group's models read text: all that have no placement do."""
-    return not placement_of(mine)
+    """Whether a group's models read text: other people's, and ours of that name."""
+    return not placement_of(mine) or str(mine["group"].iloc[0]).startswith(LANGUAGE)
 
 
 def kinds_of_models(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Rows about the study models, about other addition models, and about language models."""
-    study, language = rows["group"].str.startswith(STUDY), rows["placement"].fillna("") == ""
+    study, ours = (rows["group"].str.startswith(name) for name in (STUDY, LANGUAGE))
+    language = ours | (rows["placement"].fillna("") == "")
     return rows[study], rows[~study & ~language], rows[language]
 
 

@@ -23,6 +23,8 @@ GROUPS: Final = {
     "gauge": "beyond",
     "confound": "beyond",
     "quantisation": "beyond",
+    "language": "beyond",
+    "atlas": "beyond",
     "rank": "related",
     "masks": "related",
     "spectrum": "related",

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Final
 
-from qkvnorm_lens.models import EXPERIMENT_MODELS, experiment_models, named_config
-from qkvnorm_lens.training import Run, Split, get_recipe
+from qkvnorm_lens.models import EXPERIMENT_MODELS, NormSpec, experiment_models, named_config
+from qkvnorm_lens.training import Run, Split, Texts, get_recipe
 
 SEEDS: Final = (1, 2, 3)
 PLACEMENTS: Final = ("pre", "qkv", "none")
@@ -36,6 +36,15 @@ ORDERS: Final[dict[str, tuple[str, str]]] = {
     "nope-no-attn": ("none", "mlp"),
     "nope-no-skip": ("none", "none"),
 }
+
+# Which vectors of a language model have a norm of their own; all else is equal.
+LANGUAGE: Final[dict[str, tuple[str, NormSpec | None]]] = {
+    "none": ("none", None),
+    "pre": ("pre", None),
+    "qk": ("qkv", NormSpec(on="qk")),
+    "qkv": ("qkv", None),
+}
+LANGUAGE_STEPS: Final = 1_500
 
 MODELS: Final = EXPERIMENT_MODELS
 
@@ -76,13 +85,28 @@ def order_run(cell: str, seed: int) -> Run:
     return Run(config, split, get_recipe("study"), steps=ORDER_STEPS, seed=seed, bf16=True)
 
 
+def language_run(cell: str, seed: int) -> Run:
+    """A language model: 4 layers of width 96, 3M tokens of old books, some five minutes.
+
+    AdamW, as Muon's steps would cost more than the rest at this size.
+    """
+    placement, norm = LANGUAGE[cell]
+    config = named_config("language", placement, norm=norm, seed=seed, attn_implementation="sdpa")
+    recipe = dataclasses.replace(get_recipe("modern-adamw"), lr=4e-3, batch_size=16, warmup=100)
+    return Run(
+        config, Texts(), recipe, steps=LANGUAGE_STEPS, seed=seed, length_parts=1, log_every=50,
+        eval_every=250, eval_rows=64,
+    )  # fmt: skip
+
+
 def runs() -> dict[str, Run]:
     """Every run by the name of its model, in the order in which they are trained."""
     study = {f"study-{p}-{seed}": study_run(p, seed) for seed in SEEDS for p in PLACEMENTS}
     confound = {f"confound-{c}-{seed}": confound_run(c, seed) for seed in SEEDS for c in CONFOUNDS}
     centring = {f"{c}-{seed}": centring_run(c, seed) for seed in SEEDS for c in CENTRING}
     order = {f"order-{c}-{seed}": order_run(c, seed) for seed in SEEDS for c in ORDERS}
-    return study | confound | centring | order
+    language = {f"language-{c}-{seed}": language_run(c, seed) for seed in SEEDS for c in LANGUAGE}
+    return study | confound | centring | order | language
 
 
 def trained(prefix: str = "") -> dict[str, Path]:

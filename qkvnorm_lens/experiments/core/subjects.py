@@ -9,18 +9,29 @@ from typing import Any
 from qkvnorm_lens.experiments.core.base import Size, Subject
 from qkvnorm_lens.experiments.core.digest import digest_of, digest_of_hub
 from qkvnorm_lens.experiments.core.studies import trained
-from qkvnorm_lens.models import checkpoint_path, checkpoints, find, read_card, read_object
+from qkvnorm_lens.models import (
+    LoadError,
+    checkpoint_path,
+    checkpoints,
+    find,
+    how_to_get,
+    read_card,
+    read_object,
+)
 
 
 def default_subjects(size: Size) -> tuple[Subject, ...]:
-    """The study models and the shipped ones; few of them in the small forms.
+    """The study models, where they are here, and the shipped ones; few in the small forms.
 
     ``full``: all; ``quick``: the shipped ones and the first seed of each study model; ``smoke``:
-    the first seed of Pre-Norm and QKV-Norm.
+    the first seed of Pre-Norm and QKV-Norm (without study models: the shipped ones).
     """
     study = trained("study-")
     if size == "smoke":
-        chosen = [study[name] for name in ("study-pre-1", "study-qkv-1")]
+        chosen = [
+            study.get(f"study-{placement}-1", checkpoint_path(f"addition-{placement}"))
+            for placement in ("pre", "qkv")
+        ]
     elif size == "quick":
         chosen = [path for name, path in study.items() if name.endswith("-1")]
     else:
@@ -30,7 +41,9 @@ def default_subjects(size: Size) -> tuple[Subject, ...]:
 
 
 def find_subjects(names: Sequence[str]) -> tuple[Subject, ...]:
-    """Models by name: a trained or shipped one, ``study`` for all of those, a directory, a hub id.
+    """Models by name: a trained or shipped one, a directory, a hub id.
+
+    ``study`` and ``language`` stand for all trained models of that name.
 
     Raises:
         LoadError: no such model.
@@ -38,8 +51,11 @@ def find_subjects(names: Sequence[str]) -> tuple[Subject, ...]:
     """
     found: list[Subject] = []
     for name in names:
-        known = trained("study-") if name == "study" else trained()
-        if name == "study":
+        several = name in ("study", "language")
+        known = trained(f"{name}-") if several else trained()
+        if several and not known:
+            raise LoadError(f"models: wanted the models {name}-*; got none: {how_to_get()}")
+        if several:
             found += [_from_directory(n, path) for n, path in known.items()]
         elif name in known:
             found.append(_from_directory(name, known[name]))
@@ -70,8 +86,15 @@ def _from_directory(name: str, path: Path) -> Subject:
         name=name,
         kind="addition" if ours and config.get("d_vocab") == 17 else "language",
         path=path,
-        placement=str(config.get("placement", "")) if ours else "",
+        placement=_placement(config) if ours else "",
         group=group,
         seed=seed,
         digest=digest_of(path),
     )
+
+
+def _placement(config: dict[str, Any]) -> str:
+    """Where a model of ours has its norm; ``"qk"`` where v has none."""
+    norm = config.get("norm")
+    on = norm.get("on") if isinstance(norm, dict) else None
+    return "qk" if on == "qk" else str(config.get("placement", ""))

@@ -27,10 +27,13 @@ from qkvnorm_lens.training import (
     describe,
     evaluate,
     get_split,
+    get_task,
     processes,
     sequences,
     train,
 )
+from qkvnorm_lens.training.language import Texts, ngram_loss, score
+from qkvnorm_lens.training.texts import held_out_tokens, text_tokenizer, train_tokens
 
 RUNS: Final[dict[str, Run]] = {
     f"addition-{placement}": Run(
@@ -49,6 +52,7 @@ MODULE = "qkvnorm_lens.training.checkpoints.make"
 
 def tests(run: Run) -> dict[str, str | Split]:
     """The kinds of sums for which a model's card gives its accuracy."""
+    assert not isinstance(run.split, Texts)
     if get_split(run.split) == get_split(TESTS["in distribution"]):
         return dict(TESTS)
     return {"in distribution": run.split}
@@ -57,31 +61,48 @@ def tests(run: Run) -> dict[str, str | Split]:
 def card(
     name: str, run: Run, model: QKVNormTransformer, command: str, *, rows: int = 20_000
 ) -> dict[str, Any]:
-    """How a model was made, and its accuracy on sums drawn separately from training."""
+    """How a model was made, and its accuracy on sums, or text, that training has not seen."""
     return {
         "name": name,
         "command": command,
         "run": describe(run),
         "sequences": sequences(run),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "accuracy": {
-            kind: {
-                "split": get_split(split).to_json(),
-                "seed": TEST_SEED,
-                **dataclasses.asdict(evaluate(model, split, rows=rows)),
-            }
-            for kind, split in tests(run).items()
-        },
+        "accuracy": accuracy(run, model, rows),
         "versions": {name: version(name) for name in ("torch", "transformer-lens")},
+    }
+
+
+def accuracy(run: Run, model: QKVNormTransformer, rows: int) -> dict[str, Any]:
+    """By test: sums drawn separately from training; or held-out books, with what n-grams lose."""
+    if isinstance(task := get_task(run.split), Texts):
+        read, held = train_tokens(task.path), held_out_tokens()
+        grams = {f"{n}-gram": ngram_loss(n, read, held) for n in (1, 2, 3)}
+        return {"held out": {**dataclasses.asdict(score(model, task.length)), **grams}}
+    return {
+        kind: {
+            "split": get_split(split).to_json(),
+            "seed": TEST_SEED,
+            **dataclasses.asdict(evaluate(model, split, rows=rows)),
+        }
+        for kind, split in tests(run).items()
     }
 
 
 def install(
     name: str, run: Run, model: QKVNormTransformer, log: Path, folder: Path, *, command: str
 ) -> dict[str, Any]:
-    """Write a trained model with its card and log into a folder; returns the card."""
-    model.tokenizer = build_tokenizer()
-    model.write(folder)
+    """Write a trained model with its card and log into a folder; returns the card.
+
+    A language model's weights are rounded to bfloat16, which is what its card is about.
+    """
+    if isinstance(run.split, Texts):
+        model.to(torch.bfloat16).to(model.cfg.dtype)
+        model.tokenizer = text_tokenizer()
+        model.write(folder, torch.bfloat16)
+    else:
+        model.tokenizer = build_tokenizer()
+        model.write(folder)
     shutil.copyfile(log, folder / "log.csv")
     made = card(name, run, model, command)
     write_card(made, folder / "card.json")

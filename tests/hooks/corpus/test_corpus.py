@@ -2,63 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import hooks
 from hooks import CollapseReport, merge_corpus, probe_corpus
 from hooks.collapse import pooled
 from hooks.corpus import Stopped, cut, rank_and_size
 from tests.hooks.collapse.test_pooled import assert_equal
+from tests.hooks.corpus.conftest import OPTIONS
 from tests.support import models
-from tests.support.commands import characters
 from tests.support.watching import shape_checks_off
-
-OPTIONS: dict[str, Any] = {"sigmas": [0.1, 0.2, 0.4], "context": 24, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    characters().save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer: Any) -> Any:
-    return models.tiny_llama(tokenizer=tokenizer)
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    """Lengths from one window to several, and documents that leave nothing."""
-    whole = " ".join(models.shakespeare())
-    lengths = np.random.default_rng(0).integers(1, 90, 40)
-    ends = np.cumsum(lengths)
-    return ["", "x", *(whole[end - n : end] for n, end in zip(lengths, ends, strict=True)), " "]
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut, "BLOCK_TOKENS", 100)
-
-
-@pytest.fixture(scope="module")
-def whole(model: Any, texts: list[str]) -> CollapseReport:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cut, "BLOCK_TOKENS", 100)
-        return probe_corpus(model, texts, **OPTIONS)
 
 
 def windows(model: Any, texts: list[str], context: int) -> list[list[int]]:
@@ -172,12 +138,12 @@ def test_the_error_ends_a_corpus(model: Any, texts: list[str], whole: CollapseRe
     error = 100 * whole.sigma_error(0.01)
     reached = probe_corpus(model, texts * 4, until=error, **OPTIONS)
     assert 100 * reached.sigma_error(0.01) < error
-    n = reached.model["corpus"]["done"]["blocks"]
-    assert n < probe_corpus(model, texts * 4, **OPTIONS).model["corpus"]["done"]["blocks"]
     read = cut.Cut(model, texts * 4, context=24, batch_size=8, most=None, prepend_bos=None)
-    end = sum(block.tokens for block in list(read)[: n - 1])
+    ends = np.cumsum([block.tokens for block in read.blocks()])
+    assert reached.n_tokens in ends[1:-1]
+    end = int(ends[ends < reached.n_tokens][-1])
     before = probe_corpus(model, texts * 4, tokens=end, **OPTIONS)
-    assert before.model["corpus"]["done"]["blocks"] == n - 1
+    assert before.n_tokens == end
     assert 100 * before.sigma_error(0.01) >= error
 
 
@@ -236,7 +202,15 @@ def test_a_full_disk_leaves_the_state_before(
         with pytest.raises(OSError, match="No space left on device; not written, the file of"):
             probe_corpus(model, texts, out=tmp_path, save_every=1e-9, **OPTIONS)
     (path,) = tmp_path.glob("part-*.safetensors")
-    assert CollapseReport.load(path).model["corpus"]["done"]["blocks"] == 3
+    ends = np.cumsum(
+        [
+            block.tokens
+            for block in cut.Cut(
+                model, texts, context=24, batch_size=8, most=None, prepend_bos=None
+            ).blocks()
+        ]
+    )
+    assert CollapseReport.load(path).n_tokens == ends[2]
     assert not [*tmp_path.glob("*.draft")]
     assert_equal(probe_corpus(model, texts, out=tmp_path, **OPTIONS), whole)
 
@@ -301,7 +275,7 @@ def test_shards_that_do_not_make_a_whole_are_named(
     with pytest.raises(ValueError, match="shard 1 of 3: wanted it once; got it in"):
         merge_corpus([folder, tmp_path / "twice"])
     probe_corpus(model, texts[:20], shard=(2, 3), out=tmp_path / "less", **OPTIONS)
-    with pytest.raises(ValueError, match=r"got blocks .* instead of .*: the data set changed"):
+    with pytest.raises(ValueError, match=r"got digest .* instead of .*: the data set changed"):
         merge_corpus([folder, tmp_path / "less"])
     stopping = Texts(texts)
     stopping.at, stopping.happens = 20, lambda: os.kill(os.getpid(), signal.SIGINT)  # type: ignore[assignment]
@@ -342,6 +316,78 @@ def test_ranks_are_those_of_the_launcher(
     assert rank_and_size() == (0, 1)  # nobody to meet: an interactive job
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert rank_and_size() == wanted
+
+
+def test_a_shard_cuts_only_its_own_documents(
+    model: Any, texts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beside them the first block's, to check the model; after a stop, none that was counted."""
+    cut_texts: list[str] = []
+
+    def recorded(model: Any, text: str, prepend_bos: Any) -> Any:
+        cut_texts.append(text)
+        return original(model, text, prepend_bos)
+
+    original = cut.text_tokens
+    monkeypatch.setattr(cut, "text_tokens", recorded)
+    groups: list[set[str]] = [set()]
+    size = 0
+    for text in texts:
+        groups[-1] |= {text} if text.strip() else set()
+        size += len(text) + 1
+        if size >= 2 * 8 * 24:  # two characters for each token of a block, here a batch
+            groups, size = [*groups, set()], 0
+    for i in (0, 1, 2):
+        cut_texts.clear()
+        probe_corpus(model, texts, shard=(i + 1, 3), out=tmp_path, **OPTIONS)
+        own = set[str]().union(*groups[i::3])
+        assert own <= {*cut_texts} <= own | groups[0]
+        cut_texts.clear()
+        probe_corpus(model, texts, shard=(i + 1, 3), out=tmp_path, **OPTIONS)
+        assert {*cut_texts} <= groups[0]
+
+
+def test_a_part_of_an_earlier_version_is_refused(
+    model: Any, texts: list[str], tmp_path: Path
+) -> None:
+    report = probe_corpus(model, texts, out=tmp_path, **OPTIONS)
+    (path,) = tmp_path.glob("part-*.safetensors")
+    fact = report.model["corpus"]
+    done = {n: x for n, x in fact["done"].items() if n not in ("groups", "windows")}
+    old = replace(report, model={**report.model, "corpus": {**fact, "done": done}})
+    old.save(path)
+    for use in (
+        lambda: probe_corpus(model, texts, out=tmp_path, **OPTIONS),
+        lambda: merge_corpus(path),
+    ):
+        with pytest.raises(ValueError, match="got one of an earlier version, which dealt windows"):
+            use()
+
+
+def test_another_tokenizer_is_refused(model: Any, texts: list[str], tmp_path: Path) -> None:
+    probe_corpus(model, texts, out=tmp_path, **OPTIONS)
+    other = models.tiny_llama(tokenizer=copy.deepcopy(model.tokenizer))
+    other.tokenizer.add_tokens(["sulphurous"])
+    with pytest.raises(ValueError, match="got tokenizer '"):
+        probe_corpus(other, texts, out=tmp_path, **OPTIONS)
+
+
+def test_kept_rows_are_drawn_again(model: Any, whole: CollapseReport) -> None:
+    """The prompt alone, under the number that the report gives, shows the noisy row."""
+    for row in range(len(whole.kept)):
+        prompt = int(whole.kept.prompt[row])
+        if not whole.tokens[prompt] or whole.kept.draw[row] < 0:
+            continue
+        ids = torch.tensor([model.tokenizer.convert_tokens_to_ids(list(whole.tokens[prompt]))])
+        noise = whole.kept_noise(row)
+        layer = int(whole.kept.layer[row])
+        name = f"blocks.{layer}.attn.hook_pattern"
+        number = whole.model["numbers"][str(prompt)]
+        with noise.applied(model, first_prompt=number):
+            _, cache = model.run_with_cache(ids, names_filter=name)
+        _, noisy = whole.kept.weights(row)
+        got = cache[name][0, int(whole.kept.head[row]), int(whole.kept.query[row])]
+        np.testing.assert_allclose(got[: len(noisy)].numpy(), noisy, atol=1e-5)
 
 
 # -- bad input ------------------------------------------------------------------------------------

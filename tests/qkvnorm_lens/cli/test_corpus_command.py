@@ -25,10 +25,10 @@ OPTIONS = ["--sigmas", "0.1,0.3", "--context", "32"]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Some three hundred documents: blocks enough to be stopped between."""
+    """Some nine hundred documents: groups to be dealt, and blocks enough to be stopped between."""
     path = tmp_path_factory.mktemp("corpus") / "plays.jsonl"
     text = "\n".join(models.shakespeare())
-    rows = [{"text": text[at : at + 70]} for at in range(0, len(text) - 70, 35)]
+    rows = [{"text": text[at : at + 70]} for at in range(0, len(text) - 70, 12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -36,7 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_corpus_its_shards_and_their_merge(
     run: Run, gpt2_dir: str, corpus: str, tmp_path: Path
 ) -> None:
-    asked = ["probe", gpt2_dir, "--dataset", corpus, "--tokens", "6k", *OPTIONS]
+    asked = ["probe", gpt2_dir, "--dataset", corpus, "--tokens", "15k", *OPTIONS]
     code, out, err = run(*asked, "--out", str(tmp_path / "one"))
     assert code == 0, err
     assert "windows of at most 32 tokens of plays.jsonl" in out
@@ -53,7 +53,7 @@ def test_a_corpus_its_shards_and_their_merge(
     for name in ("report.html", "frame.csv", "summary.txt"):
         assert (tmp_path / "three" / name).exists()
     code, out, _ = run("merge", str(tmp_path / "three"), "--json")
-    assert json.loads(out)["read"]["tokens"] == whole.n_tokens >= 6000
+    assert json.loads(out)["read"]["tokens"] == whole.n_tokens >= 15000
     (tmp_path / "three" / "part-00002-of-00003.safetensors").unlink()
     refused(run("merge", str(tmp_path / "three")), "shards of 3", "got none for 2", "--shard 2/3")
 
@@ -76,7 +76,7 @@ def test_options_that_do_not_fit(run: Run, gpt2_dir: str, corpus: str, tmp_path:
 
 def start(argv: Sequence[str], launch: str = "") -> subprocess.Popen[str]:
     """The command in a process, or several, of its own; a state after each block."""
-    every = "import hooks.corpus.probe as p; p.EVERY = 1e-6; import qkvnorm_lens.__main__"
+    every = "import hooks.corpus.run as p; p.EVERY = 1e-6; import qkvnorm_lens.__main__"
     own = [sys.executable, "-c", every] if not launch else [sys.executable, *launch.split()]
     return subprocess.Popen(
         [*own, *argv],
@@ -137,7 +137,7 @@ def test_twenty_kills_leave_no_trace(gpt2_dir: str, corpus: str, tmp_path: Path,
 
 @pytest.mark.slow
 def test_two_ranks_are_one_process(run: Run, gpt2_dir: str, corpus: str, tmp_path: Path) -> None:
-    asked = ["probe", gpt2_dir, "--dataset", corpus, "--tokens", "6k", *OPTIONS]
+    asked = ["probe", gpt2_dir, "--dataset", corpus, "--tokens", "15k", *OPTIONS]
     code, _, err = run(*asked, "--out", str(tmp_path / "one"))
     assert code == 0, err
     launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -m qkvnorm_lens"

@@ -33,7 +33,7 @@ from qkvnorm_lens.experiments.paper.collapse import (
     measure as collapse,
     words as collapse_words,
 )
-from qkvnorm_lens.training.addition import get_split
+from qkvnorm_lens.training.run import get_task
 from tests.support import models
 from tests.support.counting import NOBODY, Counting
 from tests.support.paths import RESULTS
@@ -188,8 +188,33 @@ def test_trained_models_are_what_their_command_makes() -> None:
         card = json.loads((path / "card.json").read_text())
         assert card["run"] == json.loads(json.dumps(describe(known[name]))), name
         assert card["command"] == f"python -m qkvnorm_lens.experiments.train {name}"
-        own = json.loads(json.dumps(get_split(known[name].split).to_json()))
-        assert card["accuracy"]["in distribution"]["split"] == own, name
+        own = json.loads(json.dumps(get_task(known[name].split).to_json()))
+        assert card["run"]["split"] == own, name
+        if "text" not in own:
+            assert card["accuracy"]["in distribution"]["split"] == own, name
+
+
+def test_models_that_are_not_here_are_named_with_what_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qkvnorm_lens.experiments.core import subjects
+    from qkvnorm_lens.models import LoadError, find, is_experiment_model, loading
+
+    assert all(map(is_experiment_model, train.runs()))
+    assert not any(map(is_experiment_model, ["gpt2", "addition-pre", "my/study-pre-1", "order-1"]))
+    monkeypatch.setattr(loading, "experiment_models", dict)
+    monkeypatch.setattr(subjects, "trained", lambda prefix="": {})
+    monkeypatch.chdir(tmp_path)
+    for name in ("study-pre-1", "language-qk-2"):
+        with pytest.raises(LoadError, match=f"experiments.train {name}` makes them"):
+            find(name)
+    with pytest.raises(LoadError, match=r"wanted the models study-\*; got none: they do not come"):
+        find_subjects(["study"])
+    names = [s.name for s in default_subjects("smoke")]
+    assert names == ["addition-pre", "addition-qkv"]
+    (tmp_path / "study-pre-1").mkdir()  # a directory of that name is what was meant
+    (tmp_path / "study-pre-1" / "config.json").write_text("{}")
+    assert find("study-pre-1").kind == "directory"
 
 
 def test_models_by_name_directory_and_hub() -> None:
@@ -450,6 +475,6 @@ def test_the_command_says_what_is_wrong(
 def test_all_on_a_foreign_model_names_what_it_leaves_out(tmp_path: Path) -> None:
     names = {n for n in experiments.NAMES if experiments.get_experiment(n).models == "any"}
     rest = set(experiments.NAMES) - names
-    own = {"stability", "theorems", "confound", "masks", "centring", "positions"}
+    own = {"stability", "theorems", "confound", "masks", "centring", "positions", "language"}
     assert rest == {"accuracy"} | own
     assert running.fitting(ACCURACY, [NOBODY]) == ()

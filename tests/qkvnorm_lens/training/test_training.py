@@ -136,7 +136,7 @@ def test_an_impatient_interrupt_leaves_a_state_to_go_on_from(
 
     with monkeypatch.context() as patch:
         if where == "draw":
-            patch.setattr(training, "draw", twice)
+            patch.setattr(training, "rows_of", twice)
         elif where == "optimizer":
             patch.setattr(torch.optim.Muon, "step", twice)
         else:

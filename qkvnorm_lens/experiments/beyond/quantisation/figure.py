@@ -16,7 +16,9 @@ from qkvnorm_lens.experiments.core import COLOURS, Axes, Figure, legend_below, p
 from qkvnorm_lens.plots.charts import GREY, grid
 
 _COLUMNS: Final = 3
-_KNOWN: Final = {"pre": "Pre-Norm", "qkv": "QKV-Norm", "none": "No-Norm", "": "language models"}
+_KNOWN: Final = {
+    "pre": "Pre-Norm", "qkv": "QKV-Norm", "none": "No-Norm", "qk": "QK-Norm", "": "language models",
+}  # fmt: skip
 
 
 def figure(table: pd.DataFrame) -> Figure:

@@ -46,7 +46,7 @@ def figure(table: pd.DataFrame) -> core.Figure:
 def _columns(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
     """Title and groups of each column, the group of most seeds first."""
     out = []
-    for placement in (p for p in ("none", "pre", "qkv") if (table["placement"] == p).any()):
+    for placement in (p for p in ("none", "pre", "qk", "qkv") if (table["placement"] == p).any()):
         mine = table[table["placement"] == placement]
         seeds = mine.groupby("group")["model"].nunique()
         ordered = sorted(core.groups(mine), key=lambda g: -seeds[g])

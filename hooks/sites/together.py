@@ -1,0 +1,89 @@
+"""May prompts of several lengths share a pass? Tried on the model, with prompts of the caller's.
+
+Short prompts cost a pass each where their lengths differ: a pass over few tokens takes as long as
+one over many. A token repeated at the end of the shorter prompts changes nothing for a causal
+model, nor for one that is given a mask, unless it goes by the width of the batch (rotary positions
+of two lengths).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooks.errors import UnsupportedModelError
+from hooks.model import (
+    HookedModel,
+    ModelInput,
+    Prompts,
+    checking,
+    evaluating,
+    pass_dtype,
+    users,
+)
+from hooks.sites.masks import Key
+from hooks.sites.scores import visible
+from hooks.sites.types import AttentionSites
+from hooks.sites.watch import SeenLayer, watch_layers
+
+LONGEST = 512  # tokens; a pass over more costs what its tokens cost, and padding is not free
+_NEVER = -1
+
+_tried: weakref.WeakKeyDictionary[Any, dict[Key, dict[bool, int]]] = weakref.WeakKeyDictionary()
+
+
+def may_share(model: HookedModel, sites: AttentionSites, prompts: Prompts, key: Key) -> bool:
+    """Whether every score is the same, within rounding, where a shorter prompt is padded.
+
+    The longest prompt and the shortest one are run together and alone. The verdict is remembered
+    for the model, masked or not: up to the longest prompt that passed, or for good if one failed.
+    """
+    lengths = prompts.lengths
+    longest = max(lengths, default=0)
+    if longest == min(lengths, default=0) or longest > LONGEST or users(model):
+        return False
+    verdicts = _tried.setdefault(model, {}).setdefault(key, {})
+    known = verdicts.get(prompts.masked, 0)
+    if known != _NEVER and longest > known:
+        known = longest if _same_together(model, sites, prompts) else _NEVER
+        verdicts[prompts.masked] = known
+    return known != _NEVER
+
+
+def _same_together(model: HookedModel, sites: AttentionSites, prompts: Prompts) -> bool:
+    lengths = prompts.lengths
+    long, short = (choose(range(len(lengths)), key=lengths.__getitem__) for choose in (max, min))
+    n = lengths[short]
+    eps = torch.finfo(pass_dtype(model)).eps ** 0.5
+    try:
+        with evaluating(model), checking():
+            whole = _scores(model, sites, prompts.batch([long, short]))
+            alone = [_scores(model, sites, prompts.batch([at])) for at in (long, short)]
+    except (UnsupportedModelError, RuntimeError, ValueError):
+        return False  # apart they are measured, or refused with their own words
+    for index, both in whole.items():
+        for row, of, end in zip(both, alone, (lengths[long], n), strict=True):
+            mine = of[index][0]
+            if mine.shape[-2:] != (end, end) or row.shape[-1] != lengths[long]:
+                return False  # keys beside those of the tokens
+            seen, shown = visible(mine), visible(row[:, :end])
+            if bool(shown[..., end:].any()) or not torch.equal(seen, shown[..., :end]):
+                return False
+            a, b = mine[seen].double(), row[:, :end, :end][seen].double()
+            if not bool(((a - b).abs() <= eps * a.abs().max()).all()):
+                return False
+    return True
+
+
+def _scores(model: HookedModel, sites: AttentionSites, given: ModelInput) -> dict[int, Tensor]:
+    """Each layer's scores."""
+    found: dict[int, Tensor] = {}
+
+    def look(seen: SeenLayer) -> None:
+        found[seen.index] = seen.scores_and_pattern()[0].detach().clone()
+
+    watch_layers(model, given, sites.layers, look)
+    return found
