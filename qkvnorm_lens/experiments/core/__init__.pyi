@@ -50,7 +50,14 @@ from .read import (
 from .registry import NAMES as NAMES, get_experiment as get_experiment
 from .report import write_report as write_report
 from .running import Outcome as Outcome, fitting as fitting, run_experiment as run_experiment
-from .stats import Mean as Mean, counted as counted, difference as difference, mean as mean
+from .stats import (
+    Mean as Mean,
+    counted as counted,
+    difference as difference,
+    mean as mean,
+    power as power,
+    seeds_wanted as seeds_wanted,
+)
 from .studies import (
     CONFOUND_STEPS as CONFOUND_STEPS,
     CONFOUNDS as CONFOUNDS,

@@ -167,6 +167,7 @@ class Claim:
         same: ``"yes"``, ``"no"``, ``"in part"``, ``"not decided"`` (our error bars allow both), or
             ``"-"`` where nothing was published.
         why: why it is the same or not, as far as the data say.
+        power: what it would take to decide it, where it is not decided.
     """
 
     what: str
@@ -174,6 +175,7 @@ class Claim:
     ours: str
     same: Verdict | Literal["-"]
     why: str
+    power: str = ""
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _chapter(name: str, paths: list[Path], folder: Path, to: Path) -> Chapter:
         )
     head = f"# {experiment.title}\n\n{experiment.source}. [All results]({INDEX}).\n"
     if claims:
-        rows = [[c.what, c.published, c.ours, f"**{c.same}**", c.why] for c in claims]
+        rows = [[c.what, c.published, c.ours, f"**{c.same}**", _why(c)] for c in claims]
         head += "\n" + _table(["what", "published", "ours", "same", "why"], rows)
     return Chapter(name, experiment.title, claims, "\n".join([head, *sections]))
 
@@ -143,6 +143,11 @@ def _summary(chapters: list[Chapter]) -> str:
         f"{_table(['from', 'what', 'published', 'ours', 'same'], rows)}\n"
         f"## Pages\n\n{_table(['page', 'what it shows'], pages)}"
     )
+
+
+def _why(claim: Claim) -> str:
+    """Why; of an open claim also what would decide it."""
+    return f"{claim.why}; {claim.power}" if claim.same == "not decided" else claim.why
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -18,11 +18,13 @@ class Mean:
         value: the mean.
         half: half the interval's width.
         n: seeds.
+        error: the standard error of the mean; NaN where it isn't known.
     """
 
     value: float
     half: float
     n: int
+    error: float = math.nan
 
     def words(self, value: str, half: str = "") -> str:
         """``97.8 ± 0.4``, the value alone for one seed.
@@ -61,8 +63,9 @@ def mean(values: Sequence[float], level: float = 0.95) -> Mean:
         return Mean(float(x.mean()) if len(x) else math.nan, math.nan, len(x))
     from scipy import stats
 
-    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    return Mean(float(x.mean()), float(half), len(x))
+    error = float(x.std(ddof=1)) / math.sqrt(len(x))
+    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * error
+    return Mean(float(x.mean()), float(half), len(x), error)
 
 
 def difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Mean:
@@ -76,4 +79,46 @@ def difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> M
         from scipy import stats
 
         interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(level)
-    return Mean(value, float(interval.high - interval.low) / 2, min(len(x), len(y)))
+    error = math.sqrt(x.var(ddof=1) / len(x) + y.var(ddof=1) / len(y))
+    return Mean(value, float(interval.high - interval.low) / 2, min(len(x), len(y)), error)
+
+
+def seeds_wanted(
+    found: Mean, bound: float = 0.0, *, level: float = 0.95, most: int = 10_000
+) -> int | None:
+    """The fewest seeds n with t_{n-1} s / sqrt(n) < |x̄ - bound|; None where ``most`` do not do.
+
+    What would decide a claim if the mean x̄ and the spread s of further seeds were those of the
+    seeds so far. Of a difference n is that of each group, with the fewest degrees of freedom that
+    Welch's interval may have.
+
+    Args:
+        found: a mean or a difference over several seeds.
+        bound: what the interval has to leave outside.
+        level: of the interval.
+        most: the largest number looked at.
+    """
+    from scipy import stats
+
+    n = np.arange(2, most + 1)
+    half = stats.t.ppf((1 + level) / 2, n - 1) * found.error * math.sqrt(found.n) / np.sqrt(n)
+    enough = np.flatnonzero(half < abs(found.value - bound))
+    return int(n[enough[0]]) if len(enough) else None
+
+
+def power(found: Mean, *bounds: float, either: bool = False) -> str:
+    """What it would take to decide a claim that is open, in words.
+
+    Args:
+        found: the mean or difference that it hangs on.
+        bounds: what its interval has to leave outside [0].
+        either: leaving one of them outside is enough.
+    """
+    if math.isnan(found.error):
+        return "one seed has no interval, and tells nothing of how many would decide it"
+    choose = max if either else min
+    bound = choose(bounds or (0.0,), key=lambda bound: abs(found.value - bound))
+    wanted = seeds_wanted(found, bound)
+    if wanted is None:
+        return "with this mean and spread not even 10,000 seeds would decide it"
+    return f"with this mean and spread it takes {wanted} seeds to decide it"

@@ -64,7 +64,7 @@ def test_options_that_do_not_fit(run: Run, gpt2_dir: str, corpus: str, tmp_path:
     refused(run(*asked, "--text", "words"), "--text: wanted it without --dataset")
     refused(run(*asked, "--shard", "1/2"), "--out: wanted a directory for the shard")
     refused(run(*asked, "--column", "x"), "--column: wanted one of ['text']; got 'x'")
-    refused(run("merge", str(tmp_path)), "wanted parts that probe_corpus wrote")
+    refused(run("merge", str(tmp_path)), "wanted parts of a corpus")
     for option, value in (("--tokens", "0"), ("--tokens", "1T"), ("--shard", "3/2")):
         code, out, err = run(*asked, option, value)
         assert (code, out) == (2, "")

@@ -164,6 +164,37 @@ def test_a_difference_has_welchs_interval() -> None:
     assert got.value == pytest.approx(np.mean(a) - np.mean(b))
 
 
+@given(st.lists(st.floats(-10, 10), min_size=3, max_size=6), st.floats(-5, 5))
+def test_as_many_seeds_as_are_wanted_decide_and_one_less_does_not(
+    x: list[float], bound: float
+) -> None:
+    """If further seeds have the mean and the spread of those so far."""
+    found = core_stats.mean(x)
+    n = core_stats.seeds_wanted(found, bound)
+    spread, apart = np.std(x, ddof=1), abs(np.mean(x) - bound)
+
+    def half(seeds: int) -> float:
+        return float(stats.t.ppf(0.975, seeds - 1) * spread / math.sqrt(seeds))
+
+    if n is None:
+        assert half(10_000) >= apart * (1 - 1e-9)
+    else:
+        assert half(n) < apart * (1 + 1e-9)
+        assert n == 2 or half(n - 1) >= apart * (1 - 1e-9)
+
+
+def test_what_would_decide_it_is_said() -> None:
+    few = core_stats.difference([0.1, 0.2, 0.4], [0.3, 0.35, 0.5])
+    n = core_stats.seeds_wanted(few)
+    assert core_stats.power(few).endswith(f"it takes {n} seeds to decide it")
+    more = core_stats.seeds_wanted(few, -0.14)
+    assert more > n > few.n
+    assert f"takes {more} seeds" in core_stats.power(few, 0.0, -0.14)
+    assert f"takes {n} seeds" in core_stats.power(few, 0.0, -0.14, either=True)
+    assert core_stats.power(core_stats.mean([0.3])).startswith("one seed has no interval")
+    assert "not even 10,000" in core_stats.power(core_stats.mean([1.0, -1.0, 0.0]))
+
+
 # -- which models ---------------------------------------------------------------------------
 
 
@@ -333,6 +364,7 @@ def test_results_say_where_they_come_from(folder: Path) -> None:
     assert (folder / "figure.png").read_bytes()[:4] == b"\x89PNG"
     for claim in experiment.claims(table):
         assert isinstance(claim, Claim)
+        assert claim.power or claim.same != "not decided", claim.what
 
 
 def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def _where(table: pd.DataFrame) -> Iterator[str]:
         ):
             rows = traits.by_layer(mine, quantity, variant).dropna(subset=["value"])
             if len(rows) and rows["value"].max() > 0:
-                top = rows.loc[rows["value"].idxmax()]
+                top = rows.iloc[int(rows["value"].to_numpy().argmax())]
                 among = len(np.unique(rows["layer"]))
                 said.append(
                     f"{what} is largest in layer {int(top['layer'])} ({100 * top['value']:.1f}% of "

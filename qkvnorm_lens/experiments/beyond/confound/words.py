@@ -108,4 +108,5 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
                 f"{gaps[what].percent()} points ({gaps[what].n} seeds each)",
                 core.decide(core.agrees(gaps[what], PUBLISHED)),
                 "smaller models and sums; 95% interval over seeds",
+                core.power(gaps[what], 0.0, PUBLISHED, either=True),
             )

@@ -69,6 +69,7 @@ def _draw_loss(ax: core.Axes, groups: list[tuple[str, pd.DataFrame]]) -> None:
         ax.text(-0.4, level, name, fontsize=7, va="bottom", color=GREY)
     ax.set_xticks(range(len(groups)), [_name(mine) for _, mine in groups], fontsize=7)
     ax.set_xlim(-0.5, len(groups) - 0.5)
+    ax.margins(y=0.12)
     core.finish(ax, "held-out books", size=9, ylabel="loss (nats per token)")
 
 

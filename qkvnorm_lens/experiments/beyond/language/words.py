@@ -158,6 +158,7 @@ def _of_the_paper(table: pd.DataFrame) -> Iterator[core.Claim]:
         core.decide(same),
         "same data in the same order; our models have 0.5M parameters, and our QKV-Norm is the "
         "paper's, without a norm on the block's input, which the larger models keep",
+        core.power(loss),
     )
     sparse = gap(table, "pre", "qkv", "sparse share")
     yield core.Claim(
@@ -167,6 +168,7 @@ def _of_the_paper(table: pd.DataFrame) -> Iterator[core.Claim]:
         core.decide(core.above(sparse)),
         "here both have scores over sqrt(d_head) and gains without decay; the paper calibrates "
         "scores to a deviation of 0.1, which alone takes QKV-Norm's sparse rows (confound)",
+        core.power(sparse),
     )
     pre = core.pick(table, placement="pre")
     band, wider = of(pre, "spread", "stream"), gap(table, "qkv", "pre", "spread", "stream")
@@ -176,6 +178,7 @@ def _of_the_paper(table: pd.DataFrame) -> Iterator[core.Claim]:
         f"±{band.percent()}%",
         core.decide(core.within(band, 0.2, 0.3)),
         "weighted with the attention that tokens receive, the first one left out",
+        core.power(band, 0.2, 0.3),
     )
     yield core.Claim(
         "text: QKV-Norm's lengths spread wider than Pre-Norm's",
@@ -183,6 +186,7 @@ def _of_the_paper(table: pd.DataFrame) -> Iterator[core.Claim]:
         f"{_points(wider)}; in percent: {_each(table, 'spread', 'stream')}",
         core.decide(core.above(wider)),
         "where the norm follows the projection, no length of the stream counts in attention",
+        core.power(wider),
     )
     sigma = of(pre, "sigma at 1%")
     yield core.Claim(
@@ -190,7 +194,8 @@ def _of_the_paper(table: pd.DataFrame) -> Iterator[core.Claim]:
         "sums: 11%, 7.5%, 5.5% (Fig. 3)",
         f"{_sigma(pre, core.PLAIN)}% (content rows {_sigma(pre, 'content')}%)",
         core.decide(core.within(sigma, 0.055, 0.11)),
-        "sinks, most of the sparse rows in language models, are counted; see content",
+        "sinks are counted; the rate depends on the score level (gauge)",
+        core.power(sigma, 0.055, 0.11),
     )
 
 
@@ -203,6 +208,7 @@ def _of_qk_norm(table: pd.DataFrame) -> Iterator[core.Claim]:
         f"an attended score: {_levels(table)}",
         core.decide(core.above(level)),
         "learned gains may grow as logits do; of this size all placements train",
+        core.power(level),
     )
     loss = gap(table, "none", "qk", "loss")
     yield core.Claim(
@@ -211,6 +217,7 @@ def _of_qk_norm(table: pd.DataFrame) -> Iterator[core.Claim]:
         f"loss of No-Norm minus QK-Norm's {loss.words('+.3f', '.3f')} nats per token",
         core.decide(core.above(loss)),
         "QK-Norm here has no norm on the block's input, as No-Norm; the models named have both",
+        core.power(loss),
     )
 
 

@@ -53,4 +53,5 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
             ours,
             core.decide(core.agrees(gap, published)),
             why,
+            core.power(gap, 0.0, published, either=True),
         )

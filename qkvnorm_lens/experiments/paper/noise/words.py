@@ -122,7 +122,7 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
 
 def _percent_claim(group: str, mine: pd.DataFrame) -> core.Claim:
     share = kept_mean(EVERY.of(mine), PERCENT)
-    fall = core.Mean(1 - share.value, share.half, share.n)
+    fall = core.Mean(1 - share.value, share.half, share.n, share.error)
     return core.Claim(
         f"fall of accuracy at sigma = 1%, q, k and v ({group})",
         ">= 10% (Baseline), >= 20% (Alternate), one seed each, Fig. 2",
@@ -130,6 +130,7 @@ def _percent_claim(group: str, mine: pd.DataFrame) -> core.Claim:
         f"{lost_at(EVERY.of(mine))}% ({fall.seeds})",
         core.decide(core.reaches(fall, LOST)),
         _SCALE_OF_OURS,
+        core.power(fall, LOST),
     )
 
 
@@ -155,6 +156,7 @@ def _rows_claim(group: str, mine: pd.DataFrame) -> core.Claim:
         f"{over.percent()} points",
         core.decide(core.above(over)),
         "the two kinds are not equally many: the share noised stands beside each number",
+        core.power(over),
     )
 
 

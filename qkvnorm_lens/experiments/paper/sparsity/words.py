@@ -129,4 +129,5 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
             "scores scaled by 1/sqrt(d_head); the paper's start at a standard deviation of "
             "0.1, from which a QKV-Norm head can hardly reach a maximum of 0.95; sharp: more "
             f"than {SHARP:g} times",
+            core.power(peak, SHARP),
         )

@@ -86,6 +86,7 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
             core.decide(core.below(band, PUBLISHED)),
             "held against the wider published band; a smaller model of another width and "
             "recipe, and nothing in Pre-Norm fixes the lengths: training does",
+            core.power(band, PUBLISHED),
         )
     gap = core.study_difference(models, "band")
     if gap is not None:
@@ -95,4 +96,5 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
             f"Pre-Norm minus QKV-Norm {gap.percent()} points ({gap.n} seeds each)",
             core.decide(core.below(gap)),
             "under QKV-Norm no score reads the length of an embedding, so nothing holds it",
+            core.power(gap),
         )
