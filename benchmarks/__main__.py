@@ -23,7 +23,9 @@ from benchmarks._side_by_side import CLOCKS, ROOT, THREADS, machine, write_json
 
 DOCS = ROOT / "docs"
 PARTS = ("one_pass", "kernel", "scaling", "sweep", "measures", "memory", "startup", "training")
+HOURS = ("corpus",)  # run only by name
 QUICK = {
+    "corpus": ["--tokens", "40000"],
     "one_pass": ["--repeats", "2", "--lengths", "128", "21", "--long", "8192", "--no-memory"],
     "scaling": ["--repeats", "2"],
     "startup": ["--repeats", "2"],
@@ -57,7 +59,7 @@ def run_part(name: str, arguments: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     there = [name for name in PARTS if (ROOT / "benchmarks" / f"{name}.py").exists()]
-    parser.add_argument("--only", nargs="*", default=there, choices=there)
+    parser.add_argument("--only", nargs="*", default=there, choices=[*there, *HOURS])
     parser.add_argument("--quick", action="store_true", help="few repeats, short shapes only")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
@@ -79,6 +81,8 @@ def main() -> None:
             arguments = [*arguments, "--clock", options.clock]
         if name == "scaling":
             arguments = [*arguments, "--figures", str(figures)]
+        if name == "corpus":
+            arguments = [*arguments, "--figure", str(figures / "bench_corpus.png")]
         results["parts"][name] = run_part(name, arguments)
         write_json(target, results)
     if options.docs:

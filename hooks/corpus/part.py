@@ -126,7 +126,7 @@ def left_out(done: Mapping[str, Any]) -> list[str]:
 def differing(
     mine: Mapping[str, Any], other: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Names under which two mappings differ, and what each has."""
-    for name in sorted({*mine, *other}):
+    """Names under which two mappings differ, what is measured before the rest; what each has."""
+    for name in sorted({*mine, *other}, key=lambda name: (name != "measure", name)):
         if mine.get(name) != other.get(name):
             yield name, (mine.get(name), other.get(name))

@@ -152,13 +152,20 @@ def view_layers(
     streams: Sequence[str] = (),
     hooks: Sequence[Hook] = (),
     beside: bool = False,
-) -> None:
-    """:func:`observe` of one batch, these prompts; of a `BlockCall` that block's layer alone."""
+    *,
+    whole: bool = False,
+) -> Any:
+    """:func:`observe` of one batch, these prompts; of a `BlockCall` that block's layer alone.
+
+    ``whole``: the pass goes on after the last layer, to the output that is returned.
+    """
 
     def show(seen: SeenLayer) -> None:
         on_layer(_view(seen, indices, roles, bool(streams), beside))
 
-    watch_layers(model, given, layers, show, roles=roles, streams=streams, hooks=hooks)
+    return watch_layers(
+        model, given, layers, show, roles=roles, streams=streams, hooks=hooks, whole=whole
+    )
 
 
 def _check_hook(hook: Any) -> Hook:
@@ -220,7 +227,8 @@ def watch_layers(
     roles: Collection[Role] = (),
     streams: Sequence[str] = (),
     hooks: Sequence[Hook] = (),
-) -> None:
+    whole: bool = False,
+) -> Any:
     """One forward pass that hands each layer over while it exists, and ends after the last.
 
     Args:
@@ -230,6 +238,7 @@ def watch_layers(
         roles: which of q, k and v to keep for it; q and k are kept where a bias is added.
         streams: for each layer the hook of the residual stream to keep, if any.
         hooks: run before those that look on.
+        whole: do not end the pass; its output is returned.
     """
     tap = AttentionTap() if any(s.tapped for s in layers) else None
     entries = list(hooks)
@@ -237,8 +246,9 @@ def watch_layers(
         points: dict[str, str] = {"stream": streams[index]} if streams else {}
         if not sites.bare:
             points |= {role: sites.vector(role).dot.hook for role in _needed(sites, roles)}
-        entries += _layer_hooks(index, sites, points, tap, on_seen, index == len(layers) - 1)
-    run_with(model, given, entries, tap)
+        last = index == len(layers) - 1 and not whole
+        entries += _layer_hooks(index, sites, points, tap, on_seen, last)
+    return run_with(model, given, entries, tap)
 
 
 def _layer_hooks(

@@ -11,6 +11,7 @@ from qkvnorm_lens.plots.attention_views import (
     attention_rows,
     fragile_text,
 )
+from qkvnorm_lens.plots.cache import cache_by_depth
 from qkvnorm_lens.plots.charts import save
 from qkvnorm_lens.plots.collapse import (
     collapse_chart as collapse_chart,
@@ -32,5 +33,6 @@ from qkvnorm_lens.plots.training import training_curves
 __all__ = [
     "collapse_curve", "head_map", "row_margins", "attention", "attention_rows", "fragile_text",
     "View", "spread_bands", "interference_by_depth", "accuracy_curve", "sparsity_histogram",
-    "rank_by_depth", "spectrum_by_depth", "symmetry_by_depth", "training_curves", "save",
+    "cache_by_depth", "rank_by_depth", "spectrum_by_depth", "symmetry_by_depth", "training_curves",
+    "save",
 ]  # fmt: skip

@@ -222,7 +222,7 @@ class InterferenceReport(PoolingReport):
         ends = np.cumsum([0, n_layers * n_heads, n_layers, 1])
         group = ("head", "layer", "model").index(by)
         mine = self.moments[:, which, ends[group] : ends[group + 1]]
-        sums, counts = moved.sum(-1), rows.sum(-1)
+        sums, counts = np.asarray(moved.sum(-1)), np.asarray(rows.sum(-1))
         index = at[0] * len(self.settings.constants) + at[1]
         n_x = (len(mine) - 2) // 2
         some = mine[[0, 1, 2 + index, 2 + n_x + index]].reshape(4, *counts.shape)

@@ -85,8 +85,8 @@ class SpreadReport(SavedReport):
     def pooled(self) -> SpreadReport:
         """This report with tokens of like norm together: its size does not grow with the corpus.
 
-        Norms are rounded to a grid in their logarithm, by 0.025% at most, and so are medians and
-        bands; weights stay. Tokens are left out.
+        Norms are rounded to a grid in their logarithm, by 0.025% at most; medians move by no more,
+        bands and quantiles by 0.0005. Weights stay. Tokens are left out.
         """
         if self.settings.pooled:
             return self

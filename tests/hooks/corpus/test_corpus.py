@@ -290,10 +290,10 @@ def test_shards_that_do_not_make_a_whole_are_named(
     probe_corpus(other, texts, shard=(2, 3), out=tmp_path / "model", **OPTIONS)
     with pytest.raises(ValueError, match="wanted reports of one model; got fingerprint"):
         merge_corpus([folder, tmp_path / "model"])
-    with pytest.raises(ValueError, match="folders: wanted parts that probe_corpus wrote; got"):
+    with pytest.raises(ValueError, match="folders: wanted parts of a corpus; got"):
         merge_corpus(tmp_path)
     report = hooks.collapse_probe(model, [[1, 2, 3]], sigmas=[0.1], progress=False)
-    with pytest.raises(ValueError, match="wanted a part that probe_corpus wrote; got another"):
+    with pytest.raises(ValueError, match="wanted a part of a corpus; got another"):
         merge_corpus(report.save(tmp_path / "report.safetensors"))
 
 

@@ -81,12 +81,16 @@ def test_a_pooled_report_says_what_the_whole_one_says(
     each = measure(model, rows(model, few), progress=False, **options)
     exact = measure is not hooks.spread
     for mine, theirs in zip(frames(each.pooled()), frames(each), strict=True):
-        pd.testing.assert_frame_equal(mine, theirs, rtol=1e-9 if exact else 6e-4, atol=1e-9)
+        pd.testing.assert_frame_equal(
+            mine, theirs, rtol=1e-9 if exact else 3e-4, atol=1e-9 if exact else 6e-4
+        )
     if exact:
         assert each.pooled().summary() == each.summary()
     assert each.pooled().pooled() is not each
-    with pytest.raises(ValueError, match="by: wanted"):
-        each.pooled().to_frame({hooks.sweep: "prompt", hooks.spread: "token"}.get(measure, "none"))
+    of_one = {hooks.sweep: "prompt", hooks.spread: "token"}.get(measure)
+    if of_one:
+        with pytest.raises(ValueError, match="by: wanted"):
+            each.pooled().to_frame(of_one)
 
 
 def test_a_corpus_is_the_measure_of_its_windows(

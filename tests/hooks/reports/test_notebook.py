@@ -71,6 +71,7 @@ MEASURES = {
     "sweep": lambda model, tokens: hooks.sweep(model, tokens, sigmas=(0.1, 0.3), replicates=2),
     "spread": hooks.spread,
     "interference": hooks.interference,
+    "cache": hooks.cache_risk,
     "rank": hooks.rank_profile,
     "spectrum": hooks.spectral_gap,
     "symmetry": lambda model, tokens: hooks.symmetry_gap(model, tokens, permutations=2),
@@ -156,7 +157,7 @@ def test_heads_refuses_what_it_cannot_read(report: hooks.CollapseReport) -> None
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_model_goes_by_the_name_it_is_given(measure: str) -> None:
-    calls = {"probe": "collapse_probe", "rank": "rank_profile"}
+    calls = {"probe": "collapse_probe", "cache": "cache_risk", "rank": "rank_profile"}
     calls |= {"spectrum": "spectral_gap", "symmetry": "symmetry_gap"}
     call = getattr(hooks, calls.get(measure, measure))
     assert inspect.signature(call).parameters["name"].default is None

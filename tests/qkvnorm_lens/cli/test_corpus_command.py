@@ -16,6 +16,7 @@ import pytest
 
 import hooks
 from hooks import CollapseReport
+from qkvnorm_lens.models import load_model
 from tests.hooks.collapse.test_pooled import assert_equal
 from tests.support import models
 from tests.support.commands import ALONE, Run, refused
@@ -58,13 +59,29 @@ def test_a_corpus_its_shards_and_their_merge(
     refused(run("merge", str(tmp_path / "three")), "shards of 3", "got none for 2", "--shard 2/3")
 
 
+def test_shards_of_a_sweep_merge(run: Run, gpt2_dir: str, tmp_path: Path) -> None:
+    model = load_model(gpt2_dir, device="cpu")
+    options = {"sigmas": [0.1], "replicates": 2, "context": 16, "progress": False}
+    for i in (1, 2):
+        hooks.measure_corpus(
+            model, models.shakespeare()[:2], hooks.sweep, shard=(i, 2), out=tmp_path, **options
+        )
+    code, out, err = run("merge", str(tmp_path))
+    assert code == 0, err
+    saved = hooks.SweepReport.load(tmp_path / "report.safetensors")
+    assert out.startswith(saved.summary())
+    assert (tmp_path / "summary.txt").read_text() == saved.summary() + "\n"
+    code, out, _ = run("merge", str(tmp_path), "--json")
+    assert [row["sigma"] for row in json.loads(out)] == [0.0, 0.1]
+
+
 def test_options_that_do_not_fit(run: Run, gpt2_dir: str, corpus: str, tmp_path: Path) -> None:
     asked = ["probe", gpt2_dir, "--dataset", corpus]
     refused(run("probe", gpt2_dir, "--tokens", "1k"), "--tokens: wanted it with --dataset")
     refused(run(*asked, "--text", "words"), "--text: wanted it without --dataset")
     refused(run(*asked, "--shard", "1/2"), "--out: wanted a directory for the shard")
     refused(run(*asked, "--column", "x"), "--column: wanted one of ['text']; got 'x'")
-    refused(run("merge", str(tmp_path)), "wanted parts that probe_corpus wrote")
+    refused(run("merge", str(tmp_path)), "wanted parts of a corpus")
     for option, value in (("--tokens", "0"), ("--tokens", "1T"), ("--shard", "3/2")):
         code, out, err = run(*asked, option, value)
         assert (code, out) == (2, "")

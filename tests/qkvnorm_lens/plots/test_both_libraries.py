@@ -88,6 +88,11 @@ def _traces(figure: Any) -> list[tuple[str, np.ndarray]]:
     )
 
 
+def _caches() -> hooks.CacheRisk:
+    formats = ["fp8-e4m3", "fp8-e5m2"]
+    return hooks.cache_risk(models.tiny_llama(), models.tokens(2), formats=formats, progress=False)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -97,6 +102,7 @@ def _traces(figure: Any) -> list[tuple[str, np.ndarray]]:
         lambda f, **given: plots.row_margins(f["exact"], **given),
         lambda f, **given: plots.spread_bands(f["spread"], **given),
         lambda f, **given: plots.interference_by_depth(f["interference"], **given),
+        lambda f, **given: plots.cache_by_depth(_caches(), **given),
         lambda f, **given: plots.accuracy_curve(f["sweep"], **given),
         lambda f, **given: plots.accuracy_curve({"a": f["sweep"]}, metric="kl", **given),
         lambda f, **given: plots.sparsity_histogram(_sparsity(), **given),

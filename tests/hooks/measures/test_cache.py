@@ -1,0 +1,306 @@
+"""hooks.cache_risk: rows that move are those of the model, nats are those of its own gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import hooks
+from hooks import CacheRisk, UnsupportedModelError, cache_risk
+from hooks.measures.cache import read_format, stored
+from hooks.measures.cache.errors import ScoreRows
+from hooks.measures.cache.fisher import draw_tokens
+from hooks.model import evaluating, hooked
+from hooks.sites import as_hooked
+from tests.support import models
+from tests.support.watching import tiny_gemma2, tiny_opt
+
+FORMATS = ("fp8-e4m3", "quanto-int4 group=8", "quanto-int2 group=8")
+KINDS: dict[str, Any] = {**models.TINY, "gemma2": tiny_gemma2, "opt": tiny_opt}
+ids = models.tokens(3, 24)
+
+
+def measured(model: Any, tokens: Any = ids, **options: Any) -> CacheRisk:
+    return cache_risk(model, tokens, **{"formats": FORMATS, "progress": False, **options})
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return KINDS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def report(model: Any) -> CacheRisk:
+    return measured(model)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return models.tiny_llama()
+
+
+def passed(sites: Any, role: Any, form: str) -> tuple[str, Any]:
+    """A hook that puts one layer's keys or values through a cache."""
+    site = sites.vector(role).dot
+
+    def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        apart = site.by_position(x).transpose(1, 2)
+        back = stored(read_format(form), role, apart).transpose(1, 2)
+        return as_hooked(site, back)
+
+    return site.hook, put
+
+
+# -- rows -------------------------------------------------------------------------------------
+
+
+def test_moved_rows_are_those_of_the_model(model: Any, report: CacheRisk) -> None:
+    """The model itself, with one layer's keys as they come out of the cache."""
+    unit = 0
+    for sites in hooks.attention_sites(model):
+        seen: list[Any] = []
+        hooks.observe(model, [sites], hooks.encode(model, ids), seen.append)
+        for at, form in enumerate(FORMATS):
+            again: list[Any] = []
+            put = [passed(sites, "k", form)]
+            hooks.observe(model, [sites], hooks.encode(model, ids), again.append, hooks=put)
+            sparse = (seen[0].pattern.amax(-1) >= 0.95) & (seen[0].visible.sum(-1) > 1)
+            moved = sparse & (seen[0].scores.argmax(-1) != again[0].scores.argmax(-1))
+            for head in range(sites.n_kv_heads):
+                mine = [h for h, kv in enumerate(sites.kv_head_of) if kv == head]
+                assert report.rows[unit + head].sum() == sparse[:, mine].sum()
+                assert report.moved[at, unit + head].sum() == moved[:, mine].sum()
+        unit += sites.n_kv_heads
+    assert report.moved.sum() > 0
+
+
+def test_no_row_moves_that_cannot(report: CacheRisk) -> None:
+    assert (report.moved <= report.able).all()
+    assert (report.able <= report.rows).all()
+    assert 0 < report.able.sum() < len(FORMATS) * report.rows.sum()
+
+
+@given(st.integers(0, 999), st.floats(0.01, 3.0))
+def test_rows_that_cannot_move_stay_in_any_order_of_their_errors(seed: int, size: float) -> None:
+    """By construction, with errors as large as the margins; and an order exists for the others."""
+    view, rows, k = _rows(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    error = size * torch.randn(k.shape, generator=generator)
+    found = rows.effects(error)
+    assert (found["moved"] <= found["able"]).all()
+    e = torch.einsum("bqhd,bkhd->bhqk", view.vectors["q"], error) * view.sites.score_scale[0]
+    able = moved = 0
+    for row in zip(*torch.where(rows.sparse), strict=True):
+        seen = view.visible[row]
+        w, mine = view.scores[row][seen], e[row][seen]
+        star = int(w.argmax())
+        moved += int((w + mine).argmax() != star)
+        worst = mine.clone()  # the least error on the attended key, the largest on its rival
+        rival = int(w.masked_fill(torch.arange(len(w)) == star, -torch.inf).argmax())
+        order = mine.sort().values
+        worst[star], worst[rival] = order[0], order[-1]
+        able += int(w[rival] + worst[rival] > w[star] + worst[star])
+    assert found["able"].sum() == able
+    assert found["moved"].sum() == moved
+
+
+@given(st.integers(0, 999))
+def test_a_constant_for_a_whole_row_is_no_error(seed: int) -> None:
+    """The same vector added to all keys adds q . c to each score of a row."""
+    _, rows, k = _rows(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    error = torch.randn(k.shape, generator=generator)
+    shift = torch.randn(k.shape[-1], generator=generator)
+    one, other = rows.effects(error), rows.effects(error + shift)
+    np.testing.assert_allclose(one["score"], other["score"], rtol=1e-3, atol=1e-5)
+    nothing = rows.effects(shift.expand(k.shape))
+    assert (nothing["moved"] == 0).all()
+    assert (nothing["score"] <= 1e-6 * (1 + other["score"])).all()
+
+
+@lru_cache
+def _sites() -> Any:
+    first = next(iter(hooks.attention_sites(models.tiny_gpt2())))
+    return replace(first, score_scale=(0.5,) * 4)
+
+
+def _rows(seed: int) -> tuple[Any, ScoreRows, torch.Tensor]:
+    """Causal rows of random queries and keys, in a view of their own."""
+    sites = _sites()
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (3 * torch.randn(2, 9, 4, 8, generator=generator) for _ in "qk")
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.5
+    scores = s.masked_fill(torch.ones(9, 9).triu(1).bool(), torch.finfo(s.dtype).min)
+    vectors: dict[Any, Any] = {"q": q, "k": k}
+    view = hooks.LayerView(0, sites, [0, 1], scores, scores.softmax(-1), vectors, None)
+    return view, ScoreRows(view, 0.95, None), k
+
+
+def test_full_precision_costs_nothing(llama: Any) -> None:
+    report = measured(llama, formats=["full"])
+    for name in ("risk_k", "risk_v", "norm_k", "direction_v", "score", "able", "moved"):
+        assert (getattr(report, name) == 0).all()
+
+
+# -- nats -------------------------------------------------------------------------------------
+
+
+def test_the_risk_is_that_of_directional_derivatives() -> None:
+    """One token's error at a time, as a finite difference of the model's own log-probabilities."""
+    form, prompt = FORMATS[2], models.tokens(1, 7)
+    model = models.tiny_gpt2().to(torch.float64)
+    report = measured(model, prompt, formats=[form], samples=3, seed=5)
+    unit = 0
+    for sites in hooks.attention_sites(model):
+        for role in ("k", "v"):
+            wanted = np.zeros(sites.n_kv_heads)
+            for head in range(sites.n_kv_heads):
+                for at in range(7):
+                    slopes = _slopes(model, prompt, sites, role, form, (at, head))
+                    wanted[head] += np.square(slopes).mean() / 2
+            found = getattr(report, f"risk_{role}")[0, unit : unit + sites.n_kv_heads, 0]
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-12)
+        unit += sites.n_kv_heads
+
+
+def _slopes(
+    model: Any, prompt: Any, sites: Any, role: Any, form: str, where: tuple[int, int]
+) -> list[float]:
+    """d/ds sum_t log p(y_t) along one vector's error, for the three drawn rows of tokens."""
+    site, (at, head) = sites.vector(role).dot, where
+
+    def log_p(step: float) -> torch.Tensor:
+        def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            apart = site.by_position(x).clone()
+            back = stored(read_format(form), role, apart.transpose(1, 2)).transpose(1, 2)
+            apart[0, at, head] += step * (back - apart)[0, at, head]
+            return as_hooked(site, apart)
+
+        with evaluating(model), hooked(model, [(site.hook, put)]):
+            return model(prompt).log_softmax(-1)
+
+    step = 1e-4
+    middle, plus, minus = log_p(0.0).float(), log_p(step), log_p(-step)
+    out = []
+    for sample in range(3):
+        drawn = draw_tokens(middle, [(5, 0, sample)])[..., None]
+        change = (plus - minus).gather(-1, drawn).sum() / (2 * step)
+        out.append(float(change))
+    return out
+
+
+def test_drawn_tokens_have_the_models_frequencies() -> None:
+    log_p = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log().expand(20_000, 4)[None]
+    drawn = draw_tokens(log_p, [(0, 1)])
+    share = torch.bincount(drawn.flatten(), minlength=4) / 20_000
+    torch.testing.assert_close(share, torch.tensor([0.5, 0.25, 0.125, 0.125]), atol=0.015, rtol=0)
+    assert torch.equal(drawn, draw_tokens(log_p, [(0, 1)]))
+
+
+def test_the_risk_predicts_the_kl_of_small_errors(llama: Any) -> None:
+    """Layer by layer, keys and values apart: the model's own KL under an 8-bit cache."""
+    prompts = models.tokens(6, 40, seed=1)
+    frame = measured(llama, prompts, formats=["fp8-e4m3"], samples=32).to_frame("layer")
+    with evaluating(llama):
+        clean = llama(prompts).double().log_softmax(-1)
+    for i, sites in enumerate(hooks.attention_sites(llama)):
+        for role in ("k", "v"):
+            with evaluating(llama), hooked(llama, [passed(sites, role, "fp8-e4m3")]):
+                now = llama(prompts).double().log_softmax(-1)
+            kl = float((clean.exp() * (clean - now)).sum(-1).mean())
+            assert 0.5 < frame[f"risk_{role}"][i] / kl < 2
+
+
+# -- one pass ---------------------------------------------------------------------------------
+
+
+def test_parts_merge_into_the_whole_whatever_the_batch(model: Any, report: CacheRisk) -> None:
+    parts = [measured(model, ids[:1]), measured(model, ids[1:], first_prompt=1, batch_size=1)]
+    joined = parts[0].merge(parts[1])
+    assert joined.settings == report.settings
+    for name in ("risk_k", "risk_v", "score", "norm_k", "direction_v"):
+        np.testing.assert_allclose(getattr(joined, name), getattr(report, name), rtol=2e-3)
+    for name in ("rows", "moved", "able", "examined", "vectors", "positions"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(report, name))
+
+
+def test_the_model_is_left_as_it_was(model: Any) -> None:
+    asked = {n: p.requires_grad for n, p in model.named_parameters()}
+    grads, training = torch.is_grad_enabled(), model.training
+    before = hooks.model.fingerprint(model)
+    measured(model)
+    assert all(p.grad is None for p in model.parameters())
+    assert asked == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert (grads, training) == (torch.is_grad_enabled(), model.training)
+    assert before == hooks.model.fingerprint(model)
+
+
+def test_frozen_weights_and_no_grad_change_nothing(llama: Any) -> None:
+    wanted = measured(llama).risk_v
+    with torch.no_grad():
+        np.testing.assert_allclose(measured(llama).risk_v, wanted, rtol=1e-6)
+    llama.requires_grad_(False)
+    try:
+        np.testing.assert_allclose(measured(llama).risk_v, wanted, rtol=1e-6)
+    finally:
+        llama.requires_grad_(True)
+
+
+def test_without_samples_there_is_no_backward_pass(llama: Any) -> None:
+    report, whole = measured(llama, samples=0), measured(llama)
+    assert report.to_frame("model")["risk"].isna().all()
+    np.testing.assert_array_equal(report.moved, whole.moved)
+    with pytest.raises(ValueError, match="recipe: wanted a report with samples"):
+        report.recipe()
+
+
+def test_frames_add_up(report: CacheRisk) -> None:
+    heads, layers, whole = (report.to_frame(by) for by in ("head", "layer", "model"))
+    for at, name in enumerate(FORMATS):
+        for column in ("rows", "sinks", "risk", "risk_k", "risk_v"):
+            sums = [f[f["format"] == name][column].sum() for f in (heads, layers, whole)]
+            assert sums == pytest.approx([sums[0]] * 3)
+        row = whole.iloc[at]
+        assert row["risk"] == pytest.approx(row["risk_k"] + row["risk_v"])
+        assert row["bits_k"] == read_format(name).bits("k", report.model["d_key"][0])
+    assert report.heads(FORMATS[1])["risk"].is_monotonic_decreasing
+
+
+def test_a_file_gives_the_report(report: CacheRisk, tmp_path: Path) -> None:
+    again = CacheRisk.load(report.save(tmp_path / "report.safetensors"))
+    assert again.settings == report.settings
+    assert str(again) == str(report)
+    np.testing.assert_array_equal(again.risk_k, report.risk_k)
+
+
+# -- refusals ---------------------------------------------------------------------------------
+
+
+def test_default_formats_that_refuse_the_heads_are_named(llama: Any) -> None:
+    """Heads of 8: no block of 32 channels; prompts as short as KIVI's window."""
+    report = measured(llama, formats=None)
+    assert set(report.model["left_out"]) == {"q8_0", "q5_0", "q4_0", "kivi-int4", "kivi-int2"}
+    assert "Formats that refuse these heads: q8_0" in str(report)
+    with pytest.raises(ValueError, match="formats: q4_0: wanted a multiple of 32"):
+        measured(llama, formats=["q4_0"])
+    with pytest.raises(ValueError, match="kivi-int4 group=8: wanted a prompt longer than its"):
+        measured(llama, formats=["kivi-int4 group=8"])
+
+
+def test_attention_to_later_tokens_has_no_cache() -> None:
+    from qkvnorm_lens.models.bridge import to_bridge
+    from qkvnorm_lens.models.config import QKVNormConfig
+    from qkvnorm_lens.models.model import QKVNormTransformer
+
+    sizes = {"d_model": 16, "d_head": 8, "n_heads": 2, "n_layers": 1, "n_ctx": 32, "d_vocab": 97}
+    cfg = QKVNormConfig(placement="pre", d_mlp=20, attention_dir="bidirectional", **sizes)
+    model = to_bridge(QKVNormTransformer(cfg).eval())
+    with pytest.raises(UnsupportedModelError, match="keys that a cache can hold"):
+        measured(model)
