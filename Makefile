@@ -12,6 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := .venv/installed
 LEGACY := .venv-legacy
 NEWEST := .venv-newest
+CACHES := .venv-caches
 NIGHTLY := .venv-nightly
 DIST := .venv-dist
 # Every process would translate some 500 modules anew.
@@ -19,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # A process per core, with one thread each: small models gain nothing from more.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
-.PHONY: help setup dist probe test test-legacy test-newest nightly slow long matrix browser smoke lint format real-model \
+.PHONY: help setup dist probe test test-legacy test-newest test-caches nightly slow long matrix browser smoke lint format real-model \
 	models benchmarks docs notebooks tutorials clean
 
 help:
@@ -28,6 +29,7 @@ help:
 	@echo "make test-legacy a HookedTransformer of TransformerLens 3.9, in its own .venv-legacy"
 	@echo "make test-newest the same library on transformers 5.24, in its own .venv-newest"
 	@echo "make nightly     the newest release of everything, and what breaks there, in .venv-nightly"
+	@echo "make test-caches stores of ours beside quanto's and HQQ's, in their own .venv-caches"
 	@echo "make slow        the slow tests;  make long: thousands of fuzzed cases"
 	@echo "make matrix      every architecture that TransformerLens knows"
 	@echo "make browser     the report's page in the system's Chromium"
@@ -101,6 +103,18 @@ nightly: real-model
 	$(NIGHTLY)/bin/python -m pip --disable-pip-version-check install -q --upgrade --no-deps \
 		transformers transformer-lens
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NIGHTLY)/bin/python -m tests.support.newest $(ARGS)
+
+# Where hqq is installed, transformers loads torch's compiler with every model, so not in .venv.
+test-caches: $(CACHES)/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CACHES)/bin/python -m pytest --confcutdir=tests/caches -W ignore tests/caches $(ARGS)
+
+$(CACHES)/installed: $(SETUP)
+	test -x $(CACHES)/bin/python || $(PYTHON) -m venv $(CACHES)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(CACHES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(CACHES)/bin/python -m pip --disable-pip-version-check install -q --no-deps \
+		optimum-quanto==0.2.7 hqq==0.2.8.post1 termcolor ninja
+	touch $@
 
 slow: real-model
 	$(PARALLEL) -m slow --durations=10 $(ARGS)

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks.arguments import check_booleans, check_number, check_path
+from hooks.arguments import check_booleans, check_choice, check_number, check_path
+from hooks.measures.cache.exports import ENGINES
 from hooks.measures.cache.formats import CacheFormat, read_format
 from hooks.reports import write_whole
 
@@ -51,6 +52,41 @@ class CacheRecipe:
         pairs = zip(self.keys, self.values, strict=True)
         return tuple((read_format(k), read_format(v)) for k, v in pairs)
 
+    def layer_lists(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """The layers of each pair of formats (keys, values), the commonest first."""
+        pairs = list(zip(self.keys, self.values, strict=True))
+        ranked = sorted(set(pairs), key=lambda pair: (-pairs.count(pair), pairs.index(pair)))
+        return {
+            pair: tuple(i for i, own in zip(self.layers, pairs, strict=True) if own == pair)
+            for pair in ranked
+        }
+
+    def export(self, engine: str) -> str:
+        """The recipe as arguments, or a file, of an engine.
+
+        Args:
+            engine: ``"vllm"``: ``--kv-cache-dtype`` and ``--kv-cache-dtype-skip-layers``, for one
+                float8 format beside ``"full"``, keys and values together. ``"llama.cpp"``: ``-ctk``
+                and ``-ctv``, one type each for all layers. ``"ik_llama.cpp"``: ``-ctk-first`` and
+                its kin, for runs of layers at the two ends. ``"kvtuner"``: its YAML, which has
+                numbers of bits alone. Others (TensorRT-LLM, ModelOpt) take lists of layers:
+                :meth:`layer_lists`.
+
+        Raises:
+            ValueError: an unknown engine, or formats that it does not have by layer; names them.
+        """
+        check_choice("engine", engine, ENGINES)
+        return ENGINES[engine](self.layers, self.formats())
+
+    def cache(self) -> Any:
+        """A cache for transformers' ``generate(past_key_values=...)``, in these formats.
+
+        It gives back what they store, to the bit, and saves no memory itself.
+        """
+        from hooks.measures.cache.mixed import MixedCache  # transformers takes long to import
+
+        return MixedCache(dict(zip(self.layers, self.formats(), strict=True)))
+
     def save(self, path: str | Path) -> Path:
         """Write it as JSON; returns its path.
 
@@ -81,10 +117,9 @@ class CacheRecipe:
         return recipe
 
     def __str__(self) -> str:
-        pairs = pd.Series([f"{k} / {v}" for k, v in zip(self.keys, self.values, strict=True)])
         said = "; ".join(
-            f"{pair}: {', '.join(str(self.layers[i]) for i in pairs.index[pairs == pair])}"
-            for pair in pairs.value_counts().index
+            f"{keys} / {values}: {', '.join(map(str, layers))}"
+            for (keys, values), layers in self.layer_lists().items()
         )
         return (
             f"{self.model}: {self.bits:.3g} bits per number (of {self.budget:.3g}), predicted KL "
