@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments import core
+from qkvnorm_lens.experiments.beyond.caches.decoding import CACHES, decoding
 from qkvnorm_lens.experiments.core import (
     Amount,
     Part,
@@ -27,6 +29,7 @@ AMOUNT: Final = core.by_size(Amount(16, 2, 24), Amount(64, 4, 32), Amount(256, 6
 FORMATS: Final = ("fp8-e4m3", "q8_0", "q5_0", "q4_0", "quanto-int2")
 MENU: Final = ("q8_0", "q5_0", "q4_0", "quanto-int2")
 """What recipes choose from: 8.5, 5.5, 4.5 and 2.5 bits."""
+STEPS: Final = {"smoke": 4, "quick": 50, "full": 1_000}
 BUDGETS: Final = (4.0, 4.5, 5.5)
 PREDICTORS: Final = (
     "risk", "score", "mse", "relative", "gradient", "entropy", "ends", "sigma",
@@ -129,8 +132,14 @@ def _choices(layers: pd.DataFrame, watched: Watched) -> dict[tuple[str, float], 
 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
-    """One for each model."""
-    return reading_parts(subjects, AMOUNT[size], measure, formats=list(FORMATS))
+    """One for each model, and for a language model one that decodes."""
+    out = reading_parts(subjects, AMOUNT[size], measure, formats=list(FORMATS))
+    for s in subjects:
+        if s.kind == "language":
+            work = partial(decoding, s, STEPS[size])
+            settings = {"steps": STEPS[size], "caches": list(CACHES)}
+            out.append(Part(f"{s.name} decoding", work, s, settings))
+    return out
 
 
 # -- numbers ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any, Final
 import pandas as pd
 
 from qkvnorm_lens.experiments import core
+from qkvnorm_lens.experiments.beyond.caches.decoding import PROMPT, SPAN
 from qkvnorm_lens.experiments.beyond.caches.measure import (
     BUDGETS,
     PREDICTORS,
@@ -37,6 +38,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
     yield f"{core.markdown(head, rows)}\n\n{_LEGEND}\n"
     for name in dict.fromkeys(table["model"]):
         yield from _of_model(table, found, str(name))
+        yield from _decoded(table, str(name))
     yield "Nothing was published of these models."
 
 
@@ -88,6 +90,48 @@ def _of_model(table: pd.DataFrame, found: pd.DataFrame, model: str) -> Iterator[
         ]
         yield f"At most {budget:g} bits, on other text:\n\n{core.markdown(head, rows)}\n"
         yield _verdict(judged)
+
+
+def _decoded(table: pd.DataFrame, model: str) -> Iterator[str]:
+    """What a long text does to each cache: first and last span."""
+    rows = table[(table["what"] == "step") & (table["model"] == model)]
+    if not len(rows):
+        return
+    first, last = rows["step"].min(), rows["step"].max()
+    head = ["cache", "KL", "same best token", "norms of new keys", "1 - cos of new keys"]
+    head += ["norms of the prompt's", "1 - cos of the prompt's"]
+    lines = []
+    for name, mine in rows.groupby("format", sort=False):
+        a, b = (mine[mine["step"] == step].iloc[0] for step in (first, last))
+        lines.append(
+            [
+                str(name),
+                f"{a['kl']:.2g} to {b['kl']:.2g}",
+                f"{a['agreement']:.0%} to {b['agreement']:.0%}",
+                *(
+                    f"{100 * a[c]:.2g}% to {100 * b[c]:.2g}%"
+                    if c.startswith("norm")
+                    else f"{a[c]:.2g} to {b[c]:.2g}"
+                    for c in ("norm_new", "direction_new", "norm_prompt", "direction_prompt")
+                ),
+            ]
+        )
+    yield (
+        f"Decoding {last:,.0f} tokens that the full cache draws, every cache reading its own keys "
+        f"(prompt of {PROMPT} tokens; errors against the full cache's keys, RMS of norms, mean of "
+        f"1 - cos; the first {first:,.0f} steps to the last {SPAN}):\n\n"
+        f"{core.markdown(head, lines)}\n"
+    )
+    ends = [mine.sort_values("step").iloc[[0, -1]] for _, mine in rows.groupby("format")]
+    grow = {
+        c: sum(float(e[c].iloc[1]) > 1.25 * float(e[c].iloc[0]) for e in ends)
+        for c in ("norm_new", "direction_new", "norm_prompt", "direction_prompt")
+    }
+    yield (
+        f"More than a quarter larger at the end than at the beginning: norm errors of new keys in "
+        f"{grow['norm_new']} of {len(ends)} caches and their directions in "
+        f"{grow['direction_new']}; of the prompt's keys {grow['norm_prompt']} and {grow['direction_prompt']}.\n"
+    )
 
 
 def _with(x: float, half: float, times: float) -> str:
