@@ -130,7 +130,8 @@ def _decoded(table: pd.DataFrame, model: str) -> Iterator[str]:
     yield (
         f"More than a quarter larger at the end than at the beginning: norm errors of new keys in "
         f"{grow['norm_new']} of {len(ends)} caches and their directions in "
-        f"{grow['direction_new']}; of the prompt's keys {grow['norm_prompt']} and {grow['direction_prompt']}.\n"
+        f"{grow['direction_new']}; of the prompt's keys {grow['norm_prompt']} and "
+        f"{grow['direction_prompt']}.\n"
     )
 
 
