@@ -19,7 +19,7 @@ from hooks.arguments import (
     check_path,
 )
 from hooks.corpus.cut import Block, Cut, OtherDocuments, Window, tokenizer_digest
-from hooks.corpus.freeing import give_back
+from hooks.corpus.freeing import giving_back
 from hooks.corpus.pack import check_packing, prompts_of
 from hooks.corpus.part import Part, differing, left_out
 from hooks.corpus.ranks import gathered, rank_and_size
@@ -32,7 +32,6 @@ from hooks.sites import LayerSites, attention_facts, choose_layers, sites_for
 EVERY = 60.0
 """Seconds between two states on disk."""
 _CONTEXT: Final = 1024  # tokens of a window, where the model's own context is longer
-_FREE_EVERY: Final = 1.0  # seconds
 _LEAST: Final = 16  # prompts, before a standard error over them ends a run
 
 
@@ -184,7 +183,8 @@ class Run:
         """Count the shard, from where its part ends."""
         self.shard, self.part, self.cut = shard, part, self._cutting(shard)
         total = None if self.limit is None else -(-self.limit // shard[1])
-        with counting(total, "corpus", "token", progress) as self.bar, Stopping() as self.stopping:
+        bar = counting(total, "corpus", "token", progress)
+        with bar as self.bar, giving_back(), Stopping() as self.stopping:
             self.bar.unit_scale = True
             try:
                 self._count(every)
@@ -209,7 +209,7 @@ class Run:
         return self._save()
 
     def _count(self, every: float) -> None:
-        saved, freed = time.monotonic(), 0.0
+        saved = time.monotonic()
         for block in self.cut.blocks(self._begin):
             sums = self.sums
             assert sums is not None
@@ -220,9 +220,6 @@ class Run:
             if self.part is not None and time.monotonic() - saved > every:
                 self._save()
                 saved = time.monotonic()
-            if time.monotonic() - freed > _FREE_EVERY:
-                give_back()
-                freed = time.monotonic()
         if self.sums is None or self.done["complete"]:
             return
         own = range(self.shard[0] - 1, self.cut.groups, self.shard[1])

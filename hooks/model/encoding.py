@@ -58,11 +58,7 @@ def encode(
     if prepend_bos is not None and not isinstance(prepend_bos, bool):
         raise TypeError(f"prepend_bos: wanted True, False or None; got {shorten(prepend_bos)}")
     if isinstance(tokens, Prompts):
-        beside = {"decoder_tokens": decoder_tokens, "attention_mask": attention_mask}
-        for name, value in {**beside, "prepend_bos": prepend_bos}.items():
-            if value is not None:
-                raise ValueError(f"{name}: wanted none beside prompts that have it; got it too")
-        return tokens
+        return _as_they_are(tokens, decoder_tokens=decoder_tokens, attention_mask=attention_mask)
     values: dict[str, Any] = {}
     lengths: tuple[int, ...] = ()
     notes: list[str] = []
@@ -117,6 +113,13 @@ def encode(
         )
     if labels is not None:
         prompts = replace(prompts, notes=(*prompts.notes, "labels are not part of the pass"))
+    return prompts
+
+
+def _as_they_are(prompts: Prompts, **beside: Any) -> Prompts:
+    for name, value in beside.items():
+        if value is not None:
+            raise ValueError(f"{name}: wanted none beside prompts that have it; got it too")
     return prompts
 
 

@@ -11,7 +11,8 @@ from qkvnorm_lens.cli import figures, output
 HELP = "put the shards of a corpus together"
 DESCRIPTION = """\
 Merge the parts that `qkvnorm-lens probe --dataset X --shard I/N --out DIR` wrote into one report:
-the one that a single process would have written. What is missing or there twice is named."""
+the one that a single process would have written. What is missing or there twice is named. Parts
+of hooks.measure_corpus (sweep, spread, interference) give a report, a table and a summary."""
 EPILOG = """\
 examples:
   qkvnorm-lens merge runs/corpus
@@ -41,4 +42,6 @@ def run(args: argparse.Namespace) -> str:
     report = hooks.merge_corpus(args.folders)
     args.out = args.out or Path(args.folders[0])
     args.out.mkdir(parents=True, exist_ok=True)
+    if not isinstance(report, hooks.CollapseReport):
+        return output.table_of(args.out, report, as_json=args.json)
     return output.shown(args, report, output.read_of(report))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qkvnorm_lens import tables, text
 from qkvnorm_lens.cli import figures
@@ -29,6 +30,21 @@ def shown(
     if args.out is None or args.json:
         return said
     return f"{said}\n\nThis and more, to open in a browser: {args.out / 'report.html'}"
+
+
+def table_of(folder: Path, report: Any, *, as_json: bool) -> str:
+    """A report of another measure: its file, table and summary in the folder; the latter two here.
+
+    Args:
+        folder: an existing directory.
+        report: with `save`, `to_frame` and `summary`.
+        as_json: the table as JSON, and nothing else.
+    """
+    frame, summary = report.to_frame(), report.summary()
+    report.save(folder / "report.safetensors")
+    frame.to_csv(folder / "frame.csv", index=False)
+    (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
+    return str(frame.to_json(orient="records")) if as_json else f"{summary}\n\n{frame}"
 
 
 def is_first() -> bool:

@@ -178,16 +178,16 @@ def plan(args: argparse.Namespace) -> Run:
 
 
 def _config(args: argparse.Namespace) -> QKVNormConfig:
-    from qkvnorm_lens.models import NAMED, QKVNormConfig, named_config
+    from qkvnorm_lens.models import QKVNormConfig, named_config
 
     seed = {} if args.seed is None else {"seed": args.seed}
-    if args.config in NAMED:
+    if args.config in DEFAULTS:
         return named_config(args.config, args.placement or "pre", **seed)
     path = Path(args.config)
     if path.suffix != ".json":
         raise ValueError(
-            f"--config: wanted one of {sorted(NAMED)} or a file that ends in .json; got "
-            f"{brief(args.config)}{near(args.config, NAMED)}"
+            f"--config: wanted one of {sorted(DEFAULTS)} or a file that ends in .json; got "
+            f"{brief(args.config)}{near(args.config, DEFAULTS)}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -21,8 +21,13 @@ from torch import nn
 
 from hooks.arguments import check_integers, check_path
 from qkvnorm_lens.training.addition import Batch
-from qkvnorm_lens.training.texts import TRAIN, held_out_text, held_out_tokens, train_tokens
-from qkvnorm_lens.training.texts.files import DIGEST
+from qkvnorm_lens.training.texts import (
+    DIGEST,
+    TRAIN,
+    held_out_text,
+    held_out_tokens,
+    train_tokens,
+)
 
 _BOS: Final = 0
 _MOST: Final = 1 << 16

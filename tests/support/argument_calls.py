@@ -352,7 +352,7 @@ def ours() -> dict[str, Call]:
     import qkvnorm_lens
     from qkvnorm_lens import experiments, text
     from qkvnorm_lens.models.shipped import checkpoint_path
-    from qkvnorm_lens.training import addition, recipes, trainer as training
+    from qkvnorm_lens.training import addition, recipes, run as run_of, trainer as training
 
     tiny = {
         "placement": "pre",
@@ -428,7 +428,7 @@ def ours() -> dict[str, Call]:
         ),
         "Run": Call(training.Run, run),
         "evaluate": Call(
-            training.evaluate,
+            run_of.evaluate,
             {"model": hold(bridge), "split": hold("small-train"), "rows": hold(4)},
         ),
         "train": Call(

@@ -23,16 +23,18 @@ from qkvnorm_lens.training import (
     TEST_SEED,
     Run,
     Split,
+    Texts,
     build_tokenizer,
     describe,
     evaluate,
     get_split,
     get_task,
+    ngram_loss,
     processes,
+    score,
     sequences,
     train,
 )
-from qkvnorm_lens.training.language import Texts, ngram_loss, score
 from qkvnorm_lens.training.texts import held_out_tokens, text_tokenizer, train_tokens
 
 RUNS: Final[dict[str, Run]] = {

@@ -2,6 +2,7 @@
 
 from qkvnorm_lens.training.texts.files import (
     BOS,
+    DIGEST,
     HELD_OUT,
     TRAIN,
     held_out_text,
@@ -12,6 +13,7 @@ from qkvnorm_lens.training.texts.files import (
 
 __all__ = [
     "BOS",
+    "DIGEST",
     "HELD_OUT",
     "TRAIN",
     "held_out_text",

@@ -16,6 +16,7 @@ import pytest
 
 import hooks
 from hooks import CollapseReport
+from qkvnorm_lens.models import load_model
 from tests.hooks.collapse.test_pooled import assert_equal
 from tests.support import models
 from tests.support.commands import ALONE, Run, refused
@@ -56,6 +57,22 @@ def test_a_corpus_its_shards_and_their_merge(
     assert json.loads(out)["read"]["tokens"] == whole.n_tokens >= 15000
     (tmp_path / "three" / "part-00002-of-00003.safetensors").unlink()
     refused(run("merge", str(tmp_path / "three")), "shards of 3", "got none for 2", "--shard 2/3")
+
+
+def test_shards_of_a_sweep_merge(run: Run, gpt2_dir: str, tmp_path: Path) -> None:
+    model = load_model(gpt2_dir, device="cpu")
+    options = {"sigmas": [0.1], "replicates": 2, "context": 16, "progress": False}
+    for i in (1, 2):
+        hooks.measure_corpus(
+            model, models.shakespeare()[:2], hooks.sweep, shard=(i, 2), out=tmp_path, **options
+        )
+    code, out, err = run("merge", str(tmp_path))
+    assert code == 0, err
+    saved = hooks.SweepReport.load(tmp_path / "report.safetensors")
+    assert out.startswith(saved.summary())
+    assert (tmp_path / "summary.txt").read_text() == saved.summary() + "\n"
+    code, out, _ = run("merge", str(tmp_path), "--json")
+    assert [row["sigma"] for row in json.loads(out)] == [0.0, 0.1]
 
 
 def test_options_that_do_not_fit(run: Run, gpt2_dir: str, corpus: str, tmp_path: Path) -> None:

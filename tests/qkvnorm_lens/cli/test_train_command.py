@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from qkvnorm_lens import training
 from qkvnorm_lens.cli import build_parser, main, train as train_command
 from qkvnorm_lens.models import loading
-from qkvnorm_lens.models.config import NAMED, NormSpec, named_config
+from qkvnorm_lens.models.config import NormSpec, named_config
 from qkvnorm_lens.training.addition import SPLITS, draw, get_split
 from qkvnorm_lens.training.recipes import RECIPES, get_recipe
 from qkvnorm_lens.training.run import TEST_SEED, evaluate
@@ -285,7 +285,7 @@ def test_a_file_wants_a_split(file: Path) -> None:
         plan("--config", str(file))
 
 
-@pytest.mark.parametrize("name", sorted(NAMED))
+@pytest.mark.parametrize("name", sorted(train_command.DEFAULTS))
 def test_named_configurations_have_sums_recipe_and_budget(name: str) -> None:
     run = plan("--config", name)
     default = train_command.DEFAULTS[name]

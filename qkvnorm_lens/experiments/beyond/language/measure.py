@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import pandas as pd
 
 from qkvnorm_lens.experiments import core
+from qkvnorm_lens.experiments.beyond.quantisation import cache_effects
 from qkvnorm_lens.experiments.core import Part, Size, Subject, trained, traits
 from qkvnorm_lens.experiments.core.traits import Row, row
 
@@ -98,31 +99,12 @@ def spectrum_rows(model: TransformerBridge, ids: traits.Ids) -> Iterator[Row]:
 
 def cache_rows(model: TransformerBridge, windows: Windows) -> Iterator[Row]:
     """What a quantised cache does, by format: sparse rows moved; the output's KL and loss."""
-    import hooks
-    from hooks.model import encode
-    from hooks.sites import observe
-    from qkvnorm_lens.experiments.beyond.quantisation.errors import (
-        CacheErrors,
-        largest_magnitudes,
-        output_effect,
-    )
-    from qkvnorm_lens.experiments.beyond.quantisation.schemes import SCHEMES
-
     ids, targets = windows.tokens.tolist(), windows.targets.tolist()
-    layers, prompts = hooks.attention_sites(model).layers, encode(model, ids)
-    largest = largest_magnitudes(model, layers, prompts, 8)
-    errors = CacheErrors(layers, SCHEMES, largest)
-    observe(model, layers, prompts, errors.add, vectors=("q", "k", "v"), batch_size=8)
-    n = sum(int(rows.sum()) for rows in errors.rows)
-    for scheme in SCHEMES:
-        moved = sum(int(errors.moved[scheme.name, i, "moved"].sum()) for i in range(len(layers)))
-        yield row("cache: rows moved", moved / n if n else np.nan, variant=scheme.name)
-    effects = output_effect(
-        model, layers, prompts, targets, SCHEMES, largest, batch_size=8, apart=False
-    )
-    for each in effects:
-        yield row("cache: KL", each["kl"], variant=each["scheme"])
-        yield row("cache: loss", each["loss"] - each["loss_clean"], variant=each["scheme"])
+    for each in cache_effects(model, ids, targets, 8):
+        n, name = each["rows"], each["scheme"]
+        yield row("cache: rows moved", each["moved"] / n if n else math.nan, variant=name)
+        yield row("cache: KL", each["kl"], variant=name)
+        yield row("cache: loss", each["loss_change"], variant=name)
 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:

@@ -7,10 +7,10 @@ that the cache really makes. Beyond Menary et al. 2024.
 from typing import Final
 
 from qkvnorm_lens.experiments.beyond.quantisation import figure, measure, words
-from qkvnorm_lens.experiments.beyond.quantisation.measure import heads, models
+from qkvnorm_lens.experiments.beyond.quantisation.measure import cache_effects, heads, models
 from qkvnorm_lens.experiments.core import experiment
 
-__all__ = ["EXPERIMENT", "heads", "models"]
+__all__ = ["EXPERIMENT", "cache_effects", "heads", "models"]
 
 EXPERIMENT: Final = experiment(
     "quantisation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -13,6 +14,8 @@ from qkvnorm_lens.experiments.beyond.quantisation.schemes import SCHEMES
 from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading, reading_parts
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
     from hooks import CollapseReport
     from qkvnorm_lens.experiments.beyond.quantisation.errors import CacheErrors
 
@@ -71,6 +74,59 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
 def _short(value: Any) -> Any:
     """Six digits: a language model has thousands of rows."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def cache_effects(
+    model: TransformerBridge,
+    ids: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """What each format does to a whole model.
+
+    ``rows``: sparse rows; ``moved``: those that the quantised keys move; ``kl``, ``loss_change``:
+    of the output, with all layers' keys and values quantised, in nats per scored token.
+
+    Args:
+        model: the model.
+        ids: token ids of each prompt.
+        targets: the token that should follow each.
+        batch_size: prompts at once.
+    """
+    import hooks
+    from hooks.model import encode
+    from hooks.sites import observe
+    from qkvnorm_lens.experiments.beyond.quantisation.errors import (
+        CacheErrors,
+        largest_magnitudes,
+        output_effect,
+    )
+
+    layers, prompts = hooks.attention_sites(model).layers, encode(model, ids)
+    widths: set[int] = set()
+    largest = largest_magnitudes(model, layers, prompts, batch_size, widths)
+    formats = [scheme for scheme in SCHEMES if scheme.fits(widths)]
+    errors = CacheErrors(layers, formats, largest)
+    observe(model, layers, prompts, errors.add, vectors=("q", "k", "v"), batch_size=batch_size)
+    output = output_effect(
+        model, layers, prompts, targets, formats, largest, batch_size, apart=False
+    )
+    moved = {
+        scheme.name: sum(
+            int(errors.moved[scheme.name, i, "moved"].sum()) for i in range(len(layers))
+        )
+        for scheme in formats
+    }
+    return [
+        {
+            "scheme": each["scheme"],
+            "rows": sum(int(rows.sum()) for rows in errors.rows),
+            "moved": moved[each["scheme"]],
+            "kl": each["kl"],
+            "loss_change": each["loss"] - each["loss_clean"],
+        }
+        for each in output
+    ]
 
 
 def of_head(

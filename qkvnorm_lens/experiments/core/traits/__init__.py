@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core.grouped import PLAIN, pick
+from qkvnorm_lens.experiments.core import PLAIN, pick
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
