@@ -24,7 +24,7 @@ from qkvnorm_lens.plots.charts import (
 
 COLOURS: Final = {"none": GREEN, "pre": BLUE, "qk": RUNS[3], "qkv": ORANGE, "": GREY}
 PLACEMENT_NAMES: Final = {
-    "none": "No-Norm", "pre": "Pre-Norm", "qk": "QK-Norm", "qkv": "QKV-Norm", "": "",
+    "none": "No-Norm", "pre": "Pre-Norm", "qk": "QK-norm", "qkv": "QKV-Norm", "": "",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.core import PLAIN, traits
-from qkvnorm_lens.plots.charts import RUNS
+from qkvnorm_lens.plots.charts import RUNS, plain
 
 PANELS: Final = {
     "rows that are sparse (%)": ("sparse share", PLAIN),
@@ -39,9 +39,23 @@ def figure(table: pd.DataFrame) -> core.Figure:
                         markersize=3)  # fmt: skip
         where_at = "depth (first to last layer)" if i >= len(axes) - _COLUMNS else ""
         core.finish(ax, name, size=8, xlabel=where_at)
-        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]) if name == "score level" else 0)
+        _scale(ax, name)
     core.legend_below(fig, axes[0], ncols=4, frameon=False)
     return fig
+
+
+def _scale(ax: core.Axes, name: str) -> None:
+    """Rates and levels of models differ by orders of magnitude; shares do not."""
+    if "collapse" in name or "gauge" in name:
+        core.percents(ax, "y", 100)
+    elif name == "score level":
+        ax.set_yscale("symlog", linthresh=10)
+        ax.yaxis.set_major_formatter(plain)
+    elif name.startswith("lengths"):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(plain)
+    else:
+        ax.set_ylim(bottom=0)
 
 
 def _looks(table: pd.DataFrame) -> dict[str, tuple[str, str]]:

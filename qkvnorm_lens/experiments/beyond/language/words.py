@@ -204,7 +204,7 @@ def _of_qk_norm(table: pd.DataFrame) -> Iterator[core.Claim]:
     yield core.Claim(
         "text: a norm on q and k keeps scores small",
         "without it attention logits grow until training fails (ViT-22B, arXiv 2302.05442)",
-        f"score level of No-Norm minus QK-Norm's {level.words('+.2f', '.2f')}; mean q.k part of "
+        f"score level of No-Norm minus QK-norm's {level.words('+.2f', '.2f')}; mean q.k part of "
         f"an attended score: {_levels(table)}",
         core.decide(core.above(level)),
         "learned gains may grow as logits do; of this size all placements train",
@@ -214,9 +214,9 @@ def _of_qk_norm(table: pd.DataFrame) -> Iterator[core.Claim]:
     yield core.Claim(
         "text: a norm on q and k costs no loss",
         "the same or better, more stable (arXiv 2302.05442; Qwen3, Gemma 3, OLMo 2 have one)",
-        f"loss of No-Norm minus QK-Norm's {loss.words('+.3f', '.3f')} nats per token",
+        f"loss of No-Norm minus QK-norm's {loss.words('+.3f', '.3f')} nats per token",
         core.decide(core.above(loss)),
-        "QK-Norm here has no norm on the block's input, as No-Norm; the models named have both",
+        "QK-norm here has no norm on the block's input, as No-Norm; the models named have both",
         core.power(loss),
     )
 

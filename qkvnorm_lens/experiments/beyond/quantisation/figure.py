@@ -17,7 +17,7 @@ from qkvnorm_lens.plots.charts import GREY, grid
 
 _COLUMNS: Final = 3
 _KNOWN: Final = {
-    "pre": "Pre-Norm", "qkv": "QKV-Norm", "none": "No-Norm", "qk": "QK-Norm", "": "language models",
+    "pre": "Pre-Norm", "qkv": "QKV-Norm", "none": "No-Norm", "qk": "QK-norm", "": "language models",
 }  # fmt: skip
 
 
