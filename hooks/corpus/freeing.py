@@ -6,16 +6,19 @@ import ctypes
 import functools
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-_EVERY: Final = 1.0  # seconds
+_EVERY: Final = 4.0  # seconds
 
 
 @contextmanager
 def giving_back() -> Iterator[None]:
-    """Inside, freed memory returns to the system every second, where the C library is glibc.
+    """Inside, freed memory returns to the system, where the C library is glibc.
+
+    After four seconds of work: pages that are needed again cost time (10% after each second).
 
     glibc keeps what lies below an array that stays, such as a layer's rows, and takes new memory
     for the tensors of the next passes: 500 MB more within a block of 8 thousand tokens of SmolLM2.
@@ -27,8 +30,11 @@ def giving_back() -> Iterator[None]:
     ended = threading.Event()
 
     def work() -> None:
+        last = time.process_time()
         while not ended.wait(_EVERY):
-            trim(0)
+            if time.process_time() - last >= _EVERY:  # of this process, not of the clock
+                trim(0)
+                last = time.process_time()
 
     thread = threading.Thread(target=work, name="memory given back", daemon=True)
     thread.start()

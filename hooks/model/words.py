@@ -106,7 +106,7 @@ def _split(value: Any, path: Path, found: dict[Path, str], seen: set[int]) -> No
     held = _held(value) if len(path) < _SPLIT and id(value) not in seen else None
     if held is None:
         code = getattr(value, "__code__", None)  # of functions that call each other, once in full
-        found[path] = short(_words(value if code is None else _of_code(code), len(path)))
+        found[path] = short(_words(value if code is None else _Code(code), len(path)))
         return
     seen.add(id(value))
     found[path] = type(value).__qualname__
@@ -135,16 +135,25 @@ def _held_by_function(function: types.FunctionType) -> dict[str, Any]:
     names = () if is_of_library(function) else sorted(_names(code))
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
     return {
-        "code": _of_code(code),
+        "code": _Code(code),
         "defaults": [function.__defaults__, function.__kwdefaults__],
         **{f"closed over: {name}": _contents(cell) for name, cell in cells},
         **{n: _read(known[n], function.__module__) for n in names if n in known},
     }
 
 
-def _of_code(code: types.CodeType) -> list[Any]:
-    constants = [_of_code(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
-    return [code.co_code, constants, code.co_names]
+class _Code(list[Any]):
+    """What a code object holds. It never changes, so its text is made once."""
+
+    def __init__(self, code: types.CodeType) -> None:
+        constants = [_Code(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+        super().__init__([code.co_code, constants, code.co_names])
+        self.code = code
+
+
+@functools.lru_cache(maxsize=4096)
+def _words_of_code(code: types.CodeType, depth: int) -> str:
+    return _words(list(_Code(code)), depth)
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -189,6 +198,8 @@ def _words(value: Any, depth: int) -> str:
         return f"{type(value).__qualname__} {value.name}"
     if isinstance(value, Tensor):
         return f"tensor {of_tensors([('', value)])}"
+    if isinstance(value, _Code):
+        return _words_of_code(value.code, depth)
     if isinstance(value, nn.Module):
         return _words_of_module(value, depth)
     if is_array(value):

@@ -17,11 +17,12 @@ from typing import Any, Final, NoReturn
 
 from qkvnorm_lens import __version__
 from qkvnorm_lens.arguments import brief, near
-from qkvnorm_lens.cli import experiment, merge, models, probe, report, train
+from qkvnorm_lens.cli import cache, experiment, merge, models, probe, report, train
 
 PROG = "qkvnorm-lens"
 COMMANDS = {
     "probe": probe,
+    "cache": cache,
     "merge": merge,
     "report": report,
     "models": models,

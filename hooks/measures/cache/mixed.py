@@ -18,7 +18,7 @@ class MixedLayer(DynamicLayer):
     is_croppable = False
 
     def __init__(self, keys: CacheFormat, values: CacheFormat) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.formats = {"k": keys, "v": values}
         self.cumulative_length = 0
         self._start()
