@@ -23,10 +23,9 @@ def figure(table: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("cache risk (nats per token)")
     shown = ("risk", "isolated", "uniform", "ends", "mse", "entropy")
     for i, name in enumerate(shown):
-        mine = judged[judged["choice"] == name].groupby("budget")["kl"].mean()
-        if len(mine):
-            line = {"marker": "o", "markersize": 3, "linewidth": 1}
-            axes[1].plot(mine.index, mine, c=RUNS[i], label=name, **line)
+        kl = judged[judged["choice"] == name].groupby("budget")["kl"].mean()
+        if len(kl):
+            axes[1].plot(kl.index, kl, "o-", c=RUNS[i], label=name, markersize=3, linewidth=1)
     axes[1].set(yscale="log", xlabel="bits per stored number", ylabel="KL on other text (nats)")
     for ax in axes:
         grid(ax)

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from hooks.measures.cache import Gradients, choose, draw_tokens, read_format, st
 from hooks.model import Prompts, evaluating, hooked, model_pass
 from hooks.sites import LayerSites, LayerView, as_hooked, observe
 
-ROLES = ("k", "v")
+ROLES: tuple[Literal["k", "v"], ...] = ("k", "v")
 
 
 class Watched:
@@ -35,14 +35,14 @@ class Watched:
         self.seconds = 0.0
         self._vectors: dict[tuple[int, str], list[Tensor]] = {}
         self._entropy = np.zeros(len(layers))
-        observe(model, layers, prompts, self._look, vectors=ROLES, batch_size=64)  # type: ignore[arg-type]
+        observe(model, layers, prompts, self._look, vectors=ROLES, batch_size=64)
         widths = [x.shape for xs in self._vectors.values() for x in xs]
         self.formats = tuple(
             name
             for name in formats
             if not any(
-                read_format(name).refusal(r, h, n, d) for _, h, n, d in widths for r in ROLES
-            )  # type: ignore[arg-type]
+                read_format(name).refusal(role, h, n, d) for _, h, n, d in widths for role in ROLES
+            )
         )
         self._width = widths[0][-1]
 
@@ -103,7 +103,7 @@ class Watched:
         self.seconds = time.perf_counter() - started
         self.seconds *= len(self.formats) * len(self.layers)
         streams = self._streams(clean)
-        out = {}
+        out: dict[tuple[str, int, str], float] = {}
         for name, (i, sites), role in itertools.product(
             self.formats, enumerate(self.layers), ROLES
         ):
@@ -153,9 +153,10 @@ class Watched:
         self, losses: pd.DataFrame, menu: Sequence[str], budget: float
     ) -> list[tuple[str, str]] | None:
         """Formats of least ``loss`` under the budget, layer by layer."""
-        table = {(r.layer, r.role, r.format): r.loss for r in losses.itertuples()}
+        columns = (losses[name].tolist() for name in ("layer", "role", "format", "loss"))
+        table = {(layer, role, of): float(x) for layer, role, of, x in zip(*columns, strict=True)}
         items = [
-            {n: (Fraction(self.bits(n)), float(table[sites.layer, role, n])) for n in menu}
+            {n: (Fraction(self.bits(n)), table[sites.layer, role, n]) for n in menu}
             for sites in self.layers
             for role in ROLES
         ]
