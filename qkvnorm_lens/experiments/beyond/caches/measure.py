@@ -78,7 +78,7 @@ def _layers(model: Any, watched: Watched, report: Any, ids: Sequence[Any]) -> pd
     isolated, errors = watched.isolated(), watched.errors()
     gradient, entropy = watched.gradients(), watched.entropy()
     probe = hooks.collapse_probe(model, ids, on="k", strict=False, progress=False)
-    sigma = probe.sigma_at(0.01, by="layer")
+    sigma: Any = probe.sigma_at(0.01, by="layer")
     n, rows = len(watched.layers), []
     for i, sites in enumerate(watched.layers):
         noise = float(sigma.iloc[i])
