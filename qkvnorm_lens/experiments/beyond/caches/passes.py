@@ -33,7 +33,7 @@ class Watched:
     ) -> None:
         self.model, self.layers, self.prompts = model, layers, prompts
         self.seconds = 0.0
-        self._vectors: dict[tuple[int, str], list[Tensor]] = {}
+        self._vectors: dict[tuple[int, Any], list[Tensor]] = {}
         self._entropy = np.zeros(len(layers))
         observe(model, layers, prompts, self._look, vectors=ROLES, batch_size=64)
         widths = [x.shape for xs in self._vectors.values() for x in xs]
