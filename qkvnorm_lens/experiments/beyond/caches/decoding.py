@@ -64,7 +64,7 @@ def _rows() -> Any:
         def __init__(self) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
             forms = [read_format(name) for name in CACHES]
-            self.stores = {role: [form.store(role) for form in forms] for role in ROLES}
+            self.stores = {role: [form.store(role) for form in forms] for role in ("k", "v")}
             self.length = 0
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:

@@ -17,7 +17,7 @@ from hooks.measures.cache import Gradients, choose, draw_tokens, read_format, st
 from hooks.model import Prompts, evaluating, hooked, model_pass
 from hooks.sites import LayerSites, LayerView, as_hooked, observe
 
-ROLES: tuple[Literal["k", "v"], ...] = ("k", "v")
+ROLES: tuple[Any, ...] = ("k", "v")
 
 
 class Watched:
@@ -33,7 +33,7 @@ class Watched:
     ) -> None:
         self.model, self.layers, self.prompts = model, layers, prompts
         self.seconds = 0.0
-        self._vectors: dict[tuple[int, str], list[Tensor]] = {}
+        self._vectors: dict[tuple[int, Any], list[Tensor]] = {}
         self._entropy = np.zeros(len(layers))
         observe(model, layers, prompts, self._look, vectors=ROLES, batch_size=64)
         widths = [x.shape for xs in self._vectors.values() for x in xs]
@@ -41,7 +41,7 @@ class Watched:
             name
             for name in formats
             if not any(
-                read_format(name).refusal(role, h, n, d) for _, h, n, d in widths for role in ROLES
+                read_format(name).refusal(r, h, n, d) for _, h, n, d in widths for r in ROLES
             )
         )
         self._width = widths[0][-1]
@@ -49,7 +49,7 @@ class Watched:
     @torch.no_grad()
     def _look(self, view: LayerView) -> None:
         for role in ROLES:
-            found = view.vectors[role].transpose(1, 2)  # type: ignore[index]
+            found = view.vectors[role].transpose(1, 2)
             self._vectors.setdefault((view.index, role), []).append(found)
         p = view.pattern
         rows = -(p * p.clamp_min(1e-30).log()).sum(-1)
@@ -71,7 +71,7 @@ class Watched:
         for name, ((i, role), parts) in itertools.product(self.formats, self._vectors.items()):
             error = size = count = 0.0
             for x in parts:
-                back = stored(read_format(name), role, x)  # type: ignore[arg-type]
+                back = stored(read_format(name), role, x)
                 error += float((back - x).double().square().sum())
                 size, count = size + float(x.double().square().sum()), count + x.numel()
             out[name, i, role] = (error / count, error / size)
@@ -154,7 +154,7 @@ class Watched:
     ) -> list[tuple[str, str]] | None:
         """Formats of least ``loss`` under the budget, layer by layer."""
         columns = (losses[name].tolist() for name in ("layer", "role", "format", "loss"))
-        table = {(layer, role, of): float(x) for layer, role, of, x in zip(*columns, strict=True)}
+        table = {tuple(at): loss for *at, loss in zip(*columns, strict=True)}
         items = [
             {n: (Fraction(self.bits(n)), table[sites.layer, role, n]) for n in menu}
             for sites in self.layers
