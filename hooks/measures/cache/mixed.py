@@ -59,26 +59,26 @@ class MixedLayer(DynamicLayer):
         super().reset()
         self._start()
 
-    def _refuse(self, what: str) -> None:
+    def _unable(self, what: str) -> None:
         raise NotImplementedError(
             f"MixedCache: wanted one row of tokens per prompt that only grows; got {what}"
         )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Refused: groups of a format may hold several rows."""
-        self._refuse("beams to reorder")
+        self._unable("beams to reorder")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refused, as beams are."""
-        self._refuse("rows to repeat")
+        self._unable("rows to repeat")
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Refused, as beams are."""
-        self._refuse("rows to select")
+        self._unable("rows to select")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what was quantised together can't be taken apart."""
-        self._refuse("tokens to remove")
+        self._unable("tokens to remove")
 
 
 class MixedCache(Cache):

@@ -23,7 +23,6 @@ GROUPS: Final = {
     "gauge": "beyond",
     "confound": "beyond",
     "quantisation": "beyond",
-    "caches": "beyond",
     "language": "beyond",
     "atlas": "beyond",
     "rank": "related",

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from qkvnorm_lens.experiments.beyond.caches.passes import ROLES
 from qkvnorm_lens.experiments.core import Subject, about
 
 CACHES: Final = ("full", "transformers-fp8", "q4_0", "quanto-int4", "hqq-int4", "kivi-int4")
@@ -63,14 +64,14 @@ def _rows() -> Any:
         def __init__(self) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
             forms = [read_format(name) for name in CACHES]
-            self.stores = {role: [form.store(role) for form in forms] for role in ("k", "v")}  # type: ignore[arg-type]
+            self.stores = {role: [form.store(role) for form in forms] for role in ("k", "v")}
             self.length = 0
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             self.length += key_states.shape[-2]
-            both = (("k", key_states), ("v", value_states))
+            both = zip(ROLES, (key_states, value_states), strict=True)
             return tuple(
                 torch.cat(
                     [s.append(row) for s, row in zip(self.stores[r], x.split(1), strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from qkvnorm_lens.experiments.beyond.caches.measure import by_layer, recipes
@@ -23,10 +25,10 @@ def figure(table: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("cache risk (nats per token)")
     shown = ("risk", "isolated", "uniform", "ends", "mse", "entropy")
     for i, name in enumerate(shown):
-        mine = judged[judged["choice"] == name].groupby("budget")["kl"].mean()
-        if len(mine):
-            line = {"marker": "o", "markersize": 3, "linewidth": 1}
-            axes[1].plot(mine.index, mine, c=RUNS[i], label=name, **line)
+        means = judged[judged["choice"] == name].groupby("budget")["kl"].mean()
+        if len(means):
+            line: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1}
+            axes[1].plot(means.index, means, c=RUNS[i], label=name, **line)
     axes[1].set(yscale="log", xlabel="bits per stored number", ylabel="KL on other text (nats)")
     for ax in axes:
         grid(ax)

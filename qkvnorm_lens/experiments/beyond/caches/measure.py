@@ -25,7 +25,7 @@ from qkvnorm_lens.experiments.core import (
 if TYPE_CHECKING:
     from qkvnorm_lens.experiments.beyond.caches.passes import Watched
 
-AMOUNT: Final = core.by_size(Amount(16, 2, 24), Amount(64, 4, 32), Amount(256, 6, 48))
+AMOUNT: Final = core.by_size(Amount(16, 2, 24), Amount(64, 4, 32), Amount(96, 6, 48))
 FORMATS: Final = ("fp8-e4m3", "q8_0", "q5_0", "q4_0", "quanto-int2")
 MENU: Final = ("q8_0", "q5_0", "q4_0", "quanto-int2")
 """What recipes choose from: 8.5, 5.5, 4.5 and 2.5 bits."""
@@ -78,10 +78,10 @@ def _layers(model: Any, watched: Watched, report: Any, ids: Sequence[Any]) -> pd
     isolated, errors = watched.isolated(), watched.errors()
     gradient, entropy = watched.gradients(), watched.entropy()
     probe = hooks.collapse_probe(model, ids, on="k", strict=False, progress=False)
-    sigma = probe.sigma_at(0.01, by="layer")
+    sigma: Any = probe.sigma_at(0.01, by="layer")
     n, rows = len(watched.layers), []
     for i, sites in enumerate(watched.layers):
-        noise = float(sigma.iloc[i])
+        noise = float(sigma[i])
         for name in watched.formats:
             of = frame.loc[name, sites.layer]
             for role in ("k", "v"):

@@ -17,7 +17,7 @@ from hooks.measures.cache import Gradients, choose, draw_tokens, read_format, st
 from hooks.model import Prompts, evaluating, hooked, model_pass
 from hooks.sites import LayerSites, LayerView, as_hooked, observe
 
-ROLES = ("k", "v")
+ROLES: tuple[Any, ...] = ("k", "v")
 
 
 class Watched:
@@ -33,23 +33,23 @@ class Watched:
     ) -> None:
         self.model, self.layers, self.prompts = model, layers, prompts
         self.seconds = 0.0
-        self._vectors: dict[tuple[int, str], list[Tensor]] = {}
+        self._vectors: dict[tuple[int, Any], list[Tensor]] = {}
         self._entropy = np.zeros(len(layers))
-        observe(model, layers, prompts, self._look, vectors=ROLES, batch_size=64)  # type: ignore[arg-type]
+        observe(model, layers, prompts, self._look, vectors=ROLES, batch_size=64)
         widths = [x.shape for xs in self._vectors.values() for x in xs]
         self.formats = tuple(
             name
             for name in formats
             if not any(
                 read_format(name).refusal(r, h, n, d) for _, h, n, d in widths for r in ROLES
-            )  # type: ignore[arg-type]
+            )
         )
         self._width = widths[0][-1]
 
     @torch.no_grad()
     def _look(self, view: LayerView) -> None:
         for role in ROLES:
-            found = view.vectors[role].transpose(1, 2)  # type: ignore[index]
+            found = view.vectors[role].transpose(1, 2)
             self._vectors.setdefault((view.index, role), []).append(found)
         p = view.pattern
         rows = -(p * p.clamp_min(1e-30).log()).sum(-1)
@@ -71,7 +71,7 @@ class Watched:
         for name, ((i, role), parts) in itertools.product(self.formats, self._vectors.items()):
             error = size = count = 0.0
             for x in parts:
-                back = stored(read_format(name), role, x)  # type: ignore[arg-type]
+                back = stored(read_format(name), role, x)
                 error += float((back - x).double().square().sum())
                 size, count = size + float(x.double().square().sum()), count + x.numel()
             out[name, i, role] = (error / count, error / size)
@@ -103,7 +103,7 @@ class Watched:
         self.seconds = time.perf_counter() - started
         self.seconds *= len(self.formats) * len(self.layers)
         streams = self._streams(clean)
-        out = {}
+        out: dict[tuple[str, int, str], float] = {}
         for name, (i, sites), role in itertools.product(
             self.formats, enumerate(self.layers), ROLES
         ):
@@ -153,9 +153,10 @@ class Watched:
         self, losses: pd.DataFrame, menu: Sequence[str], budget: float
     ) -> list[tuple[str, str]] | None:
         """Formats of least ``loss`` under the budget, layer by layer."""
-        table = {(r.layer, r.role, r.format): r.loss for r in losses.itertuples()}
+        columns = (losses[name].tolist() for name in ("layer", "role", "format", "loss"))
+        table = {tuple(at): loss for *at, loss in zip(*columns, strict=True)}
         items = [
-            {n: (Fraction(self.bits(n)), float(table[sites.layer, role, n])) for n in menu}
+            {n: (Fraction(self.bits(n)), table[sites.layer, role, n]) for n in menu}
             for sites in self.layers
             for role in ROLES
         ]

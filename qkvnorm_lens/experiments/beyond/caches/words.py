@@ -83,8 +83,8 @@ def _of_model(table: pd.DataFrame, found: pd.DataFrame, model: str) -> Iterator[
                 f"{r['bits']:.2f}",
                 f"{r['kl']:.3g}",
                 f"{100 * r['agreement']:.1f}%",
-                _with(r["more_kl"], r["more_kl_half"], 1),
-                _with(r["less_agreement"], r["less_agreement_half"], 100),
+                _with(r["more_kl"], r["more_kl_half"], 1.0),
+                _with(r["less_agreement"], r["less_agreement_half"], 100.0),
             ]
             for r in judged.sort_values("kl").to_dict("records")
         ]
