@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from hooks.arguments import brief
+from hooks.arguments import brief, check_booleans
 from hooks.corpus.run import Run
 from hooks.measures.interference import InterferenceReport, interference
 from hooks.measures.spread import SpreadReport, spread
@@ -73,6 +73,7 @@ def measure_corpus(
             "measure: wanted hooks.sweep, hooks.spread or hooks.interference (hooks.probe_corpus "
             f"is the collapse probe's); got {brief(measure)}"
         )
+    (pack,) = check_booleans(pack=pack)
     if pack and measure is interference:
         raise ValueError(
             "pack: wanted False with hooks.interference, whose constant is the median scale of a "
