@@ -386,7 +386,8 @@ def _grouped(
     for name, kind in kinds.items():
         if name in absent and hasattr(kind, "dim_str"):  # not written, as it has no entry
             dtype = "i8" if "Int" in kind.__name__ else float
-            out[name] = np.zeros([sizes[axis] for axis in kind.dim_str.split()], dtype)
+            axes = (int(x) if x.isdigit() else sizes[x] for x in kind.dim_str.split())
+            out[name] = np.zeros([*axes], dtype)
             continue
         if not _has_arrays(kind) or name in absent:
             continue

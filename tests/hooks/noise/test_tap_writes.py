@@ -44,8 +44,8 @@ def forget_hooks(model: Any, patch: pytest.MonkeyPatch) -> None:
     """Every layer of the model is written at its products, though hooks show them."""
     found = attention_sites(model)
     bare = replace(found, layers=tuple(layer.without_hooks() for layer in found))
-    for name in ("noise.norm_noise.attention_sites", "collapse.probe.sites_for"):
-        patch.setattr(f"hooks.{name}", lambda *_: bare)
+    patch.setattr("hooks.noise.norm_noise.attention_sites", lambda *_: bare)
+    patch.setattr("hooks.collapse.probe.sites_and_key", lambda *_: (bare, ("", "")))
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
