@@ -23,6 +23,7 @@ GROUPS: Final = {
     "gauge": "beyond",
     "confound": "beyond",
     "quantisation": "beyond",
+    "caches": "beyond",
     "language": "beyond",
     "atlas": "beyond",
     "rank": "related",

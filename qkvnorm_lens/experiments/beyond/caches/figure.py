@@ -19,8 +19,10 @@ def figure(table: pd.DataFrame) -> Figure:
         some = mine[(mine["isolated"] > 0) & (mine["risk"] > 0)]
         colour = RUNS[i % len(RUNS)]
         axes[0].plot(some["isolated"], some["risk"], ".", c=colour, label=str(name), alpha=0.7)
-    ends = [*axes[0].get_xlim(), *axes[0].get_ylim()]
-    axes[0].plot([1e-9, max(ends)], [1e-9, max(ends)], color=GREY, linewidth=0.8, zorder=0)
+    known = layers[(layers["isolated"] > 0) & (layers["risk"] > 0)][["isolated", "risk"]]
+    if len(known):
+        ends = [known.min().min(), known.max().max()]
+        axes[0].plot(ends, ends, color=GREY, linewidth=0.8, zorder=0)
     axes[0].set(xscale="log", yscale="log", xlabel="isolated KL (nats per token)")
     axes[0].set_ylabel("cache risk (nats per token)")
     shown = ("risk", "isolated", "uniform", "ends", "mse", "entropy")
@@ -32,6 +34,6 @@ def figure(table: pd.DataFrame) -> Figure:
     axes[1].set(yscale="log", xlabel="bits per stored number", ylabel="KL on other text (nats)")
     for ax in axes:
         grid(ax)
-        ax.legend(fontsize=7, frameon=False)
+    axes[1].legend(fontsize=7, frameon=False)
     legend_below(fig, axes[0], ncols=5, frameon=False)
     return fig
