@@ -48,9 +48,13 @@ class Part:
         """Inside, the shard is this process's own.
 
         Raises:
-            ValueError: another process has it.
+            ValueError: another process has it, or a file stands where the directory should.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"out: wanted a directory; got a file, {folder}") from None
         lock = FileLock(self.path.with_suffix(".lock"), timeout=0)
         try:
             lock.acquire()

@@ -90,7 +90,7 @@ def test_the_calls_are_all_that_are_public(calls: dict[str, Call]) -> None:
         name for name in hooks.__all__ if name.endswith("Report")
     }
     results |= {"LayerView", "Prompts", "Law", "Uniform", "Gaussian", "LogNormal", "CacheRisk"}
-    results |= {"CacheRecipe"}
+    results |= {"CacheRecipe", "CacheFormat", "CacheSettings"}
     given = {"attention_sites", "encode"}  # an argument of its own: what the model is given
     for module in (hooks, qkvnorm_lens, plots):
         for name in module.__all__:

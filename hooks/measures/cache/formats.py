@@ -93,7 +93,7 @@ def read_format(given: Any) -> CacheFormat:
         return given
     if not isinstance(given, str):
         raise TypeError(f"formats: wanted formats, or their names; got {brief(given)}")
-    kind, *fields = given.split()
+    kind, *fields = given.split() or [""]
     if kind not in _KINDS:
         wanted = f"one of {sorted(_KINDS)}"
         raise ValueError(f"formats: wanted {wanted}; got {brief(kind)}{near(kind, _KINDS)}")

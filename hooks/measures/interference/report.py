@@ -360,7 +360,7 @@ def _sizes(s: InterferenceSettings, model: Mapping[str, Any], prompts: int) -> d
         "kind": 2,
         "pooled_layer": len(s.layers) if s.pooled else 0,
         "moment": 2 + 2 * len(s.on) * len(s.constants) if s.pooled else 0,
-        "group": len(s.layers) * (max(model["heads"]) + 1) + 1,
+        "group": len(s.layers) * (max(model["heads"]) + 1) + 1 if s.pooled else 0,
     }
 
 

@@ -443,3 +443,12 @@ def test_a_model_that_changes_meanwhile_is_refused(tokenizer: Any, texts: list[s
     changing.at, changing.happens = 20, change  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"model: wanted it unchanged.*fingerprint"):
         probe_corpus(model, changing, **OPTIONS)
+
+
+def test_a_file_in_the_place_of_the_directory_is_named(model: Any, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.write_text("mine")
+    for out in (there, there / "below"):
+        with pytest.raises(ValueError, match="out: wanted a directory; got a file"):
+            probe_corpus(model, ["many words"], out=out, **OPTIONS)
+    assert there.read_text() == "mine"
