@@ -102,7 +102,11 @@ def recompute(built: builders.Built, sites: AttentionSites, real: Truth) -> tupl
 
 
 def probe(
-    model: Any, inputs: reference.Inputs | dict[str, Any], sparse: float, first_prompt: int = 0
+    model: Any,
+    inputs: reference.Inputs | dict[str, Any],
+    sparse: float,
+    first_prompt: int = 0,
+    batch_size: int | None = None,
 ) -> hooks.CollapseReport:
     """The library's own counts, of a tensor or of named inputs."""
     given, decoder = inputs, None
@@ -118,6 +122,7 @@ def probe(
         draws=DRAWS,
         sparse=sparse,
         first_prompt=first_prompt,
+        batch_size=batch_size,
         progress=False,
     )
 

@@ -123,7 +123,8 @@ def _check_padding(built: builders.Built, given: dict[str, Any], sparse: float) 
     together = probe(built.model, given, sparse)  # one pass, where the model allows it
     if not np.array_equal(together.rows, padded.rows):
         raise Disagreement("two lengths in one pass: other rows than alone")
-    if not np.allclose(together.loose, padded.loose, atol=1e-3):
+    # A draw whose two best scores differ by rounding alone may fall either way.
+    if not np.allclose(together.loose, padded.loose, atol=2 / together.settings.draws):
         raise Disagreement("two lengths in one pass: other rates than alone")
     return "padding"
 
