@@ -193,7 +193,7 @@ def collapse_probe(
     chosen = choose_layers(sites, options.layers)
     settings = replace(options.settings, layers=tuple(s.layer for s in chosen))
     tally = Tally(settings, chosen, len(prompts), first_prompt, prompts.starts)
-    padded = may_share(model, sites, prompts, key)
+    padded = may_share(model, chosen, prompts, key)
     ran = count(model, prompts, tally, options, padded=padded, progress=progress)
     facts = attention_facts(model, sites, chosen, prompts, name) | {"engine": ran}
     return tally.report(model=facts, prompts=prompts)

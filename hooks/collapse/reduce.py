@@ -57,6 +57,7 @@ class Workers:
         self.count = max(1, torch.get_num_threads())
         self._pool: ThreadPoolExecutor | None = None
         self._alone: ThreadPoolExecutor | None = None
+        self._entered = False
         self._behind: ThreadPoolExecutor | None = None
         self._waiting: deque[Future[None]] = deque()
 
@@ -74,6 +75,7 @@ class Workers:
                 for job in self._waiting:
                     job.cancel()
                 self._pool, self._behind, self._alone = None, None, None
+                self._entered = False
 
     def later(self, job: Callable[[], None]) -> None:
         """Queue a job to run beside the model, in order; few wait at a time."""
@@ -112,7 +114,8 @@ class Workers:
             torch.set_num_threads(1)  # of this thread
             ready.wait()
 
-        if len(self._alone._threads) < self.count:
+        if not self._entered:
+            self._entered = True
             for job in [self._alone.submit(enter) for _ in range(self.count)]:
                 job.result()
             torch.set_num_threads(self.count)  # of this thread, and of those to come

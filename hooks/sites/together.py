@@ -9,6 +9,7 @@ of two lengths).
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,42 +27,52 @@ from hooks.model import (
 )
 from hooks.sites.masks import Key
 from hooks.sites.scores import visible
-from hooks.sites.types import AttentionSites
+from hooks.sites.types import LayerSites
 from hooks.sites.watch import SeenLayer, watch_layers
 
 LONGEST = 512  # tokens; a pass over more costs what its tokens cost, and padding is not free
+_PASSES = 3  # that a trial takes
 _NEVER = -1
+_KEPT = 64  # verdicts of one model that are remembered
 
-_tried: weakref.WeakKeyDictionary[Any, dict[Key, dict[bool, int]]] = weakref.WeakKeyDictionary()
+_Verdicts = dict[tuple[Any, ...], int]
+_tried: weakref.WeakKeyDictionary[Any, _Verdicts] = weakref.WeakKeyDictionary()
 
 
-def may_share(model: HookedModel, sites: AttentionSites, prompts: Prompts, key: Key) -> bool:
-    """Whether every score is the same, within rounding, where a shorter prompt is padded.
+def may_share(model: HookedModel, layers: Sequence[LayerSites], prompts: Prompts, key: Key) -> bool:
+    """Whether these layers' scores are the same, within rounding, where shorter prompts are padded.
 
-    The longest prompt and the shortest one are run together and alone. The verdict is remembered
-    for the model, masked or not: up to the longest prompt that passed, or for good if one failed.
+    The longest prompt and the shortest one are run together and alone, unless that would take more
+    passes than it saves. The verdict is remembered, masked or not: up to the longest prompt that
+    passed, or for good if one failed.
     """
     lengths = prompts.lengths
-    longest = max(lengths, default=0)
-    if longest == min(lengths, default=0) or longest > LONGEST or users(model):
+    longest, several = max(lengths, default=0), len({*lengths})
+    if several < 2 or longest > LONGEST or users(model):
         return False
-    verdicts = _tried.setdefault(model, {}).setdefault(key, {})
-    known = verdicts.get(prompts.masked, 0)
-    if known != _NEVER and longest > known:
-        known = longest if _same_together(model, sites, prompts) else _NEVER
-        verdicts[prompts.masked] = known
-    return known != _NEVER
+    verdicts = _tried.setdefault(model, {})
+    question = (*key, *(sites.layer for sites in layers), prompts.masked)
+    known = verdicts.get(question, 0)
+    if known == _NEVER or longest <= known:
+        return known != _NEVER
+    if several <= _PASSES + 1:
+        return False
+    same = _same_together(model, layers, prompts)
+    if len(verdicts) >= _KEPT:
+        verdicts.clear()
+    verdicts[question] = longest if same else _NEVER
+    return same
 
 
-def _same_together(model: HookedModel, sites: AttentionSites, prompts: Prompts) -> bool:
+def _same_together(model: HookedModel, layers: Sequence[LayerSites], prompts: Prompts) -> bool:
     lengths = prompts.lengths
     long, short = (choose(range(len(lengths)), key=lengths.__getitem__) for choose in (max, min))
     n = lengths[short]
     eps = torch.finfo(pass_dtype(model)).eps ** 0.5
     try:
         with evaluating(model), checking():
-            whole = _scores(model, sites, prompts.batch([long, short]))
-            alone = [_scores(model, sites, prompts.batch([at])) for at in (long, short)]
+            whole = _scores(model, layers, prompts.batch([long, short]))
+            alone = [_scores(model, layers, prompts.batch([at])) for at in (long, short)]
     except (UnsupportedModelError, RuntimeError, ValueError):
         return False  # apart they are measured, or refused with their own words
     for index, both in whole.items():
@@ -78,12 +89,14 @@ def _same_together(model: HookedModel, sites: AttentionSites, prompts: Prompts) 
     return True
 
 
-def _scores(model: HookedModel, sites: AttentionSites, given: ModelInput) -> dict[int, Tensor]:
+def _scores(
+    model: HookedModel, layers: Sequence[LayerSites], given: ModelInput
+) -> dict[int, Tensor]:
     """Each layer's scores."""
     found: dict[int, Tensor] = {}
 
     def look(seen: SeenLayer) -> None:
         found[seen.index] = seen.scores_and_pattern()[0].detach().clone()
 
-    watch_layers(model, given, sites.layers, look)
+    watch_layers(model, given, layers, look)
     return found

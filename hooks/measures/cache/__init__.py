@@ -1,6 +1,7 @@
 """Key/value caches: their formats to the bit, what each costs, which layer should have which."""
 
 from hooks.measures.cache.affine import HQQ, KIVI, Quanto
+from hooks.measures.cache.errors import recomputed as recomputed
 from hooks.measures.cache.exports import ENGINES
 from hooks.measures.cache.fisher import Gradients as Gradients, draw_tokens as draw_tokens
 from hooks.measures.cache.formats import (

@@ -60,7 +60,7 @@ class ScoreRows:
         self.sites = view.sites
         self.q, self.k = (view.vectors[role].to(wide) for role in ("q", "k"))
         _refuse_later_keys(view)
-        self.parts = _recomputed(view, self.q, self.k)
+        self.parts = recomputed(view, self.q, self.k)
         self.clean = self.parts.scores()
         self.seen, self.pattern = view.visible, view.pattern
         self.several = self.seen.sum(-1) >= 2
@@ -138,7 +138,7 @@ def _refuse_later_keys(view: LayerView) -> None:
             )
 
 
-def _recomputed(view: LayerView, q: Tensor, k: Tensor) -> ScoreParts:
+def recomputed(view: LayerView, q: Tensor, k: Tensor) -> ScoreParts:
     """The layer's scores with the q.k part computed anew from q and k.
 
     Raises:

@@ -100,8 +100,9 @@ def cache_risk(
     Args:
         model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, name: as in
             :func:`hooks.collapse_probe`.
-        batch_size, progress: likewise. With samples, activations of a whole pass are kept: take
-            fewer prompts at a time if memory is short.
+        batch_size, progress: likewise. With samples, activations of a whole pass are kept, and the
+            errors of all keys and values, for each format: take fewer prompts or formats at a time
+            if memory is short.
         formats: names such as ``"q4_0"`` or ``"quanto-int4 group=32"``, or the classes of
             :mod:`hooks.measures.cache`. Default: those of ``DEFAULT_FORMATS`` that store the
             model's heads; the report names the others.
@@ -258,14 +259,14 @@ class _Run:
         for found in self.gradients.of(logits, tokens, self.samples):
             with torch.no_grad():
                 for (index, role), gradient in found.items():
+                    if not bool(torch.isfinite(gradient).all()):
+                        raise UnsupportedModelError(
+                            "gradients of keys and values",
+                            wanted="finite numbers",
+                            got="an infinite one or NaN",
+                            layer=self.layers[index].layer,
+                        )
                     for at, error in enumerate(self._errors[index, role]):
-                        if not bool(torch.isfinite(gradient).all()):
-                            raise UnsupportedModelError(
-                                "gradients of keys and values",
-                                wanted="finite numbers",
-                                got="an infinite one or NaN",
-                                layer=self.layers[index].layer,
-                            )
                         nats = risk_of(gradient, error).cpu().numpy() / self.samples
                         for row, prompt in zip(nats, indices, strict=True):
                             self.sums[f"risk_{role}"][at, self.units[index], prompt] += row

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hooks.measures.cache.formats import CacheFormat, Full, check_fits
+from hooks.measures.cache.formats import ROLES, CacheFormat, CacheRole, Full, check_fits
 
 
 class MixedLayer(DynamicLayer):
@@ -19,18 +19,18 @@ class MixedLayer(DynamicLayer):
 
     def __init__(self, keys: CacheFormat, values: CacheFormat) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.formats = {"k": keys, "v": values}
+        self.formats: dict[CacheRole, CacheFormat] = {"k": keys, "v": values}
         self.cumulative_length = 0
         self._start()
 
     def _start(self) -> None:
-        self._stores = {role: form.store(role) for role, form in self.formats.items()}  # type: ignore[arg-type]
+        self._stores = {role: form.store(role) for role, form in self.formats.items()}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The first update: dtype and device."""
         super().lazy_initialization(key_states, value_states)
-        for role, x in (("k", key_states), ("v", value_states)):
-            check_fits(self.formats[role], role, x)  # type: ignore[arg-type]
+        for role, x in zip(ROLES, (key_states, value_states), strict=True):
+            check_fits(self.formats[role], role, x)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from hooks.arguments import check_booleans, check_choice, check_number, check_path
 from hooks.measures.cache.exports import ENGINES
-from hooks.measures.cache.formats import CacheFormat, read_format
+from hooks.measures.cache.formats import ROLES, CacheFormat, read_format
 from hooks.reports import write_whole
 
 Option = tuple[Fraction, float]  # what it costs, what it loses
@@ -140,10 +140,10 @@ def best_recipe(report: Any, names: tuple[str, ...], bits: float, together: bool
     for i, (layer, heads) in enumerate(zip(report.settings.layers, model["kv_heads"], strict=True)):
         mine = frame[frame["layer"] == layer].set_index("format")
         of: list[dict[str, Option]] = []
-        for role, width in (("k", model["d_key"][i]), ("v", model["d_value"][i])):
+        for role, width in zip(ROLES, (model["d_key"][i], model["d_value"][i]), strict=True):
             n = heads * width
             stored += n
-            bits_of = {name: Fraction(read_format(name).bits(role, width)) for name in names}  # type: ignore[arg-type]
+            bits_of = {name: Fraction(read_format(name).bits(role, width)) for name in names}
             risk = {"full": 0.0, **dict(mine[f"risk_{role}"])}
             of.append({name: (n * bits_of[name], float(risk[name])) for name in names})
         items += [{n: _plus(*(part[n] for part in of)) for n in names}] if together else of

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hooks import collapse_probe
 from hooks.model import ModelInput
 from tests.support import models
 from tests.support.probes import SIGMAS, assert_same_numbers, ids, probe
+from tests.support.watching import tiny_bert
 
 LENGTHS = [5, 24, 9, 16, 11, 9, 2, 17]
 MIXED = [row[:n].tolist() for row, n in zip(models.tokens(8), LENGTHS, strict=True)]
@@ -84,7 +86,7 @@ def test_a_fused_attention_in_blocks() -> None:
 
 
 def test_a_model_that_sees_later_tokens_is_padded_under_its_mask_alone() -> None:
-    bert = _bert()
+    bert = tiny_bert()
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in MIXED], batch_first=True)
     mask = (torch.arange(rows.shape[1]) < torch.tensor(LENGTHS)[:, None]).long()
     _, count = passes(bert, MIXED, draws=0)
@@ -131,7 +133,7 @@ def test_a_users_hook_sees_no_padding() -> None:
 def test_short_prompts_fill_a_pass() -> None:
     """Without ``batch_size``: 1,024 tokens, and never fewer than eight prompts."""
     model = models.tiny_llama()
-    many = [ids[i % 3, : 6 + i % 3].tolist() for i in range(100)]
+    many = [ids[i % 3, : 6 + i % 5].tolist() for i in range(100)]
     found, count = passes(model, many, draws=0)
     assert count == 1
     _, count = passes(model, many, draws=0, batch_size=8)
@@ -139,17 +141,19 @@ def test_short_prompts_fill_a_pass() -> None:
     assert_same_numbers(found, alone(model, many, draws=0))
 
 
-def _llama(held: list[Any] = []) -> Any:  # noqa: B006 - built once
-    return held[0] if held else held.append(models.tiny_llama()) or held[0]
+def test_a_trial_is_made_where_it_saves_passes() -> None:
+    """A trial takes three: four lengths are not worth one, unless it was made before."""
+    model = models.tiny_llama()
+    few = [row[:n].tolist() for row, n in zip(models.tokens(4), (5, 9, 12, 16), strict=True)]
+    apart, count = passes(model, few, draws=0)
+    assert count == 4
+    _, count = passes(model, MIXED, draws=0)
+    assert count == 2
+    together, count = passes(model, few, draws=0)
+    assert count == 1
+    assert_same_numbers(apart, together)
 
 
-def _bert() -> Any:
-    config = BertConfig(
-        vocab_size=models.VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=models.N_CTX,
-    )
-    return models.bridge(BertForMaskedLM, config)
+@functools.cache
+def _llama() -> Any:
+    return models.tiny_llama()

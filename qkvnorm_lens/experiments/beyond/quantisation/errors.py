@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import SPARSE, UnsupportedModelError
+from hooks.measures.cache import recomputed
 from hooks.model import Prompts, evaluating, hooked, input_device, model_pass, without_cache
 from hooks.sites import LayerSites, LayerView, ScoreParts, Site, expand_factors, observe, qk_part
 from qkvnorm_lens.experiments.beyond.quantisation.schemes import Quantise, Scheme
@@ -31,7 +32,6 @@ CONTENT, SINK = 0, 1
 ROLES: Final[tuple[tuple[Role, ...], ...]] = (("k", "v"), ("k",), ("v",))
 EFFECTS: Final = ("moved_norm", "moved_direction", "moved", "strict")
 Largest = dict[tuple[int, Role], float]
-_ROUNDING = 64.0  # times eps, of the largest score that the lengths allow
 
 
 def largest_magnitudes(
@@ -158,37 +158,6 @@ class CacheErrors:
             self.errors[scheme.name, view.index, "v"].add(v, v_back)
             for effect, moved in rows.effects(q, k, k_back).items():
                 self.moved[scheme.name, view.index, effect] += rows.count(moved)
-
-
-def recomputed(view: LayerView, q: Tensor, k: Tensor) -> ScoreParts:
-    """The layer's scores with the q.k part computed anew from q and k.
-
-    Raises:
-        UnsupportedModelError: it is not the model's.
-    """
-    sites = view.sites
-    if not sites.score_scale:
-        raise UnsupportedModelError(
-            "scores from q and k",
-            wanted="hooks with the vectors that enter the dot product",
-            got="vectors whose positions are rotated in behind the hooks",
-            layer=sites.layer,
-        )
-    shown = view.parts
-    s = qk_part(sites, q, k).masked_fill(~shown.mask, 0)
-    eps = torch.finfo(view.vectors["k"].dtype).eps
-    reach = q.norm(dim=-1).amax() * k.norm(dim=-1).amax() * max(map(abs, sites.score_scale))
-    made = replace(shown, s=s)  # compared behind a soft cap, whose inverse would blow rounding up
-    difference = (made.scores() - view.scores).masked_fill(~shown.mask, 0)
-    allowed, error = _ROUNDING * eps * float(reach), float(difference.abs().max())
-    if not error <= allowed:
-        raise UnsupportedModelError(
-            "scores from q and k",
-            wanted=f"the model's own, within {allowed:.2g}",
-            got=f"a difference of {error:.2g}",
-            layer=sites.layer,
-        )
-    return made
 
 
 class _SparseRows:
