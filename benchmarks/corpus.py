@@ -148,7 +148,7 @@ class Process:
 
     def look(self) -> Row | None:
         """Its memory and processor time now."""
-        with contextlib.suppress(OSError, IndexError, ValueError):
+        with contextlib.suppress(OSError, LookupError, ValueError):  # it has just ended
             folder = Path(f"/proc/{self.child.pid}")
             status = dict(
                 line.split(":", 1) for line in (folder / "status").read_text().splitlines()

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-_EVERY: Final = 4.0  # seconds
+_EVERY: Final = 2.0  # seconds of this process's own work
+_LOOK: Final = 0.5  # seconds of the clock between two looks at them
 
 
 @contextmanager
 def giving_back() -> Iterator[None]:
     """Inside, freed memory returns to the system, where the C library is glibc.
 
-    After four seconds of work: pages that are needed again cost time (10% after each second).
-
-    glibc keeps what lies below an array that stays, such as a layer's rows, and takes new memory
-    for the tensors of the next passes: 500 MB more within a block of 8 thousand tokens of SmolLM2.
+    After each two seconds of work. glibc keeps what lies below an array that stays, such as a
+    layer's rows, and takes new memory for the tensors of the next passes: a process that probes
+    SmolLM2 comes to 2,030 MiB without this, to 1,430 with it, at the same speed.
     """
     trim = _trim()
     if trim is None:
@@ -31,8 +31,8 @@ def giving_back() -> Iterator[None]:
 
     def work() -> None:
         last = time.process_time()
-        while not ended.wait(_EVERY):
-            if time.process_time() - last >= _EVERY:  # of this process, not of the clock
+        while not ended.wait(_LOOK):
+            if time.process_time() - last >= _EVERY:
                 trim(0)
                 last = time.process_time()
 

@@ -23,14 +23,19 @@ MIXED = [row[:n].tolist() for row, n in zip(models.tokens(8), LENGTHS, strict=Tr
 def passes(model: Any, tokens: Any, **options: Any) -> tuple[Any, int]:
     """A second report, with everything checked, and how many forward passes it took."""
     probe(model, tokens, sigmas=SIGMAS, **options)
+    return counted(model, tokens, **options)
+
+
+def counted(model: Any, tokens: Any, **options: Any) -> tuple[Any, int]:
+    """A report, and how many forward passes it took."""
     run, ran = ModelInput.run, []
 
-    def counted(self: ModelInput, model: Any) -> Any:
+    def noted(self: ModelInput, model: Any) -> Any:
         ran.append(self.batch)
         return run(self, model)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelInput, "run", counted)
+        patch.setattr(ModelInput, "run", noted)
         return probe(model, tokens, sigmas=SIGMAS, **options), len(ran)
 
 
@@ -152,6 +157,14 @@ def test_a_trial_is_made_where_it_saves_passes() -> None:
     together, count = passes(model, few, draws=0)
     assert count == 1
     assert_same_numbers(apart, together)
+
+
+def test_what_was_found_of_shorter_prompts_says_nothing_of_longer_ones() -> None:
+    model = models.tiny_llama()
+    passes(model, [row[:16] for row in MIXED])
+    _, first = counted(model, MIXED)
+    _, again = counted(model, MIXED)
+    assert first == again + 3  # a trial
 
 
 @functools.cache
