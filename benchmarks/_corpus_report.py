@@ -49,6 +49,8 @@ def speeds(out: Path) -> Row:
         if len(saved) > 1:
             tokens += saved[-1]["tokens"] - saved[0]["tokens"]
             seconds += saved[-1]["cpu"] - saved[0]["cpu"]
+    if not seconds:
+        raise SystemExit("speed: wanted a run long enough for three saved states; got fewer")
     plain = passes(out)
     of_plain = sum(n for n, _, _ in plain) / sum(took for _, took, _ in plain)
     return {

@@ -18,16 +18,21 @@ from hooks.collapse.solve import first_crossing
 from hooks.collapse.table import TableParts
 from hooks.collapse.tally import Tally
 from hooks.model import HookedModel, Prompts
-from hooks.sites import LayerSites
+from hooks.sites import LONGEST, LayerSites
 
 _HELD: Final = 4 * SHOWN  # prompts whose tokens are held before those not needed are dropped
 
 
 class Pool:
-    """What has been counted of a corpus, or of one shard of it."""
+    """What has been counted of a corpus, or of one shard of it.
 
-    def __init__(self, options: Options, layers: tuple[LayerSites, ...]) -> None:
-        self.options = options
+    ``padded``: prompts of different lengths share a pass (:func:`hooks.sites.may_always_share`).
+    """
+
+    def __init__(
+        self, options: Options, layers: tuple[LayerSites, ...], *, padded: bool = False
+    ) -> None:
+        self.options, self.padded = options, padded
         self.settings = replace(options.settings, layers=tuple(s.layer for s in layers))
         self.layers = layers
         self.prompts = self.read = 0  # and their tokens
@@ -48,7 +53,8 @@ class Pool:
         tally = Tally(
             self.settings, self.layers, len(prompts), number, prompts.starts, self._parts.cutoff
         )
-        ran = count(model, prompts, tally, self.options, progress=False)
+        padded = self.padded and 0 < max(prompts.lengths, default=0) <= LONGEST
+        ran = count(model, prompts, tally, self.options, padded=padded, progress=False)
         self.engines = tuple(dict.fromkeys((*self.engines, ran)))
         return tally
 

@@ -280,7 +280,7 @@ def read_options(
         pooled=pooled,
     )
     query_block = None if query_block is None else block
-    together = None if batch_size is None and not pooled else batch  # a corpus has blocks
+    together = None if batch_size is None else batch
     return Options(settings, noise, layers, together, query_block, engine)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from hooks.collapse import CollapseReport, Pool, read_options
 from hooks.corpus.run import Run
-from hooks.model import HookedModel, measurement
+from hooks.model import HookedModel, Prompts, measurement
+from hooks.sites import LayerSites, may_always_share
 
 
 @measurement
@@ -80,10 +81,15 @@ def probe_corpus(
         Stopped: a KeyboardInterrupt; the message says where the run stopped.
     """
     chosen = read_options(**options, pooled=True)
+
+    def begin(layers: tuple[LayerSites, ...], prompts: Prompts) -> Pool:
+        padded = not run.pack and may_always_share(model, layers, run.context)
+        return Pool(chosen, layers, padded=padded)
+
     run = Run(
         model,
         dataset,
-        lambda layers, prompts: Pool(chosen, layers),
+        begin,
         measure="collapse_probe",
         options=None,
         layers=chosen.layers,

@@ -12,7 +12,7 @@ from hooks.sites.scores import (
     visible,
 )
 from hooks.sites.selfcheck import attention_sites, sites_and_key, sites_for
-from hooks.sites.together import may_share
+from hooks.sites.together import LONGEST, may_always_share, may_share
 from hooks.sites.types import (
     AttentionSites,
     LayerSites,
@@ -34,9 +34,10 @@ from hooks.sites.watch import (
 )
 
 __all__ = [
-    "CHECK", "AttentionSites", "Hook", "InnerNorm", "LayerSites", "LayerView", "ScoreParts",
-    "SeenLayer", "Site", "Stream", "VectorSite", "as_hooked", "attention_facts", "attention_sites",
-    "check_masks", "choose_layers", "expand_factors", "inner_norms", "may_share", "model_facts",
-    "observe", "once", "qk_part", "refuse_several_streams", "sites_and_key", "sites_for", "split",
-    "stream_hook", "uncapped", "view_layers", "visible", "watch_layers",
+    "CHECK", "LONGEST", "AttentionSites", "Hook", "InnerNorm", "LayerSites", "LayerView",
+    "ScoreParts", "SeenLayer", "Site", "Stream", "VectorSite", "as_hooked", "attention_facts",
+    "attention_sites", "check_masks", "choose_layers", "expand_factors", "inner_norms",
+    "may_always_share", "may_share", "model_facts", "observe", "once", "qk_part",
+    "refuse_several_streams", "sites_and_key", "sites_for", "split", "stream_hook", "uncapped",
+    "view_layers", "visible", "watch_layers",
 ]  # fmt: skip

@@ -21,7 +21,9 @@ from hooks.model import (
     ModelInput,
     Prompts,
     checking,
+    encode,
     evaluating,
+    has_decoder,
     pass_dtype,
     users,
 )
@@ -31,6 +33,7 @@ from hooks.sites.types import LayerSites
 from hooks.sites.watch import SeenLayer, watch_layers
 
 LONGEST = 512  # tokens; a pass over more costs what its tokens cost, and padding is not free
+_LEAST = 5  # tokens of the short prompt of a trial with tokens of our own
 _PASSES = 3  # that a trial takes
 _NEVER = -1
 _KEPT = 64  # verdicts of one model that are remembered
@@ -62,6 +65,20 @@ def may_share(model: HookedModel, layers: Sequence[LayerSites], prompts: Prompts
         verdicts.clear()
     verdicts[question] = longest if same else _NEVER
     return same
+
+
+def may_always_share(model: HookedModel, layers: Sequence[LayerSites], n: int) -> bool:
+    """The same for any prompts of tokens alone, at most n and :data:`LONGEST` of them.
+
+    Tried with tokens drawn at random, so that every process on every part of a corpus, and one that
+    goes on after another, comes to the same verdict.
+    """
+    longest = min(n, LONGEST)
+    if longest <= _LEAST or users(model) or has_decoder(model):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(int(model.cfg.d_vocab), (longest,), generator=draw).tolist()
+    return _same_together(model, layers, encode(model, [ids, ids[:_LEAST]]))
 
 
 def _same_together(model: HookedModel, layers: Sequence[LayerSites], prompts: Prompts) -> bool:

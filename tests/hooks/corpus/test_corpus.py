@@ -21,6 +21,7 @@ import hooks
 from hooks import CollapseReport, merge_corpus, probe_corpus
 from hooks.collapse import pooled
 from hooks.corpus import Stopped, cut, rank_and_size
+from hooks.model import ModelInput
 from tests.hooks.collapse.test_pooled import assert_equal
 from tests.hooks.corpus.conftest import OPTIONS
 from tests.support import models
@@ -51,6 +52,29 @@ def test_a_corpus_is_the_probe_of_its_windows(
     assert whole.model["corpus"]["done"]["documents"] == len(texts)
     empty = sum(not text.strip() for text in texts)
     assert f"{empty} empty documents left out" in whole.summary()
+
+
+def test_short_documents_share_passes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give what each gives alone."""
+    texts = ["a word or two of it"[: 3 + i % 16] for i in range(60)]
+    run, ran = ModelInput.run, list[int]()
+
+    def noted(self: ModelInput, model: Any) -> Any:
+        ran.append(self.batch)
+        return run(self, model)
+
+    monkeypatch.setattr(ModelInput, "run", noted)
+    together = probe_corpus(model, texts, **OPTIONS)
+    ran.clear()
+    again = probe_corpus(model, texts, **OPTIONS)
+    assert_equal(together, again)
+    assert len(ran) < 16  # lengths; three passes are a trial
+    ran.clear()
+    alone = probe_corpus(model, texts, batch_size=1, **OPTIONS)
+    assert len(ran) >= len(texts)
+    for by in ("head", "model"):
+        pd.testing.assert_frame_equal(together.to_frame(by), alone.to_frame(by), rtol=1e-4)
+    assert together.n_tokens == alone.n_tokens
 
 
 def test_a_window_of_one_token_is_left_out_and_counted(model: Any) -> None:
