@@ -66,7 +66,11 @@ class InnerNorm:
 
     def scale(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
         """s_t, float64."""
-        return (_centre(x, self.centred).square().mean(-1) + self.eps).sqrt()
+        return (self.squares(x).mean(-1) + self.eps).sqrt()
+
+    def squares(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        """(x_t - [mean])^2, float64: what each dimension adds to d (s_t^2 - eps)."""
+        return _centre(x, self.centred).square()
 
     def frozen(
         self, y: Float[Tensor, "batch pos d"], factor: Float[Tensor, "batch pos"]

@@ -12,7 +12,7 @@ from qkvnorm_lens.plots.charts import Axis, check_report, named_reports
 
 def frames_of(what: str, given: Any, kind: str) -> dict[str, pd.DataFrame]:
     """Reports or their frames, one or several by name, as frames."""
-    named = named_reports(given)
+    named = named_reports(given, what)
     for each in named.values():
         check_report(what, each, kind, "DataFrame")
     return {n: r if isinstance(r, pd.DataFrame) else r.to_frame() for n, r in named.items()}

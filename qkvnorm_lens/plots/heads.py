@@ -111,7 +111,7 @@ def head_map(
     charts.check_backend(backend, ax)
     (min_rows,) = check_integers(min_rows=(min_rows, 0))
     maps = []
-    for name, each in charts.named_reports(report).items():
+    for name, each in charts.named_reports(report, "report").items():
         charts.check_report("report", each, "CollapseReport")
         cells = head_cells(each, rate, content=content, min_rows=min_rows)
         maps.append(replace(cells, title=name or cells.title))

@@ -520,7 +520,11 @@ def corpora(folder: Path) -> dict[str, Call]:
             {"dataset": "dataset|column|split", "context": "context|text"},
             skip=skip,
         ),
-        "merge_corpus": Call(hooks.merge_corpus, {"folders": hold([part])}),
+        "merge_corpus": Call(
+            hooks.merge_corpus,
+            {"folders": hold([part])},
+            names={"folders": "folders|nowhere: format"},
+        ),
     }
 
 

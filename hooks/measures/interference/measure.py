@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from hooks.measures.interference.count import (
     variances,
 )
 from hooks.measures.interference.output import Output
-from hooks.measures.interference.report import InterferenceReport, InterferenceSettings
+from hooks.measures.interference.report import PARTS, InterferenceReport, InterferenceSettings
 from hooks.model import (
     HookedModel,
     MaskLike,
@@ -78,6 +78,7 @@ from hooks.sites import (
 )
 
 _ON = ("k", "qk")
+Part = Literal["scale", "outliers", "rest"]
 
 
 @measurement
@@ -88,6 +89,8 @@ def interference(
     constants: Sequence[float] | None = None,
     on: Sequence[str] = _ON,
     spare_first: bool = False,
+    part: Part = "scale",
+    outliers: int = 3,
     output: bool = False,
     targets: Int[Tensor, "*prompts target"] | Sequence[Any] | None = None,
     layers: Sequence[int] | None = None,
@@ -123,13 +126,19 @@ def interference(
         constants: in units of the default constant, the median of s_t over the tokens of each
             prompt and layer (per prompt, so that no prompt's numbers depend on the others);
             default: 1. Where neither the norm nor the projections nor the scores have a bias, no
-            loose count depends on it (unless ``spare_first``). With biases of norm and projections
-            but without rotary positions (GPT-2), no loose count with ``on="k"`` does: such a bias
-            adds the same to all scores of a row.
+            loose count depends on it (unless ``spare_first``, or with a ``part``). With biases of
+            norm and projections but without rotary positions (GPT-2), no loose count with
+            ``on="k"`` does: such a bias adds the same to all scores of a row.
         on: ``"k"``: the frozen norm reaches k, and the clean q is put back; ``"qk"``: it reaches
             both. Freezing v too changes no arg max of the layer: see ``output``.
         spare_first: the first token keeps its own scale. In language models it is far longer than
             the others, and freezing it shows that and little else.
+        part: ``"scale"``: all of s_t. ``"outliers"``: only what the outlier dimensions O add to
+            s_t^2 = eps + (1/d) (sum_{i in O} + sum_{i not in O}) (x_ti - [mean])^2; ``"rest"``:
+            only what all others and eps add. The part's root is frozen at its median over the
+            prompt's tokens, times the constant; the other part stays each token's own.
+        outliers: how many dimensions O has: those of a prompt and layer with the largest mean
+            square over all tokens but the first (Kovaleva et al. 2021, arXiv 2105.06990).
         output: also compare the model's output with everything frozen that reads the norm (q, k, v;
             in parallel blocks the feed-forward too): KL, agreement and loss, at the cost of whole
             passes for each layer and constant.
@@ -152,12 +161,15 @@ def interference(
     """
     spare_first, output = check_booleans(spare_first=spare_first, output=output)
     settings = _settings(constants, on, sparse, spare_first)
-    draws, seed, batch_size, first_prompt = check_integers(
+    part = cast(Part, check_choice("part", part, PARTS))
+    draws, seed, batch_size, first_prompt, outliers = check_integers(
         draws=(draws, 0, MANY),
         seed=(seed, 0, SEEDS),
         batch_size=(batch_size, 1),
         first_prompt=(first_prompt, 0),
+        outliers=(outliers, 1),
     )
+    settings = replace(settings, part=part, outliers=outliers)
     _, progress = check_optional(prepend_bos=prepend_bos, progress=progress)
     if targets is not None and not output:
         raise ValueError("targets: wanted output=True with them, which compares the output")
@@ -209,10 +221,17 @@ def _settings(
 
 @dataclass(frozen=True)
 class _Clean:
-    """What is kept of one layer from a clean pass: its q, its norm's scales and their median."""
+    """What is kept of one layer from a clean pass: its q, and its norm's scales.
+
+    Attributes:
+        scale: s_t.
+        own: what of s_t^2 stays each token's own: nothing, if all of it is frozen.
+        constant: the median of what is frozen, as a root.
+    """
 
     q: Tensor
     scale: Float[Tensor, "batch pos"]
+    own: Float[Tensor, "batch pos"]
     constant: Float[Tensor, "batch"]
     rows: CleanRows
 
@@ -296,7 +315,8 @@ class _Run:
         """Everything that follows from the clean pass alone."""
         norm, settings = self.norms[view.index], self.settings
         norm.check(seen["x"], seen.pop("y"))
-        scale = norm.scale(seen.pop("x"))
+        x = seen.pop("x")
+        scale = norm.scale(x)
         if view.scores.shape[-1] != scale.shape[1]:
             raise UnsupportedModelError(
                 CHECK,
@@ -306,7 +326,9 @@ class _Run:
             )
         first = first_of([self.starts[i] for i in indices], view.scores.shape[-1])
         rows = clean_rows(view, settings.sparse, self._numbers(indices), first)
-        kept = _Clean(seen.pop("q"), scale, torch.quantile(scale, 0.5, dim=1), rows)
+        frozen = self._frozen_part(norm, x, scale, rows.first)
+        own = scale.square() - frozen.square() if settings.part != "scale" else scale * 0
+        kept = _Clean(seen.pop("q"), scale, own, torch.quantile(frozen, 0.5, dim=1), rows)
         layer, mine = view.index, list(indices)
         self.sums["constant"][layer, mine] = kept.constant.cpu().numpy()
         self.sums["scale_spread"][layer, mine] = scale_spread(scale, rows.first)
@@ -333,9 +355,29 @@ class _Run:
         """Indices of the prompts in the whole corpus."""
         return [self.first_prompt + i for i in indices]
 
+    def _frozen_part(
+        self, norm: InnerNorm, x: Tensor, scale: Tensor, first: Tensor
+    ) -> Float[Tensor, "batch pos"]:
+        """The root of what of s_t^2 is frozen."""
+        if self.settings.part == "scale":
+            return scale
+        squares = norm.squares(x)
+        others = squares.masked_fill(first.to(squares.device)[..., None], 0)
+        if not self.settings.outliers < squares.shape[-1]:
+            wanted = f"fewer than the {squares.shape[-1]} dimensions of layer {norm.layer}'s norm"
+            raise ValueError(f"outliers: wanted {wanted}; got {self.settings.outliers}")
+        largest = others.sum(1).topk(self.settings.outliers).indices
+        at = largest[:, None].expand(-1, squares.shape[1], -1)
+        outliers = squares.gather(-1, at).sum(-1) / squares.shape[-1]
+        frozen = outliers if self.settings.part == "outliers" else scale.square() - outliers
+        return frozen.clamp_min(0).sqrt()
+
     def _factor(self, kept: _Clean, constant: float) -> Float[Tensor, "batch pos"]:
-        """s_t / c, or 1 for a spared first token."""
-        factor = kept.scale / (constant * kept.constant)[:, None]
+        """s_t over its value with a frozen part; s_t / c if it is all; 1 for a spared first token.
+
+        sqrt(c^2) is c, to the bit.
+        """
+        factor = kept.scale / (kept.own + (constant * kept.constant)[:, None].square()).sqrt()
         if self.settings.spare_first:
             factor[kept.rows.first] = 1.0
         return factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,12 @@ from hooks.reports import (
     told,
 )
 
+PARTS: Final = {
+    "scale": "",
+    "outliers": "what the {} outlier dimensions add to",
+    "rest": "what all but the {} outlier dimensions add to",
+}
+"""What of a scale is frozen, in words."""
 _DROP: dict[str, tuple[int, ...]] = {"head": (), "layer": (1,), "model": (0, 1)}
 
 
@@ -44,6 +50,8 @@ class InterferenceSettings(Settings):
     draws: int
     layers: tuple[int, ...]
     seed: int
+    part: str = "scale"
+    outliers: int = 3
     pooled: bool = False  # sums over all prompts, with moments, in place of sums for each
 
 
@@ -62,7 +70,8 @@ class InterferenceReport(PoolingReport):
         examined: rows with two or more visible keys, sparse or not.
         ties: sparse rows left out, as two keys share their maximum.
         rows: sparse rows.
-        constant: the default constant, the median scale of each prompt.
+        constant: the default constant, the median scale of each prompt; where only a part of it is
+            frozen, the median of that part's root mean square.
         scale_spread: deviation over mean of each prompt's scales: of all tokens, and without the
             first.
         loose, strict, to_first: rows whose arg max moves in the model with the frozen norm; that
@@ -289,7 +298,8 @@ class InterferenceReport(PoolingReport):
         near = whole.iloc[(np.log(whole["constant"])).abs().argsort(kind="stable")].iloc[0]
         first = ", but the first token keeps its own" if s.spare_first else ""
         parts = [
-            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}; the scale of the norm before "
+            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}; {PARTS[s.part].format(s.outliers)} "
+            "the scale of the norm before "
             f"{len(s.layers)} attention layer{'s' * (len(s.layers) != 1)} frozen at "
             f"{_times(near['constant'])}each prompt's median, one layer at a time{first}, for "
             f"{' and '.join(near['on'])}."
@@ -345,7 +355,9 @@ def _check_settings(s: InterferenceSettings) -> None:
         raise Unsound("settings.constants", wanted="positive numbers, each once", got=got)
     if not 0 < s.sparse <= 1:
         raise Unsound("settings.sparse", wanted="a maximum in (0, 1]", got=f"{s.sparse}")
-    check_integers(draws=(s.draws, 0), seed=(s.seed, 0))
+    if s.part not in PARTS:
+        raise Unsound("settings.part", wanted=f"one of {[*PARTS]}", got=f"{s.part!r}")
+    check_integers(draws=(s.draws, 0), seed=(s.seed, 0), outliers=(s.outliers, 1))
 
 
 def _sizes(s: InterferenceSettings, model: Mapping[str, Any], prompts: int) -> dict[str, Any]:

@@ -137,15 +137,15 @@ def begin(x: np.ndarray, happens: np.ndarray) -> float:
     return float(x[max(0, int(np.argmax(happens)) - 1)])
 
 
-def named_reports(given: Any) -> dict[str, Any]:
-    """Several reports by the name to show; one has no name.
+def named_reports(given: Any, what: str = "reports") -> dict[str, Any]:
+    """Several reports by the name to show; one has no name. ``what``: the argument's name.
 
     Raises:
         ValueError: none.
     """
     named = dict(given) if isinstance(given, Mapping) else {"": given}
     if not named:
-        raise ValueError("reports: wanted at least one; got none")
+        raise ValueError(f"{what}: wanted at least one; got none")
     return {str(name): report for name, report in named.items()}
 
 

@@ -86,6 +86,8 @@ def save(
 
     check_kind("figure", figure, Figure, "a matplotlib figure")
     path = check_path("path", path)
+    if not path.name:
+        raise ValueError(f"path: wanted a file's name; got {brief(str(path))}")
     suffix = path.suffix[1:]
     if suffix not in FORMATS:
         suffix, base = "", path

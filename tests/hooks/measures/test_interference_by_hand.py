@@ -23,7 +23,14 @@ from tests.support.watching import (
 
 
 def by_hand(
-    model: Any, layer: int, constant: float, *, q_clean: bool, spare_first: bool = False
+    model: Any,
+    layer: int,
+    constant: float,
+    *,
+    q_clean: bool,
+    spare_first: bool = False,
+    part: str = "scale",
+    outliers: int = 3,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Clean and frozen scores and pattern of one layer, and the logits."""
     gain, bias, centred, eps = raw_norm(model, layer)
@@ -34,6 +41,15 @@ def by_hand(
     x = x - x.mean(-1, keepdim=True) if centred else x
     s = (x.square().mean(-1) + eps).sqrt()
     c = constant * s.quantile(0.5, dim=1)[:, None].expand_as(s).clone()
+    if part != "scale":
+        for row, mine in zip(c, x, strict=True):
+            order = mine[1:].square().mean(0).argsort()
+            few, many = order[-outliers:], order[:-outliers]
+            own, frozen = (many, few) if part == "outliers" else (few, many)
+            add = (eps * mine.shape[1], 0.0) if part == "outliers" else (0.0, eps * mine.shape[1])
+            left = mine[:, own].square().sum(1) + add[0]
+            size = constant * (mine[:, frozen].square().sum(1) + add[1]).sqrt().quantile(0.5)
+            row[:] = ((left + size.square()) / mine.shape[1]).sqrt()
     if spare_first:
         c[:, 0] = s[:, 0]
     y = (gain * x / c[..., None] + bias).float()
@@ -93,6 +109,27 @@ def test_sparing_the_first_token_by_hand() -> None:
     assert (least <= report.loose[0, 0, 1]).all()
     assert (report.loose[0, 0, 1] <= most).all()
     assert (report.loose != measure(model, on="k").loose).any()
+
+
+@pytest.mark.parametrize("part", ["outliers", "rest"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_a_part_of_the_scale_by_hand(name: str, part: Any) -> None:
+    model = KINDS[name]()
+    options: dict[str, Any] = {"part": part, "outliers": 5, "sparse": 0.6}
+    report = measure(model, constants=[1.0, 3.0], on="k", **options)
+    seen = 0
+    for layer in range(2):
+        for j, constant in enumerate((1.0, 3.0)):
+            hand = by_hand(model, layer, constant, q_clean=True, part=part, outliers=5)
+            least, most = counted(*hand, layer, 0.6)["loose"]
+            assert (least <= report.loose[0, j, layer]).all()
+            assert (report.loose[0, j, layer] <= most).all()
+            seen += int(least.sum())
+    assert seen >= 5
+    whole = measure(model, constants=[1.0, 3.0], on="k", sparse=0.6)
+    assert (report.loose != whole.loose).any()
+    assert report.settings != whole.settings
+    assert f"{'all but ' * (part == 'rest')}the 5 outlier dimensions" in report.summary()
 
 
 def in_float64(kind: str, layer: int) -> tuple[Tensor, Tensor]:
