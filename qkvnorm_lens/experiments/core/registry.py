@@ -20,6 +20,7 @@ GROUPS: Final = {
     "stability": "paper",
     "theorems": "paper",
     "interference": "beyond",
+    "lengths": "beyond",
     "gauge": "beyond",
     "confound": "beyond",
     "quantisation": "beyond",
