@@ -124,13 +124,17 @@ def _narrowed(figure: Any, inches: float | None) -> Iterator[None]:
     texts = {t: t.get_fontsize() for t in figure.findobj(Text)}
     below = [k for k in (ax.get_legend() for ax in figure.axes) if k and k._ncols > 1]
     engine = figure.get_layout_engine()
+    titles = {ax.title if ax.get_title() else ax._left_title: ax for ax in figure.axes}
+    said = {title: title.get_text() for title in titles}
 
     def paper(size: float) -> float:
         return float(min(size, max(_LEAST_POINTS, min(_MOST_POINTS, size * inches / wide))))
 
     try:
-        # A narrow figure is a little taller: its words need as many lines as before.
-        figure.set_size_inches(inches, max(high * inches / wide, min(high, 0.75 * inches)))
+        # A narrow figure is a little taller: its words need as many lines as before, in each row
+        # of axes.
+        least = min(high, 0.75 * inches * _rows(figure))
+        figure.set_size_inches(inches, max(high * inches / wide, least))
         for text, size in texts.items():
             text.set_fontsize(paper(size))
         for axis, sizes in ticks.items():  # also of ticks that are made later
@@ -140,10 +144,14 @@ def _narrowed(figure: Any, inches: float | None) -> Iterator[None]:
         if below and isinstance(engine, ConstrainedLayoutEngine):
             line = 0.25 / figure.get_size_inches()[1]
             engine.set(rect=(0, line, 1, 1 - line))
+        for title in titles:  # a long one would take the width from its axes
+            title.set_in_layout(False)
         figure.draw_without_rendering()
-        for ax in figure.axes:
+        for title, ax in titles.items():
             end = ax.bbox.x1 if len(figure.axes) > 2 else figure.bbox.width
-            _shrink([ax.title if ax.get_title() else ax._left_title], end)
+            _fold(title, end)
+            _shrink([title], end)
+            title.set_in_layout(True)
         for key in below:
             _shrink(key.get_texts(), figure.bbox.width)
         yield
@@ -153,10 +161,28 @@ def _narrowed(figure: Any, inches: float | None) -> Iterator[None]:
             axis.set_tick_params(labelsize=max(sizes, default=_MOST_POINTS))
         for text, size in texts.items():
             text.set_fontsize(size)
+        for title, words in said.items():
+            title.set_text(words)
+            title.set_in_layout(True)
         for key in below:
             key.set_in_layout(True)
         if below and isinstance(engine, ConstrainedLayoutEngine):
             engine.set(rect=(0, 0, 1, 1))
+
+
+def _rows(figure: Any) -> int:
+    """How many axes lie one above the other."""
+    places = [spec.rowspan.start for ax in figure.axes if (spec := ax.get_subplotspec())]
+    return len({*places}) or 1
+
+
+def _fold(text: Any, end: float) -> None:
+    """Two lines of one that goes beyond this pixel, even when it is made smaller."""
+    box, words = text.get_window_extent(), text.get_text()
+    spaces = [i for i, letter in enumerate(words) if letter == " " and words[i - 1] not in "'\""]
+    if box.width > 1.15 * (end - box.x0) and spaces and "\n" not in words:
+        at = min(spaces, key=lambda i: abs(i - len(words) / 2))
+        text.set_text(f"{words[:at]}\n{words[at + 1 :]}")
 
 
 def _shrink(texts: Sequence[Any], end: float) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,18 @@ from qkvnorm_lens import cli, plots
 from qkvnorm_lens.plots.charts import WIDTHS
 from tests.support.watching import shape_checks_off
 
+
+def worded(report: Any) -> Any:
+    """The same, of tokens that are as long as a language model's."""
+    words = tuple(tuple(f" {token}cknowledged"[:13] for token in row) for row in report.tokens)
+    return replace(report, tokens=words)
+
+
 FIGURES: dict[str, Callable[[Any], Figure]] = {
     "curve": plots.collapse_curve,
     "map": lambda report: plots.head_map(report, 0.2, min_rows=1000),
     "rows": plots.attention_rows,
+    "rows of words": lambda report: plots.attention_rows(worded(report)),
 }
 
 
@@ -72,6 +82,28 @@ def test_nothing_is_cut_off_or_illegible(exact: Any, tmp_path: Path, name: str) 
     assert all(4.5 <= size <= 8 for size, _, _ in seen)
     assert min(x0 for _, x0, _ in seen) > -2
     assert max(x1 for _, _, x1 in seen) < 325 + 2
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, 2.5])
+def test_rows_of_words_have_room(exact: Any, tmp_path: Path, width: Any) -> None:
+    """Half of the width at least, and no row's labels under the next one's title."""
+    figure = plots.attention_rows(worded(exact))
+    seen: list[tuple[float, float, float, float]] = []
+
+    def look(event: Any) -> None:
+        seen.clear()
+        for ax in figure.axes[:-1]:  # the last one is the colour bar
+            labels = [t.get_window_extent().y0 for t in ax.get_xticklabels()]
+            title = ax._left_title.get_window_extent()
+            seen.append((ax.bbox.width, min(labels), title.y1, title.x1))
+
+    figure.canvas.mpl_connect("draw_event", look)
+    plots.save(figure, tmp_path / "figure.png", width=width, dpi=100)
+    inches = WIDTHS.get(width, width)
+    assert len(seen) == 4
+    assert min(wide for wide, *_ in seen) > 50 * inches
+    assert all(low > title for (_, low, *_), (_, _, title, _) in pairwise(seen))
+    assert max(x1 for *_, x1 in seen) < 100 * inches
 
 
 @pytest.mark.parametrize("name", FIGURES)
