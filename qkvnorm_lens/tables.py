@@ -180,8 +180,7 @@ def as_json(
     try:
         thresholds["model"] = _number(report.sigma_at(RATE))
         thresholds["content"] = _number(report.sigma_at(RATE, content=True))
-        every = report.heads(RATE, min_rows=0).sort_values(["layer", "head"])
-        by_head = _records(every)
+        by_head = _records(report.heads(RATE, min_rows=0))
     except ValueError as error:
         thresholds["refused"] = str(error)
     told = {

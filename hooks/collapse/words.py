@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -66,6 +66,9 @@ def percent(x: float) -> str:
     return f"{100 * x:.2g}%" if x < 0.0995 else f"{100 * x:.3g}%"
 
 
+_LOWER: Final = "More text, or a threshold below {:g} (sparse), may give more"
+
+
 def summarise(report: Measured) -> str:
     """The report in a few sentences (see :meth:`hooks.CollapseReport.summary`)."""
     settings, model = report.settings, report.model
@@ -81,18 +84,18 @@ def summarise(report: Measured) -> str:
         lines.append(
             f"No sparse row: none of the {examined} attention rows has {threshold}, so there is "
             "no single attended token to lose. That is not stability: how non-sparse attention "
-            "changes is not measured here."
+            f"changes is not measured here. {_LOWER.format(settings.sparse)}."
         )
         return "\n".join([*lines, told(model)])
     sinks = int(report.rows[..., 1].sum())
     lines.append(
-        f"{sparse} of {examined} rows are sparse ({threshold}), {percent(sinks / sparse)} of these "
-        "attend to the first token (sinks)."
+        f"{sparse} of {examined} rows {'is' if sparse == 1 else 'are'} sparse ({threshold}), "
+        f"{percent(sinks / sparse)} of these attend to the first token (sinks)."
     )
     if sparse < _MIN_ROWS:
         lines.append(
-            f"Fewer than {_MIN_ROWS} sparse rows: too few to say how stable the model is. More "
-            f"text, or a threshold below {report.settings.sparse:g} (sparse=), gives more."
+            f"Fewer than {_MIN_ROWS} sparse rows: too few to say how stable the model is. "
+            f"{_LOWER.format(settings.sparse)}."
         )
     lines.append(_threshold_sentence(report))
     named = _first_head(report)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,6 +93,8 @@ class Documents:
                 f"got {got} in {path.name}"
             )
         self.files = [file for file, kind in kinds.items() if kind]
+        if not any(file.stat().st_size for file in self.files):
+            raise ValueError(f"dataset: wanted files with a text; got {path.name}, which is empty")
         return known[0]
 
     def _rows(self) -> Iterable[Any]:
@@ -142,7 +146,8 @@ class Documents:
                 f"'qkvnorm-lens[corpus]'); got {error}"
             ) from error
         try:
-            loaded = datasets.load_dataset(what, streaming=True, **options)
+            with _no_words():
+                loaded = datasets.load_dataset(what, streaming=True, **options)
         except Exception as error:  # of the network, the hub, the file system, each with its own
             raise self._unreadable(error) from error
         if isinstance(loaded, dict):
@@ -150,15 +155,33 @@ class Documents:
         return self._watched(loaded)
 
     def _watched(self, rows: Iterable[Any]) -> Iterator[Any]:
-        try:
-            yield from rows
-        except Exception as error:
-            raise self._unreadable(error) from error
+        each = iter(rows)
+        while True:
+            try:
+                with _no_words():
+                    row = next(each)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise self._unreadable(error) from error
+            yield row
 
     def _unreadable(self, error: Exception) -> ValueError:
-        said = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
+        said = " ".join(str(error.__cause__ or error).split())[:200] or "no rows in it"
         kind = f"files of {self.kind}" if self.kind else "a data set of the Hugging Face Hub"
         return ValueError(f"dataset: wanted {kind} that can be read; got {self.name!r}: {said}")
+
+
+@contextmanager
+def _no_words() -> Iterator[None]:
+    """Inside, `datasets` logs nothing: what it would say is in the error."""
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _again_and_again(rows: Any) -> bool:
@@ -184,6 +207,9 @@ def _column(row: Mapping[str, Any], column: str | None) -> str:
     texts = [name for name, value in row.items() if isinstance(value, str)]
     if column is None and ("text" in row or len(texts) == 1):
         return "text" if "text" in row else texts[0]
-    if column is None or column not in row:
+    if column is None:
+        got = f"several: {texts}" if texts else f"none in {sorted(row)}"
+        raise ValueError(f"column: wanted its name, or one column of text; got {got}")
+    if column not in row:
         raise ValueError(f"column: wanted one of {sorted(row)}; got {brief(column)}")
     return column

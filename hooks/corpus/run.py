@@ -196,9 +196,11 @@ class Run:
                     "written; got others"
                 ) from None
         if self.sums is None:
+            read = f" ({self.cut.documents} documents, {self.cut.empty} of them empty)"
+            empty = read if self.cut.documents else ""
             raise ValueError(
                 f"dataset: wanted a text of two tokens or more; got none in {self.documents.name!r}"
-                f" ({self.cut.documents} documents, {self.cut.empty} of them empty)"
+                f"{empty}"
             )
         if self.facts is not None:
             for name, (was, now) in differing(self.model_facts, self.facts()):

@@ -25,6 +25,13 @@ def add_arguments(group: Any, default: str) -> None:
     group.add_argument("--width", type=width, metavar="W", help=said)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse options of figures where none are written."""
+    for name in ("format", "width"):
+        if args.out is None and getattr(args, name) is not None:
+            raise ValueError(f"--{name}: wanted it with --out; got it without")
+
+
 def formats(value: str) -> tuple[str, ...]:
     """``pdf,png``."""
     names = tuple(dict.fromkeys(value.split(",")))

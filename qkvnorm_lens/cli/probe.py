@@ -220,6 +220,7 @@ def run(args: argparse.Namespace) -> str:
     source = find(args.model)  # what can fail early fails before torch is imported
     if args.out is not None:
         directory("--out", args.out)
+    figures.check(args)
     _check_corpus(args)
     if args.method == "sample" and args.draws is not None and args.draws < 2:
         raise ValueError(f"--draws: wanted 2 or more with --method sample; got {args.draws}")
@@ -244,14 +245,23 @@ def _check_corpus(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _folder(out: Path | None) -> Iterator[None]:
-    """The directory ``--out``, made early, and removed again if it stays empty."""
-    new = out is not None and not out.exists()
-    if out is not None:
+    """The directory ``--out``, made early, and removed again if only a lock comes into it."""
+    if out is None:
+        yield
+        return
+    new = not out.exists()
+    try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        wanted = "--out: wanted a directory that can be made"
+        raise ValueError(f"{wanted}; got {brief(str(out))}: {error.strerror}") from error
     try:
         yield
     finally:
-        if new and out is not None and not any(out.iterdir()):
+        left = [*out.iterdir()] if new else []
+        if new and all(path.suffix == ".lock" for path in left):
+            for path in left:
+                path.unlink()
             out.rmdir()
 
 

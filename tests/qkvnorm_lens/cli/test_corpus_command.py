@@ -75,6 +75,35 @@ def test_shards_of_a_sweep_merge(run: Run, gpt2_dir: str, tmp_path: Path) -> Non
     assert [row["sigma"] for row in json.loads(out)] == [0.0, 0.1]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.jsonl", "", "--dataset: wanted files with a text; got empty.jsonl, which is empty"),
+        ("empty.txt", "", "--dataset: wanted files with a text; got empty.txt, which is empty"),
+        (
+            "bad.jsonl",
+            "no json",
+            "--dataset: wanted files of json that can be read; got 'bad.jsonl'",
+        ),
+        ("x.jsonl", '{"a": 1}\n', "--column: wanted its name, or one column of text; got none in"),
+        ("y.jsonl", '{"a": "x", "b": "y"}\n', "one column of text; got several: ['a', 'b']"),
+        ("blank.txt", "\n \n", "--dataset: wanted a text of two tokens or more; got none"),
+    ],
+)
+def test_a_corpus_that_can_not_be_read_leaves_nothing(
+    run: Run, gpt2_dir: str, tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    out = tmp_path / "out"
+    code, printed, err = run(
+        "probe", gpt2_dir, "--dataset", str(tmp_path / name), "--out", str(out)
+    )
+    assert (code, printed) == (1, "")
+    assert said in err
+    assert len(err.splitlines()) == 1  # nothing of a library's own
+    assert not out.exists()
+
+
 def test_options_that_do_not_fit(run: Run, gpt2_dir: str, corpus: str, tmp_path: Path) -> None:
     asked = ["probe", gpt2_dir, "--dataset", corpus]
     refused(run("probe", gpt2_dir, "--tokens", "1k"), "--tokens: wanted it with --dataset")
@@ -82,6 +111,8 @@ def test_options_that_do_not_fit(run: Run, gpt2_dir: str, corpus: str, tmp_path:
     refused(run(*asked, "--shard", "1/2"), "--out: wanted a directory for the shard")
     refused(run(*asked, "--column", "x"), "--column: wanted one of ['text']; got 'x'")
     refused(run("merge", str(tmp_path)), "wanted parts of a corpus")
+    for option, value in (("--format", "pdf"), ("--width", "column")):
+        refused(run(*asked, option, value), f"{option}: wanted it with --out; got it without")
     for option, value in (("--tokens", "0"), ("--tokens", "1T"), ("--shard", "3/2")):
         code, out, err = run(*asked, option, value)
         assert (code, out) == (2, "")

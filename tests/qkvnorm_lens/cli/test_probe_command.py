@@ -48,6 +48,8 @@ def test_json_is_what_python_gives(run: Run, wanted: hooks.CollapseReport) -> No
         pd.testing.assert_frame_equal(given.astype(frame.dtypes), frame)
     by_head = wanted.sigma_at(0.01, by="head")
     assert isinstance(by_head, pd.DataFrame)
+    ranked = wanted.heads(0.01, min_rows=0)
+    assert [h["label"] for h in told["heads"]] == list(ranked["label"])
     for head in told["heads"]:
         value = by_head.loc[head["layer"], head["head"]]
         if head["sigma_at"] is None:  # never, or no rows

@@ -15,6 +15,6 @@ EXPERIMENT: Final = experiment(
     "not in a paper; outlier dimensions: Kovaleva et al. 2021 (arXiv 2105.06990), massive "
     "activations: Sun et al. 2024 (arXiv 2402.17762)",
     models="any",
-    minutes=(0.3, 1.0, 5.0),
+    minutes=(0.5, 1.5, 7.0),
     modules=(measure, figure, words),
 )

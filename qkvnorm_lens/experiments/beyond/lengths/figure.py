@@ -26,7 +26,7 @@ def figure(table: pd.DataFrame) -> core.Figure:
     for row, (group, mine) in enumerate(named):
         one = mine[mine["model"] == mine["model"].iloc[0]]
         _draw(axes[4 * row : 4 * row + 4], group, one)
-    core.legend_below(fig, axes[2], ncols=2)
+    core.legend_below(fig, axes[2], ncols=4, title="frozen of a token's length", title_fontsize=8)
     return fig
 
 
@@ -53,8 +53,7 @@ def _draw(axes: list[core.Axes], group: str, mine: pd.DataFrame) -> None:
         output.plot(x, np.maximum(some["kl"].astype(float), 1e-6), style, **options)
     moved.set_ylim(-3, 103)
     output.set_yscale("log")
-    for ax in (size, output):
-        log_ticks(ax.yaxis)
+    log_ticks(size.yaxis)
     for ax in axes:
         core.whole_numbers(ax)
         ax.set_xlim(x.min() - 0.5, x.max() + 0.5)

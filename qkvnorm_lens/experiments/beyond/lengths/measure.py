@@ -13,8 +13,7 @@ import pandas as pd
 import torch
 
 from qkvnorm_lens.experiments import core
-from qkvnorm_lens.experiments.core import Part, Size, Subject, reading, traits
-from qkvnorm_lens.experiments.core.read import Amount
+from qkvnorm_lens.experiments.core import Amount, Part, Size, Subject, reading, traits
 
 if TYPE_CHECKING:
     from hooks import LayerView
