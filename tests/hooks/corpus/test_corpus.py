@@ -421,7 +421,11 @@ def test_kept_rows_are_drawn_again(model: Any, whole: CollapseReport) -> None:
     ("content", "options", "said"),
     [
         ({"a.jsonl": '{"x": "one"}\n'}, {"column": "y"}, r"column: wanted one of \['x'\]; got 'y'"),
-        ({"a.jsonl": '{"x": "a", "y": "b"}\n'}, {}, r"column: wanted its name, or one column of text"),
+        (
+            {"a.jsonl": '{"x": "a", "y": "b"}\n'},
+            {},
+            r"column: wanted its name, or one column of text",
+        ),
         ({"a.jsonl": '{"text": 3}\n'}, {}, "wanted text in column 'text'; got 3 in row 0"),
         ({"a.jsonl": ""}, {}, "dataset: wanted"),
         ({"a.jsonl": "no json\n"}, {}, "dataset: wanted files of json that can be read; got"),
