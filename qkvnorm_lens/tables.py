@@ -150,7 +150,9 @@ def _rows(report: CollapseReport, n: int, content: bool) -> str:
     names = ["from sigma", "head", "token", "attends to", "jumps to", "in"]
     return (
         f"Most fragile rows{', sinks left out' if content else ''}, and the smallest uniform "
-        f"noise that can move them:\n{table(names, rows, left=(1, 2, 3, 4, 5))}"
+        f"noise that can move them:\n{table(names, rows, left=(1, 2, 3, 4, 5))}\n"
+        "Jumps to: where that noise takes it. A picture of the row shows one draw of noise, which "
+        "may end elsewhere."
     )
 
 

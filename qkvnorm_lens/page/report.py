@@ -279,7 +279,7 @@ def _number(x: float, show: Any) -> _Cell:
 def _fragile(report: CollapseReport, content: bool) -> tuple[_Table, str]:
     """The most fragile rows, equal ones counted, and what the list leaves out."""
     texts = _columns("head", "token", "attends to", "jumps to", "in", texts=5)
-    table = _Table([*_columns("from σ"), *texts, *_columns("times")])
+    table = _Table([*_columns("from σ"), *texts, *_columns("equal rows")])
     frame = report.fragile(len(report.table), content=content)
     frame = frame[np.isfinite(frame["sigma"].to_numpy())]
     same = [column for column in frame.columns if column != "prompt"]
