@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -62,16 +63,18 @@ def speeds(out: Path) -> Row:
 
 
 def memory(out: Path, ended: float) -> Row:
-    """Peaks, and how much a process grew after its first minute of work."""
+    """Peaks, and whether a process grew after its first minutes of work."""
     shards = [seen for seen in samples(out) if "tokens" in seen]
     processes: dict[tuple[str, int], list[Row]] = {}
     for seen in shards:
         processes.setdefault((seen["name"], seen["session"]), []).append(seen)
-    grown = []
+    early, late, grown = [], [], []
     for mine in processes.values():
-        early = [s["peak"] for s in mine if s["cpu"] <= 2 * _AFTER]
-        if mine[-1]["cpu"] > 4 * _AFTER:
-            grown.append(mine[-1]["peak"] - early[-1])
+        if mine[-1]["cpu"] > 8 * _AFTER:
+            seen = [s for s in mine if 2 * _AFTER <= s["cpu"] < 4 * _AFTER]
+            early += [s["rss"] for s in seen]
+            late += [s["rss"] for s in mine if s["cpu"] >= mine[-1]["cpu"] / 2]
+            grown.append(mine[-1]["peak"] - seen[-1]["peak"])
     plain = max(peak for _, _, peak in passes(out))
     peak = max(seen["peak"] for seen in shards)
     return {
@@ -80,7 +83,9 @@ def memory(out: Path, ended: float) -> Row:
         "plain pass to the last attention, peak MiB": ended,
         "over the plain pass, MiB": peak - plain,
         "over the pass to the last attention, MiB": peak - ended,
-        "growth of the peak after the first minutes, MiB": max(grown, default=None),
+        "median in the third and fourth minute, MiB": median(early) if early else None,
+        "median in the second half, MiB": median(late) if late else None,
+        "growth of the peak after four minutes, MiB": max(grown, default=None),
     }
 
 
@@ -116,7 +121,8 @@ def checked(model: Any, folder: Path, out: Path, context: int, batch: int, of: i
             progress=False,
         )
         mine, other = (r.to_frame("model") for r in (report, again))
-        error = np.hypot(mine["se_prompts"], other["se_prompts"])
+        # Of so few windows the sample's own error is no guide: where the rate is 1e-7 it is zero.
+        error = mine["se_prompts"] * np.sqrt(len(report.tokens) / len(chosen))
         z.append(float((abs(mine["loose"] - other["loose"]) / error).max()))
         rows += _same_rows(model, table, nearest, windows)
     if max(z) > 4:
