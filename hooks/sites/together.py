@@ -90,7 +90,7 @@ def _same_together(model: HookedModel, layers: Sequence[LayerSites], prompts: Pr
         with evaluating(model), checking():
             whole = _scores(model, layers, prompts.batch([long, short]))
             alone = [_scores(model, layers, prompts.batch([at])) for at in (long, short)]
-    except (UnsupportedModelError, RuntimeError, ValueError):
+    except (UnsupportedModelError, RuntimeError, ValueError, IndexError, TypeError):
         return False  # apart they are measured, or refused with their own words
     for index, both in whole.items():
         for row, of, end in zip(both, alone, (lengths[long], n), strict=True):

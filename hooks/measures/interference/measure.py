@@ -327,7 +327,7 @@ class _Run:
         first = first_of([self.starts[i] for i in indices], view.scores.shape[-1])
         rows = clean_rows(view, settings.sparse, self._numbers(indices), first)
         frozen = self._frozen_part(norm, x, scale, rows.first)
-        own = scale.square() - frozen.square() if settings.part != "scale" else scale * 0
+        own = (scale.square() - frozen.square()).clamp_min(0)  # nothing, if it is all of it
         kept = _Clean(seen.pop("q"), scale, own, torch.quantile(frozen, 0.5, dim=1), rows)
         layer, mine = view.index, list(indices)
         self.sums["constant"][layer, mine] = kept.constant.cpu().numpy()

@@ -32,8 +32,8 @@ from hooks.reports import (
 
 PARTS: Final = {
     "scale": "",
-    "outliers": "what the {} outlier dimensions add to",
-    "rest": "what all but the {} outlier dimensions add to",
+    "outliers": "what the {} outlier dimensions add to ",
+    "rest": "what all but the {} outlier dimensions add to ",
 }
 """What of a scale is frozen, in words."""
 _DROP: dict[str, tuple[int, ...]] = {"head": (), "layer": (1,), "model": (0, 1)}
@@ -298,7 +298,7 @@ class InterferenceReport(PoolingReport):
         near = whole.iloc[(np.log(whole["constant"])).abs().argsort(kind="stable")].iloc[0]
         first = ", but the first token keeps its own" if s.spare_first else ""
         parts = [
-            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}; {PARTS[s.part].format(s.outliers)} "
+            f"{self.model['name']}: {n} prompt{'s' * (n != 1)}; {PARTS[s.part].format(s.outliers)}"
             "the scale of the norm before "
             f"{len(s.layers)} attention layer{'s' * (len(s.layers) != 1)} frozen at "
             f"{_times(near['constant'])}each prompt's median, one layer at a time{first}, for "

@@ -129,6 +129,7 @@ def test_a_part_of_the_scale_by_hand(name: str, part: Any) -> None:
     whole = measure(model, constants=[1.0, 3.0], on="k", sparse=0.6)
     assert (report.loose != whole.loose).any()
     assert report.settings != whole.settings
+    assert "; the scale of the norm before" in whole.summary()
     assert f"{'all but ' * (part == 'rest')}the 5 outlier dimensions" in report.summary()
 
 
