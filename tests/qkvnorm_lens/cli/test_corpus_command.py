@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from resource import RLIMIT_FSIZE as FILES
 
 import pytest
 
@@ -122,8 +124,13 @@ def test_options_that_do_not_fit(run: Run, gpt2_dir: str, corpus: str, tmp_path:
 # -- killed ---------------------------------------------------------------------------------------
 
 
-def start(argv: Sequence[str], launch: str = "") -> subprocess.Popen[str]:
-    """The command in a process, or several, of its own; a state after each block."""
+def start(
+    argv: Sequence[str], launch: str = "", *, room: int | None = None
+) -> subprocess.Popen[str]:
+    """The command in a process, or several, of its own; a state after each block.
+
+    ``room``: bytes that a file may have, as on a disk that is full then.
+    """
     every = "import hooks.corpus.run as p; p.EVERY = 1e-6; import qkvnorm_lens.__main__"
     own = [sys.executable, "-c", every] if not launch else [sys.executable, *launch.split()]
     return subprocess.Popen(
@@ -132,14 +139,25 @@ def start(argv: Sequence[str], launch: str = "") -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=None if room is None else lambda: resource.setrlimit(FILES, (room, room)),
     )
 
 
 def killed_and_resumed(argv: list[str], out: Path, rng: random.Random, times: int) -> int:
-    """Kill the command at random moments of its run, then let it end; how often it was at work."""
+    """Kill the command at random moments of its run, then let it end; how often it was at work.
+
+    Every fourth time the disk is full instead.
+    """
     done, at_work = out / "report.safetensors", 0
-    numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None]
     for number in (numbers * times)[:times]:
+        if number is None:
+            process = start([*argv, "--out", str(out)], room=rng.randrange(100, 5000))
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 1, err
+            assert "File too large; not written" in err
+            at_work += 1
+            continue
         process = start([*argv, "--out", str(out)])
         parts = {p: p.stat().st_mtime_ns for p in out.glob("part-*")} if out.exists() else {}
         while process.poll() is None:  # until it has written a state of its own
@@ -173,14 +191,14 @@ def kill_test(gpt2_dir: str, corpus: str, folder: Path, times: int, seed: int) -
 
 
 @pytest.mark.slow
-def test_three_kills_leave_no_trace(gpt2_dir: str, corpus: str, tmp_path: Path) -> None:
-    assert kill_test(gpt2_dir, corpus, tmp_path, 3, 0) >= 1
+def test_kills_and_a_full_disk_leave_no_trace(gpt2_dir: str, corpus: str, tmp_path: Path) -> None:
+    assert kill_test(gpt2_dir, corpus, tmp_path, 4, 0) >= 2
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(5))
 def test_twenty_kills_leave_no_trace(gpt2_dir: str, corpus: str, tmp_path: Path, seed: int) -> None:
-    assert kill_test(gpt2_dir, corpus, tmp_path, 4, seed) >= 1
+    assert kill_test(gpt2_dir, corpus, tmp_path, 4, seed) >= 2
 
 
 @pytest.mark.slow
