@@ -41,8 +41,17 @@ FACTS: Final = (
 )  # fmt: skip
 
 
-def measure(subject: Subject, amount: Amount, outputs: int) -> pd.DataFrame:
-    """What moves, by what is frozen and layer; and how the lengths are made, by layer."""
+def measure(
+    subject: Subject, amount: Amount, outputs: int, *, few_layers: bool = False
+) -> pd.DataFrame:
+    """What moves, by what is frozen and layer; and how the lengths are made, by layer.
+
+    Args:
+        subject: the model.
+        amount: what it reads.
+        outputs: how many prompts' output is compared.
+        few_layers: only the first, the middle and the last layer with a norm.
+    """
     import hooks
 
     model, ids = subject.load(), reading(subject, amount).ids
@@ -50,6 +59,9 @@ def measure(subject: Subject, amount: Amount, outputs: int) -> pd.DataFrame:
     if not before:
         row = dict.fromkeys((*_COUNTS, *_OUTPUT), math.nan) | {"frozen": "-", "layer": WHOLE}
         return core.about(subject, pd.DataFrame([row]).assign(reason="no norm before attention"))
+    if few_layers:
+        every = [*before]
+        before = {n: before[n] for n in sorted({every[0], every[len(every) // 2], every[-1]})}
     options: dict[str, Any] = {"layers": list(before), "draws": 0, "progress": False}
     options["batch_size"] = BATCH[subject.kind]
     frames = []
@@ -158,12 +170,17 @@ def _winner(won: list[tuple[str, float]]) -> dict[str, Any]:
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model."""
-    amount, outputs = AMOUNT[size], OUTPUTS[size]
-    settings = {"outliers": OUTLIERS, "outputs": outputs}
-    return [
-        Part(s.name, partial(measure, s, amount, outputs), s, {**amount.settings(s), **settings})
-        for s in subjects
-    ]
+    amount, outputs, out = AMOUNT[size], OUTPUTS[size], []
+    for s in subjects:
+        few = size == "smoke" and s.kind == "language"  # each takes whole passes
+        work = partial(measure, s, amount, outputs, few_layers=few)
+        settings = {
+            "outliers": OUTLIERS,
+            "outputs": outputs,
+            **({"few_layers": True} if few else {}),
+        }
+        out.append(Part(s.name, work, s, {**amount.settings(s), **settings}))
+    return out
 
 
 def measured(table: pd.DataFrame) -> pd.DataFrame:
