@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -61,10 +62,11 @@ def write(report: CollapseReport, folder: Path, args: argparse.Namespace) -> lis
     from qkvnorm_lens.plots.html import shown_rows
 
     content = args.no_sinks
-    figures = {
-        "collapse": plots.collapse_curve(report),
-        "heads": plots.head_map(report, rate=tables.RATE, content=content),
-    }
+    figures = {"collapse": plots.collapse_curve(report)}
+    try:
+        figures["heads"] = plots.head_map(report, rate=tables.RATE, content=content)
+    except ValueError as refused:  # a table that is too small for it; the page says so, too
+        sys.stderr.write(f"qkvnorm-lens: no map of heads: {refused}\n")
     if shown_rows(report, 1, content=content):
         figures["rows"] = plots.attention_rows(report, content=content)
     written = []

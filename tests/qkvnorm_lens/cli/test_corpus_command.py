@@ -61,6 +61,20 @@ def test_a_corpus_its_shards_and_their_merge(
     refused(run("merge", str(tmp_path / "three")), "shards of 3", "got none for 2", "--shard 2/3")
 
 
+def test_a_table_too_small_for_the_heads_is_said(
+    run: Run, gpt2_dir: str, corpus: str, tmp_path: Path
+) -> None:
+    """All else is written, and the command ends well."""
+    asked = ["probe", gpt2_dir, "--dataset", corpus, "--tokens", "2k", "--keep", "5", *OPTIONS]
+    code, out, err = run(*asked, "--out", str(tmp_path))
+    assert code == 0, err
+    assert "no map of heads: sigma_at(0.01): wanted an answer within" in err
+    assert "because the table keeps only the 5 nearest competitors" in out
+    assert not (tmp_path / "heads.png").exists()
+    for name in ("report.html", "collapse.png", "report.safetensors", "summary.txt"):
+        assert (tmp_path / name).exists()
+
+
 def test_shards_of_a_sweep_merge(run: Run, gpt2_dir: str, tmp_path: Path) -> None:
     model = load_model(gpt2_dir, device="cpu")
     options = {"sigmas": [0.1], "replicates": 2, "context": 16, "progress": False}
