@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from typing import Any
 
 from hooks.collapse import CollapseReport, Pool, read_options
 from hooks.corpus.run import Run
 from hooks.model import HookedModel, Prompts, measurement
 from hooks.sites import LayerSites, may_always_share
-
-_KEEP: Final = 1 << 17  # competitors: a report of any length is a few MB
 
 
 @measurement
@@ -70,7 +68,7 @@ def probe_corpus(
             a notebook.
         **options: ``sigmas``, ``on``, ``method``, ``law``, ``shared``, ``layers``, ``sparse``,
             ``strict``, ``draws``, ``seed``, ``batch_size``, ``keep``, ``keep_rows`` and
-            ``query_block`` of :func:`collapse_probe`; ``keep`` is 2^17 by default, some 6 MB.
+            ``query_block`` of :func:`collapse_probe`.
 
     Returns:
         :class:`CollapseReport`; of a shard, the sums of its own part.
@@ -82,7 +80,7 @@ def probe_corpus(
             window longer than the model's context, or an ``out`` with another run in it.
         Stopped: a KeyboardInterrupt; the message says where the run stopped.
     """
-    chosen = read_options(**{"keep": _KEEP, **options}, pooled=True)
+    chosen = read_options(**options, pooled=True)
 
     def begin(layers: tuple[LayerSites, ...], prompts: Prompts) -> Pool:
         padded = not run.pack and may_always_share(model, layers, run.context)
