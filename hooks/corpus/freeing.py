@@ -20,8 +20,8 @@ def giving_back() -> Iterator[None]:
     """Inside, freed memory returns to the system, where the C library is glibc.
 
     After each two seconds of work. glibc keeps what lies below an array that stays, such as a
-    layer's rows, and takes new memory for the tensors of the next passes: a process that probes
-    SmolLM2 comes to 2,030 MiB without this, to 1,430 with it, at the same speed.
+    layer's rows, and takes new memory for the tensors of the next passes: a process that probed
+    49 thousand tokens of SmolLM2 came to 2,030 MiB without this, to 1,430 with it, as fast.
     """
     trim = _trim()
     if trim is None:
