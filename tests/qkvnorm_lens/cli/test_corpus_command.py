@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import resource
@@ -107,16 +108,26 @@ def test_shards_of_a_sweep_merge(run: Run, gpt2_dir: str, tmp_path: Path) -> Non
     ],
 )
 def test_a_corpus_that_can_not_be_read_leaves_nothing(
-    run: Run, gpt2_dir: str, tmp_path: Path, name: str, content: str, said: str
+    run: Run,
+    gpt2_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: str,
+    said: str,
 ) -> None:
     (tmp_path / name).write_text(content)
-    out = tmp_path / "out"
+    out, logged = tmp_path / "out", list[logging.LogRecord]()
+    listener = logging.Handler()
+    monkeypatch.setattr(listener, "emit", logged.append)
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [listener])
     code, printed, err = run(
         "probe", gpt2_dir, "--dataset", str(tmp_path / name), "--out", str(out)
     )
     assert (code, printed) == (1, "")
     assert said in err
-    assert len(err.splitlines()) == 1  # nothing of a library's own
+    assert len(err.splitlines()) == 1
+    assert not logged  # by the library itself
     assert not out.exists()
 
 
