@@ -27,7 +27,7 @@ from hooks.arguments import (
 from hooks.collapse.kept import KeptRows, no_rows
 from hooks.collapse.pooled import PooledReport
 from hooks.collapse.settings import CONTENT, SINK, By, ProbeSettings
-from hooks.collapse.solve import first_crossing, rate_of_rows, solve_sigma_at
+from hooks.collapse.solve import Groups, first_crossing, rate_of_rows, solve_sigma_at
 from hooks.collapse.table import RowTable
 from hooks.collapse.words import summarise
 from hooks.noise import NormNoise, check_sigma, get_law
@@ -242,8 +242,10 @@ class CollapseReport(PooledReport):
     ) -> float | pd.Series | pd.DataFrame:
         """The sigma at which a share ``rate`` of the sparse rows collapses.
 
-        The loose rate is solved on the exact curve of the table's rows, not on the grid of sigmas;
-        the strict one between the grid's, as if the root of the rate were a line there.
+        The loose rate is solved on the exact curve of the table's rows, not on the grid of sigmas.
+        Where competitors matter that did not fit into the table, what it lacks is known at the
+        grid's sigmas, and its root taken as a line between them: off by some 1%, beyond the last
+        sigma by up to 5%. The strict rate's root is such a line, too.
 
         Args:
             rate: share of the rows, in (0, 1).
@@ -253,12 +255,13 @@ class CollapseReport(PooledReport):
             strict: of rows that collapse onto another sparse maximum.
 
         Returns:
-            inf where the law never reaches the rate (strict: where no sigma of the grid does), NaN
-            where there are no rows.
+            inf where the law never reaches the rate (by the line, where the table is too small;
+            strict: where no sigma of the grid does), NaN where there are no rows.
 
         Raises:
-            ValueError: a rate outside (0, 1), one at which competitors matter that did not fit into
-                the table, or a strict rate that was neither computed nor sampled.
+            ValueError: a rate outside (0, 1), one for which the table is too small and the sigmas
+                are too far apart (bounds of the answer differ by more than half), or a strict rate
+                that was neither computed nor sampled.
         """
         rate = check_number("rate", rate, "a share between 0 and 1", lambda x: 0 < x < 1)
         content, strict = check_booleans(content=content, strict=strict)
@@ -287,13 +290,12 @@ class CollapseReport(PooledReport):
         listed = np.zeros(n_groups, dtype=np.int64)
         np.add.at(listed, of_row[keep], np.diff(self.table.start)[keep])
         counts = pooled(self.rows)
+        sums = np.stack([pooled(x) for x in (self.strict if strict else self.loose)])
         if strict:
-            curves = np.stack([pooled(x) for x in self.strict])
-            sigma = first_crossing(self.settings.sigmas, curves, rate, counts)
+            sigma = first_crossing(self.settings.sigmas, sums, rate, counts)
         else:
-            sigma = solve_sigma_at(
-                self.table, self.settings, rate, of_row, keep, counts, pooled(self.able) - listed
-            )
+            rows = Groups(of_row, keep, counts, pooled(self.able) - listed, sums)
+            sigma = solve_sigma_at(self.table, self.settings, rate, rows)
         if by == "model":
             return float(sigma[0])
         layers = pd.Index(self.settings.layers, name="layer")

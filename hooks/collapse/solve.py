@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from hooks.noise import collapse_probability, get_law
 _LARGEST = 1e6  # where a law has no limit: its rates have long settled there
 _STEPS = 80
 _TOLERANCE = 1e-7
-_CLOSE = 1e-3  # relative width of a trustworthy answer where competitors were left out
+_CLOSE = 1e-3  # relative width of an answer that needs nothing but the table
+_NEAR = 1.5  # bounds of a trustworthy answer from the grid, over each other
 
 
 def rate_of_rows(
@@ -70,46 +72,133 @@ def _bound_of_left_out(
     return np.asarray(p)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Rows pooled together: heads, layers, or the model.
+
+    ``of`` is the group of each row of the table, ``keep`` whether it counts; ``counts`` are all
+    rows of each group, ``left_out`` the competitors able to win that the table does not list, and
+    ``sums`` the sums of the rows' probabilities at the settings' sigmas.
+    """
+
+    of: Int[np.ndarray, "row"]
+    keep: Bool[np.ndarray, "row"]
+    counts: Int[np.ndarray, "group"]
+    left_out: Int[np.ndarray, "group"]
+    sums: Float[np.ndarray, "sigma group"]
+
+
 def solve_sigma_at(
-    table: RowTable,
-    settings: ProbeSettings,
-    rate: float,
-    group: Int[np.ndarray, "row"],
-    keep: Bool[np.ndarray, "row"],
-    counts: Int[np.ndarray, "group"],
-    left_out: Int[np.ndarray, "group"],
+    table: RowTable, settings: ProbeSettings, rate: float, groups: Groups
 ) -> Float[np.ndarray, "group"]:
     """Per group of rows, the sigma at which the pooled collapse probability reaches ``rate``.
 
-    ``left_out`` counts the competitors able to win that did not fit into the table: the rate is at
-    most what they add, each at the cutoff.
+    The table's rows give a lower bound of the rate, and an upper one with each competitor that it
+    does not list at its cutoff. Where both give one sigma, that is the answer. Elsewhere the rate
+    is the table's own and, on top, what it lacks at the sigmas of the grid, whose root is taken as
+    a line between them.
+
+    Raises:
+        ValueError: the grid is too wide for that, too.
     """
-    n_groups = len(counts)
 
-    def pooled(sigma: np.ndarray, upper: bool) -> np.ndarray:
-        """Mean collapse probability of each group at its own sigma."""
-        mine = np.flatnonzero(keep & (sigma[group] > 0))
-        p = rate_of_rows(table, settings, sigma[group[mine]], mine)
-        total = np.bincount(group[mine], p, n_groups)
-        if upper:
-            total = total + left_out * _bound_of_left_out(table, settings, sigma)
-        mean: np.ndarray = np.minimum(total / np.maximum(counts, 1), 1)
-        return mean
+    def listed(sigma: np.ndarray) -> np.ndarray:
+        """Sum of each group's probabilities at its own sigma, of what the table lists."""
+        mine = np.flatnonzero(groups.keep & (sigma[groups.of] > 0))
+        p = rate_of_rows(table, settings, sigma[groups.of[mine]], mine)
+        total: np.ndarray = np.bincount(groups.of[mine], p, len(groups.counts))
+        return total
 
-    low = _solve(lambda s: pooled(s, False), rate, counts, settings)
-    if not left_out.any():
+    def solved(counts: np.ndarray, more: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Where the table's rows and ``more`` reach the rate; NaN where ``counts`` is 0."""
+
+        def pooled(sigma: np.ndarray) -> np.ndarray:
+            total = listed(sigma) + more(sigma)
+            mean: np.ndarray = np.minimum(total / np.maximum(counts, 1), 1)
+            return mean
+
+        return _solve(pooled, rate, counts, settings)
+
+    def most(sigma: np.ndarray) -> np.ndarray:
+        bound: np.ndarray = groups.left_out * _bound_of_left_out(table, settings, sigma)
+        return bound
+
+    low = solved(groups.counts, np.zeros_like)
+    if not groups.left_out.any():
         return low
-    high = _solve(lambda s: pooled(s, True), rate, counts, settings)
+    high = solved(groups.counts, most)
     with np.errstate(invalid="ignore"):
         apart = (low != high) & ~(np.isnan(low) | (low - high <= _CLOSE * high))
-    if apart.any():
-        at = int(np.flatnonzero(apart)[0])
+    if not apart.any():
+        return low
+    counts = np.where(apart, groups.counts, 0)
+    rest = _Rest(table, settings, listed, most, groups)
+    line, first, last = (solved(counts, x) for x in (rest.line, rest.most, rest.least))
+    first, last = np.fmax(first, high), np.fmin(last, low)
+    wide = apart & (np.minimum(last, get_law(settings.law).limit) > _NEAR * first)
+    if wide.any():
+        at = int(np.flatnonzero(wide)[0])
         raise ValueError(
-            f"sigma_at({rate:g}): wanted an answer within {_CLOSE:.0e}; got between "
-            f"{high[at]:.6g} and {low[at]:.6g}, because the table keeps only the "
-            f"{len(table.a)} nearest competitors: probe again with more (keep=)"
+            f"sigma_at({rate:g}): wanted bounds within {_NEAR:g} times each other; got "
+            f"{first[at]:.6g} and {last[at]:.6g}, because the table keeps only the "
+            f"{len(table.a)} nearest competitors and the sigmas are few: probe again with more of "
+            "either (keep=, sigmas=)"
         )
-    return low
+    return np.where(apart, np.clip(line, first, last), low)
+
+
+class _Rest:
+    """What the table lacks of each group's sum, from the grid: a line between sigmas, or bounds.
+
+    Bounds where it does not turn between them. Beyond the last sigma it is at least what it is
+    there, and the line goes on.
+    """
+
+    def __init__(
+        self,
+        table: RowTable,
+        settings: ProbeSettings,
+        listed: Callable[[np.ndarray], np.ndarray],
+        most: Callable[[np.ndarray], np.ndarray],
+        groups: Groups,
+    ) -> None:
+        n = len(groups.counts)
+        # Below its cutoff the table lacks nothing, where factors have bounds.
+        whole = float(table.cutoff) / math.sqrt(3) if settings.law == "uniform" else 0.0
+        self.x, self.y = [whole], [np.zeros(n)]
+        for at in np.argsort(settings.sigmas):
+            sigma = np.full(n, settings.sigmas[at])
+            if sigma[0] > whole:
+                self.x.append(settings.sigmas[at])
+                self.y.append(np.clip(groups.sums[at] - listed(sigma), 0, most(sigma)))
+        self._most = most
+
+    def _around(self, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each group, the values below and above its sigma, and how far between it lies."""
+        x, y, group = np.asarray(self.x), np.stack(self.y), np.arange(len(sigma))
+        above = np.minimum(np.searchsorted(x, sigma), len(x) - 1)
+        below = np.maximum(above - 1, 0)
+        width = np.where(above > below, x[above] - x[below], 1.0)
+        part = np.maximum((sigma - x[below]) / width, 0)
+        return y[below, group], y[above, group], part
+
+    def line(self, sigma: np.ndarray) -> np.ndarray:
+        """The root is a line between two sigmas."""
+        below, above, part = self._around(sigma)
+        root: np.ndarray = np.sqrt(below) + part * (np.sqrt(above) - np.sqrt(below))
+        rest: np.ndarray = np.minimum(np.maximum(root, 0) ** 2, self._most(sigma))
+        return rest
+
+    def least(self, sigma: np.ndarray) -> np.ndarray:
+        """The lesser of two."""
+        below, above, part = self._around(sigma)
+        return np.where(part >= 1, above, np.minimum(below, above))
+
+    def most(self, sigma: np.ndarray) -> np.ndarray:
+        """The greater of two; beyond the last, what the table's cutoff allows."""
+        below, above, part = self._around(sigma)
+        inside = np.where(part == 0, below, np.maximum(below, above))
+        return np.where(sigma > self.x[-1], self._most(sigma), inside)
 
 
 def _solve(

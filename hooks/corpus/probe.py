@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Final
 
 from hooks.collapse import CollapseReport, Pool, read_options
 from hooks.corpus.run import Run
 from hooks.model import HookedModel, Prompts, measurement
 from hooks.sites import LayerSites, may_always_share
+
+KEEP: Final = 1 << 17
+"""Competitors that a corpus's report lists: some 5 MB."""
 
 
 @measurement
@@ -67,8 +70,8 @@ def probe_corpus(
         progress: show tokens a second, time left, and the answer so far; default: in a terminal or
             a notebook.
         **options: ``sigmas``, ``on``, ``method``, ``law``, ``shared``, ``layers``, ``sparse``,
-            ``strict``, ``draws``, ``seed``, ``batch_size``, ``keep``, ``keep_rows`` and
-            ``query_block`` of :func:`collapse_probe`.
+            ``strict``, ``draws``, ``seed``, ``batch_size``, ``keep`` (default: 131072),
+            ``keep_rows`` and ``query_block`` of :func:`collapse_probe`.
 
     Returns:
         :class:`CollapseReport`; of a shard, the sums of its own part.
@@ -80,7 +83,7 @@ def probe_corpus(
             window longer than the model's context, or an ``out`` with another run in it.
         Stopped: a KeyboardInterrupt; the message says where the run stopped.
     """
-    chosen = read_options(**options, pooled=True)
+    chosen = read_options(**{"keep": KEEP} | options, pooled=True)
 
     def begin(layers: tuple[LayerSites, ...], prompts: Prompts) -> Pool:
         padded = not run.pack and may_always_share(model, layers, run.context)

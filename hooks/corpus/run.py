@@ -244,6 +244,7 @@ class Run:
                 self.done = dict(report.model["corpus"]["done"])
                 sums.restore(report)
         self.sums = sums
+        self.bar.initial = self.done["tokens"]  # no part of this run's speed
         self._show(sums, self.done["tokens"])
         return self.done
 

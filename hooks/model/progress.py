@@ -30,6 +30,7 @@ class _Lines:
     def __init__(self, total: int | None, what: str, unit: str, *, asked: bool) -> None:
         self.total, self.what, self.unit = total, what, unit
         self.n, self.asked, self.postfix = 0, asked, ""
+        self.initial = 0  # done before this run
         self.began = time.monotonic()
         self.next = self.began + (EVERY if asked else SILENT)
 
@@ -53,11 +54,10 @@ class _Lines:
         seconds = time.monotonic() - self.began
         of = "" if self.total is None else f" of {self.total}"
         said = [f"{self.what}: {self.n}{of} {self.unit}s", terminal_bar.format_interval(seconds)]
-        if self.total is not None and 0 < self.n < self.total:
-            left = seconds * (self.total / self.n - 1)
-            said.append(f"{terminal_bar.format_interval(left)} left")
-        if self.total is None and seconds > 0:
-            said.append(f"{self.n / seconds:.0f} a second")
+        rate = (self.n - self.initial) / max(seconds, 1e-9)
+        if self.total is not None and rate > 0 and self.n < self.total:
+            said.append(f"{terminal_bar.format_interval((self.total - self.n) / rate)} left")
+        said.append(f"{rate:.3g} a second" if rate < 100 else f"{rate:,.0f} a second")
         sys.stderr.write(", ".join([*said, self.postfix] if self.postfix else said) + "\n")
         sys.stderr.flush()
 

@@ -69,6 +69,9 @@ def write(report: CollapseReport, folder: Path, args: argparse.Namespace) -> lis
         sys.stderr.write(f"qkvnorm-lens: no map of heads: {refused}\n")
     if shown_rows(report, 1, content=content):
         figures["rows"] = plots.attention_rows(report, content=content)
+    for name in {"heads", "rows"} - {*figures}:  # another run's, to be taken for this one's
+        for suffix in FORMATS:
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     written = []
     for name, figure in figures.items():
         options = {"formats": args.format or ("png",), "width": args.width}

@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _noise(parser.add_argument_group("noise"))
     where = parser.add_argument_group("how it runs")
     where.add_argument("--batch-size", type=positive, metavar="N", help="prompts per forward pass")
-    said = "competitors to remember, for the sigma at which 1%% collapse [524288]"
-    where.add_argument("--keep", type=positive, default=1 << 19, metavar="N", help=said)
+    said = "competitors to remember, for the sigma at which 1%% collapse [524288; a corpus: 131072]"
+    where.add_argument("--keep", type=positive, metavar="N", help=said)
     said = "what reduces scores [compiled on the CPU, else torch]"
     choices = ("auto", "compiled", "torch", "triton")
     where.add_argument("--engine", choices=choices, default="auto", help=said)
@@ -397,7 +397,7 @@ def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> Collap
 
     longest = max(map(len, prompts.ids))
     batch_size = args.batch_size or max(1, TOKENS_AT_ONCE // longest)
-    options = {name: getattr(args, name) for name in _OPTIONS}
+    options = _given(args)
     try:
         return hooks.collapse_probe(model, prompts.ids, batch_size=batch_size, **options)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -407,12 +407,18 @@ def probe(args: argparse.Namespace, model: Any, prompts: text.Prompts) -> Collap
         ) from error
 
 
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The library's options, but those that are left to it."""
+    given = {name: getattr(args, name) for name in _OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _of_corpus(args: argparse.Namespace, model: Any) -> str:
     """Probe a whole data set; of a shard, say how it goes on."""
     import hooks
 
     context = args.context or min(1024, int(getattr(model.cfg, "n_ctx", 0) or 1024))
-    options = {name: getattr(args, name) for name in _OPTIONS}
+    options = _given(args)
     report = hooks.probe_corpus(
         model,
         args.dataset,

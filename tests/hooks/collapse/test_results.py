@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -220,28 +222,72 @@ def test_sigma_at_under_other_laws(llama: Any, law: str, rate: float) -> None:
     assert again["loose"][0] == pytest.approx(rate, abs=1e-5)
 
 
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2)
+
+
 @pytest.mark.parametrize("content", [False, True])
 def test_a_full_table_still_answers_exactly_below_its_cutoff(model: Any, content: bool) -> None:
-    """It lists the nearest of all rows: what it can't answer it refuses, and guesses nothing."""
+    """It lists the nearest of all rows; beyond them the grid's own rates answer, nearly."""
     whole = probe(model)
     assert whole.able.sum() == len(whole.table.a)
     few = probe(model, keep=len(whole.table.a) // 4)
     assert np.array_equal(whole.loose, few.loose)  # the rates themselves know all competitors
     assert 0.9 * len(whole.table.a) / 4 <= len(few.table.a) <= len(whole.table.a) // 4
     assert few.table.a.max() < few.table.cutoff <= np.sort(whole.table.a)[len(few.table.a)]
-    answered, refused = 0, 0
-    for rate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.2):
+    below, beyond = 0, 0
+    for rate in RATES:
         sigma = whole.sigma_at(rate, content=content)
-        reach = math.sqrt(3) * sigma / few.table.cutoff
-        if reach <= 1:
-            assert few.sigma_at(rate, content=content) == pytest.approx(sigma, rel=1e-6)
-            answered += 1
-        elif reach > 1.3:
-            with pytest.raises(ValueError, match=r"nearest competitors: probe again with more"):
-                few.sigma_at(rate, content=content)
-            refused += 1
-    assert answered
+        near = math.sqrt(3) * sigma <= few.table.cutoff
+        assert few.sigma_at(rate, content=content) == pytest.approx(
+            sigma, rel=1e-6 if near else 0.02
+        )
+        below, beyond = below + near, beyond + (not near)
+    assert below
+    assert beyond
+
+
+def test_sigmas_closer_together_stand_in_for_a_table(model: Any) -> None:
+    """What a table of one competitor lacks is a line between two sigmas: the fewer, the worse."""
+    missed = []
+    for n in (17, 33, 129):
+        sigmas = np.geomspace(0.01, 0.5, n).tolist()
+        few = probe(model, keep=1, sigmas=sigmas)
+        true = [probe(model).sigma_at(rate) for rate in RATES]
+        missed.append(max(abs(few.sigma_at(r) / x - 1) for r, x in zip(RATES, true, strict=True)))
+    assert missed[0] > missed[1] > missed[2]
+    assert missed[2] < 1e-3
+
+
+def test_sigmas_too_far_apart_for_a_small_table_are_refused_with_bounds(model: Any) -> None:
+    whole = probe(model)
+    few = probe(model, keep=5, sigmas=[0.01, 0.5])
+    refused = 0
+    for rate in RATES:
+        sigma = whole.sigma_at(rate)
+        with contextlib.suppress(ValueError):
+            assert few.sigma_at(rate) == pytest.approx(sigma, rel=0.5)
+            continue
+        with pytest.raises(ValueError, match="because the table keeps only the 5 nearest") as error:
+            few.sigma_at(rate)
+        low, high = map(float, re.findall(r"\d\.\d+", str(error.value).partition("got ")[2])[:2])
+        assert low <= sigma * (1 + 1e-5)
+        assert sigma <= high * (1 + 1e-5)
+        assert high > 1.5 * low
+        refused += 1
     assert refused
+
+
+def test_heads_of_a_small_table_are_ranked_as_those_of_a_large_one(model: Any) -> None:
+    whole, few = probe(model), probe(model, keep=100)
+    mine, theirs = (x.heads(min_rows=1).set_index("label") for x in (few, whole))
+    for name in ("sigma_at", "sigma_at_content"):
+        here, there = mine[name].to_numpy(), theirs[name].loc[mine.index].to_numpy()
+        assert np.array_equal(np.isnan(here), np.isnan(there))
+        known = np.isfinite(there) & (there < 0.5)
+        assert known.any()
+        np.testing.assert_allclose(here[known], there[known], rtol=0.05)
+        assert (here[there > 0.5] > 0.5 * (1 - 1e-9)).all()  # beyond the grid, the line goes on
+    assert few.glance()[0]["head"].tolist() == few.heads()["label"].tolist()
 
 
 def test_a_table_is_what_is_nearest_whatever_the_order(llama: Any) -> None:

@@ -65,15 +65,37 @@ def test_a_corpus_its_shards_and_their_merge(
 def test_a_table_too_small_for_the_heads_is_said(
     run: Run, gpt2_dir: str, corpus: str, tmp_path: Path
 ) -> None:
-    """All else is written, and the command ends well."""
+    """Sigmas too far apart for it: all else is written, and the command ends well."""
     asked = ["probe", gpt2_dir, "--dataset", corpus, "--tokens", "2k", "--keep", "5", *OPTIONS]
+    (tmp_path / "heads.png").write_bytes(b"of another run")
     code, out, err = run(*asked, "--out", str(tmp_path))
     assert code == 0, err
-    assert "no map of heads: sigma_at(0.01): wanted an answer within" in err
+    assert "no map of heads: sigma_at(0.01): wanted bounds within 1.5" in err
     assert "because the table keeps only the 5 nearest competitors" in out
     assert not (tmp_path / "heads.png").exists()
     for name in ("report.html", "collapse.png", "report.safetensors", "summary.txt"):
         assert (tmp_path / name).exists()
+
+
+def test_heads_of_a_table_too_small_are_ranked_by_the_sigmas_that_are_usual(
+    run: Run, gpt2_dir: str, corpus: str, tmp_path: Path
+) -> None:
+    asked = ["probe", gpt2_dir, "--dataset", corpus, "--tokens", "2k", *OPTIONS[2:], "--json"]
+    ranked = []
+    for keep in ("5", "131072"):
+        code, out, err = run(*asked, "--keep", keep, "--out", str(tmp_path / keep))
+        assert code == 0, err
+        assert (tmp_path / keep / "heads.png").exists()
+        heads = json.loads(out)["heads"]
+        ranked.append({head["label"]: head["sigma_at"] for head in heads})
+    few, all_ = ranked
+    assert few.keys() == all_.keys()
+    assert [few[name] for name in all_] == pytest.approx([*all_.values()], rel=0.05)
+    saved = CollapseReport.load(tmp_path / "131072" / "report.safetensors")
+    code, _, err = run(*asked, "--out", str(tmp_path / "usual"))
+    assert code == 0, err
+    usual = CollapseReport.load(tmp_path / "usual" / "report.safetensors")
+    assert usual.settings.keep == saved.settings.keep == 131072
 
 
 def test_shards_of_a_sweep_merge(run: Run, gpt2_dir: str, tmp_path: Path) -> None:

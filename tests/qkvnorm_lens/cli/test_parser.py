@@ -14,6 +14,7 @@ import pytest
 
 import hooks
 import qkvnorm_lens
+from hooks.corpus.probe import KEEP
 from hooks.noise import norm_noise as noise
 from qkvnorm_lens.cli import build_parser, probe as probe_command
 from tests.support.commands import Run, refused
@@ -33,10 +34,17 @@ def test_choices_are_the_librarys() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["on", "method", "law", "shared", "sparse", "strict", "draws", "seed", "keep", "engine"]
+    "name", ["on", "method", "law", "shared", "sparse", "strict", "draws", "seed", "engine"]
 )
 def test_defaults_are_the_librarys(name: str) -> None:
     assert _action(name).default == inspect.signature(hooks.collapse_probe).parameters[name].default
+
+
+def test_keep_is_left_to_the_library_and_its_help_has_both_numbers() -> None:
+    keep = _action("keep")
+    assert keep.default is None
+    of_prompts = inspect.signature(hooks.collapse_probe).parameters["keep"].default
+    assert f"[{of_prompts}; a corpus: {KEEP}]" in keep.help
 
 
 @pytest.mark.parametrize(

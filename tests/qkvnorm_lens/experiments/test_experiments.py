@@ -201,7 +201,8 @@ def test_what_would_decide_it_is_said() -> None:
 def test_the_default_models_are_there_and_known_by_placement_and_seed() -> None:
     full = default_subjects("full")
     cells = {(s.placement, s.seed) for s in full if s.group.startswith("study-")}
-    assert cells == {(p, n) for p in ("none", "pre", "qkv") for n in (1, 2, 3)}
+    assert cells >= {(p, n) for p in ("none", "pre", "qkv") for n in (1, 2, 3)}
+    assert cells <= {(p, n) for p, most in studies.STUDY_SEEDS.items() for n in range(1, most + 1)}
     assert {s.kind for s in full} == {"addition"}
     assert len({s.digest for s in full}) == len(full)
     for size in ("smoke", "quick"):
@@ -215,9 +216,10 @@ def test_trained_models_are_what_their_command_makes() -> None:
     known = train.runs()
     found = studies.trained()
     assert set(found) <= set(known)
-    missing = {name.rpartition("-")[0] for name in set(known) - set(found)}
-    assert missing <= {name.rpartition("-")[0] for name in found}, "a group without a seed"
-    assert all(group.startswith("language-") for group in missing)
+    for name in set(known) - set(found):  # more seeds of the study are trained as time allows
+        group, _, seed = name.rpartition("-")
+        assert group.startswith("study-"), name
+        assert int(seed) > 3, name
     for name, path in found.items():
         card = json.loads((path / "card.json").read_text())
         assert card["run"] == json.loads(json.dumps(describe(known[name]))), name
