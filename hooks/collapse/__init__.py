@@ -9,6 +9,7 @@ from hooks.collapse.probe import (
     collapse_probe,
     read_grid,
     read_options,
+    tell_if_compiling,
 )
 from hooks.collapse.report import CollapseReport
 from hooks.collapse.settings import CONTENT, SINK, By, ProbeSettings
@@ -31,4 +32,5 @@ __all__ = [
     "read_grid",
     "read_options",
     "collapse_probe",
+    "tell_if_compiling",
 ]

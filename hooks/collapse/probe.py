@@ -37,8 +37,10 @@ from hooks.model import (
     Prompts,
     Tokens,
     encode,
+    input_device,
     measurement,
     over_batches,
+    tell,
 )
 from hooks.noise import LAWS, SPARSE, NormNoise, Shared, read_sigmas
 from hooks.sites import (
@@ -303,6 +305,7 @@ def count(
     from hooks.collapse.device import Engines
     from hooks.collapse.reduce import Workers
 
+    tell_if_compiling(model, options.engine, progress)
     with Workers().open() as workers:
         engines = Engines(tally, options.noise, options.engine, workers)
 
@@ -323,6 +326,15 @@ def count(
             padded=padded,
         )
     return engines.name
+
+
+def tell_if_compiling(model: HookedModel, engine: str, progress: bool | None) -> None:
+    """Say so where code has to be compiled first, which later runs find on disk."""
+    from hooks.kernels import is_ready, scan
+
+    compiles = engine == "compiled" or (engine == "auto" and input_device(model).type == "cpu")
+    if compiles and not is_ready(scan):
+        tell("collapse probe: compiling for this processor, once, a minute or two", progress)
 
 
 class _Padding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
-from hooks.collapse import CollapseReport, Pool, read_options
+from hooks.collapse import CollapseReport, Pool, read_options, tell_if_compiling
 from hooks.corpus.run import Run
 from hooks.model import HookedModel, Prompts, measurement
 from hooks.sites import LayerSites, may_always_share
@@ -86,6 +86,7 @@ def probe_corpus(
     chosen = read_options(**{"keep": KEEP} | options, pooled=True)
 
     def begin(layers: tuple[LayerSites, ...], prompts: Prompts) -> Pool:
+        tell_if_compiling(model, chosen.engine, progress)
         padded = not run.pack and may_always_share(model, layers, run.context)
         return Pool(chosen, layers, padded=padded)
 

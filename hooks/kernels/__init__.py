@@ -1,6 +1,6 @@
 """Compiled loops over a layer's rows of scores."""
 
-from hooks.kernels.compile import compiled
+from hooks.kernels.compile import compiled, is_ready
 from hooks.kernels.integrals import (
     GAUSSIAN,
     GRID,
@@ -63,6 +63,7 @@ __all__ = [
     "exact_plain",
     "first_at_least",
     "holds_sparse",
+    "is_ready",
     "largest",
     "last_seen",
     "lowest_able",

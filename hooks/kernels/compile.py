@@ -65,6 +65,13 @@ def compiled(function: _F) -> _F:
     return _compile(function, _ALLOWED)
 
 
+def is_ready(function: Any) -> bool:
+    """Whether a compiled function runs at once: it ran already, or its machine code is on disk."""
+    made = f"*.{function.__name__}-*.nbi"
+    known = FOLDER is not None and any(Path(FOLDER).rglob(made))
+    return known or bool(getattr(function, "signatures", ("plain Python",)))
+
+
 def compiled_without_nan(function: _F) -> _F:
     """:func:`compiled` for loops over numbers without NaN: only then do their maxima vectorise."""
     return _compile(function, {*_ALLOWED, "nnan"})

@@ -27,7 +27,7 @@ from hooks.model.inputs import (
     without_cache,
 )
 from hooks.model.known_wrong import refuse_known_wrong
-from hooks.model.progress import counting
+from hooks.model.progress import counting, tell
 from hooks.model.prompts import Prompts, Tokens, example_of
 from hooks.model.protocol import ROLES, Anchor, HookedModel, Role
 from hooks.model.running import checked_logits, over_batches, run_with
@@ -56,6 +56,6 @@ __all__ = [
     "is_checking", "keeping_calls", "key_of", "measurement", "model_dtype", "model_pass", "names",
     "on_cpu", "over_batches", "pass_dtype", "paused_in_checks", "real_spans", "refuse_known_wrong",
     "refuse_other_inputs", "refuse_unreadable", "resting", "run_with", "short_input", "shorten",
-    "standing_hooks", "states", "arguments_of", "tensor_of", "text_ids", "users", "versions",
-    "was_compiled", "without_cache", "without_hooks",
+    "standing_hooks", "states", "arguments_of", "tell", "tensor_of", "text_ids", "users",
+    "versions", "was_compiled", "without_cache", "without_hooks",
 ]  # fmt: skip

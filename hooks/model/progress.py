@@ -62,6 +62,17 @@ class _Lines:
         sys.stderr.flush()
 
 
+def tell(words: str, progress: bool | None) -> None:
+    """A line where a bar would be, or in a log that was asked for."""
+    if sys.stderr is not None and (progress or (progress is None and _is_seen())):
+        terminal_bar.write(words, file=sys.stderr)
+
+
+def _is_seen() -> bool:
+    """Whether somebody looks: a notebook, or a terminal."""
+    return "ipykernel" in sys.modules or sys.stderr is None or sys.stderr.isatty()
+
+
 @contextmanager
 def counting(total: int | None, what: str, unit: str, progress: bool | None) -> Iterator[Any]:
     """A bar that disappears at its end or, where there is neither terminal nor notebook, lines.
@@ -69,8 +80,7 @@ def counting(total: int | None, what: str, unit: str, progress: bool | None) -> 
     ``progress``: False for nothing; True also has a last line; None keeps a log silent for its
     first minute.
     """
-    shown = "ipykernel" in sys.modules or sys.stderr is None or sys.stderr.isatty()
-    if progress is False or shown:
+    if progress is False or _is_seen():
         with tqdm(total=total, desc=what, unit=unit, disable=progress is False, leave=False) as bar:
             yield bar
         return
