@@ -283,10 +283,10 @@ def test_heads_of_a_small_table_are_ranked_as_those_of_a_large_one(model: Any) -
     for name in ("sigma_at", "sigma_at_content"):
         here, there = mine[name].to_numpy(), theirs[name].loc[mine.index].to_numpy()
         assert np.array_equal(np.isnan(here), np.isnan(there))
-        known = np.isfinite(there) & (there < 0.5)
+        known = np.isfinite(there) & (there < 0.55)  # beyond 0.5, the line goes on
         assert known.any()
         np.testing.assert_allclose(here[known], there[known], rtol=0.05)
-        assert (here[there > 0.5] > 0.5 * (1 - 1e-9)).all()  # beyond the grid, the line goes on
+        assert (here[there > 0.55] > 0.53).all()
     assert few.glance()[0]["head"].tolist() == few.heads()["label"].tolist()
 
 
