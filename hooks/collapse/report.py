@@ -243,9 +243,8 @@ class CollapseReport(PooledReport):
         """The sigma at which a share ``rate`` of the sparse rows collapses.
 
         The loose rate is solved on the exact curve of the table's rows, not on the grid of sigmas.
-        Where competitors matter that did not fit into the table, what it lacks is known at the
-        grid's sigmas, and its root taken as a line between them: off by some 1%, beyond the last
-        sigma by up to 5%. The strict rate's root is such a line, too.
+        Of competitors that did not fit into the table, the root of what they add is a line between
+        the grid's sigmas (off by some 1%, beyond the last by up to 5%), as the strict rate's is.
 
         Args:
             rate: share of the rows, in (0, 1).
@@ -260,8 +259,7 @@ class CollapseReport(PooledReport):
 
         Raises:
             ValueError: a rate outside (0, 1), one for which the table is too small and the sigmas
-                are too far apart (bounds of the answer differ by more than half), or a strict rate
-                that was neither computed nor sampled.
+                too far apart (bounds differ by more than half), or a strict rate that is not there.
         """
         rate = check_number("rate", rate, "a share between 0 and 1", lambda x: 0 < x < 1)
         content, strict = check_booleans(content=content, strict=strict)
