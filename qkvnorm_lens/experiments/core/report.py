@@ -38,6 +38,12 @@ and versions that it came from.
 **Scale.** The paper's Baseline has 10 layers of width 512 (about 21.6M parameters) and was trained
 on 110M sums of 3 to 6 numbers with 2 or 3 digits. {ours} Where the paper's numbers depend on size,
 ours can't confirm or refute them; the column "same" is about what is stated, at our size.
+
+**Intervals** are of 95%, over seeds unless a page says otherwise: "97.8 ± 0.4" of Student's t, or
+of Welch's between groups. Those of shares (accuracy, sparse rows, rates) lie within 0 and 100%, as
+t would not: Wilson's score interval, with the variance of the seeds and t. Where its sides differ
+both ends are given, "0.8 (0.0 to 14.3)". Seeds that all gave 0, or all 100%, have no width: what
+is rare they can miss.
 """
 
 
