@@ -508,6 +508,27 @@ def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
     assert set(made) == {"index.md", *(f"{name}.md" for name in experiments.NAMES)}
 
 
+@pytest.mark.parametrize("folder", _finished(), ids=lambda p: "-".join(p.parts[-2:]))
+def test_a_page_names_the_seeds_of_its_models(folder: Path) -> None:
+    """All that the table has rows of, group by group."""
+    page = (PAGES / f"{folder.name}.md").read_text(encoding="utf-8")
+    where = "/".join(folder.parts[-3:])
+    (line,) = (line for line in page.splitlines() if f"({'../' * 2}{where}/about.json)" in line)
+    listed: dict[str, set[int]] = {}
+    for said in filter(None, line.partition(" Seeds: ")[2].removesuffix(".").split("; ")):
+        seeds, groups = said.split(" of ", 1)
+        low, to, high = seeds.partition(" to ")
+        span = range(int(low), int(high) + 1) if to else map(int, seeds.split(", "))
+        named = set(span)
+        listed |= dict.fromkeys(groups.split(", "), named)
+    table = running.read_table(folder)
+    if {"group", "seed"} <= set(table):
+        for group, seeds in table.groupby("group")["seed"]:
+            known = {int(n) for n in seeds.dropna().unique() if n >= 0}
+            built = str(group).startswith(("constructed", "random"))
+            assert known <= listed.get("what is made here" if built else group, set()), group
+
+
 def _claimed(page: Path) -> list[str]:
     """Rows of the first table, of claims."""
     lines = page.read_text(encoding="utf-8").splitlines()
