@@ -31,6 +31,7 @@ from .grouped import (
     about as about,
     by_group as by_group,
     group_mean as group_mean,
+    group_share as group_share,
     is_language as is_language,
     kinds_of_models as kinds_of_models,
     markdown as markdown,
@@ -57,6 +58,7 @@ from .stats import (
     mean as mean,
     power as power,
     seeds_wanted as seeds_wanted,
+    share as share,
 )
 from .studies import (
     CONFOUND_STEPS as CONFOUND_STEPS,

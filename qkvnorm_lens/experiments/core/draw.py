@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
 import pandas as pd
@@ -63,10 +62,10 @@ def whole_numbers(ax: Axes) -> None:
 
 def error_bar(ax: Axes, at: Number, found: Mean, *, across: bool = False, **style: Any) -> None:
     """A mean with its 95% interval, in percent; ``across``: from left to right."""
-    value, half = 100 * found.value, 0.0 if math.isnan(found.half) else 100 * found.half
-    place: dict[str, Any] = {"x": at, "y": value, "yerr": half}
+    value, sides = 100 * found.value, [[100 * side] for side in found.sides]
+    place: dict[str, Any] = {"x": at, "y": value, "yerr": sides}
     if across:
-        place = {"x": value, "y": at, "xerr": half}
+        place = {"x": value, "y": at, "xerr": sides}
     ax.errorbar(**{**place, "linestyle": "none", "capsize": 2, **style})
 
 

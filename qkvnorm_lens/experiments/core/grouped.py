@@ -10,7 +10,7 @@ import pandas as pd
 
 from qkvnorm_lens.experiments.core.base import Subject
 from qkvnorm_lens.experiments.core.draw import groups
-from qkvnorm_lens.experiments.core.stats import Mean, difference, mean
+from qkvnorm_lens.experiments.core.stats import Mean, difference, mean, share
 
 STUDY: Final = "study-"
 LANGUAGE: Final = "language-"
@@ -40,11 +40,16 @@ def group_mean(rows: pd.DataFrame, column: str) -> Mean:
     return mean(rows[column].astype(float).dropna().tolist())
 
 
-def study_difference(rows: pd.DataFrame, column: str) -> Mean | None:
+def group_share(rows: pd.DataFrame, column: str) -> Mean:
+    """The same of numbers between 0 and 1, with the interval of a share."""
+    return share(rows[column].astype(float).dropna().tolist())
+
+
+def study_difference(rows: pd.DataFrame, column: str, *, shares: bool = False) -> Mean | None:
     """Pre-Norm minus QKV-Norm over the study models, where several seeds of both are there."""
     study = rows[rows["group"].str.startswith(STUDY)].dropna(subset=[column])
     pre, qkv = (study[study["placement"] == p][column].tolist() for p in ("pre", "qkv"))
-    return difference(pre, qkv) if min(len(pre), len(qkv)) > 1 else None
+    return difference(pre, qkv, shares=shares) if min(len(pre), len(qkv)) > 1 else None
 
 
 def about(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +21,7 @@ from qkvnorm_lens.experiments.core.base import Claim
 from qkvnorm_lens.experiments.core.grouped import markdown
 from qkvnorm_lens.experiments.core.registry import NAMES, get_experiment
 from qkvnorm_lens.experiments.core.running import read_table
-from qkvnorm_lens.experiments.core.studies import trained
+from qkvnorm_lens.experiments.core.studies import runs, trained
 from qkvnorm_lens.models import checkpoint_path
 
 INDEX: Final = "index.md"
@@ -38,6 +39,12 @@ and versions that it came from.
 **Scale.** The paper's Baseline has 10 layers of width 512 (about 21.6M parameters) and was trained
 on 110M sums of 3 to 6 numbers with 2 or 3 digits. {ours} Where the paper's numbers depend on size,
 ours can't confirm or refute them; the column "same" is about what is stated, at our size.
+
+**Intervals** are of 95%, over seeds unless a page says otherwise: "97.8 ± 0.4" of Student's t, or
+of Welch's between groups. Those of shares (accuracy, sparse rows, rates) lie within 0 and 100%, as
+t would not: Wilson's score interval, with the variance of the seeds and t. Where its sides differ
+both ends are given, "0.8 (0.0 to 14.3)". Seeds that all gave 0, or all 100%, have no width: what
+is rare they can miss.
 """
 
 
@@ -118,7 +125,7 @@ def _chapter(name: str, paths: list[Path], folder: Path, to: Path) -> Chapter:
         form = "" if about["size"] == "full" else f" ({about['size']} form)"
         sections.append(
             f"{of}`{about['command']}`{form}; {_cost(about)}. [Table]({where}/table.csv), "
-            f"[settings]({where}/about.json).\n\n![{experiment.title}]({where}/figure.png)\n\n{experiment.text(table).rstrip()}\n"
+            f"[settings]({where}/about.json).{_seeds(about)}\n\n![{experiment.title}]({where}/figure.png)\n\n{experiment.text(table).rstrip()}\n"
         )
     head = f"# {experiment.title}\n\n{experiment.source}. [All results]({INDEX}).\n"
     if claims:
@@ -198,6 +205,33 @@ def _scale() -> str:
 def _cost(about: dict[str, Any]) -> str:
     minutes = about["cpu_seconds"] / 60
     return f"{minutes:.1f} core-minutes of a budget of {about['budget_core_minutes']:g}"
+
+
+def _seeds(about: dict[str, Any]) -> str:
+    """``Seeds: 1, 2, 3 of study-pre and study-qkv``; of what an experiment draws itself too."""
+    by: defaultdict[str, set[int]] = defaultdict(set)
+    for model in about["models"]:
+        if model["seed"] >= 0:  # else nobody knows it
+            by[model["group"]].add(model["seed"])
+    known = runs()
+    for key, settings in about["settings"].items():
+        if key in known:  # trained for the experiment
+            group, _, seed = key.rpartition("-")
+            by[group].add(int(seed))
+        drawn = settings.get("seeds", ())
+        if own := range(drawn) if isinstance(drawn, int) else drawn:
+            by["what is made here"].update(own)
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for group, seeds in by.items():
+        low, high = min(seeds), max(seeds)
+        named = f"{low} to {high}" if len(seeds) == high - low + 1 > 5 else _list(sorted(seeds))
+        groups[named].append(group)
+    said = "; ".join(f"{seeds} of {_list(names)}" for seeds, names in groups.items())
+    return f" Seeds: {said}." if said else ""
+
+
+def _list(items: Iterable[Any]) -> str:
+    return ", ".join(map(str, items))
 
 
 def _cell(text: str) -> str:

@@ -6,7 +6,6 @@ findings make of one statement.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -19,11 +18,9 @@ Finding = bool | None
 
 def above(found: Mean, bound: float = 0.0) -> Finding:
     """Whether the whole interval lies above a bound; None where it holds it, or for one seed."""
-    if math.isnan(found.half):
-        return None
-    if found.value - found.half > bound:
+    if found.low > bound:
         return True
-    return False if found.value + found.half < bound else None
+    return False if found.high < bound else None
 
 
 def below(found: Mean, bound: float = 0.0) -> Finding:
@@ -35,15 +32,14 @@ def reaches(found: Mean, bound: float) -> Finding:
     """Whether the mean is at least a bound, one seed's too; None where only its interval is."""
     if found.value >= bound:
         return True
-    return None if found.value + found.half >= bound else False
+    return None if found.high >= bound else False
 
 
 def within(found: Mean, low: float, high: float) -> Finding:
     """Whether the mean lies in a span; None where only its interval does, or for one seed."""
-    apart = max(low - found.value, found.value - high)
-    if apart <= 0:
+    if low <= found.value <= high:
         return True
-    return False if apart > found.half else None
+    return False if found.high < low or found.low > high else None
 
 
 def agrees(found: Mean, published: float) -> Finding:
@@ -54,7 +50,7 @@ def agrees(found: Mean, published: float) -> Finding:
     positive = above(found)
     if positive is not None:
         return positive == (published > 0)
-    return False if abs(published - found.value) > found.half else None
+    return False if published < found.low or published > found.high else None
 
 
 def denied(finding: Finding) -> Finding:

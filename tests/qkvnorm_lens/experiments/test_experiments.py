@@ -164,6 +164,134 @@ def test_a_difference_has_welchs_interval() -> None:
     assert got.value == pytest.approx(np.mean(a) - np.mean(b))
 
 
+@given(st.integers(-(10**6), 10**6), st.integers(0, 10**6))
+def test_an_interval_of_equal_sides_is_said_by_its_half(value: int, half: int) -> None:
+    x, h = value / 64, half / 64  # sums of these are exact
+    found = core_stats.Mean.around(x, h, 3)
+    assert found.words(".6f", ".3f") == f"{x:.6f} ± {h:.3f}"
+    assert found.half == h
+    assert core_stats.Mean(x, x - h, x + h + 1, 3).words(".6f") == (
+        f"{x:.6f} ({x - h:.6f} to {x + h + 1:.6f})"
+    )
+
+
+SHARES = st.lists(st.integers(0, 10**6).map(lambda n: n / 10**6), min_size=2, max_size=9)
+
+
+@given(SHARES)
+def test_an_interval_of_shares_keeps_to_what_shares_can_be(x: list[float]) -> None:
+    """It holds the mean, narrows with seeds, and that of 1 - x is its mirror image."""
+    found = core_stats.share(x)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.value == pytest.approx(np.mean(x))
+    other = core_stats.share([1 - v for v in x])
+    assert (other.low, other.high) == pytest.approx((found.rest.low, found.rest.high), abs=1e-7)
+    more = core_stats.share(x * 2)
+    if np.ptp(x):
+        assert more.half < found.half
+    assert found.low - 1e-12 <= more.low
+    assert more.high <= found.high + 1e-12
+
+
+@given(SHARES)
+def test_the_ends_of_a_shares_interval_are_t_standard_errors_off(x: list[float]) -> None:
+    """Of the error that seeds with that mean would have: the variance goes with p (1 - p)."""
+    found = core_stats.share(x)
+    t = stats.t.ppf(0.975, len(x) - 1)
+    of_one = np.mean(x) * (1 - np.mean(x))
+    for p in (found.low, found.high):
+        error = 0.0 if not of_one else stats.sem(x) * math.sqrt(p * (1 - p) / of_one)
+        assert abs(found.value - p) == pytest.approx(t * error, rel=1e-5, abs=1e-9)
+
+
+def test_the_interval_of_many_yes_and_no_is_wilsons() -> None:
+    wanted = stats.binomtest(30, 3000).proportion_ci(method="wilson")
+    found = core_stats.share([0.0] * 2970 + [1.0] * 30)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=2e-3)
+
+
+@given(st.lists(st.floats(0.48, 0.52), min_size=3, max_size=9))
+def test_in_the_middle_a_shares_interval_is_students(x: list[float]) -> None:
+    found, plain = core_stats.share(x), core_stats.mean(x)
+    for ours, theirs in ((found.low, plain.low), (found.high, plain.high)):
+        assert ours == pytest.approx(theirs, abs=0.05 * plain.half + 1e-12)
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_shares_near_zero_are_covered_as_said(n: int) -> None:
+    """Of skewed shares whose mean is a percent; a symmetric interval misses it more often."""
+    seeds = np.random.default_rng(0).beta(0.98, 97.0, (1500, n))  # their deviation is a percent too
+    found = {
+        over: [over(x) for x in seeds.tolist()] for over in (core_stats.share, core_stats.mean)
+    }
+    held, of_t = (
+        np.mean([m.low <= 0.98 / 97.98 <= m.high for m in each]) for each in found.values()
+    )
+    assert held >= max(0.9, of_t)
+
+
+def test_three_shares_of_which_two_are_zero() -> None:
+    found = core_stats.share([0.0, 0.0, 0.024])
+    assert core_stats.mean([0.0, 0.0, 0.024]).low < 0 < found.low
+    assert found.percent() == "0.8 (0.0 to 14.3)"
+    assert found.rest.percent(0) == "99 (86 to 100)"
+
+
+@pytest.mark.parametrize("x", [0.0, 1.0])
+def test_seeds_of_one_share_have_no_width(x: float) -> None:
+    found = core_stats.share([x] * 3)
+    assert (found.low, found.high) == (x, x)
+    assert found.percent() == f"{100 * x:.1f} ± 0.0"
+    alone = core_stats.share([x])
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.high)
+    assert alone.percent() == f"{100 * x:.1f}"
+
+
+@given(SHARES, SHARES)
+def test_a_difference_of_shares_lies_between_those_of_all_and_nothing(
+    a: list[float], b: list[float]
+) -> None:
+    plain, found = core_stats.difference(a, b), core_stats.difference(a, b, shares=True)
+    assert found.low == max(plain.low, -1)
+    assert found.high == min(plain.high, 1)
+    assert found.value == plain.value
+    assert found.error == plain.error
+
+
+@given(SHARES, st.floats(0.01, 0.99))
+def test_as_many_seeds_of_shares_as_are_wanted_decide(x: list[float], bound: float) -> None:
+    """By the rule of a share's interval, if further seeds have this mean and spread."""
+    found = core_stats.share(x)
+    n, s, at = core_stats.seeds_wanted(found, bound), np.std(x, ddof=1), np.mean(x)
+    scale = math.sqrt(bound * (1 - bound) / (at * (1 - at))) if 0 < at < 1 else 0.0
+
+    def reach(seeds: int) -> float:
+        return float(stats.t.ppf(0.975, seeds - 1) * s * scale / math.sqrt(seeds))
+
+    apart = abs(at - bound)
+    assert reach(10_000 if n is None else max(n - 1, 2)) >= apart * (1 - 1e-9) or n == 2
+    if n is not None:
+        assert reach(n) < apart * (1 + 1e-9)
+    decided = found.low > bound or found.high < bound
+    if abs(reach(len(x)) - apart) > 1e-6:
+        assert decided == (n is not None and n <= len(x))
+
+
+def test_an_error_bar_ends_where_its_interval_does() -> None:
+    from qkvnorm_lens.experiments.core import error_bar, panels
+
+    found = core_stats.share([0.0, 0.0, 0.024])
+    for across in (False, True):
+        _, (ax,) = panels(1, 1)
+        error_bar(ax, 2, found, across=across)
+        error_bar(ax, 3, core_stats.share([0.5]), across=across)  # one seed: nothing to draw
+        (_, _, (bars,)), (_, _, (none,)) = ax.containers
+        ends = bars.get_segments()[0][:, 0 if across else 1]
+        assert ends == pytest.approx([100 * found.low, 100 * found.high])
+        assert np.ptp(none.get_segments()[0], axis=0).max() == 0
+
+
 @given(st.lists(st.floats(-10, 10), min_size=3, max_size=6), st.floats(-5, 5))
 def test_as_many_seeds_as_are_wanted_decide_and_one_less_does_not(
     x: list[float], bound: float
@@ -378,6 +506,27 @@ def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
     made = compose(results(RESULTS), RESULTS, PAGES)
     assert {page.name: page.read_text(encoding="utf-8") for page in PAGES.iterdir()} == made
     assert set(made) == {"index.md", *(f"{name}.md" for name in experiments.NAMES)}
+
+
+@pytest.mark.parametrize("folder", _finished(), ids=lambda p: "-".join(p.parts[-2:]))
+def test_a_page_names_the_seeds_of_its_models(folder: Path) -> None:
+    """All that the table has rows of, group by group."""
+    page = (PAGES / f"{folder.name}.md").read_text(encoding="utf-8")
+    where = "/".join(folder.parts[-3:])
+    (line,) = (line for line in page.splitlines() if f"({'../' * 2}{where}/about.json)" in line)
+    listed: dict[str, set[int]] = {}
+    for said in filter(None, line.partition(" Seeds: ")[2].removesuffix(".").split("; ")):
+        seeds, groups = said.split(" of ", 1)
+        low, to, high = seeds.partition(" to ")
+        span = range(int(low), int(high) + 1) if to else map(int, seeds.split(", "))
+        named = set(span)
+        listed |= dict.fromkeys(groups.split(", "), named)
+    table = running.read_table(folder)
+    if {"group", "seed"} <= set(table):
+        for group, seeds in table.groupby("group")["seed"]:
+            known = {int(n) for n in seeds.dropna().unique() if n >= 0}
+            built = str(group).startswith(("constructed", "random"))
+            assert known <= listed.get("what is made here" if built else group, set()), group
 
 
 def _claimed(page: Path) -> list[str]:

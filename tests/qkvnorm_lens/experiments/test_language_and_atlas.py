@@ -184,3 +184,14 @@ def test_numbers_of_the_language_results_are_made_again() -> None:
     top = cache["blocks.2.attn.hook_pattern"][:, :, 1:].amax(-1)
     share = core.pick(mine, quantity="sparse share", layer=2)["value"].iloc[0]
     assert share == pytest.approx(float((top >= 0.95).float().mean()), abs=1e-4)
+
+
+def test_what_is_called_a_share_is_one() -> None:
+    """Every quantity of that name is in the table, and no number of it is outside 0 and 1."""
+    table = running.read_table(RESULTS / "language" / "language")
+    for quantity in traits.SHARES:
+        values = core.pick(table, quantity=quantity)["value"].dropna()
+        assert len(values), quantity
+        assert values.between(0, 1).all(), quantity
+    assert all(words.of(table, quantity).of_shares for quantity in traits.SHARES)
+    assert not words.of(table, "score level").of_shares

@@ -187,8 +187,21 @@ def test_kept_is_relative_with_an_interval_over_seeds_or_prompts() -> None:
     two = pd.DataFrame(curve("study-pre", "pre", named([0.8, 0.4, 0.2], [1.0, 0.7, 0.5]), every))
     share = noise_rows.kept_mean(two, 0.01)
     assert share.value == pytest.approx(0.6)
-    assert share.half == pytest.approx(12.706 * 0.1, rel=1e-3)  # t of one degree of freedom
+    apart, k = 12.706 * 0.1, (12.706 * 0.1) ** 2 / 0.24  # t of one degree of freedom; a share's
+    assert share.half == pytest.approx((apart**2 + k**2 / 4) ** 0.5 / (1 + k), rel=1e-3)
     assert share.n == 2
+
+
+def test_no_more_than_all_of_the_accuracy_is_kept() -> None:
+    """Where noise happens to help, also in what a claim says is lost."""
+    every = noise_rows.EVERY
+    for curves in ([[0.8, 0.81, 0.2]], [[0.8, 0.81, 0.2], [0.8, 0.79, 0.2]]):
+        rows = pd.DataFrame(curve("study-pre", "pre", named(*curves), every))
+        kept = noise_rows.kept_mean(rows, 0.01)
+        assert 0 <= kept.low <= kept.value <= kept.high <= 1
+        lost = kept.rest
+        assert 0 <= lost.low <= lost.value <= lost.high <= 1
+        assert lost.half == pytest.approx(kept.half)
 
 
 def test_sigma_at_which_a_tenth_is_lost_is_a_mean_or_a_bound() -> None:

@@ -23,8 +23,17 @@ from qkvnorm_lens.experiments.core.verdict import Finding
 
 NUMBER = st.floats(-1e3, 1e3).map(lambda x: round(x, 3))
 FINDINGS = st.lists(st.sampled_from([True, False, None]), max_size=6)
-MEANS = st.builds(Mean, NUMBER, NUMBER.map(abs), st.just(3))
-ONE_SEED = st.builds(Mean, NUMBER, st.just(math.nan), st.just(1))
+LENGTH = NUMBER.map(abs)
+MEANS = st.builds(
+    lambda value, below, above: Mean(value, value - below, value + above, 3),
+    NUMBER, LENGTH, LENGTH,
+)  # fmt: skip
+"""Of which an interval may reach further to one side than to the other."""
+ONE_SEED = st.builds(Mean.around, NUMBER, st.just(math.nan), st.just(1))
+
+
+def mirrored(found: Mean) -> Mean:
+    return Mean(-found.value, -found.high, -found.low, found.n)
 
 
 def resolved(findings: list[Finding]) -> list[list[bool]]:
@@ -76,8 +85,7 @@ def test_without_its_core_nothing_of_a_statement_holds(core: Finding, whole: Fin
 @given(MEANS, NUMBER)
 def test_above_and_below_exclude_each_other(found: Mean, bound: float) -> None:
     assert below(found, bound) is denied(above(found, bound))
-    mirrored = Mean(-found.value, found.half, found.n)
-    assert below(found, bound) is above(mirrored, -bound)
+    assert below(found, bound) is above(mirrored(found), -bound)
     if above(found, bound) is not None:
         assert above(found, bound) is (found.value > bound)
     assert (above(found) is not None) == found.excludes_zero
@@ -90,6 +98,18 @@ def test_a_lower_bound_is_easier_to_lie_above(found: Mean, one: float, other: fl
         assert above(found, low)
     if reaches(found, high):
         assert reaches(found, low)
+
+
+@given(MEANS, NUMBER)
+def test_the_side_towards_a_bound_decides(found: Mean, bound: float) -> None:
+    """However far the interval reaches away from it."""
+    far = Mean(found.value, found.low, math.inf, 3)
+    near = Mean(found.value, -math.inf, found.high, 3)
+    assert (above(found, bound) is True) == (above(far, bound) is True) == (bound < found.low)
+    assert (below(found, bound) is True) == (below(near, bound) is True) == (found.high < bound)
+    if found.value < bound:
+        assert reaches(found, bound) is reaches(near, bound)
+        assert within(found, bound, bound + 1) is within(near, bound, bound + 1)
 
 
 @given(ONE_SEED, NUMBER)
@@ -107,14 +127,13 @@ def test_a_mean_within_a_span_is_at_no_distance(found: Mean, low: float, width: 
     assert (held is True) == (low <= found.value <= high)
     if above(found, high) or below(found, low):
         assert held is False
-    wider = Mean(found.value, math.inf, found.n)
+    wider = Mean.around(found.value, math.inf, found.n)
     assert within(wider, low, high) is not False
 
 
 @given(MEANS, NUMBER.filter(bool))
 def test_a_difference_agrees_with_its_like(found: Mean, published: float) -> None:
-    mirrored = Mean(-found.value, found.half, found.n)
-    assert agrees(found, published) is agrees(mirrored, -published)
+    assert agrees(found, published) is agrees(mirrored(found), -published)
     if found.excludes_zero:
         assert agrees(found, found.value) is True
         assert agrees(found, -found.value) is False

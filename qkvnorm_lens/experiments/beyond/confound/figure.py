@@ -23,13 +23,13 @@ def figure(table: pd.DataFrame) -> core.Figure:
             seeds = core.numbers(table, quantity, variant=variant, group=group)
             placement = table[table["group"] == group]["placement"].iloc[0]
             core.error_bar(
-                ax, x, core.mean(seeds), marker="o", color=core.COLOURS[placement], capsize=3
+                ax, x, core.share(seeds), marker="o", color=core.COLOURS[placement], capsize=3
             )
             ax.plot([x + 0.15] * len(seeds), [100 * s for s in seeds], ".", color="grey")
         ax.set_xticks(range(len(names)), [CELLS.get(name, name) for name in names], fontsize=7)
         ax.set_title(title, fontsize=10)
         ax.grid(visible=True, axis="y", linewidth=0.5, alpha=0.6)
-        low, high = ax.get_ylim()  # an interval of few seeds may reach beyond what a share can be
+        low, high = ax.get_ylim()
         ax.set_ylim(max(low, 0), min(high, 100))
     axes[0].set_ylim(bottom=0)
     return fig

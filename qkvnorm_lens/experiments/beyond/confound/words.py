@@ -52,17 +52,17 @@ def text(table: pd.DataFrame) -> Iterator[str]:
         cells = [
             _named(group),
             str(len(of("sparse share"))),
-            core.mean(of("sparse share")).percent(),
-            *(core.mean(of("accuracy", variant=kind)).percent() for kind in KINDS),
+            core.share(of("sparse share")).percent(),
+            *(core.share(of("accuracy", variant=kind)).percent() for kind in KINDS),
             f"{core.mean(of('largest score')).value:.3g}",
-            core.mean(of("collapse at 10%")).percent(2),
-            core.mean(of("collapse at 10%", variant="centred gauge")).percent(2),
+            core.share(of("collapse at 10%")).percent(2),
+            core.share(of("collapse at 10%", variant="centred gauge")).percent(2),
         ]
         rows.append(cells)
     yield core.markdown(head, rows)
     yield (
-        f"\nPercent, but the largest |score|; {core.CONFOUND_STEPS:,} steps each; ± half a 95% "
-        "interval over seeds."
+        f"\nPercent, but the largest |score|; {core.CONFOUND_STEPS:,} steps each; 95% "
+        "intervals over seeds."
     )
     for what, gap in _gaps(table).items():
         yield f"- {what}: {gap.percent()} points."
@@ -74,7 +74,7 @@ def _gaps(table: pd.DataFrame) -> dict[str, core.Mean]:
     for what, a, b, quantity in GAPS:
         x, y = (core.numbers(table, group=f"confound-{cell}", **quantity) for cell in (a, b))
         if min(len(x), len(y)) > 1:
-            out[what] = core.difference(x, y)
+            out[what] = core.difference(x, y, shares=True)
     return out
 
 
@@ -83,11 +83,11 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """Is QKV-Norm never sparse; is Pre-Norm's lead its own?"""
     cells = [f"confound-{c}" for c in ("qkv-paper", "qkv-calibrated", "qkv", "qkv-learned")]
     seeds = {c: core.numbers(table, "sparse share", group=c) for c in cells}
-    shares = {c: core.mean(found) for c, found in seeds.items() if found}
+    shares = {c: core.share(found) for c, found in seeds.items() if found}
     gaps = _gaps(table)
     if len(shares) > 1:
         paper = shares.get("confound-qkv-paper")
-        sparse = any(core.above(m) for m in shares.values())
+        sparse = any(core.above(m, NONE) for m in shares.values())
         gap = gaps.get(SCALE_GAP)
         none = paper is not None and paper.value < NONE
         yield core.Claim(

@@ -117,4 +117,4 @@ def at_level(table: pd.DataFrame, group: str, sigma: float, level: float) -> cor
     for _, one in chosen.groupby("model", sort=False):
         known = one[one["level"] > 0].sort_values("level")
         rates.append(float(np.interp(math.log(level), np.log(known["level"]), known["value"])))
-    return core.mean(rates)
+    return core.share(rates)

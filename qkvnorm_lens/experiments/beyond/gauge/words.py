@@ -17,7 +17,7 @@ def values(
     table: pd.DataFrame, group: str, quantity: str, sigma: float, variant: str = core.PLAIN
 ) -> core.Mean:
     """A group's rate with its interval over seeds."""
-    return core.mean(core.numbers(table, quantity, group=group, sigma=sigma, variant=variant))
+    return core.share(core.numbers(table, quantity, group=group, sigma=sigma, variant=variant))
 
 
 def own_level(table: pd.DataFrame, group: str) -> float:

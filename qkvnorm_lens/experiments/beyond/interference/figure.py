@@ -66,7 +66,7 @@ def _draw_rates(ax: core.Axes, named: list[tuple[str, pd.DataFrame]]) -> None:
     for i, (_, mine) in enumerate(named):
         colour = RUNS[i % len(RUNS)]
         for j, (name, (column, first, filled, marker)) in enumerate(RATES.items()):
-            found = core.group_mean(of(mine, "model", first=first), column)
+            found = core.group_share(of(mine, "model", first=first), column)
             at = i + 0.18 * (j - (len(RATES) - 1) / 2)
             style = {"marker": marker, "markerfacecolor": colour if filled else "white"}
             core.error_bar(ax, at, found, across=True, color=colour, markersize=4.5, **style)

@@ -27,12 +27,12 @@ def text(table: pd.DataFrame) -> Iterator[str]:
                 group,
                 str(len(whole)),
                 f"{int((whole['rows'] - whole['sinks']).sum())}",
-                core.group_mean(sinks, "share").percent(0),
+                core.group_share(sinks, "share").percent(0),
                 core.group_mean(whole, "scale_spread_rest").percent(),
                 _really(whole),
                 _really(spared),
-                core.group_mean(whole, "predicted_content").percent(2),
-                core.group_mean(whole, "permuted_content").percent(2),
+                core.group_share(whole, "predicted_content").percent(2),
+                core.group_share(whole, "permuted_content").percent(2),
                 core.group_mean(whole, "length_share").percent(),
                 core.group_mean(whole, "direction_share").percent(),
             ]
@@ -68,7 +68,7 @@ _AGAINST: Final = {
 
 def _really(models: pd.DataFrame) -> str:
     """Share that really moved, with its interval over seeds or, of one model, its error."""
-    found = core.group_mean(models, MOVED)
+    found = core.group_share(models, MOVED)
     if found.n != 1 or models["se_content"].isna().all():
         return found.percent(2)
     return f"{found.percent(2)} (s.e. {100 * models['se_content'].iloc[0]:.2f})"
@@ -118,13 +118,13 @@ def _by_constant(group: str, mine: pd.DataFrame) -> Iterator[str]:
 def excess(models: pd.DataFrame) -> core.Mean:
     """Share really moved minus the share that independent noise would move, over the models."""
     both = models.assign(gap=models[MOVED] - models["predicted_content"])
-    return core.group_mean(both, "gap")
+    return core.group_mean(both, "gap").cut(-1.0, 1.0)
 
 
 def _points(gap: core.Mean) -> str:
     """``+0.30 ± 0.12``, in percent; never ``-0.00``."""
-    half = "" if math.isnan(gap.half) else f" ± {100 * gap.half:.2f}"
-    return f"{round(100 * gap.value, 2) + 0.0:+.2f}{half}"
+    said = gap.percent(2, "+")
+    return f"+{said[1:]}" if said.startswith("-0.00") else said
 
 
 def _each(models: pd.DataFrame, column: str) -> str:
@@ -138,8 +138,8 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     for group, mine in core.by_group(measured(table)):
         whole = of(mine, "model")
         moved, noise, gap = (
-            core.group_mean(whole, MOVED),
-            core.group_mean(whole, "predicted_content"),
+            core.group_share(whole, MOVED),
+            core.group_share(whole, "predicted_content"),
             excess(whole),
         )
         if math.isnan(moved.value):
@@ -160,5 +160,5 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
             f"{noise.percent(2)}% predicted at the rows' own spread; really {_points(gap)} points",
             "-",
             "the scales of a row's tokens are no independent draws; the same factors shuffled "
-            f"move {core.group_mean(whole, 'permuted_content').percent(2)}%",
+            f"move {core.group_share(whole, 'permuted_content').percent(2)}%",
         )

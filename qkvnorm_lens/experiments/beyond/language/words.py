@@ -19,7 +19,8 @@ _CACHES: Final = ("int8", "int4 KIVI", "int4")
 def of(mine: pd.DataFrame, quantity: str, variant: str = core.PLAIN, at: float = 0.0) -> Mean:
     """A group's mean over its seeds; numbers that are none, or infinite, left out."""
     values = traits.whole(mine, quantity, variant, at)
-    return core.mean(values[np.isfinite(values)].tolist())
+    over = core.share if quantity in traits.SHARES else core.mean
+    return over(values[np.isfinite(values)].tolist())
 
 
 def gap(
@@ -34,7 +35,8 @@ def gap(
         )  # fmt: skip
         seeds.append(rows.set_index("seed")["value"].astype(float))
     both = pd.concat(seeds, axis=1, join="inner").dropna()
-    return core.mean((both.iloc[:, 0] - both.iloc[:, 1]).tolist())
+    found = core.mean((both.iloc[:, 0] - both.iloc[:, 1]).tolist())
+    return found.cut(-1.0, 1.0) if quantity in traits.SHARES else found
 
 
 _PERCENT: Final = {
@@ -84,8 +86,7 @@ _LEGEND: Final = (
     "uses one scale for all tokens, with the first token frozen too and spared (-: no such norm). "
     "Then the noise at which 1% collapse, in percent; the mean q.k part of an attended score; mean "
     "|cosine| of tokens behind the last block; s1 - s2 of the last layer's attention; KL of the "
-    "output with all keys and values quantised, in nats per token. ±: half the 95% interval over "
-    "seeds (Student's t)."
+    "output with all keys and values quantised, in nats per token. 95% intervals over seeds."
 )
 
 
@@ -123,8 +124,7 @@ def _moved(table: pd.DataFrame) -> Iterator[str]:
 
 def _points(found: Mean, digits: int = 1) -> str:
     """A difference with its sign, in percentage points."""
-    half = "" if math.isnan(found.half) else f" ± {100 * found.half:.{digits}f}"
-    return f"{100 * found.value:+.{digits}f}{half} points"
+    return f"{found.percent(digits, '+')} points"
 
 
 def _each(table: pd.DataFrame, quantity: str, variant: str = core.PLAIN, at: float = 0.0) -> str:

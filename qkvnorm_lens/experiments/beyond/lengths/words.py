@@ -23,7 +23,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
     for group, mine in core.by_group(known):
         whole = of(mine, "all")
         content = int((whole["rows"] - whole["sinks"]).sum())
-        moved = [core.group_mean(of(mine, name), "moved_content").percent() for name in FROZEN]
+        moved = [core.group_share(of(mine, name), "moved_content").percent() for name in FROZEN]
         rows.append([group, str(len(whole)), str(content), *moved])
     if rows:
         yield f"{core.markdown(head, rows)}\n\n{_LEGEND}\n"
@@ -119,7 +119,7 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
                 "dimensions",
             )
         if whole["moved_content"].notna().any():
-            shares = [core.group_mean(of(mine, n), "moved_content").percent() for n in FROZEN]
+            shares = [core.group_share(of(mine, n), "moved_content").percent() for n in FROZEN]
             yield core.Claim(
                 f"content rows that hang on outlier dimensions' length ({group})",
                 "not measured",

@@ -73,7 +73,7 @@ def _errors_table(each: pd.DataFrame) -> str:
 
 
 def _percent(rows: pd.DataFrame, column: str) -> str:
-    found = core.group_mean(rows, column)
+    found = core.group_share(rows, column)
     return "no rows" if math.isnan(found.value) else found.percent(2)
 
 

@@ -25,6 +25,11 @@ SIGMA: Final = 0.1
 """The noise at which rates are given by layer."""
 RATE: Final = 0.01
 VECTORS: Final = ("stream", "k", "v")
+SHARES: Final = (
+    "sparse share", "sink share", "first token's attention", "loose", "strict", "interference",
+    "cache: rows moved",
+)  # fmt: skip
+"""Quantities between 0 and 1."""
 _VARIANTS: Final = {
     ("loose", PLAIN): "loose",
     ("loose", "content"): "loose_content",

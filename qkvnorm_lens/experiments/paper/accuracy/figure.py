@@ -31,11 +31,9 @@ def _draw(ax: core.Axes, table: pd.DataFrame, column: str) -> None:
         colour, name = core.COLOURS[placement], core.label(group, placement)
         at = places + (i - (len(named) - 1) / 2) * 0.11
         means = [over_seeds(table, group, kind, column) for kind in KINDS]
-        value, half = (100 * np.array([getattr(m, x) for m in means]) for x in ("value", "half"))
+        value, sides = (100 * np.array([getattr(m, x) for m in means]) for x in ("value", "sides"))
         style = "o" if group.startswith("study") else "s"
-        ax.errorbar(
-            at, value, np.nan_to_num(half), fmt=style, ms=4, capsize=2, c=colour, label=name
-        )
+        ax.errorbar(at, value, sides.T, fmt=style, ms=4, capsize=2, c=colour, label=name)
         for x, kind in zip(at, KINDS, strict=True):
             seeds = 100 * mine[mine["kind"] == kind][column]
             ax.plot([x] * len(seeds), seeds, ".", color=colour, alpha=0.4, markersize=5)

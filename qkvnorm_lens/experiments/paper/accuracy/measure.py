@@ -8,7 +8,7 @@ from typing import Final
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Mean, Part, Size, Subject, about, by_size, mean, pick
+from qkvnorm_lens.experiments.core import Mean, Part, Size, Subject, about, by_size, pick, share
 
 SUMS: Final = by_size(400, 4_000, 20_000)
 KINDS: Final = ("in distribution", "interpolation", "extrapolation")
@@ -40,4 +40,4 @@ def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
 
 def over_seeds(table: pd.DataFrame, group: str, kind: str, column: str = "per_token") -> Mean:
     """A group's accuracy with its interval."""
-    return mean(pick(table, group=group, kind=kind)[column].tolist())
+    return share(pick(table, group=group, kind=kind)[column].tolist())

@@ -26,7 +26,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
     )
     for kind in KINDS:
         for column, name in (("per_token", "`]` counted"), ("per_token_without_end", "without")):
-            gap = core.study_difference(core.pick(table, kind=kind), column)
+            gap = core.study_difference(core.pick(table, kind=kind), column, shares=True)
             if gap is not None:
                 yield (
                     f"Pre-Norm minus QKV-Norm, {kind}, {name}: {gap.percent()} points "
@@ -38,7 +38,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
 def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """The table's entries, and its gap in extrapolation."""
     for kind in KINDS:
-        gap = core.study_difference(core.pick(table, kind=kind), "per_token")
+        gap = core.study_difference(core.pick(table, kind=kind), "per_token", shares=True)
         if gap is None:
             continue
         published = PUBLISHED["pre"][kind] - PUBLISHED["qkv"][kind]

@@ -38,7 +38,8 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
 
 def _fact(table: pd.DataFrame, group: str, quantity: str, variant: str = core.PLAIN) -> core.Mean:
     found = core.numbers(table, quantity, group=group, variant=variant)
-    return core.mean([v for v in found if math.isfinite(v)])
+    over = core.share if quantity.endswith("share") else core.mean
+    return over([v for v in found if math.isfinite(v)])
 
 
 @core.joined
@@ -64,8 +65,8 @@ def text(table: pd.DataFrame) -> Iterator[str]:
     worst = z.iloc[int(z["z"].abs().to_numpy().argmax())] if len(z) else None
     yield core.markdown(head, rows) + "\n"
     yield (
-        "All in percent but the score level (the mean q.k part of an attended score); ± is half "
-        "the 95% interval over seeds; never: not within the uniform law (σ up to 57.7%)."
+        "All in percent but the score level (the mean q.k part of an attended score); with "
+        "95% intervals over seeds; never: not within the uniform law (σ up to 57.7%)."
     )
     if worst is not None:
         yield (

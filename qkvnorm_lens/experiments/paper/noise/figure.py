@@ -81,12 +81,12 @@ def _chart(
             sigmas = sorted(s for s in mine["sigma"].unique() if s > 0)
             points = [kept_mean(mine, s) for s in sigmas]
             x = 100 * np.asarray(sigmas)
-            value, half = 100 * np.asarray([(p.value, p.half) for p in points]).T
+            value, low, high = 100 * np.asarray([(p.value, p.low, p.high) for p in points]).T
             if i:
                 lines.append(Line(x, value, "_", colour, dash=":", width=1.0))
                 continue
             dash = "--" if condition is SHIELDED else "-"
             lines.append(Line(x, value, LABELS[condition], colour, dash=dash, width=1.6, marker=3))
-            bands.append(Band(x, value - half, value + half, "_", colour, opacity=0.15))
+            bands.append(Band(x, low, high, "_", colour, opacity=0.15))
     across, up = Axis("", "log", ticks="log"), Axis(y, low=-3, high=108)
     return Chart(across, up, title, lines, bands, legend=None)

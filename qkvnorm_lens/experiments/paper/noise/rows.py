@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from qkvnorm_lens.experiments.core import Mean, mean, pick
+from qkvnorm_lens.experiments.core import Mean, mean, pick, share
 
 if TYPE_CHECKING:
     from hooks.noise import At, Rows
@@ -71,11 +71,15 @@ def kept(table: pd.DataFrame, sigma: float) -> pd.DataFrame:
 
 
 def kept_mean(table: pd.DataFrame, sigma: float) -> Mean:
-    """Share of the accuracy kept: over seeds, or, of one model, over prompts."""
+    """Share of the accuracy kept: over seeds, or, of one model, over prompts.
+
+    More than all of it, where noise happens to help, counts as all.
+    """
     each = kept(table, sigma)
+    most = each["kept"].clip(upper=1).tolist()
     if len(each) == 1:
-        return Mean(float(each["kept"].iloc[0]), float(each["half"].iloc[0]), 1)
-    return mean(each["kept"].tolist())
+        return Mean.around(most[0], float(each["half"].iloc[0]), 1).cut(0.0, 1.0)
+    return share(most)
 
 
 def lost_at(table: pd.DataFrame) -> str:

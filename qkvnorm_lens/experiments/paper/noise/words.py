@@ -121,8 +121,7 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
 
 
 def _percent_claim(group: str, mine: pd.DataFrame) -> core.Claim:
-    share = kept_mean(EVERY.of(mine), PERCENT)
-    fall = core.Mean(1 - share.value, share.half, share.n, share.error)
+    fall = kept_mean(EVERY.of(mine), PERCENT).rest
     return core.Claim(
         f"fall of accuracy at sigma = 1%, q, k and v ({group})",
         ">= 10% (Baseline), >= 20% (Alternate), one seed each, Fig. 2",
@@ -144,7 +143,8 @@ def _rows_claim(group: str, mine: pd.DataFrame) -> core.Claim:
         over = core.mean(gap.tolist())
     else:  # one model: over prompts, the two taken as independent
         half = math.hypot(a["half"].iloc[0], b["half"].iloc[0])
-        over = core.Mean(float(gap.iloc[0]), half, 1)
+        over = core.Mean.around(float(gap.iloc[0]), half, 1)
+    over = over.cut(-1.0, 1.0)
     share = {name: rows["share"].mean() for name, rows in (("sparse", sparse), ("other", other))}
     return core.Claim(
         f"sparse rows bear noise on q and k, non-sparse ones cause the drop ({group})",

@@ -74,7 +74,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
     percents = ("sparse", "non_sparse", "sinks", "sinks_of_sparse", "sparse_content")
     rows = []
     for group, mine in core.by_group(models):
-        cells = [core.group_mean(mine, column).percent() for column in percents]
+        cells = [core.group_share(mine, column).percent() for column in percents]
         peaks = [_number(mine, column) for column in ("peak", "peak_content")]
         rows.append([group, str(len(mine)), *cells, *peaks])
     yield core.markdown(head, rows) + "\n"
@@ -86,7 +86,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
         f"{BESIDE} to {TOP}.\n"
     )
     for column, what in (("sparse", "sparse rows"), ("sparse_content", "the same, sinks apart")):
-        gap = core.study_difference(models, column)
+        gap = core.study_difference(models, column, shares=True)
         if gap is not None:
             yield (
                 f"Pre-Norm minus QKV-Norm (study models), {what}: {gap.percent()} points "
@@ -117,7 +117,7 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
         placement = core.placement_of(mine)
         if placement not in ("pre", "qkv"):
             continue
-        peak, sparse = core.group_mean(mine, "peak"), core.group_mean(mine, "sparse")
+        peak, sparse = core.group_mean(mine, "peak"), core.group_share(mine, "sparse")
         decided, sharp = core.above(peak, SHARP), peak.value > SHARP
         yield core.Claim(
             f"row maxima, {core.PLACEMENT_NAMES[placement]} ({group})",

@@ -35,7 +35,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
                 f"{100 * layers.min():.0f} to {100 * layers.max():.0f}",
                 f"±{bands['k'].percent()}",
                 f"±{bands['v'].percent()}",
-                f"{core.group_mean(stream, 'first_share').percent(0)}",
+                f"{core.group_share(stream, 'first_share').percent(0)}",
                 f"{core.group_mean(stream, 'first_norm').value:.3g}",
             ]
         )

@@ -119,7 +119,8 @@ def gain(
     table: pd.DataFrame, placement: str, quantity: str, variant: str = core.PLAIN
 ) -> core.Mean:
     """Mean over seeds of the difference within a seed."""
-    return core.mean(gains(table, placement, quantity, variant).dropna().tolist())
+    found = core.mean(gains(table, placement, quantity, variant).dropna().tolist())
+    return found.cut(-1.0, 1.0) if quantity == "accuracy" else found
 
 
 def placements_in(table: pd.DataFrame) -> list[str]:

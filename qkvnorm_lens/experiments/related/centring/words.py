@@ -29,7 +29,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
         for fix in (0, 1):
             of = partial(values, table, placement, fix)
             losses = [core.mean(of(q).tolist()) for q in (FINAL, WHOLE)]
-            right = [core.mean(of("accuracy", k).tolist()) for k in KINDS]
+            right = [core.share(of("accuracy", k).tolist()) for k in KINDS]
             spectrum = [core.mean(of(q).tolist()) for q in SPECTRUM]
             row = [core.PLACEMENT_NAMES[placement], "A - U" if fix else "none", str(losses[0].n)]
             row += [*(m.words(".3f") for m in losses), *(m.percent() for m in right)]

@@ -50,7 +50,7 @@ def _draw_accuracy(
                 "color": colours.get(group, GREY),
                 "markersize": 5,
             }
-            core.error_bar(ax, x + shift, core.mean(seeds), capsize=3, **style)
+            core.error_bar(ax, x + shift, core.share(seeds), capsize=3, **style)
             ax.plot([x + shift + 0.07] * len(seeds), [100 * s for s in seeds], ".", color=GREY)
         ax.plot([], [], marker, color=GREY, label=quantity)
     core.key(ax, loc="lower left")

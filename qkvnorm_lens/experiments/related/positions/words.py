@@ -46,9 +46,9 @@ def text(table: pd.DataFrame) -> Iterator[str]:
             [
                 cell_name(group),
                 str(len(of("exact"))),
-                core.mean(of("per token")).percent(),
-                core.mean(of("per token without ]")).percent(),
-                core.mean(of("exact")).percent(),
+                core.share(of("per token")).percent(),
+                core.share(of("per token without ]")).percent(),
+                core.share(of("exact")).percent(),
                 *(_steps(of("steps to loss", at=x)) for x in LOSSES),
                 *(f"{core.mean(g).value:.2g}" if g else "-" for g in gaps),
             ]
@@ -58,7 +58,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
     yield core.markdown(head, rows) + "\n"
     yield (
         f"Sums of two positive integers of three digits, Pre-Norm, {last:,} steps of 128 sums; "
-        "± half a 95% interval over seeds. Steps: until the loss, a mean over the steps between "
+        "95% intervals over seeds. Steps: until the loss, a mean over the steps between "
         "two rows of the log, is so low. TV: total variation of the first answer digit's "
         "distribution when the question's tokens between `[` and `=` are permuted, or the two "
         "integers swapped, which leaves the answer as it is.\n"
@@ -98,7 +98,7 @@ def gap_between(
     x, y = (core.numbers(table, quantity, group=group, **wanted) for group in (a, b))
     if min(len(x), len(y)) < 2 or not all(map(math.isfinite, [*x, *y])):
         return None
-    return core.difference(x, y)
+    return core.difference(x, y, shares=quantity in ("per token", "exact"))
 
 
 def _differences(table: pd.DataFrame) -> list[str]:
@@ -110,7 +110,7 @@ def _differences(table: pd.DataFrame) -> list[str]:
         steps = gap_between(table, a, b, "steps to loss", at=LOSSES[1])
         line = f"- {what}: {per_token.percent()} points per token, {exact.percent()} exact"
         if steps is not None:
-            line += f", {steps.value:+.0f} ± {steps.half:.0f} steps to {LOSSES[1]:g} nats"
+            line += f", {steps.words('+.0f', '.0f')} steps to {LOSSES[1]:g} nats"
         out.append(f"{line} ({per_token.n} seeds each).")
     return [*out, ""] if out else out
 
@@ -177,8 +177,8 @@ class Skips:
         """Whether models with positions are worse without skips too; no: they lose clearly less."""
         if self.control is None or core.above(self.control):
             return None if self.control is None else True
-        least = min(self.lost[b].value - self.lost[b].half for b in self.worse)
-        return False if self.control.value + self.control.half < least else None
+        least = min(self.lost[b].low for b in self.worse)
+        return False if self.control.high < least else None
 
     @property
     def verdict(self) -> core.Verdict:
@@ -242,7 +242,7 @@ def _skips(table: pd.DataFrame) -> Skips:
 def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
     """Can addition be learned without positions; do skip connections carry the order?"""
     exact, rotary = (
-        core.mean(core.numbers(table, "exact", group=f"order-{cell}"))
+        core.share(core.numbers(table, "exact", group=f"order-{cell}"))
         for cell in ("nope", "rotary")
     )
     if exact.n:

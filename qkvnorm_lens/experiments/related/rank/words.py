@@ -110,7 +110,7 @@ def _placements(table: pd.DataFrame) -> list[str]:
             decided += gap.excludes_zero
             corrected += core.difference(*both, level=level).excludes_zero
             verdict = "" if gap.excludes_zero else ", not decided"
-            said.append(f"{what} {gap.value:+.2f} ± {gap.half:.2f}{verdict}")
+            said.append(f"{what} {gap.words('+.2f', '.2f')}{verdict}")
         lines.append(
             f"{core.PLACEMENT_NAMES[one]} minus {core.PLACEMENT_NAMES[other]} (study models, "
             f"{state}, {len(a)} and {len(b)} seeds), behind the last block: {'; '.join(said)}."

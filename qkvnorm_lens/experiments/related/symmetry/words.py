@@ -38,7 +38,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
     rows = []
     for group, mine in core.by_group(trained(table)):
         cells = [core.pick(mine, by="variant", variant=v) for v in VARIANTS]
-        moves = [core.group_mean(c, "moved").percent(0) if len(c) else "-" for c in cells[:2]]
+        moves = [core.group_share(c, "moved").percent(0) if len(c) else "-" for c in cells[:2]]
         rows.append([group, str(mine["model"].nunique()), *map(_gap, cells), *moves])
     yield core.markdown(head, rows) + "\n"
     yield (
@@ -59,7 +59,7 @@ def _gap(of: pd.DataFrame) -> str:
         return "-"
     if zero(of) == len(of):
         return f"0 (≤ {of['tv'].max():.0e})"
-    found = core.group_mean(of, "tv")
+    found = core.group_share(of, "tv")
     doubt = "" if zero(of) + seen(of) == len(of) else " ?"
     return found.words(".3f") + doubt
 
