@@ -99,7 +99,7 @@ def solve_sigma_at(
     a line between them.
 
     Raises:
-        ValueError: the grid is too wide for that, too.
+        ValueError: the grid is too wide for that, or the rates on it are sampled.
     """
 
     def listed(sigma: np.ndarray) -> np.ndarray:
@@ -131,6 +131,12 @@ def solve_sigma_at(
         apart = (low != high) & ~(np.isnan(low) | (low - high <= _CLOSE * high))
     if not apart.any():
         return low
+    if settings.method != "exact":  # sums over draws less exact ones are mostly noise
+        raise ValueError(
+            f"sigma_at({rate:g}): wanted a table with more competitors (keep=), or method='exact', "
+            f"whose rates stand in for them; got a table of the {len(table.a)} nearest and rates "
+            "from draws"
+        )
     counts = np.where(apart, groups.counts, 0)
     rest = _Rest(table, settings, listed, most, groups)
     line, first, last = (solved(counts, x) for x in (rest.line, rest.most, rest.least))

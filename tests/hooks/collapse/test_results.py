@@ -277,6 +277,21 @@ def test_sigmas_too_far_apart_for_a_small_table_are_refused_with_bounds(model: A
     assert refused
 
 
+@pytest.mark.parametrize("law", ["gaussian", "lognormal"])
+def test_a_small_table_under_other_laws(model: Any, law: str) -> None:
+    whole, few = (probe(model, law=law, sigmas=None, **more) for more in ({}, {"keep": 20}))
+    for by in ("model", "layer"):
+        there, here = (np.ravel(x.sigma_at(by=by)) for x in (whole, few))
+        np.testing.assert_allclose(here, there, rtol=0.05)
+
+
+def test_rates_from_draws_do_not_stand_in_for_a_table(llama: Any) -> None:
+    options: dict[str, Any] = {"method": "sample", "draws": 4, "sigmas": None}
+    assert math.isfinite(probe(llama, **options).sigma_at(0.01))
+    with pytest.raises(ValueError, match=r"wanted a table with more competitors .* rates from dr"):
+        probe(llama, keep=5, **options).sigma_at(0.01)
+
+
 def test_heads_of_a_small_table_are_ranked_as_those_of_a_large_one(model: Any) -> None:
     whole, few = probe(model), probe(model, keep=100)
     mine, theirs = (x.heads(min_rows=1).set_index("label") for x in (few, whole))
