@@ -14,6 +14,6 @@ EXPERIMENT: Final = experiment(
     "Which layers bear a quantised key/value cache",
     "beyond Menary et al. 2024",
     models="any",
-    minutes=(0.5, 2.0, 12.0),
+    minutes=(0.5, 2.0, 30.0),
     modules=(measure, figure, words),
 )

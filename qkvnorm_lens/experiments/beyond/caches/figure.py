@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from qkvnorm_lens.experiments.beyond.caches.measure import by_layer, recipes
+from qkvnorm_lens.experiments.beyond.caches.measure import NAMES, by_layer, recipes
 from qkvnorm_lens.experiments.core import Figure, legend_below, panels
 from qkvnorm_lens.plots.charts import GREY, RUNS, grid
 
@@ -30,7 +30,7 @@ def figure(table: pd.DataFrame) -> Figure:
         means = judged[judged["choice"] == name].groupby("budget")["kl"].mean()
         if len(means):
             line: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1}
-            axes[1].plot(means.index, means, c=RUNS[i], label=name, **line)
+            axes[1].plot(means.index, means, c=RUNS[i], label=NAMES[name], **line)
     axes[1].set(yscale="log", xlabel="bits per stored number", ylabel="KL on other text (nats)")
     for ax in axes:
         grid(ax)

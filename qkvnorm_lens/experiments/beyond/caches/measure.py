@@ -25,7 +25,7 @@ from qkvnorm_lens.experiments.core import (
 if TYPE_CHECKING:
     from qkvnorm_lens.experiments.beyond.caches.passes import Watched
 
-AMOUNT: Final = core.by_size(Amount(16, 2, 24), Amount(64, 4, 32), Amount(96, 6, 48))
+AMOUNT: Final = core.by_size(Amount(16, 2, 24), Amount(64, 4, 32), Amount(3072, 12, 128))
 FORMATS: Final = ("fp8-e4m3", "q8_0", "q5_0", "q4_0", "quanto-int2")
 MENU: Final = ("q8_0", "q5_0", "q4_0", "quanto-int2")
 """What recipes choose from: 8.5, 5.5, 4.5 and 2.5 bits."""
@@ -34,11 +34,19 @@ BUDGETS: Final = (4.0, 4.5, 5.5)
 PREDICTORS: Final = (
     "risk", "score", "mse", "relative", "gradient", "entropy", "ends", "sigma",
 )  # fmt: skip
-CALIBRATED: Final = 3  # one in so many prompts is calibrated on; the others are held out
+SAMPLES: Final = core.by_size(2, 4, 16)  # of the risk's gradients
+NAMES: Final = {
+    "risk": "cache risk", "score": "score error", "mse": "mean square error",
+    "relative": "relative error", "gradient": "gradient norm", "entropy": "entropy",
+    "ends": "first and last two layers", "sigma": "norm-only sigma",
+    "isolated": "isolated KL", "uniform": "uniform", "random": "random",
+}  # fmt: skip
+CALIBRATED: Final = 3  # one in so many prompts is calibrated on; of the others some are held out
+HELD: Final = 256
 RANDOM: Final = 3
 
 
-def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
+def measure(subject: Subject, amount: Amount, *, samples: int) -> pd.DataFrame:
     """One row per layer and format, per recipe and held-out prompt, and one of seconds."""
     import hooks
     from hooks.model import encode
@@ -49,7 +57,12 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
     watched = Watched(model, list(hooks.attention_sites(model)), encode(model, known), FORMATS)
     started = time.perf_counter()
     report = hooks.cache_risk(
-        model, known, formats=watched.formats, samples=4, progress=False, batch_size=len(known)
+        model,
+        known,
+        formats=watched.formats,
+        samples=samples,
+        progress=False,
+        batch_size=len(known),
     )
     seconds = time.perf_counter() - started
     layers = _layers(model, watched, report, known)
@@ -65,9 +78,9 @@ def _short(value: Any) -> Any:
 
 
 def _split(given: Reading) -> tuple[list[list[int]], list[list[int]]]:
-    """Every third prompt, at least one, and the others."""
+    """Every third prompt, at least one, and as many others as are held out."""
     known = [row for i, row in enumerate(given.ids) if i % CALIBRATED == 0]
-    return known, [row for i, row in enumerate(given.ids) if i % CALIBRATED] or known
+    return known, [row for i, row in enumerate(given.ids) if i % CALIBRATED][:HELD] or known
 
 
 def _layers(model: Any, watched: Watched, report: Any, ids: Sequence[Any]) -> pd.DataFrame:
@@ -133,9 +146,11 @@ def _choices(layers: pd.DataFrame, watched: Watched) -> dict[tuple[str, float], 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model, and for a language model one that decodes."""
-    out = reading_parts(subjects, AMOUNT[size], measure, formats=list(FORMATS))
+    samples = SAMPLES[size]
+    how = partial(measure, samples=samples)
+    out = reading_parts(subjects, AMOUNT[size], how, formats=list(FORMATS), samples=samples)
     for s in subjects:
-        if s.kind == "language":
+        if s.kind == "language" and not s.placement:  # transformers decodes those it can load
             work = partial(decoding, s, STEPS[size])
             settings = {"steps": STEPS[size], "caches": list(CACHES)}
             out.append(Part(f"{s.name} decoding", work, s, settings))

@@ -12,25 +12,21 @@ from qkvnorm_lens.experiments import core
 from qkvnorm_lens.experiments.beyond.caches.decoding import PROMPT, SPAN
 from qkvnorm_lens.experiments.beyond.caches.measure import (
     BUDGETS,
+    NAMES,
     PREDICTORS,
     against,
     rank_correlations,
 )
 
 WANTED: Final = 0.9
-_NAMES: Final = {
-    "risk": "cache risk", "score": "score error", "mse": "mean square error",
-    "relative": "relative error", "gradient": "gradient norm", "entropy": "entropy",
-    "ends": "first and last two layers", "sigma": "norm-only sigma",
-    "isolated": "isolated KL", "uniform": "uniform", "random": "random",
-}  # fmt: skip
+CHEAPER: Final = 20
 
 
 @core.joined
 def text(table: pd.DataFrame) -> Iterator[str]:
     """Rank correlations, cost, and recipes of equal bits; lost cases by name."""
     found = rank_correlations(table)
-    head = ["model", "format", *(_NAMES[name] for name in PREDICTORS), "risk / isolated"]
+    head = ["model", "format", *(NAMES[name] for name in PREDICTORS), "risk / isolated"]
     rows = [
         [r["model"], r["format"], *(_two(r[name]) for name in PREDICTORS), _two(r["ratio"])]
         for r in found.to_dict("records")
@@ -45,10 +41,10 @@ def text(table: pd.DataFrame) -> Iterator[str]:
 _LEGEND: Final = (
     "Spearman's rank correlation over layers with isolated KL: KL(clean || cached) of the output, "
     "with one layer's keys (then its values) in the format, both added up. Cache risk: 1/2 sum_t "
-    "E[(g_t . dx_t)^2] of the same prompts, four draws; the last column is the sum of its nats "
-    "over that of the isolated ones. Score error: variance of the scores' errors under the row's "
-    "attention (values: relative error). Gradient norm, entropy, the first and last two layers and "
-    "norm-only sigma weigh a layer's relative error."
+    "E[(g_t . dx_t)^2] of the same prompts, over drawn tokens; the last column is the sum of its "
+    "nats over that of the isolated ones. Score error: variance of the scores' errors under the "
+    "row's attention (values: relative error). Gradient norm, entropy, the first and last two "
+    "layers and norm-only sigma weigh a layer's relative error."
 )
 
 
@@ -79,7 +75,7 @@ def _of_model(table: pd.DataFrame, found: pd.DataFrame, model: str) -> Iterator[
         head = ["choice", "bits", "KL", "same best token", "more KL than ours", "less agreement"]
         rows = [
             [
-                _NAMES.get(r["choice"], r["choice"]),
+                NAMES.get(r["choice"], r["choice"]),
                 f"{r['bits']:.2f}",
                 f"{r['kl']:.3g}",
                 f"{100 * r['agreement']:.1f}%",
@@ -143,21 +139,24 @@ def _with(x: float, half: float, times: float) -> str:
 
 def _verdict(judged: pd.DataFrame) -> str:
     others = judged[judged["choice"] != "risk"]
-    lost = others[others["more_kl"] < 0]
-    same = others[(others["more_kl"] - others["more_kl_half"] <= 0) & (others["more_kl"] >= 0)]
+    more, half = others["more_kl"], others["more_kl_half"]
+    lost, same = others[more < 0], others[(more == 0) & ~(half > 0)]
+    open_ = others[(more > 0) & (more - half <= 0)]
     less = others[others["less_agreement"] < 0]
-    parts = [f"Our recipe has lower KL than {len(others) - len(lost)} of {len(others)} others"]
-    if len(lost):
-        parts.append(f"higher than {_list(lost)}")
+    parts = [f"Our recipe has lower KL than {int((more > 0).sum())} of {len(others)} others"]
     if len(same):
-        parts.append(f"undecided over prompts against {_list(same)}")
+        parts.append(f"is the same as that of {_list(same)}")
+    if len(lost):
+        parts.append(f"has higher KL than {_list(lost)}")
+    if len(open_):
+        parts.append(f"over prompts it is not decided against {_list(open_)}")
     if len(less):
         parts.append(f"its agreement is lower than that of {_list(less)}")
     return f"{'; '.join(parts)}.\n"
 
 
 def _list(rows: pd.DataFrame) -> str:
-    return ", ".join(_NAMES.get(name, name) for name in rows["choice"])
+    return ", ".join(NAMES.get(name, name) for name in rows["choice"])
 
 
 @core.listed
@@ -170,4 +169,14 @@ def claims(table: pd.DataFrame) -> Iterator[core.Claim]:
             _two(r["risk"]),
             "yes" if r["risk"] >= WANTED else "no",
             "asked: 0.9 or more",
+        )
+    for r in table[table["what"] == "seconds"].to_dict("records"):
+        times = float(r["isolated"]) / float(r["risk"])
+        yield core.Claim(
+            f"isolated KL of all layers and formats, beside their cache risk, {r['model']}",
+            "nothing",
+            f"{times:.2g} times as long",
+            "yes" if times >= CHEAPER else "no",
+            f"asked: {CHEAPER} times; isolated KL takes a pass for each layer and format, so a "
+            "model of few layers has little to save",
         )
