@@ -77,6 +77,7 @@ KL = {
     "random 1": [0.2, 0.3, 0.2],
     "random 2": [0.4, 0.5, 0.4],
     "mse": [0.05, 0.14, 0.26],
+    "entropy": [0.10, 0.20, 0.30],
 }
 
 
@@ -98,8 +99,13 @@ def test_recipes_are_compared_prompt_by_prompt() -> None:
 
 def test_the_words_name_lost_and_undecided_cases() -> None:
     said = words.text(table(KL))
-    assert "Our recipe has lower KL than 3 of 4 others; higher than mean square error" in said
-    assert "undecided over prompts against isolated KL" in said
+    assert "lower KL than 3 of 5 others; is the same as that of entropy; has higher KL than" in said
+    assert (
+        "higher KL than mean square error; over prompts it is not decided against isolated" in said
+    )
     assert "30 times as long" in said
-    (claim,) = words.claims(table(KL))
-    assert claim.same == "yes"
+    ranks, cost = words.claims(table(KL))
+    assert ranks.same == cost.same == "yes"
+    assert cost.ours == "30 times as long"
+    dear = table(KL).replace({"isolated": {30.0: 19.0}})
+    assert [claim.same for claim in words.claims(dear)] == ["yes", "no"]
