@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--formats", metavar="LIST", help=said)
     said = "keys and values of a layer in one format, as vLLM needs it"
     parser.add_argument("--together", action="store_true", help=said)
-    said = "draws of tokens for the gradients, at least 1 [2]"
+    said = "random gradients, a backward pass each, at least 1 [2]"
     parser.add_argument("--samples", type=at_least(1), default=2, metavar="N", help=said)
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="of the draws [0]")
     said = "for report.html, report.safetensors, frame.csv, recipe.json and the engines' arguments"

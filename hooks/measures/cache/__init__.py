@@ -3,7 +3,7 @@
 from hooks.measures.cache.affine import HQQ, KIVI, Quanto
 from hooks.measures.cache.errors import recomputed as recomputed
 from hooks.measures.cache.exports import ENGINES
-from hooks.measures.cache.fisher import Gradients as Gradients, draw_tokens as draw_tokens
+from hooks.measures.cache.fisher import Gradients as Gradients
 from hooks.measures.cache.formats import (
     CacheFormat,
     Float8,

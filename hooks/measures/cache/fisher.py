@@ -1,14 +1,15 @@
 """Nats that an error of keys or values costs the output, from gradients of the model itself.
 
 To second order KL(clean || cached) = 1/2 dx^T F dx, where F is the Fisher information of the
-predicted tokens with respect to the keys (or values) x: F = E[g g^T] for the gradient g of the
-log-probability of tokens that the model itself draws, one at each position. Errors of different
-tokens are taken as independent:
+predicted tokens with respect to the keys (or values) x: F = E[g g^T] for the gradient g of u . z,
+with z the logits of all positions and u random, E[u u^T] = diag(p) - p p^T at each
+(:func:`draw_seeds`). Errors of different tokens are taken as independent:
 
     risk = 1/2 sum_t E[(g_t . dx_t)^2]
 
-For a sample of tokens one backward pass gives all gradients, of every layer; a format then costs
-one dot product per vector.
+For one u a backward pass gives all gradients, of every layer; a format then costs one dot product
+per vector. The gradient of the log-probability of a token that the model draws has the same mean
+square, but rare tokens carry most of it: it takes several times as many draws to tell as much.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import UnsupportedModelError
@@ -61,27 +62,24 @@ class Gradients:
         return x + self._zeros[at]
 
     def of(
-        self, logits: Any, tokens: Callable[[Tensor, int], Tensor], samples: int
+        self, logits: Any, seeds: Callable[[Tensor, int], Tensor], samples: int
     ) -> Iterator[Leaves]:
-        """Gradients of sum_t log p(token t), ``[batch, pos, kv_head, d]``, sample by sample.
+        """Gradients of sum_t u_t . z_t, ``[batch, pos, kv_head, d]``, sample by sample.
 
         Args:
-            logits: the pass's output.
-            tokens: from log-probabilities and the sample's index, a token for each position.
+            logits: the pass's output z.
+            seeds: u, of the logits' shape, from log-probabilities and the sample's index.
             samples: how many.
 
         Raises:
             UnsupportedModelError: no gradient reaches the keys and values.
         """
-        log_p = torch.log_softmax(checked_logits(logits).float(), -1)
-        places = list(self._zeros)
+        z, places = checked_logits(logits).float(), list(self._zeros)
+        log_p = torch.log_softmax(z.detach(), -1)
         for sample in range(samples):
-            drawn = tokens(log_p.detach(), sample).to(log_p.device)
-            total = log_p.gather(-1, drawn[..., None]).sum()
+            u, more = seeds(log_p, sample), sample < samples - 1
             try:
-                found = torch.autograd.grad(
-                    total, [self._zeros[p] for p in places], retain_graph=sample < samples - 1
-                )
+                found = torch.autograd.grad(z, [self._zeros[p] for p in places], u, more)
             except RuntimeError as error:
                 raise UnsupportedModelError(
                     "gradients of keys and values",
@@ -95,16 +93,22 @@ class Gradients:
         self._zeros = {}
 
 
-def draw_tokens(
+def draw_seeds(
     log_p: Float[Tensor, "batch pos d_vocab"], seeds: Sequence[tuple[int, ...]]
-) -> Int[Tensor, "batch pos"]:
-    """Tokens from these distributions; each prompt's from its own seed alone."""
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Vectors u with E[u u^T] = diag(p) - p p^T at each position, the Fisher information of logits.
+
+    u = sqrt(p) e - p (sqrt(p) . e), products by token, with each e +1 or -1 at random
+    (Hutchinson 1990). Each prompt's come from its own seed alone.
+    """
     rows = []
     for row, seed in zip(log_p, seeds, strict=True):
-        u = torch.from_numpy(np.random.default_rng(seed).random(len(row))).to(row.device)
-        share = row.double().exp().cumsum(-1)
-        at = torch.searchsorted(share, (u * share[:, -1])[:, None], right=True)[:, 0]
-        rows.append(at.clamp_max(row.shape[-1] - 1))
+        drawn = np.random.default_rng(seed).bytes(-(-row.numel() // 8))
+        bits = np.unpackbits(np.frombuffer(drawn, np.uint8), count=row.numel())
+        signs = 2 * torch.from_numpy(bits).to(row.device).to(row.dtype).view(row.shape) - 1
+        p = row.exp()
+        x = p.sqrt() * signs
+        rows.append(x - p * x.sum(-1, keepdim=True))
     return torch.stack(rows)
 
 

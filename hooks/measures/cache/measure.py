@@ -21,7 +21,7 @@ from hooks.collapse import check_sparse
 from hooks.errors import UnsupportedModelError
 from hooks.measures.cache.affine import KIVI
 from hooks.measures.cache.errors import ScoreRows, direction_error, first_tokens_of, norm_error
-from hooks.measures.cache.fisher import Gradients, draw_tokens, risk_of
+from hooks.measures.cache.fisher import Gradients, draw_seeds, risk_of
 from hooks.measures.cache.formats import (
     ROLES,
     CacheFormat,
@@ -91,11 +91,11 @@ def cache_risk(
         risk = 1/2 sum_t E[(g_t . (x'_t - x_t))^2]
 
     in nats, where x'_t is what the format gives back for a key or value x_t and g_t the gradient of
-    the log-probabilities of tokens that the model draws: KL(clean || cached) to second order, for a
-    cache in this one layer. One pass, and one backward pass per sample, for all layers and formats
-    together. Errors of norms, directions and scores are exact, and so are the sparse rows whose
-    arg max moves. Each prompt is written to a cache of its own, all at once, and read when it is
-    whole.
+    the logits along random vectors whose mean square is their Fisher information diag(p) - p p^T:
+    KL(clean || cached) to second order, for a cache in this one layer. One pass, and one backward
+    pass per sample, for all layers and formats together. Errors of norms, directions and scores are
+    exact, and so are the sparse rows whose arg max moves. Each prompt is written to a cache of its
+    own, all at once, and read when it is whole.
 
     Args:
         model, tokens, decoder_tokens, layers, attention_mask, prepend_bos, name: as in
@@ -106,10 +106,10 @@ def cache_risk(
         formats: names such as ``"q4_0"`` or ``"quanto-int4 group=32"``, or the classes of
             :mod:`hooks.measures.cache`. Default: those of ``DEFAULT_FORMATS`` that store the
             model's heads; the report names the others.
-        samples: tokens drawn at each position, each draw a backward pass; 0: no risk, and no
+        samples: random vectors at each position, each a backward pass; 0: no risk, and no
             gradients.
         sparse: least maximum of a sparse row.
-        seed: of the drawn tokens.
+        seed: of the random vectors.
         first_prompt: index of the first prompt, where this is part of a corpus: see
             :meth:`CacheRisk.merge`.
 
@@ -251,12 +251,11 @@ class _Run:
     def _risk(self, logits: Any, indices: Sequence[int]) -> None:
         assert self.gradients is not None
 
-        def tokens(log_p: Tensor, sample: int) -> Tensor:
-            seeds = [(self.seed, self.first_prompt + i, sample) for i in indices]
+        def seeds(log_p: Tensor, sample: int) -> Tensor:
             self.sums["positions"][list(indices)] = log_p.shape[1]
-            return draw_tokens(log_p, seeds)
+            return draw_seeds(log_p, [(self.seed, self.first_prompt + i, sample) for i in indices])
 
-        for found in self.gradients.of(logits, tokens, self.samples):
+        for found in self.gradients.of(logits, seeds, self.samples):
             with torch.no_grad():
                 for (index, role), gradient in found.items():
                     if not bool(torch.isfinite(gradient).all()):

@@ -16,7 +16,7 @@ import hooks
 from hooks import CacheRisk, UnsupportedModelError, cache_risk
 from hooks.measures.cache import read_format, stored
 from hooks.measures.cache.errors import ScoreRows
-from hooks.measures.cache.fisher import draw_tokens
+from hooks.measures.cache.fisher import draw_seeds
 from hooks.model import evaluating, hooked
 from hooks.sites import as_hooked
 from tests.support import models
@@ -173,10 +173,10 @@ def test_the_risk_is_that_of_directional_derivatives() -> None:
 def _slopes(
     model: Any, prompt: Any, sites: Any, role: Any, form: str, where: tuple[int, int]
 ) -> list[float]:
-    """d/ds sum_t log p(y_t) along one vector's error, for the three drawn rows of tokens."""
+    """d/ds sum_t u_t . z_t along one vector's error, for three drawn u."""
     site, (at, head) = sites.vector(role).dot, where
 
-    def log_p(step: float) -> torch.Tensor:
+    def logits(step: float) -> torch.Tensor:
         def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
             apart = site.by_position(x).clone()
             back = stored(read_format(form), role, apart.transpose(1, 2)).transpose(1, 2)
@@ -184,24 +184,46 @@ def _slopes(
             return as_hooked(site, apart)
 
         with evaluating(model), hooked(model, [(site.hook, put)]):
-            return model(prompt).log_softmax(-1)
+            return model(prompt)
 
     step = 1e-4
-    middle, plus, minus = log_p(0.0).float(), log_p(step), log_p(-step)
-    out = []
-    for sample in range(3):
-        drawn = draw_tokens(middle, [(5, 0, sample)])[..., None]
-        change = (plus - minus).gather(-1, drawn).sum() / (2 * step)
-        out.append(float(change))
-    return out
+    log_p = logits(0.0).float().log_softmax(-1)
+    change = (logits(step) - logits(-step)) / (2 * step)
+    drawn = [draw_seeds(log_p, [(5, 0, sample)]) for sample in range(3)]
+    return [float((u * change).sum()) for u in drawn]
 
 
-def test_drawn_tokens_have_the_models_frequencies() -> None:
-    log_p = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log().expand(20_000, 4)[None]
-    drawn = draw_tokens(log_p, [(0, 1)])
-    share = torch.bincount(drawn.flatten(), minlength=4) / 20_000
-    torch.testing.assert_close(share, torch.tensor([0.5, 0.25, 0.125, 0.125]), atol=0.015, rtol=0)
-    assert torch.equal(drawn, draw_tokens(log_p, [(0, 1)]))
+P = [0.5, 0.25, 0.2, 0.049, 0.001, 0.0]
+
+
+def test_seeds_have_the_fisher_information_of_the_logits() -> None:
+    n, p = 40_000, torch.tensor(P)
+    u = draw_seeds(p.log().expand(1, n, 6), [(0, 1)])[0]
+    torch.testing.assert_close(u.sum(-1), torch.zeros(n), atol=1e-6, rtol=0)  # softmax ignores it
+    fisher, found = torch.diag(p) - torch.outer(p, p), u.T @ u / n
+    scatter = torch.einsum("ni,nj->nij", u, u).std(0) / n**0.5
+    assert ((found - fisher).abs() <= 5 * scatter + 1e-6).all()
+    assert (u[:, -1] == 0).all()  # a token that is impossible
+
+
+def test_seeds_of_a_prompt_are_its_own(llama: Any) -> None:
+    log_p = torch.randn(3, 7, 11).log_softmax(-1)
+    both = draw_seeds(log_p, [(0, 1), (0, 2), (0, 1)])
+    assert torch.equal(both[1:2], draw_seeds(log_p[1:2], [(0, 2)]))
+    signs = [(u / p.sqrt() > 0) for u, p in zip(both, log_p.exp(), strict=True)]
+    assert not torch.equal(signs[0], signs[1])
+
+
+def test_seeds_tell_more_of_rare_tokens_than_drawn_tokens_do() -> None:
+    """Squares with one mean: those along a rare token's logit scatter less."""
+    p = torch.tensor(P).double()
+    u = draw_seeds(p.log().expand(1, 40_000, 6), [(3,)])[0][:, 4]
+    rare = p[4]
+    drawn = torch.tensor([(1 - rare) ** 2, rare**2])  # the token's score, drawn or not
+    mean = rare * drawn[0] + (1 - rare) * drawn[1]
+    spread = rare * drawn[0] ** 2 + (1 - rare) * drawn[1] ** 2 - mean**2
+    assert float((u**2).mean()) == pytest.approx(float(mean), rel=0.02)
+    assert float((u**2).var()) < float(spread) / 100
 
 
 def test_the_risk_predicts_the_kl_of_small_errors(llama: Any) -> None:

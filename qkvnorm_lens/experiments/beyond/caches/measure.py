@@ -34,7 +34,7 @@ BUDGETS: Final = (4.0, 4.5, 5.5)
 PREDICTORS: Final = (
     "risk", "score", "mse", "relative", "gradient", "entropy", "ends", "sigma",
 )  # fmt: skip
-SAMPLES: Final = core.by_size(2, 4, 16)  # of the risk's gradients
+SAMPLES: Final = 2  # of the risk's gradients, as cache_risk has them by default
 NAMES: Final = {
     "risk": "cache risk", "score": "score error", "mse": "mean square error",
     "relative": "relative error", "gradient": "gradient norm", "entropy": "entropy",
@@ -46,7 +46,7 @@ HELD: Final = 256
 RANDOM: Final = 3
 
 
-def measure(subject: Subject, amount: Amount, *, samples: int) -> pd.DataFrame:
+def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
     """One row per layer and format, per recipe and held-out prompt, and one of seconds."""
     import hooks
     from hooks.model import encode
@@ -60,7 +60,7 @@ def measure(subject: Subject, amount: Amount, *, samples: int) -> pd.DataFrame:
         model,
         known,
         formats=watched.formats,
-        samples=samples,
+        samples=SAMPLES,
         progress=False,
         batch_size=len(known),
     )
@@ -146,9 +146,8 @@ def _choices(layers: pd.DataFrame, watched: Watched) -> dict[tuple[str, float], 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model, and for a language model one that decodes."""
-    samples = SAMPLES[size]
-    how = partial(measure, samples=samples)
-    out = reading_parts(subjects, AMOUNT[size], how, formats=list(FORMATS), samples=samples)
+    how = {"formats": list(FORMATS), "samples": SAMPLES, "gradients": "along signs"}
+    out = reading_parts(subjects, AMOUNT[size], measure, **how)
     for s in subjects:
         if s.kind == "language" and not s.placement:  # transformers decodes those it can load
             work = partial(decoding, s, STEPS[size])

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hooks.measures.cache import Gradients, choose, draw_tokens, read_format, stored
+from hooks.measures.cache import Gradients, choose, read_format, stored
 from hooks.model import Prompts, evaluating, hooked, model_pass
 from hooks.sites import LayerSites, LayerView, as_hooked, observe
 
@@ -84,8 +84,8 @@ class Watched:
             leaves = Gradients(self.layers)
             with evaluating(self.model), torch.enable_grad(), hooked(self.model, leaves.hooks()):
                 logits = given.run(self.model)
-                seeds = [(1, i) for i in indices]
-                for found in leaves.of(logits, lambda p, _, s=seeds: draw_tokens(p, s), 1):  # type: ignore[misc]
+                draws = torch.Generator().manual_seed(indices[0])
+                for found in leaves.of(logits, lambda p, _, g=draws: _of_tokens(p, g), 1):  # type: ignore[misc]
                     for at, g in found.items():
                         out[at] = out.get(at, 0.0) + float(g.square().sum())
         return {at: square**0.5 for at, square in out.items()}
@@ -189,6 +189,13 @@ class Watched:
                     }
                 )
         return pd.DataFrame(rows)
+
+
+def _of_tokens(log_p: Tensor, draws: torch.Generator) -> Tensor:
+    """The gradient, by logits, of the log-probability of a token drawn at each position."""
+    p = log_p.exp()
+    drawn = torch.multinomial(p.flatten(0, 1), 1, generator=draws).view(*p.shape[:2], 1)
+    return (-p).scatter_add(-1, drawn, torch.ones_like(p))
 
 
 def _through(sites: LayerSites, role: Any, name: str) -> tuple[str, Any]:

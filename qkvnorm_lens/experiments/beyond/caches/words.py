@@ -41,7 +41,7 @@ def text(table: pd.DataFrame) -> Iterator[str]:
 _LEGEND: Final = (
     "Spearman's rank correlation over layers with isolated KL: KL(clean || cached) of the output, "
     "with one layer's keys (then its values) in the format, both added up. Cache risk: 1/2 sum_t "
-    "E[(g_t . dx_t)^2] of the same prompts, over drawn tokens; the last column is the sum of its "
+    "E[(g_t . dx_t)^2] of the same prompts, two gradients each; the last column is the sum of its "
     "nats over that of the isolated ones. Score error: variance of the scores' errors under the "
     "row's attention (values: relative error). Gradient norm, entropy, the first and last two "
     "layers and norm-only sigma weigh a layer's relative error."
