@@ -66,7 +66,7 @@ def table(kl: dict[str, list[float]]) -> pd.DataFrame:
         for prompt, value in enumerate(values):
             own = {"choice": choice, "budget": 4.5, "bits": 4.5, "prompt": prompt}
             rows.append({"what": "recipe", **own, "kl": value, "agreement": 1 - value})
-    rows.append({"what": "seconds", "risk": 1.0, "isolated": 30.0})
+    rows.append({"what": "seconds", "risk": 1.0, "more": 2.0, "isolated": 30.0})
     return pd.DataFrame(rows).assign(model="m", group="m", placement="", seed=0)
 
 
@@ -103,9 +103,10 @@ def test_the_words_name_lost_and_undecided_cases() -> None:
     assert (
         "higher KL than mean square error; over prompts it is not decided against isolated" in said
     )
-    assert "30 times as long" in said
-    ranks, cost = words.claims(table(KL))
-    assert ranks.same == cost.same == "yes"
-    assert cost.ours == "30 times as long"
-    dear = table(KL).replace({"isolated": {30.0: 19.0}})
-    assert [claim.same for claim in words.claims(dear)] == ["yes", "no"]
+    assert "8 gradients, errors of rows included: 2 s. It ranks layers as isolated KL" in said
+    few, more = words.claims(table(KL))
+    assert (few.same, more.same) == ("yes", "in part")  # right, but 15 times cheaper, not 20
+    assert "in 1 of 1 formats (1.00 to 1.00); isolated KL takes 30 times as long" in few.ours
+    wrong = table(KL)
+    wrong["more"] = -wrong["more"].where(wrong["what"] == "layer", -wrong["more"])
+    assert [claim.same for claim in words.claims(wrong)] == ["yes", "no"]

@@ -32,11 +32,13 @@ MENU: Final = ("q8_0", "q5_0", "q4_0", "quanto-int2")
 STEPS: Final = {"smoke": 4, "quick": 50, "full": 1_000}
 BUDGETS: Final = (4.0, 4.5, 5.5)
 PREDICTORS: Final = (
-    "risk", "score", "mse", "relative", "gradient", "entropy", "ends", "sigma",
+    "risk", "more", "score", "mse", "relative", "gradient", "entropy", "ends", "sigma",
 )  # fmt: skip
-SAMPLES: Final = 2  # of the risk's gradients, as cache_risk has them by default
+GRADIENTS: Final = {"risk": 2, "more": 8}
+"""Of the risk: as many as `hooks.cache_risk` has by default, and more."""
 NAMES: Final = {
-    "risk": "cache risk", "score": "score error", "mse": "mean square error",
+    "risk": "cache risk", "more": "cache risk, 8 gradients",
+    "score": "score error", "mse": "mean square error",
     "relative": "relative error", "gradient": "gradient norm", "entropy": "entropy",
     "ends": "first and last two layers", "sigma": "norm-only sigma",
     "isolated": "isolated KL", "uniform": "uniform", "random": "random",
@@ -55,18 +57,15 @@ def measure(subject: Subject, amount: Amount) -> pd.DataFrame:
     model, given = subject.load(), read(subject, amount)
     known, held = _split(given)
     watched = Watched(model, list(hooks.attention_sites(model)), encode(model, known), FORMATS)
-    started = time.perf_counter()
-    report = hooks.cache_risk(
-        model,
-        known,
-        formats=watched.formats,
-        samples=SAMPLES,
-        progress=False,
-        batch_size=len(known),
-    )
-    seconds = time.perf_counter() - started
-    layers = _layers(model, watched, report, known)
-    times = pd.DataFrame([{"what": "seconds", "risk": seconds, "isolated": watched.seconds}])
+    how: Any = {"formats": watched.formats, "batch_size": len(known), "progress": False}
+    found, seconds = {}, {}
+    for name, samples in GRADIENTS.items():
+        started = time.perf_counter()
+        report = hooks.cache_risk(model, known, samples=samples, **how)
+        seconds[name] = time.perf_counter() - started
+        found[name] = report.to_frame("layer").set_index(["format", "layer"])
+    layers = _layers(model, watched, found, known)
+    times = pd.DataFrame([{"what": "seconds", **seconds, "isolated": watched.seconds}])
     choices = _choices(layers, watched)
     recipes = watched.judge(encode(model, held), choices)
     table = pd.concat([layers.assign(what="layer"), recipes.assign(what="recipe"), times])
@@ -83,11 +82,12 @@ def _split(given: Reading) -> tuple[list[list[int]], list[list[int]]]:
     return known, [row for i, row in enumerate(given.ids) if i % CALIBRATED][:HELD] or known
 
 
-def _layers(model: Any, watched: Watched, report: Any, ids: Sequence[Any]) -> pd.DataFrame:
+def _layers(
+    model: Any, watched: Watched, found: dict[str, Any], ids: Sequence[Any]
+) -> pd.DataFrame:
     """Isolated KL of each layer, role and format, and every predictor of it."""
     import hooks
 
-    frame = report.to_frame("layer").set_index(["format", "layer"])
     isolated, errors = watched.isolated(), watched.errors()
     gradient, entropy = watched.gradients(), watched.entropy()
     probe = hooks.collapse_probe(model, ids, on="k", strict=False, progress=False)
@@ -96,7 +96,7 @@ def _layers(model: Any, watched: Watched, report: Any, ids: Sequence[Any]) -> pd
     for i, sites in enumerate(watched.layers):
         noise = float(sigma[i])
         for name in watched.formats:
-            of = frame.loc[name, sites.layer]
+            of = found["risk"].loc[name, sites.layer]
             for role in ("k", "v"):
                 mse, relative = errors[name, i, role]
                 rows.append(
@@ -105,7 +105,7 @@ def _layers(model: Any, watched: Watched, report: Any, ids: Sequence[Any]) -> pd
                         "format": name,
                         "role": role,
                         "isolated": isolated[name, i, role],
-                        "risk": of[f"risk_{role}"],
+                        **{n: f.loc[name, sites.layer][f"risk_{role}"] for n, f in found.items()},
                         "score": of["score"] ** 2 if role == "k" else relative,
                         "mse": mse,
                         "relative": relative,
@@ -146,7 +146,7 @@ def _choices(layers: pd.DataFrame, watched: Watched) -> dict[tuple[str, float], 
 
 def parts(subjects: tuple[Subject, ...], size: Size) -> list[Part]:
     """One for each model, and for a language model one that decodes."""
-    how = {"formats": list(FORMATS), "samples": SAMPLES, "gradients": "along signs"}
+    how = {"formats": list(FORMATS), "samples": list(GRADIENTS.values())}
     out = reading_parts(subjects, AMOUNT[size], measure, **how)
     for s in subjects:
         if s.kind == "language" and not s.placement:  # transformers decodes those it can load
