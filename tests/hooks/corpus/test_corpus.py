@@ -186,6 +186,24 @@ class Texts(list[str]):
             yield text
 
 
+def test_a_corpus_says_that_code_is_compiled_first(
+    model: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hooks.kernels.is_ready", lambda function: False)
+    probe_corpus(model, models.shakespeare()[:1], **OPTIONS | {"progress": True})
+    assert capsys.readouterr().err.count("compiling for this processor, once") == 1
+
+
+def test_what_was_done_before_is_no_part_of_the_speed(
+    model: Any, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = probe_corpus(model, texts, out=tmp_path, **OPTIONS)
+    probe_corpus(model, texts, out=tmp_path, **OPTIONS | {"progress": True})
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"corpus: {first.n_tokens} tokens, ")
+    assert ", 0 a second" in line  # all of it was there
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     model: Any, texts: list[str], whole: CollapseReport, number: int, tmp_path: Path

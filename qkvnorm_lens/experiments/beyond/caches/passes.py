@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class Watched:
             with evaluating(self.model), torch.enable_grad(), hooked(self.model, leaves.hooks()):
                 logits = given.run(self.model)
                 draws = torch.Generator().manual_seed(indices[0])
-                for found in leaves.of(logits, lambda p, _, g=draws: _of_tokens(p, g), 1):  # type: ignore[misc]
+                for found in leaves.of(logits, partial(_of_tokens, draws), 1):
                     for at, g in found.items():
                         out[at] = out.get(at, 0.0) + float(g.square().sum())
         return {at: square**0.5 for at, square in out.items()}
@@ -191,11 +192,11 @@ class Watched:
         return pd.DataFrame(rows)
 
 
-def _of_tokens(log_p: Tensor, draws: torch.Generator) -> Tensor:
+def _of_tokens(draws: torch.Generator, log_p: Tensor, sample: int) -> Tensor:
     """The gradient, by logits, of the log-probability of a token drawn at each position."""
     p = log_p.exp()
-    drawn = torch.multinomial(p.flatten(0, 1), 1, generator=draws).view(*p.shape[:2], 1)
-    return (-p).scatter_add(-1, drawn, torch.ones_like(p))
+    drawn = torch.multinomial(p.flatten(0, 1).cpu(), 1, generator=draws).view(*p.shape[:2], 1)
+    return (-p).scatter_add(-1, drawn.to(p.device), torch.ones_like(p))
 
 
 def _through(sites: LayerSites, role: Any, name: str) -> tuple[str, Any]:
