@@ -35,7 +35,8 @@ def experiment_models(folder: Path = EXPERIMENT_MODELS) -> dict[str, Path]:
 
 def is_experiment_model(name: str) -> bool:
     """Whether a name is one that a model of the experiments has, here or not."""
-    return re.fullmatch(r"(study|confound|centred|order|language)-[a-z-]+-\d+", name) is not None
+    kinds = "study|addition|confound|centred|order|language"
+    return re.fullmatch(rf"({kinds})-[a-z-]+-\d+", name) is not None
 
 
 def how_to_get(name: str = "") -> str:

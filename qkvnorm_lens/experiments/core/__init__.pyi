@@ -61,6 +61,7 @@ from .stats import (
     share as share,
 )
 from .studies import (
+    CENTRING_SEEDS as CENTRING_SEEDS,
     CONFOUND_STEPS as CONFOUND_STEPS,
     CONFOUNDS as CONFOUNDS,
     MODELS as MODELS,

@@ -12,6 +12,8 @@ from qkvnorm_lens.training import Run, Split, Texts, get_recipe
 SEEDS: Final = (1, 2, 3)
 PLACEMENTS: Final = ("pre", "qkv", "none")
 STUDY_SEEDS: Final = {"pre": 12, "qkv": 12, "none": 6}  # three decide little of sums
+SHIPPED_SEEDS: Final = {"pre": 4, "qkv": 4}  # beside the shipped models, whose seed is 0
+CENTRING_SEEDS: Final = 8
 CONFOUND_STEPS: Final = 4_000
 
 # Cell of the confound experiment: placement, score scale, weight decay on gains too.
@@ -63,6 +65,12 @@ def study_run(placement: str, seed: int) -> Run:
     return Run(config, "small-train", recipe, steps=16_000, seed=seed, bf16=True)
 
 
+def shipped_run(placement: str, seed: int) -> Run:
+    """Another seed of a shipped model: 4 layers of width 128, some twenty minutes of one core."""
+    config = named_config("small", placement, seed=100 + seed)
+    return Run(config, "small-train", "modern", steps=10_000, seed=seed, bf16=True)
+
+
 def confound_run(cell: str, seed: int) -> Run:
     """A cell of the confound experiment: the study model, 4,000 steps, some three minutes."""
     placement, scale, decay = CONFOUNDS[cell]
@@ -108,11 +116,24 @@ def runs() -> dict[str, Run]:
         for p in PLACEMENTS
         if seed <= STUDY_SEEDS[p]
     }
+    shipped = {
+        f"addition-{p}-{seed}": shipped_run(p, seed)
+        for seed in range(1, max(SHIPPED_SEEDS.values()) + 1)
+        for p in SHIPPED_SEEDS
+    }
     confound = {f"confound-{c}-{seed}": confound_run(c, seed) for seed in SEEDS for c in CONFOUNDS}
-    centring = {f"{c}-{seed}": centring_run(c, seed) for seed in SEEDS for c in CENTRING}
+    centring = {
+        f"{name}-{seed}": run(cell, seed)
+        for seed in range(1, CENTRING_SEEDS + 1)
+        for centred, control in CENTRING.items()
+        for name, cell, run in (
+            (f"confound-{control}", control, confound_run),
+            (centred, centred, centring_run),
+        )
+    }
     order = {f"order-{c}-{seed}": order_run(c, seed) for seed in SEEDS for c in ORDERS}
     language = {f"language-{c}-{seed}": language_run(c, seed) for seed in SEEDS for c in LANGUAGE}
-    return study | confound | centring | order | language
+    return study | shipped | confound | centring | order | language
 
 
 def trained(prefix: str = "") -> dict[str, Path]:

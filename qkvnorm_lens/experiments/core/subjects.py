@@ -23,8 +23,9 @@ from qkvnorm_lens.models import (
 def default_subjects(size: Size) -> tuple[Subject, ...]:
     """The study models, where they are here, and the shipped ones; few in the small forms.
 
-    ``full``: all; ``quick``: the shipped ones and the first seed of each study model; ``smoke``:
-    the first seed of Pre-Norm and QKV-Norm (without study models: the shipped ones).
+    ``full``: all, and further seeds of the shipped ones; ``quick``: the shipped ones and the first
+    seed of each study model; ``smoke``: the first seed of Pre-Norm and QKV-Norm (without study
+    models: the shipped ones).
     """
     study = trained("study-")
     if size == "smoke":
@@ -37,7 +38,8 @@ def default_subjects(size: Size) -> tuple[Subject, ...]:
     else:
         chosen = list(study.values())
     shipped = [] if size == "smoke" else [checkpoint_path(name) for name in checkpoints()]
-    return tuple(_from_directory(path.name, path) for path in [*chosen, *shipped])
+    further = trained("addition-").values() if size == "full" else []
+    return tuple(_from_directory(path.name, path) for path in [*chosen, *shipped, *further])
 
 
 def find_subjects(names: Sequence[str]) -> tuple[Subject, ...]:

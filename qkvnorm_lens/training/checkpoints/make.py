@@ -92,19 +92,30 @@ def accuracy(run: Run, model: QKVNormTransformer, rows: int) -> dict[str, Any]:
 
 
 def install(
-    name: str, run: Run, model: QKVNormTransformer, log: Path, folder: Path, *, command: str
+    name: str,
+    run: Run,
+    model: QKVNormTransformer,
+    log: Path,
+    folder: Path,
+    *,
+    command: str,
+    rounded: bool = False,
 ) -> dict[str, Any]:
     """Write a trained model with its card and log into a folder; returns the card.
 
-    A language model's weights are rounded to bfloat16, which is what its card is about.
+    Args:
+        name: of the model.
+        run: that made it.
+        model: as trained.
+        log: of the training.
+        folder: where to write it.
+        command: that makes it again.
+        rounded: round the weights to bfloat16, which is then what the card is about.
     """
-    if isinstance(run.split, Texts):
+    model.tokenizer = text_tokenizer() if isinstance(run.split, Texts) else build_tokenizer()
+    if rounded:
         model.to(torch.bfloat16).to(model.cfg.dtype)
-        model.tokenizer = text_tokenizer()
-        model.write(folder, torch.bfloat16)
-    else:
-        model.tokenizer = build_tokenizer()
-        model.write(folder)
+    model.write(folder, torch.bfloat16 if rounded else model.cfg.dtype)
     shutil.copyfile(log, folder / "log.csv")
     made = card(name, run, model, command)
     write_card(made, folder / "card.json")

@@ -15,7 +15,7 @@ from qkvnorm_lens.experiments.paper.accuracy import accuracies
 SUMS: Final = core.by_size(200, 2_000, 20_000)
 PAIRS: Final = {"pre": ("confound-pre", "centred-pre")}
 """By placement: the runs with A, and those with A - U."""
-SEEDS: Final = (1, 2, 3)
+SEEDS: Final = tuple(range(1, core.CENTRING_SEEDS + 1))
 LAST: Final = 5  # rows of the log: the final loss is their mean
 FINAL: Final = "final loss"
 WHOLE: Final = "mean loss"
