@@ -39,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = f"python -m qkvnorm_lens.experiments.train {name}"
         folder = options.folder / name
         rounded = name.startswith(("language-", "addition-"))  # the large ones, to halve a clone
-        install(
-            name, known[name], model, out / "log.csv", folder, command=command, rounded=rounded
-        )
+        install(name, known[name], model, out / "log.csv", folder, command=command, rounded=rounded)
     return 0
 
 
