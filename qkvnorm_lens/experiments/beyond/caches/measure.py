@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qkvnorm_lens.experiments.beyond.caches.passes import Watched
 
 AMOUNT: Final = core.by_size(
-    Amount(16, 2, 24), Amount(64, 4, 32), Amount(3072, 36, 128, books=True)
+    Amount(16, 2, 24), Amount(64, 4, 32), Amount(3072, 24, 128, books=True)
 )
 FORMATS: Final = ("fp8-e4m3", "q8_0", "q5_0", "q4_0", "quanto-int2")
 MENU: Final = ("q8_0", "q5_0", "q4_0", "quanto-int2")
