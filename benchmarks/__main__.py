@@ -22,7 +22,17 @@ from benchmarks._document import document
 from benchmarks._side_by_side import CLOCKS, ROOT, THREADS, machine, write_json
 
 DOCS = ROOT / "docs"
-PARTS = ("one_pass", "kernel", "scaling", "sweep", "measures", "memory", "startup", "training")
+PARTS = (
+    "one_pass",
+    "kernel",
+    "scaling",
+    "sweep",
+    "measures",
+    "caches",
+    "memory",
+    "startup",
+    "training",
+)
 HOURS = ("corpus",)  # run only by name
 QUICK = {
     "corpus": ["--tokens", "40000"],
@@ -31,6 +41,7 @@ QUICK = {
     "startup": ["--repeats", "2"],
     "sweep": ["--rounds", "2"],
     "measures": ["--repeats", "1", "--cases", "addition"],
+    "caches": ["--repeats", "1", "--cases", "addition"],
     "memory": ["--lengths", "512", "--layers", "2", "8"],
     "kernel": ["--repeats", "2"],
     "training": ["--steps", "10", "--repeats", "1"],
@@ -77,7 +88,7 @@ def main() -> None:
         results["machine"] = machine()
     for name in options.only:
         arguments = QUICK.get(name, []) if options.quick else []
-        if name in ("one_pass", "scaling", "measures", "training"):
+        if name in ("one_pass", "scaling", "measures", "caches", "training"):
             arguments = [*arguments, "--clock", options.clock]
         if name == "scaling":
             arguments = [*arguments, "--figures", str(figures)]

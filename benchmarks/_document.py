@@ -69,6 +69,10 @@ scores.
 MEASURES = """One call of each over the prompts of one forward pass; the floor is what it can't do
 without: its passes, the singular values that it reports. The self-check is left out.
 """
+CACHES = """What it takes to rank layers for a quantised cache in five formats. Isolated KL, the
+reference, is a pass for each layer and format, keys and values in one; `cache_risk` is one pass, a
+backward pass for each sample, and the formats' errors. Below: how the timed risks rank the layers.
+"""
 MEMORY = """Peaks of a process each, over the same pass ended at the last attention; wanted: at
 most two layers' scores at 1,024 tokens, whatever the layers, sigmas and draws.
 """
@@ -90,6 +94,7 @@ def document(results: dict[str, Any]) -> str:
         "scaling": _scaling,
         "sweep": _tables("Noise sweeps"),
         "measures": _tables("The other measures", MEASURES),
+        "caches": _tables("Which layers bear a quantised cache", CACHES),
         "memory": _tables("Memory", MEMORY),
         "corpus": _corpus,
         "startup": _tables("Start-up", "Fresh processes; medians."),

@@ -21,19 +21,23 @@ class Amount:
 
     Args:
         sums: by an addition model.
-        windows: of the built-in passage, by a language model.
+        windows: at most, by a language model: the first of the built-in passage, of which there
+            are some nine of 128 tokens, or windows that lie evenly over the held-out books.
         length: tokens of a window at most.
+        books: the held-out books.
     """
 
     sums: int
     windows: int
     length: int = 128
+    books: bool = False
 
-    def settings(self, subject: Subject) -> dict[str, int]:
+    def settings(self, subject: Subject) -> dict[str, int | str]:
         """What of it a part about this model depends on."""
         if subject.kind == "addition":
             return {"sums": self.sums}
-        return {"windows": self.windows, "length": self.length}
+        read = {"windows": self.windows, "length": self.length}
+        return read | ({"text": "held-out books"} if self.books else {})
 
 
 AMOUNT: Final = by_size(Amount(16, 1), Amount(64, 4), Amount(256, 16))
@@ -55,13 +59,11 @@ class Reading:
 
 
 def reading(subject: Subject, amount: Amount) -> Reading:
-    """Sums drawn with a fixed seed, or windows of the built-in passage."""
-    from qkvnorm_lens import text
-
+    """Sums drawn with a fixed seed, or windows of a text."""
     if subject.kind == "language":
         model = subject.load()
         length = min(amount.length, int(getattr(model.cfg, "n_ctx", 0) or amount.length))
-        ids = text.windows(model, text.passage(), length=length, limit=amount.windows).ids
+        ids = _over_books(model, amount, length) if amount.books else _first(model, amount, length)
         return Reading(ids, [[*row[1:], UNSCORED] for row in ids])
     from qkvnorm_lens.training import PAD, draw
 
@@ -72,6 +74,24 @@ def reading(subject: Subject, amount: Amount) -> Reading:
         ids.append(real)
         targets.append([UNSCORED if t == PAD else t for t in wanted[: len(real)]])
     return Reading(ids, targets)
+
+
+def _first(model: Any, amount: Amount, length: int) -> list[list[int]]:
+    from qkvnorm_lens.text import passage, windows
+
+    return windows(model, passage(), length=length, limit=amount.windows).ids
+
+
+def _over_books(model: Any, amount: Amount, length: int) -> list[list[int]]:
+    """Whole windows that lie evenly over the held-out books."""
+    from qkvnorm_lens.text import windows
+    from qkvnorm_lens.training.texts import held_out_text
+
+    text = held_out_text().replace("\f", "\n")
+    cut = windows(model, text, length=length, limit=len(text)).ids
+    whole = [ids for ids in cut if len(ids) == length]
+    n = min(amount.windows, len(whole))
+    return [whole[(2 * i + 1) * len(whole) // (2 * n)] for i in range(n)]
 
 
 def reading_parts(

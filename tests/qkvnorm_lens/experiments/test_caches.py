@@ -12,6 +12,8 @@ import hooks
 from hooks.model import encode
 from qkvnorm_lens.experiments.beyond.caches import measure, words
 from qkvnorm_lens.experiments.beyond.caches.passes import Watched
+from qkvnorm_lens.experiments.core import Amount, find_subjects, reading
+from qkvnorm_lens.training.texts import held_out_tokens
 from tests.support import models
 
 FORMATS = ("fp8-e4m3", "quanto-int2 group=8", "q4_0")
@@ -33,8 +35,12 @@ def test_passes_that_begin_at_a_layer_give_what_whole_ones_give(
 ) -> None:
     short = watched.isolated()
     monkeypatch.setattr(watched, "_streams", lambda clean: None)
-    assert short == watched.isolated()
-    assert min(short.values()) > 0
+    whole = watched.isolated()
+    assert short.keys() == whole.keys()
+    for at, nats in short.items():
+        np.testing.assert_array_equal(nats, whole[at])
+        assert nats.shape == watched.positions.shape == (3,)
+        assert (nats > 0).all()
     assert watched.seconds > 0
 
 
@@ -45,7 +51,8 @@ def test_the_risk_and_isolated_kl_agree_on_layers_that_differ(watched: Watched) 
     frame, isolated = report.to_frame("layer"), watched.isolated()
     for i in range(2):
         for role in ("k", "v"):
-            ratio = frame[f"risk_{role}"][i] / isolated[FORMATS[0], i, role]
+            nats = isolated[FORMATS[0], i, role].sum() / watched.positions.sum()
+            ratio = frame[f"risk_{role}"][i] / nats
             assert 0.5 < ratio < 2
 
 
@@ -60,6 +67,7 @@ def table(kl: dict[str, list[float]]) -> pd.DataFrame:
     for layer, isolated in enumerate((1.0, 2.0, 3.0, 4.0)):
         for role in ("k", "v"):
             own = dict.fromkeys(measure.PREDICTORS, isolated) | {"score": -isolated}
+            own |= {"even": isolated, "odd": (isolated - 2) ** 2}
             each = {"layer": layer, "format": "q4_0", "role": role, "isolated": isolated}
             rows.append({"what": "layer", **each, **own})
     for choice, values in kl.items():
@@ -86,6 +94,7 @@ def test_ranks_are_those_of_the_layers() -> None:
     assert found["risk"] == pytest.approx(1)
     assert found["score"] == pytest.approx(-1)
     assert found["ratio"] == pytest.approx(1)
+    assert found["halves"] == pytest.approx(3 / 22.5**0.5)  # ranks 1, 2, 3, 4 and 2.5, 1, 2.5, 4
 
 
 def test_recipes_are_compared_prompt_by_prompt() -> None:
@@ -110,3 +119,20 @@ def test_the_words_name_lost_and_undecided_cases() -> None:
     wrong = table(KL)
     wrong["more"] = -wrong["more"].where(wrong["what"] == "layer", -wrong["more"])
     assert [claim.same for claim in words.claims(wrong)] == ["yes", "no"]
+
+
+def test_windows_lie_evenly_over_the_held_out_books() -> None:
+    (subject,) = find_subjects(["language-pre-1"])
+    few, more, all_ = (
+        reading(subject, Amount(1, n, 32, books=True)).ids for n in (3, 9, 1_000_000)
+    )
+    assert few == more[1::3]  # the middles of thirds are those of every third ninth
+    assert {len(ids) for ids in all_} == {32}
+    assert {ids[0] for ids in all_} == {0}  # each begins with <s>
+    text = held_out_tokens()
+    assert len(all_) == pytest.approx(len(text) / 31, rel=0.02)
+    assert all_[0][1:] == text[:31].tolist()
+    at = all_.index(few[1])
+    assert at == len(all_) // 2
+    assert Amount(1, 3, 32).settings(subject) == {"windows": 3, "length": 32}
+    assert Amount(1, 3, 32, books=True).settings(subject)["text"] == "held-out books"

@@ -25,7 +25,9 @@ from qkvnorm_lens.experiments.core import (
 if TYPE_CHECKING:
     from qkvnorm_lens.experiments.beyond.caches.passes import Watched
 
-AMOUNT: Final = core.by_size(Amount(16, 2, 24), Amount(64, 4, 32), Amount(3072, 12, 128))
+AMOUNT: Final = core.by_size(
+    Amount(16, 2, 24), Amount(64, 4, 32), Amount(3072, 24, 128, books=True)
+)
 FORMATS: Final = ("fp8-e4m3", "q8_0", "q5_0", "q4_0", "quanto-int2")
 MENU: Final = ("q8_0", "q5_0", "q4_0", "quanto-int2")
 """What recipes choose from: 8.5, 5.5, 4.5 and 2.5 bits."""
@@ -36,6 +38,8 @@ PREDICTORS: Final = (
 )  # fmt: skip
 GRADIENTS: Final = {"risk": 2, "more": 8}
 """Of the risk: as many as `hooks.cache_risk` has by default, and more."""
+HALVES: Final = ("even", "odd")
+"""Isolated KL of every other prompt: how well the reference ranks layers itself."""
 NAMES: Final = {
     "risk": "cache risk", "more": "cache risk, 8 gradients",
     "score": "score error", "mse": "mean square error",
@@ -90,6 +94,7 @@ def _layers(
 
     isolated, errors = watched.isolated(), watched.errors()
     gradient, entropy = watched.gradients(), watched.entropy()
+    tokens, several = watched.positions, len(watched.positions) > 1
     probe = hooks.collapse_probe(model, ids, on="k", strict=False, progress=False)
     sigma: Any = probe.sigma_at(0.01, by="layer")
     n, rows = len(watched.layers), []
@@ -99,12 +104,17 @@ def _layers(
             of = found["risk"].loc[name, sites.layer]
             for role in ("k", "v"):
                 mse, relative = errors[name, i, role]
+                nats = isolated[name, i, role]
                 rows.append(
                     {
                         "layer": sites.layer,
                         "format": name,
                         "role": role,
-                        "isolated": isolated[name, i, role],
+                        "isolated": nats.sum() / tokens.sum(),
+                        **{
+                            half: nats[at::2].sum() / tokens[at::2].sum() if several else np.nan
+                            for at, half in enumerate(HALVES)
+                        },
                         **{n: f.loc[name, sites.layer][f"risk_{role}"] for n, f in found.items()},
                         "score": of["score"] ** 2 if role == "k" else relative,
                         "mse": mse,
@@ -164,16 +174,22 @@ _LAYER: Final = ["model", "group", "format", "layer"]
 def by_layer(table: pd.DataFrame) -> pd.DataFrame:
     """One row per model, format and layer: keys and values added up."""
     rows = table[table["what"] == "layer"]
-    return rows.groupby(_LAYER, sort=False)[["isolated", *PREDICTORS]].sum().reset_index()
+    columns = ["isolated", *HALVES, *PREDICTORS]
+    return rows.groupby(_LAYER, sort=False)[columns].sum(min_count=1).reset_index()
 
 
 def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's, of each predictor with isolated KL over a model's layers, by format."""
+    """Spearman's, of each predictor with isolated KL over a model's layers, by format.
+
+    ``halves``: isolated KL of one half of the prompts with that of the other.
+    """
     rows = []
     for (model, form), mine in by_layer(table).groupby(["model", "format"], sort=False):
-        found = mine[["isolated", *PREDICTORS]].corr(method="spearman")["isolated"]
+        every = mine[["isolated", *HALVES, *PREDICTORS]].corr(method="spearman")
+        found = every["isolated"][list(PREDICTORS)]
         ratio = mine["risk"].sum() / mine["isolated"].sum()
-        rows.append({"model": model, "format": form, **found[list(PREDICTORS)], "ratio": ratio})
+        halves = every.loc[HALVES]
+        rows.append({"model": model, "format": form, **found, "ratio": ratio, "halves": halves})
     return pd.DataFrame(rows)
 
 

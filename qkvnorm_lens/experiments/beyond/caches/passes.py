@@ -93,8 +93,13 @@ class Watched:
 
     # -- passes with a cache -----------------------------------------------------------------
 
-    def isolated(self) -> dict[tuple[str, int, str], float]:
-        """KL(clean || cached), nats per position, with one layer's keys, or values, in a format.
+    @property
+    def positions(self) -> np.ndarray:
+        """Tokens of each prompt."""
+        return np.array([len(row) for row in self.prompts.first])
+
+    def isolated(self) -> dict[tuple[str, int, str], np.ndarray]:
+        """KL(clean || cached), nats a prompt, with one layer's keys, or values, in a format.
 
         A pass begins at the layer, from the clean pass's stream, where that gives the same to the
         bit; :attr:`seconds` is then the time of one whole pass times their number.
@@ -104,14 +109,18 @@ class Watched:
         self.seconds = time.perf_counter() - started
         self.seconds *= len(self.formats) * len(self.layers)
         streams = self._streams(clean)
-        out: dict[tuple[str, int, str], float] = {}
+        out = {}
         for name, (i, sites), role in itertools.product(
             self.formats, enumerate(self.layers), ROLES
         ):
             begin = None if streams is None else (sites.layer, streams[i])
             now = self._log_p(self.prompts, [_through(sites, role, name)], begin)
-            out[name, i, role] = float(_kl(clean, now)[0].sum()) / sum(map(len, clean))
+            out[name, i, role] = _kl(clean, now)[0]
         return out
+
+    def with_cache(self, sites: LayerSites, name: str) -> list[Tensor]:
+        """Log-probabilities of each prompt's next tokens, this layer's cache in a format."""
+        return self._log_p(self.prompts, [_through(sites, role, name) for role in ROLES])
 
     def _streams(self, clean: Sequence[Tensor]) -> list[dict[int, Tensor]] | None:
         """The stream at each layer, batch by batch; None where passes can't begin there."""

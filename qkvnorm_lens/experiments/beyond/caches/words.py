@@ -28,9 +28,11 @@ MOST: Final = 4  # formats
 def text(table: pd.DataFrame) -> Iterator[str]:
     """Rank correlations, cost, and recipes of equal bits; lost cases by name."""
     found = rank_correlations(table)
-    head = ["model", "format", *(NAMES[name] for name in PREDICTORS), "risk / isolated"]
+    columns = (*PREDICTORS, "halves", "ratio")
+    names = (*(NAMES[name] for name in PREDICTORS), "isolated KL, half and half", "risk / isolated")
+    head = ["model", "format", *names]
     rows = [
-        [r["model"], r["format"], *(_two(r[name]) for name in PREDICTORS), _two(r["ratio"])]
+        [r["model"], r["format"], *(_two(r[name]) for name in columns)]
         for r in found.to_dict("records")
     ]
     yield f"{core.markdown(head, rows)}\n\n{_LEGEND}\n"
@@ -43,10 +45,12 @@ def text(table: pd.DataFrame) -> Iterator[str]:
 _LEGEND: Final = (
     "Spearman's rank correlation over layers with isolated KL: KL(clean || cached) of the output, "
     "with one layer's keys (then its values) in the format, both added up. Cache risk: 1/2 sum_t "
-    "E[(g_t . dx_t)^2] of the same prompts, from two gradients and from eight; the last column is "
-    "the sum of the first one's nats over that of the isolated ones. Score error: variance of the "
-    "scores' errors under the row's attention (values: relative error). Gradient norm, entropy, "
-    "the first and last two layers and norm-only sigma weigh a layer's relative error."
+    "E[(g_t . dx_t)^2] of the same prompts, from two gradients and from eight. Score error: "
+    "variance of the scores' errors under the row's attention (values: relative error). Gradient "
+    "norm, entropy, the first and last two layers and norm-only sigma weigh a layer's relative "
+    "error. Half and half: isolated KL of every other prompt with that of the rest, which is how "
+    "far the reference itself depends on what is read. The last column is the sum of the risk's "
+    "nats over that of the isolated ones."
 )
 
 
