@@ -869,7 +869,7 @@ plt.show()
 # (a few rows, as its rows are few). It is the same head that the
 # [collapse probe](01_collapse_probe.ipynb) names as the first to go.
 #
-# Is that so in other models? The results that come with the repository have three seeds of a
+# Is that so in other models? The results that come with the repository have twelve seeds of a
 # smaller addition model, and a language model, SmolLM2-135M-Instruct, in which the first token is
 # far longer than the others; so there it is done twice, the second time with the first token's
 # own scale spared.
@@ -884,13 +884,13 @@ shares = found.pivot_table("moved_content", ["model", "content_rows"], "first")
 assert (shares.loc["addition-pre"] < 0.01).all(axis=None)
 assert (shares.loc["smollm2-135m-instruct"] > 0.15).all(axis=None)
 seeds = shares[shares.index.get_level_values("model").str.startswith("study-pre")]
-assert 0.02 < seeds["frozen too"].max() < 0.025
-assert (seeds["spared"] == 0).all()
+assert 0.025 < seeds["frozen too"].max() < 0.03
+assert seeds["spared"].max() < 0.006
 shares.map("{:.2%}".format)
 
 # %% [markdown]
-# In the addition models hardly a sparse content row hangs on lengths: 2.4% at the most, in one
-# seed, and none of these once the first token is spared. In the language model few sparse rows
+# In the addition models hardly a sparse content row hangs on lengths: 3% at the most, in one seed,
+# and of these most are rid of it once the first token is spared. In the language model few sparse rows
 # attend to content at all, but of those a large share hangs on the lengths of tokens, even with
 # the first token spared ([tutorial 5](05_language_model.ipynb) looks closer). Whether a model
 # *suffers* from that is another question: it may also have learnt to use lengths. Theorem 2 is no
