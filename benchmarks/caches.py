@@ -1,6 +1,6 @@
 """Cache risk against isolated KL: what it costs to rank a model's layers for a quantised cache.
 
-    python -m benchmarks.caches [--cases smollm2 gpt2] [--repeats 3] [--json FILE]
+    python -m benchmarks.caches [--cases smollm2] [--repeats 3] [--json FILE]
 
 In one process, turn and turn about: a plain pass, `hooks.cache_risk`, and passes with the cache in
 one layer, keys and values at once, of which isolated KL takes one for each layer and format; a few
@@ -65,6 +65,7 @@ def case(name: str, repeats: int, clock: str) -> tuple[list[Row], list[Row], lis
         s * passes for s in seconds[ONE]
     ]
     table = [{"model": of.name} | ratio_row(k, v, seconds[FORWARD]) for k, v in seconds.items()]
+    print(f"{of.name}: timed; isolated KL of every layer and format, minutes", flush=True)
     isolated = watched.isolated()
     checks = [_check(of.name, watched, reports[n], isolated) for n in SAMPLES if n]
     default = seconds[f"cache_risk, {SAMPLES[1]} samples"]
@@ -97,7 +98,7 @@ def _check(model: str, watched: Any, report: Any, isolated: Any) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=list(SHAPES), default=["smollm2", "gpt2"])
+    parser.add_argument("--cases", nargs="+", choices=list(SHAPES), default=["smollm2"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--json", type=Path)

@@ -31,7 +31,9 @@ if "google.colab" in sys.modules and not Path("../tutorials").is_dir():
     get = ["download", "-q", "--no-deps", "--no-binary=qkvnorm-lens", "-d", "download", SOURCE]
     if subprocess.run([*pip, *get]).returncode:
         raise RuntimeError(f"pip finds no {SOURCE!r}: set SOURCE to your repository's address")
-    shutil.unpack_archive(next(Path("download").iterdir()), "source")
+    archive = next(Path("download").iterdir())
+    as_data = {} if archive.suffix == ".zip" else {"filter": "data"}  # only links of its own
+    shutil.unpack_archive(archive, "source", **as_data)
     folder = next(Path("source").iterdir()).resolve()
     subprocess.run([*pip, "install", "-q", f"{folder}[experiments]"], check=True)
     os.chdir(folder / "tutorials")

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from safetensors.torch import load_file
 from scipy import stats
 
 import hooks
@@ -356,6 +357,9 @@ def test_trained_models_are_what_their_command_makes() -> None:
         assert card["run"]["split"] == own, name
         if "text" not in own:
             assert card["accuracy"]["in distribution"]["split"] == own, name
+        kinds = {tensor.dtype for tensor in load_file(path / "model.safetensors").values()}
+        rounded = name.startswith(("language-", "addition-"))
+        assert kinds == {torch.bfloat16 if rounded else torch.float32}, name
 
 
 def test_models_that_are_not_here_are_named_with_what_makes_them(

@@ -512,7 +512,7 @@ def test_missing_runs_are_named_with_their_command(folder: Path) -> None:
 
 
 def test_runs_that_differ_in_more_than_the_fix_are_refused(folder: Path) -> None:
-    assert len(centring.parts((), "full")) == 6
+    assert len(centring.parts((), "full")) == 2 * len(centring.SEEDS)
     path = folder / "centred-pre-1" / "card.json"
     card = json.loads(path.read_text())
     card["run"]["steps"] = 17

@@ -133,9 +133,8 @@ def test_a_killed_run_on_text_ends_with_the_same_bits_and_becomes_a_model(tmp_pa
     assert log == log_of(tmp_path / "whole")
     header = (tmp_path / "cut" / "log.csv").read_text().splitlines()[0]
     assert header == "step,sequences,seconds,lr,loss,held_out,per_token"
-    card = checkpoints.install(
-        "t", run, cut, tmp_path / "cut" / "log.csv", tmp_path / "t", command="x"
-    )
+    log_file = tmp_path / "cut" / "log.csv"
+    card = checkpoints.install("t", run, cut, log_file, tmp_path / "t", command="x", rounded=True)
     assert json.loads(json.dumps(card["run"])) == json.loads(json.dumps(describe(run)))
     bridge = load_model(str(tmp_path / "t"))
     assert trained_on(_source(tmp_path / "t")) is None
