@@ -25,6 +25,12 @@ examples:
 """
 
 
+NO_ENGINE = """\
+No engine that we know takes this mixture; `recipe.cache()` does, in transformers. For vLLM:
+--formats fp8-e4m3,full --together --bits 9. llama.cpp has one type for all layers: --formats q8_0,
+say."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     said = f"a shipped model, a directory or a Hugging Face id [{DEFAULT}]"
@@ -66,6 +72,8 @@ def run(args: argparse.Namespace) -> str:
     report = cache_risk(model, prompts.ids, formats=measured, samples=args.samples, seed=args.seed)
     recipe = report.recipe(args.bits, formats=formats, together=args.together)
     said = f"{report.summary()}\nRead: {prompts.source}.\n\n{rates(report)}\n\n{recipe}"
+    if not any(fits for fits, _ in engines(recipe).values()):
+        said += f"\n\n{NO_ENGINE}"
     if args.out is not None:
         write(args, report, recipe, prompts.source)
         said += f"\n\nThis and more, to open in a browser: {args.out / 'report.html'}"
@@ -96,20 +104,21 @@ def write(args: argparse.Namespace, report: CacheRisk, recipe: CacheRecipe, sour
     report.save(args.out / "report.safetensors")
     report.to_frame().to_csv(args.out / "frame.csv", index=False)
     recipe.save(args.out / "recipe.json")
-    lines = [f"{engine}: {said}" for engine, said in engines(recipe).items()]
+    told = {engine: said for engine, (_, said) in engines(recipe).items()}
+    lines = [f"{engine}: {said}" for engine, said in told.items()]
     (args.out / "engines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    page = cache_page(report, recipe, engines(recipe), source=source)
+    page = cache_page(report, recipe, told, source=source)
     (args.out / "report.html").write_text(page, encoding="utf-8")
 
 
-def engines(recipe: CacheRecipe) -> dict[str, str]:
-    """What each engine is told, or why it can't be."""
+def engines(recipe: CacheRecipe) -> dict[str, tuple[bool, str]]:
+    """Whether each engine can express the recipe, and what it is told, or why it can't be."""
     from hooks.measures.cache import ENGINES
 
     out = {}
     for engine in ENGINES:
         try:
-            out[engine] = recipe.export(engine).strip()
+            out[engine] = True, recipe.export(engine).strip()
         except ValueError as error:
-            out[engine] = f"can't express it: {error}"
+            out[engine] = False, f"can't express it: {error}"
     return out

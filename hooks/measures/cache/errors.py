@@ -23,9 +23,10 @@ CONTENT, SINK = 0, 1
 def norm_error(
     clean: Float[Tensor, "*axes d"], back: Float[Tensor, "*axes d"]
 ) -> Float[Tensor, "*axes"]:
-    """|x'| / |x| - 1; 0 where x is zero."""
+    """|x'| / |x| - 1; 0 where x is zero, infinite where x' overflows."""
     before, after = (torch.linalg.vector_norm(x, dim=-1) for x in (clean, back))
-    return torch.where(before > 0, after / before, 1.0) - 1
+    error = torch.where(before > 0, after / before, 1.0) - 1
+    return error.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def direction_error(
@@ -33,12 +34,12 @@ def direction_error(
 ) -> Float[Tensor, "*axes"]:
     """1 - cos of the angle between x and x', from |x/|x| - x'/|x'||^2 / 2, which does not cancel.
 
-    0 where x is zero, 1 where only x' is.
+    0 where x is zero, 1 where only x' is, or where x' overflows.
     """
     before, after = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (clean, back))
     u, w = (x / n.where(n > 0, 1.0) for x, n in ((clean, before), (back, after)))
     error = (u - w).square().sum(-1) / 2
-    error = torch.where(after[..., 0] > 0, error, 1.0)
+    error = torch.where((after[..., 0] > 0) & error.isfinite(), error, 1.0)
     return torch.where(before[..., 0] > 0, error, 0.0)
 
 
@@ -101,19 +102,22 @@ class ScoreRows:
         e_t: the error of score t. ``score``: sum over rows of the variance of e_t under the row's
         own attention, which adding a constant does not change. ``able``: sparse rows in which
         max e - min e exceeds the margin, so that some order of the same errors would move the arg
-        max. ``moved``: those in which e_t - e_* exceeds the gap of a token t.
+        max. ``moved``: those in which e_t - e_* exceeds the gap of a token t. A row with an error
+        that is no finite number moves, and its variance is infinite.
         """
         e = self._score_errors(error)
+        broken = (~e.isfinite() & self.seen).any(-1)
         mean = (self.pattern * e).sum(-1, keepdim=True)
-        variance = (self.pattern * (e - mean).square()).sum(-1) * self.several
+        variance = (self.pattern * (e - mean).square()).sum(-1).masked_fill(broken, torch.inf)
+        variance = variance.masked_fill(~self.several, 0)
         low = e.masked_fill(~self.seen, torch.inf).amin(-1)
         high = e.masked_fill(~self.seen, -torch.inf).amax(-1)
         at_star = e.gather(-1, self.star[..., None])
         moved = ((e - at_star) > self.gap).any(-1)
         return {
             "score": self.by_kv_head(variance.sum(-1)),
-            "able": self.count(high - low > self.margin),
-            "moved": self.count(moved),
+            "able": self.count((high - low > self.margin) | broken),
+            "moved": self.count(moved | broken),
         }
 
     def _score_errors(self, error: Tensor) -> Tensor:

@@ -2,66 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from hooks.measures.cache.affine import HQQ, KIVI, Quanto
-from hooks.measures.cache.formats import CacheFormat, Float8, Full, text_of
-from hooks.measures.cache.ggml import GGML
+from hooks.measures.cache.formats import CacheFormat, CacheRole, Float8, Full, text_of
+from hooks.measures.cache.ggml import GGML, rotation
 
-Pairs = Sequence[tuple[CacheFormat, CacheFormat]]
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """An attention layer: its index, its formats, and the channels of its heads, if known."""
+
+    layer: int
+    k: CacheFormat
+    v: CacheFormat
+    widths: tuple[int, int] | None = None
+
+    def of(self, role: CacheRole) -> tuple[CacheFormat, int | None]:
+        """The format and the channels of its keys or values."""
+        width = None if self.widths is None else self.widths[role == "v"]
+        return (self.k if role == "k" else self.v), width
+
+
+Layers = Sequence[LayerFormats]
+_WHAT: dict[CacheRole, str] = {"k": "keys", "v": "values"}
 
 
 def _refuse(engine: str, wanted: str, got: str) -> ValueError:
     return ValueError(f"recipe: wanted {wanted}, which is what {engine} has; got {got}")
 
 
-def vllm(layers: Sequence[int], pairs: Pairs) -> str:
+def vllm(layers: Layers) -> str:
     """``--kv-cache-dtype fp8_e4m3 --kv-cache-dtype-skip-layers 0 7``."""
-    kinds = {form for pair in pairs for form in pair if not isinstance(form, Full)}
+    kinds = {form for one in layers for form in (one.k, one.v) if not isinstance(form, Full)}
     wanted = "one float8 format of scale 1 beside full precision"
     for form in kinds:
         if not isinstance(form, Float8) or form.scale != 1.0 or len(kinds) > 1:
             raise _refuse("vLLM", wanted, ", ".join(sorted(map(text_of, kinds))))
-    for layer, (keys, values) in zip(layers, pairs, strict=True):
-        if keys != values:
-            got = f"{text_of(keys)} and {text_of(values)} in layer {layer}"
+    for one in layers:
+        if one.k != one.v:
+            got = f"{text_of(one.k)} and {text_of(one.v)} in layer {one.layer}"
             raise _refuse("vLLM", "keys and values of a layer alike (together=True)", got)
     if not kinds:
         return "--kv-cache-dtype auto"
-    skipped = [str(i) for i, (k, _) in zip(layers, pairs, strict=True) if isinstance(k, Full)]
+    skipped = [str(one.layer) for one in layers if isinstance(one.k, Full)]
     (form,) = kinds
     said = f"--kv-cache-dtype fp8_{getattr(form, 'dtype', '')}"
     return said + (f" --kv-cache-dtype-skip-layers {' '.join(skipped)}" if skipped else "")
 
 
-def llama_cpp(layers: Sequence[int], pairs: Pairs) -> str:
+def llama_cpp(layers: Layers) -> str:
     """``-ctk q8_0 -ctv q4_0``: one type for all keys, one for all values."""
     parts = []
-    for role, forms in zip("kv", zip(*pairs, strict=True), strict=True):
-        some = list(dict.fromkeys(_ggml("llama.cpp", layers, forms)))
+    for role, what in _WHAT.items():
+        some = list(dict.fromkeys(_ggml("llama.cpp", layers, role)))
         if len(some) > 1:
-            wanted = f"one type for the {'keys' if role == 'k' else 'values'} of all layers"
-            raise _refuse("llama.cpp", wanted, " and ".join(some))
+            raise _refuse("llama.cpp", f"one type for the {what} of all layers", " and ".join(some))
+        for one in layers:
+            form, width = one.of(role)
+            if isinstance(form, GGML) and not form.rotated and width and rotation(role, width) > 1:
+                wanted = f"{what} that are rotated, as heads of {width} are"
+                raise _refuse("llama.cpp", wanted, f"{text_of(form)} in layer {one.layer}")
         parts.append(f"-ct{role} {some[0]}")
     return " ".join(parts)
 
 
-def ik_llama(layers: Sequence[int], pairs: Pairs) -> str:
+def ik_llama(layers: Layers) -> str:
     """``-ctk q4_0 -ctk-first q8_0,2 -ctk-last q8_0,1 ...``: a type, and others at the two ends.
 
-    ``-khad`` and ``-vhad`` where the formats are rotated.
+    ``-khad`` and ``-vhad`` where the formats are rotated: there whole heads are.
     """
-    if list(layers) != list(range(len(layers))):
-        raise _refuse("ik_llama.cpp", "every layer from the first one on", f"{list(layers)}")
+    indices = [one.layer for one in layers]
+    if indices != list(range(len(layers))):
+        raise _refuse("ik_llama.cpp", "every layer from the first one on", f"{indices}")
     parts = []
-    for role, forms in zip("kv", zip(*pairs, strict=True), strict=True):
-        types = _ggml("ik_llama.cpp", layers, forms)
+    for role, what in _WHAT.items():
+        types = _ggml("ik_llama.cpp", layers, role)
         runs = [(name, len(list(run))) for name, run in groupby(types)]
         if len(runs) > 3:
             got = ", ".join(f"{n} x {name}" for name, n in runs)
-            what = "keys" if role == "k" else "values"
             wanted = f"a first, a middle and a last run of layers for the {what}"
             raise _refuse("ik_llama.cpp", wanted, got)
         # Of two runs the longer one is the rule.
@@ -70,32 +91,48 @@ def ik_llama(layers: Sequence[int], pairs: Pairs) -> str:
         for i, (name, n) in enumerate(runs):
             if i != middle:
                 parts.append(f"-ct{role}-{'first' if i < middle else 'last'} {name},{n}")
-        if any(isinstance(form, GGML) and form.rotated for form in forms):
+        turned = [_turned(one, role) for one in layers]  # each may refuse
+        if any(turned):
             parts.append(f"-{role}had")
     return " ".join(parts)
 
 
-def _ggml(engine: str, layers: Sequence[int], forms: Iterable[Any]) -> list[str]:
+def _turned(one: LayerFormats, role: CacheRole) -> bool:
+    """Whether ik_llama.cpp's rotation, of whole heads, is the one that was measured."""
+    form, width = one.of(role)
+    if not isinstance(form, GGML) or not form.rotated:
+        return False
+    if width is None:
+        return True
+    size = rotation(role, width)
+    if size not in (1, width):
+        got = f"{text_of(form)} in layer {one.layer}, by blocks of {size} of {width} channels"
+        raise _refuse("ik_llama.cpp", f"{_WHAT[role]} whose whole heads are rotated", got)
+    return size > 1
+
+
+def _ggml(engine: str, layers: Layers, role: CacheRole) -> list[str]:
     out = []
-    for layer, form in zip(layers, forms, strict=True):
+    for one in layers:
+        form, _ = one.of(role)
         if isinstance(form, Full):
             out.append("f16")
         elif isinstance(form, GGML):
             out.append(form.block)
         else:
-            got = f"{text_of(form)} in layer {layer}"
+            got = f"{text_of(form)} in layer {one.layer}"
             raise _refuse(engine, "q8_0, q5_0, q4_0 or full precision", got)
     return out
 
 
-def kvtuner(layers: Sequence[int], pairs: Pairs) -> str:
+def kvtuner(layers: Layers) -> str:
     """KVTuner's YAML: ``nbits_key`` and ``nbits_value`` of each layer."""
     lines = []
-    for layer, pair in zip(layers, pairs, strict=True):
-        lines.append(f"{layer}:")
-        for name, form in zip(("nbits_key", "nbits_value"), pair, strict=True):
+    for one in layers:
+        lines.append(f"{one.layer}:")
+        for name, form in (("nbits_key", one.k), ("nbits_value", one.v)):
             if not isinstance(form, Quanto | HQQ | KIVI):
-                got = f"{text_of(form)} in layer {layer}"
+                got = f"{text_of(form)} in layer {one.layer}"
                 raise _refuse("KVTuner", "integers of 2, 4 or 8 bits (quanto, HQQ, KIVI)", got)
             lines.append(f"  {name}: {form.nbits}")
     return "\n".join(lines) + "\n"

@@ -115,5 +115,6 @@ def draw_seeds(
 def risk_of(
     gradient: Float[Tensor, "batch pos head d"], error: Float[Tensor, "batch pos head d"]
 ) -> Float[Tensor, "batch head"]:
-    """1/2 sum over tokens of (g . dx)^2, nats."""
-    return (gradient * error).sum(-1).double().square().sum(1) / 2
+    """1/2 sum over tokens of (g . dx)^2, nats; infinite where an error is."""
+    nats = (gradient * error).sum(-1).double().square().sum(1) / 2
+    return nats.nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -40,7 +40,7 @@ class GGML:
             is a multiple of 64: keys by the largest that divides the size, values by that of 64.
         paired: put a key's rotary pairs side by side, as the converter does for Llama, Mistral,
             SmolLM and others whose rotary embedding it stores as ``normal``; False for Qwen, Gemma,
-            Phi and others of ``neox``.
+            Phi and others of ``neox``, and for models without one (GPT-2).
     """
 
     block: str = "q8_0"

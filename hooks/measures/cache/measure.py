@@ -143,6 +143,8 @@ def cache_risk(
     run = _Run(model, chosen, prompts, some, sparse, (seed, first_prompt, samples))
     over_batches(model, prompts, batch_size, run.batch, what="cache risk", progress=progress)
     facts = attention_facts(model, sites, chosen, prompts, name)
+    one_stack = all(s.label.startswith("L") for s in sites)
+    facts["attentions"] = [s.layer for s in sites] if one_stack else []
     return run.report(facts, first_prompt)
 
 
@@ -175,10 +177,11 @@ class _Run:
         """Choose formats, once the width of a head is known; make room."""
         if self.sums:
             return
-        n_keys = view.vectors["k"].shape[1]
-        length = max(n_keys, *map(len, self.prompts.decoder or self.prompts.first))
+        prompts = [*enumerate(self.prompts.first), *enumerate(self.prompts.decoder)]
+        lengths = {len(ids): f"prompt {i}" for i, ids in reversed(prompts)}
+        lengths = {view.vectors["k"].shape[1]: "", **lengths}  # images have no list of tokens
         some = map(read_format, DEFAULT_FORMATS) if self.asked is None else self.asked
-        whys = {text_of(f): _refusal(f, view, length) for f in some}
+        whys = {text_of(f): _refusal(f, view, lengths) for f in some}
         refused = {n: why for n, why in whys.items() if why}
         if self.asked is not None and refused:
             raise ValueError("; ".join(f"formats: {n}: {why}" for n, why in refused.items()))
@@ -224,7 +227,10 @@ class _Run:
         rows = ScoreRows(view, self.sparse, first_tokens_of(starts, view.scores.shape[-1]))
         self._put("rows", units, rows.count(rows.several))
         self._put("examined", units, rows.examined())
-        self.sums["vectors"][indices] = view.vectors["k"].shape[1]
+        n_keys = view.vectors["k"].shape[1]
+        if view.index == 0:
+            self.sums["vectors"][indices] = n_keys
+        each = float(self.sums["vectors"][indices[0]]) / n_keys  # cross-attention has other keys
         for role in ROLES:
             clean = view.vectors[role]
             self.sizes[view.index][role] = clean.shape[-1]
@@ -232,9 +238,9 @@ class _Run:
                 back = stored(form, role, clean.transpose(1, 2)).transpose(1, 2)
                 wide, x = back.float(), clean.float()
                 error = wide - x
-                of_norms = norm_error(x, wide).double().square().sum(1)
+                of_norms = norm_error(x, wide).double().square().sum(1) * each
                 self._put(f"norm_{role}", (at, units), of_norms.cpu().numpy())
-                turned = direction_error(x, wide).double().sum(1)
+                turned = direction_error(x, wide).double().sum(1) * each
                 self._put(f"direction_{role}", (at, units), turned.cpu().numpy())
                 if role == "k":
                     for what, found in rows.effects(error).items():
@@ -307,14 +313,20 @@ def _detached(view: LayerView) -> LayerView:
     )
 
 
-def _refusal(form: CacheFormat, view: LayerView, length: int) -> str:
-    """Why a format can't store this layer's keys or values of a prompt, or would change none."""
+def _refusal(form: CacheFormat, view: LayerView, lengths: Mapping[int, str]) -> str:
+    """Why a format can't store this layer's keys or values of a prompt, or would change none.
+
+    ``lengths``: those of all prompts, with the first prompt that has each.
+    """
     window = form.window if isinstance(form, KIVI) else 0
-    if length <= window:
-        return f"wanted a prompt longer than its window of {window} tokens, which stay as they are"
-    for role in ROLES:
-        _, _, heads, d_head = view.vectors[role].shape
-        why = form.refusal(role, heads, length, d_head)
-        if why:
-            return why
+    for length, prompt in lengths.items():
+        who = f"{prompt}, of {length} tokens: " if prompt and len(lengths) > 1 else ""
+        if length <= window:
+            kept = f"its window of {window} tokens, which stay as they are"
+            return f"{who}wanted a prompt longer than {kept}"
+        for role in ROLES:
+            _, _, heads, d_head = view.vectors[role].shape
+            why = form.refusal(role, heads, length, d_head)
+            if why:
+                return f"{who}{why}"
     return ""

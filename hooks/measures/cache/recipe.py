@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooks.arguments import check_booleans, check_choice, check_number, check_path
-from hooks.measures.cache.exports import ENGINES
-from hooks.measures.cache.formats import ROLES, CacheFormat, read_format
+from hooks.arguments import brief, check_booleans, check_choice, check_number, check_path
+from hooks.measures.cache.exports import ENGINES, LayerFormats
+from hooks.measures.cache.formats import ROLES, CacheFormat, Full, read_format
 from hooks.reports import write_whole
 
 Option = tuple[Fraction, float]  # what it costs, what it loses
@@ -32,6 +32,9 @@ class CacheRecipe:
         bits: bits per stored number, scales included.
         risk: predicted KL(clean || cached), nats per token; the sum of the layers' risks.
         budget: the bits that were allowed.
+        attentions: the model's attention layers, in full precision where they have no format; empty
+            for a model with an encoder, whose caches engines number otherwise; None: those named.
+        widths: channels of each layer's keys and values, where they are known.
     """
 
     model: str
@@ -41,6 +44,8 @@ class CacheRecipe:
     bits: float
     risk: float
     budget: float
+    attentions: tuple[int, ...] | None = None
+    widths: tuple[tuple[int, int], ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per layer: layer, keys, values."""
@@ -70,19 +75,39 @@ class CacheRecipe:
                 and ``-ctv``, one type each for all layers. ``"ik_llama.cpp"``: ``-ctk-first`` and
                 its kin, for runs of layers at the two ends. ``"kvtuner"``: its YAML, which has
                 numbers of bits alone. Others (TensorRT-LLM, ModelOpt) take lists of layers:
-                :meth:`layer_lists`.
+                :meth:`layer_lists`. Layers without a format are in full precision.
 
         Raises:
-            ValueError: an unknown engine, or formats that it does not have by layer; names them.
+            ValueError: an unknown engine, or formats that it does not have by layer; names them. A
+                model with an encoder.
         """
         check_choice("engine", engine, ENGINES)
-        return ENGINES[engine](self.layers, self.formats())
+        named = dict(zip(self.layers, self.formats(), strict=True))
+        widths = dict(zip(self.layers, self.widths, strict=False))
+        return ENGINES[engine](
+            [
+                LayerFormats(layer, *named.get(layer, (Full(), Full())), widths.get(layer))
+                for layer in self._attentions()
+            ]
+        )
+
+    def _attentions(self) -> tuple[int, ...]:
+        if self.attentions == ():
+            raise ValueError(
+                "recipe: wanted a model of one stack, whose layers a cache numbers as we do; got "
+                f"one with an encoder or cross-attention, {self.model}"
+            )
+        return self.layers if self.attentions is None else self.attentions
 
     def cache(self) -> Any:
         """A cache for transformers' ``generate(past_key_values=...)``, in these formats.
 
         It gives back what they store, to the bit, and saves no memory itself.
+
+        Raises:
+            ValueError: a model with an encoder.
         """
+        self._attentions()
         from hooks.measures.cache.mixed import MixedCache  # transformers takes long to import
 
         return MixedCache(dict(zip(self.layers, self.formats(), strict=True)))
@@ -107,11 +132,15 @@ class CacheRecipe:
         path = check_path("path", path)
         try:
             found = json.loads(path.read_text("utf-8"))
-            lists = ("layers", "keys", "values")
-            fields: Any = {n: tuple(x) if n in lists else x for n, x in found.items()}
+            lists = ("layers", "keys", "values", "attentions", "widths")
+            fields: Any = {
+                n: tuple(tuple(y) if isinstance(y, list) else y for y in x)
+                if n in lists and x is not None
+                else x
+                for n, x in found.items()
+            }
             recipe = cls(**fields)
-            if not len(recipe.layers) == len(recipe.keys) == len(recipe.formats()):
-                raise ValueError("not a format for each layer's keys and values")
+            _check(recipe)
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"path: wanted a recipe; got {path}: {error}") from error
         return recipe
@@ -127,6 +156,22 @@ class CacheRecipe:
         )
 
 
+def _check(recipe: CacheRecipe) -> None:
+    """Refuse what ``save`` can't have written."""
+    if not len(recipe.layers) == len(recipe.keys) == len(recipe.formats()):
+        raise ValueError("not a format for each layer's keys and values")
+    whole = (
+        *recipe.layers,
+        *(recipe.attentions or ()),
+        *(d for pair in recipe.widths for d in pair),
+    )
+    if len(set(recipe.layers)) < len(recipe.layers) or not all(type(i) is int for i in whole):
+        raise ValueError(f"layers that are no block indices, each once: {brief(recipe.layers)}")
+    for number in (recipe.bits, recipe.risk, recipe.budget):
+        if not isinstance(number, int | float):
+            raise ValueError(f"wanted numbers of bits and nats; got {brief(number)}")
+
+
 # -- the choice -------------------------------------------------------------------------------
 
 
@@ -135,6 +180,7 @@ def best_recipe(report: Any, names: tuple[str, ...], bits: float, together: bool
     bits = check_number("bits", bits, "a number above 0", lambda x: 0 < x < np.inf)
     (together,) = check_booleans(together=together)
     model, frame = report.model, report.to_frame("layer")
+    attentions = model.get("attentions")
     items: list[dict[str, Option]] = []
     stored = 0
     for i, (layer, heads) in enumerate(zip(report.settings.layers, model["kv_heads"], strict=True)):
@@ -145,8 +191,15 @@ def best_recipe(report: Any, names: tuple[str, ...], bits: float, together: bool
             stored += n
             bits_of = {name: Fraction(read_format(name).bits(role, width)) for name in names}
             risk = {"full": 0.0, **dict(mine[f"risk_{role}"])}
-            of.append({name: (n * bits_of[name], float(risk[name])) for name in names})
-        items += [{n: _plus(*(part[n] for part in of)) for n in names}] if together else of
+            bear = [name for name in names if np.isfinite(risk[name])]  # not what overflows
+            of.append({name: (n * bits_of[name], float(risk[name])) for name in bear})
+        if together:
+            both = [name for name in names if all(name in part for part in of)]
+            of = [{name: _plus(*(part[name] for part in of)) for name in both}]
+        if not all(of):
+            wanted = f"one that does not overflow in layer {layer}"
+            raise ValueError(f"formats: wanted {wanted}; got {', '.join(names)}")
+        items += of
     chosen = choose(items, Fraction(bits) * stored)
     if chosen is None:
         least = float(sum(min(c for c, _ in item.values()) for item in items) / stored)
@@ -161,6 +214,8 @@ def best_recipe(report: Any, names: tuple[str, ...], bits: float, together: bool
         bits=float(sum(cost for cost, _ in taken) / stored),
         risk=sum(risk for _, risk in taken),
         budget=bits,
+        attentions=None if attentions is None else tuple(attentions),
+        widths=tuple(zip(model["d_key"], model["d_value"], strict=True)),
     )
 
 

@@ -63,7 +63,8 @@ class CacheRisk(CorpusReport):
             ``left_out``: default formats that refuse these heads, and why.
         first_prompt: index of the first prompt, where this is part of a corpus.
         tokens, decoder_tokens: each prompt's tokens as strings; empty where there are none.
-        vectors: keys (and values) of a head.
+        vectors: keys (and values) of a head of the first layer; errors of layers with more or fewer
+            (cross-attention) are scaled to as many.
         positions: at which the output was compared; 0 without samples.
         examined: rows (of the query heads that read this head) with two or more visible keys.
         rows: sparse ones among them, ties left out.
@@ -270,10 +271,10 @@ class CacheRisk(CorpusReport):
             parts.append(f"No row has a maximum >= {s.sparse:g}: no arg max to watch.")
         else:
             most = whole.iloc[int(whole["moved"].to_numpy().argmax())]
-            parts.append(
-                f"Of {rows} sparse rows {most['format']} moves the most, {share(most['moved'])} "
-                f"({percent(most['able'])} could move)."
-            )
+            said = f"Of {rows} sparse rows {most['format']} moves the most, {share(most['moved'])}"
+            if not most["moved"] > 0:
+                said = f"No format moves one of {rows} sparse rows"
+            parts.append(f"{said} ({percent(most['able'])} could move).")
         if self.model["left_out"]:
             parts.append(f"Formats that refuse these heads: {', '.join(self.model['left_out'])}.")
         return " ".join([*parts, told(self.model)])
@@ -282,6 +283,8 @@ class CacheRisk(CorpusReport):
         layers = self.to_frame("layer")
         mine = layers[layers["format"] == name]
         worst, total = mine.iloc[int(mine["risk"].to_numpy().argmax())], mine["risk"].sum()
+        if not np.isfinite(total):
+            return f"{worst['label']} overflows in {name}."
         if not total > 0:
             return "No format costs anything."
         return (

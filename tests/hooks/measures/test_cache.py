@@ -316,6 +316,84 @@ def test_default_formats_that_refuse_the_heads_are_named(llama: Any) -> None:
         measured(llama, formats=["kivi-int4 group=8"])
 
 
+def test_every_prompts_length_counts(llama: Any) -> None:
+    """A format that stores only the longest one is refused, or left out, with the prompt's name."""
+    mixed = [models.tokens(1, 40)[0].tolist(), models.tokens(1, 10)[0].tolist()]
+    with pytest.raises(
+        ValueError, match="prompt 1, of 10 tokens: wanted a prompt longer than its window of 32"
+    ):
+        measured(llama, mixed, formats=["kivi-int2 group=8 window=32"])
+    uneven = [row[:n] for row, n in zip(mixed[:1] * 2, (24, 23), strict=True)]
+    report = measured(llama, uneven, formats=None)
+    assert report.model["left_out"]["quanto-int4"].startswith("prompt 1, of 23 tokens: wanted a")
+    assert "quanto-int4" not in measured(llama, uneven[:1], formats=None).model["left_out"]
+
+
+def scaled(model: Any, part: str, inverse: str, by: float) -> Any:
+    """The same function of the input, with one projection of layer 1 ``by`` times as large."""
+    with torch.no_grad():
+        for name, weight in model.original_model.named_parameters():
+            if "layers.1" in name:
+                weight.mul_(by if part in name else 1 / by if inverse in name else 1)
+    return model
+
+
+def test_what_overflows_is_never_chosen(tmp_path: Path) -> None:
+    """Values of 3e5 are infinite in e5m2; e4m3 and integers bear them badly, but in numbers."""
+    model = scaled(models.tiny_llama(), "v_proj", "o_proj", 3e5)
+    forms = ("fp8-e5m2", *FORMATS)
+    report = measured(model, formats=forms)
+    frame = report.to_frame("layer").set_index(["format", "layer"])
+    assert np.isinf(frame.loc["fp8-e5m2", 1]["risk"])
+    assert "L1 overflows in fp8-e5m2" in str(report)
+    for bits in (6.0, 8.0, 16.0):
+        without = report.recipe(bits, formats=[*FORMATS, "full"])
+        assert report.recipe(bits).risk <= without.risk < np.inf
+    assert report.recipe(16.0).risk == 0
+    with pytest.raises(ValueError, match="formats: wanted one that does not overflow in layer 1"):
+        report.recipe(8.0, formats=["fp8-e5m2"])
+    with pytest.raises(ValueError, match="formats: wanted one that does not overflow in layer 1"):
+        report.recipe(8.0, formats=["fp8-e5m2"], together=True)
+    again = CacheRisk.load(report.save(tmp_path / "r.safetensors"))
+    np.testing.assert_array_equal(again.direction_v, report.direction_v)
+
+
+def test_rows_with_an_infinite_key_move() -> None:
+    model = scaled(models.tiny_llama(), "k_proj", "q_proj", 3e6)
+    frame = measured(model, formats=["fp8-e5m2"], samples=0, sparse=0.2).to_frame("layer")
+    assert frame["rows"][1] > 0
+    assert frame["moved"][1] == frame["able"][1] == 1
+    assert np.isinf(frame["score"][1])
+    assert frame["direction_k"][1] > 0.9
+
+
+def test_layers_with_other_keys_have_their_own_means() -> None:
+    """A decoder's own attention reads 9 tokens, its cross-attention 30."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = models.bridge(T5ForConditionalGeneration, config)
+    how: Any = {"decoder_tokens": models.tokens(1, 9), "formats": FORMATS[:1], "samples": 0}
+    chosen = [2, 3, 4, 5]
+    columns = [f"{what}_{role}" for what in ("norm", "direction") for role in "kv"]
+    whole = measured(model, models.tokens(1, 30), layers=chosen, **how)
+    assert list(whole.to_frame("layer")["label"]) == ["D0", "X0", "D1", "X1"]
+    for layer in chosen:
+        one = measured(model, models.tokens(1, 30), layers=[layer], **how)
+        mine = whole.to_frame("layer").set_index("layer").loc[layer][columns].astype(float)
+        alone = one.to_frame("layer").set_index("layer").loc[layer][columns].astype(float)
+        np.testing.assert_allclose(mine, alone, rtol=1e-12)
+    made = measured(
+        model, models.tokens(1, 30), layers=chosen, **how | {"samples": 1}
+    ).recipe(16.0)  # fmt: skip
+    for ask in (made.cache, lambda: made.export("vllm")):
+        with pytest.raises(ValueError, match=r"recipe: wanted a model of one stack.* an encoder"):
+            ask()
+
+
 def test_attention_to_later_tokens_has_no_cache() -> None:
     from qkvnorm_lens.models.bridge import to_bridge
     from qkvnorm_lens.models.config import QKVNormConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ def report() -> Any:
     return cache_risk(models.tiny_llama(), models.tokens(4), formats=FORMATS, progress=False)
 
 
-def recipe(keys: str, values: str, layers: tuple[int, ...] = ()) -> CacheRecipe:
+def recipe(keys: str, values: str, layers: tuple[int, ...] = (), **facts: Any) -> CacheRecipe:
     """Names separated by commas."""
     named = tuple(keys.split(",")), tuple(values.split(","))
     layers = layers or tuple(range(len(named[0])))
-    return CacheRecipe("m", layers, *named, bits=8.0, risk=0.1, budget=8.0)
+    return CacheRecipe("m", layers, *named, bits=8.0, risk=0.1, budget=8.0, **facts)
 
 
 # -- the choice -------------------------------------------------------------------------------
@@ -105,6 +106,19 @@ def test_a_file_gives_the_recipe(report: Any, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"layers": [1]}')
     with pytest.raises(ValueError, match="path: wanted a recipe; got"):
         CacheRecipe.load(tmp_path / "other.json")
+    written = json.loads((tmp_path / "recipe.json").read_text())
+    for wrong in (
+        {"layers": ["a", "b"]},
+        {"layers": [0, 0]},
+        {"bits": "x"},
+        {"widths": [["y", 1]]},
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(written | wrong))
+        with pytest.raises(ValueError, match="path: wanted a recipe; got"):
+            CacheRecipe.load(tmp_path / "other.json")
+    old = {k: v for k, v in written.items() if k not in ("attentions", "widths")}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert CacheRecipe.load(tmp_path / "old.json").keys == made.keys
 
 
 # -- what engines can express -----------------------------------------------------------------
@@ -143,6 +157,44 @@ def test_exports() -> None:
 def test_what_an_engine_lacks_is_named(engine: str, keys: str, values: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         recipe(keys, values).export(engine)
+
+
+def test_layers_that_were_not_measured_stay_in_full_precision() -> None:
+    """As in the cache that the recipe makes."""
+    found = cache_risk(
+        models.tiny_llama(), models.tokens(2), formats=["fp8-e4m3"], layers=[1], progress=False
+    )
+    made = found.recipe(8.0, together=True)
+    assert made.layers == (1,)
+    assert made.attentions == (0, 1)
+    said = "--kv-cache-dtype fp8_e4m3 --kv-cache-dtype-skip-layers 0"
+    assert made.export("vllm") == said
+    some = {"layers": (0, 1), "attentions": (0, 1, 2, 3)}
+    ends = recipe("q8_0,q8_0", "q4_0,q4_0", **some).export("ik_llama.cpp")
+    assert ends == "-ctk q8_0 -ctk-last f16,2 -khad -ctv q4_0 -ctv-last f16,2 -vhad"
+    with pytest.raises(ValueError, match=r"one type for the keys of all layers.* q8_0 and f16"):
+        recipe("q8_0,q8_0", "q4_0,q4_0", **some).export("llama.cpp")
+    with pytest.raises(ValueError, match=r"integers of 2, 4 or 8 bits .* got full in layer 2"):
+        recipe("kivi-int4,kivi-int4", "kivi-int4,kivi-int4", **some).export("kvtuner")
+
+
+def test_a_rotation_that_is_not_the_engines_is_named() -> None:
+    """ik_llama.cpp rotates whole heads, llama.cpp all heads of a multiple of 64."""
+
+    def of(width: int, name: str = "q4_0") -> CacheRecipe:
+        return recipe(name, name, widths=((width, width),))
+
+    assert of(64).export("ik_llama.cpp") == "-ctk q4_0 -khad -ctv q4_0 -vhad"
+    assert of(32).export("ik_llama.cpp") == "-ctk q4_0 -ctv q4_0"  # none was measured
+    with pytest.raises(ValueError, match=r"values whose whole heads .* 64 of 128 channels"):
+        of(128).export("ik_llama.cpp")
+    with pytest.raises(ValueError, match=r"keys whose whole heads .* 64 of 192 channels"):
+        of(192).export("ik_llama.cpp")
+    plain = "q4_0 rotated=False"
+    with pytest.raises(ValueError, match="keys that are rotated, as heads of 64 are"):
+        of(64, plain).export("llama.cpp")
+    assert of(32, plain).export("llama.cpp") == of(32).export("llama.cpp") == "-ctk q4_0 -ctv q4_0"
+    assert of(64, plain).export("ik_llama.cpp") == "-ctk q4_0 -ctv q4_0"
 
 
 # -- generating -------------------------------------------------------------------------------

@@ -30,6 +30,15 @@ def test_it_writes_report_page_and_recipe(run: Run, tmp_path: Path) -> None:
     assert (report.moved[0] == again.moved[0]).all()
 
 
+def test_a_mixture_that_no_engine_takes_is_said_to_be_one(run: Run) -> None:
+    mixed = ["--prompts", "4", "--samples", "1", "--formats", "q8_0,quanto-int4", "--bits", "6.5"]
+    code, said, _ = run("cache", "addition-pre", *mixed)
+    assert code == 0
+    assert "No engine that we know takes this mixture" in said
+    code, said, _ = run("cache", "addition-pre", *mixed[:4], "--formats", "q8_0", "--bits", "9")
+    assert "No engine" not in said
+
+
 def test_what_it_refuses(run: Run, tmp_path: Path) -> None:
     refused(run("cache", "addition-pre", *FEW, "--bits", "3"), "bits: wanted 4.5 or more")
     refused(run("cache", "addition-pre", "--prompts", "2", "--formats", "q4"), "q4_0")
