@@ -44,9 +44,9 @@ def write_state(path: Path, earlier: Path, state: dict[str, Any]) -> None:
     """
     room = io.BytesIO()  # torch's own writer says of a full disk only where in the file it was
     torch.save(state, room)
-    data = room.getbuffer()
-    seal = f"\nqkvnorm-lens state sha256:{hashlib.sha256(data).hexdigest()}\n".encode()
-    write_whole(path, [data, seal], draft=path.with_suffix(".part"), earlier=earlier)
+    with room.getbuffer() as data:  # Python 3.13 complains of a view that an interrupt leaves
+        seal = f"\nqkvnorm-lens state sha256:{hashlib.sha256(data).hexdigest()}\n".encode()
+        write_whole(path, [data, seal], draft=path.with_suffix(".part"), earlier=earlier)
 
 
 def read_state(path: Path, device: torch.device, fields: Sequence[str]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ LOUD: Sequence[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "must match the size of tensor b",
     ),
     ("tokenizer_in_memory", _with_tokenizer_in_memory, KeyError, "name_or_path"),
-    ("pickled_bridge", _pickled, AttributeError, "Can't pickle local object"),
+    ("pickled_bridge", _pickled, AttributeError, "Can't (pickle|get) local object"),
     ("cache_get", _cache_get, AttributeError, "get"),
 ]
 
