@@ -220,7 +220,7 @@ class DeviceReducer(LayerReducer):
         batch, n_sigmas = len(self.prompts), len(self.settings.sigmas)
         counts = found.counts.numpy().copy()
         self._refuse_broken(counts[BROKEN].reshape(batch, -1))
-        counts[ABLE : ABLE + 2] = found.able.view(-1, 2).T
+        counts[ABLE : ABLE + 2] = found.able.view(-1, 2).T.numpy()
         sums = found.sums.double().view(len(found.sums), n_sigmas, -1, 2).numpy()
         given = self._sums(counts.shape[1])._replace(
             counts=counts,
