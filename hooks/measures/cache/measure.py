@@ -178,7 +178,8 @@ class _Run:
         if self.sums:
             return
         prompts = [*enumerate(self.prompts.first), *enumerate(self.prompts.decoder)]
-        lengths = {len(ids): f"prompt {i}" for i, ids in reversed(prompts)}
+        first = self.first_prompt
+        lengths = {len(ids): f"prompt {first + i}" for i, ids in reversed(prompts)}
         lengths = {view.vectors["k"].shape[1]: "", **lengths}  # images have no list of tokens
         some = map(read_format, DEFAULT_FORMATS) if self.asked is None else self.asked
         whys = {text_of(f): _refusal(f, view, lengths) for f in some}

@@ -323,6 +323,8 @@ def test_every_prompts_length_counts(llama: Any) -> None:
         ValueError, match="prompt 1, of 10 tokens: wanted a prompt longer than its window of 32"
     ):
         measured(llama, mixed, formats=["kivi-int2 group=8 window=32"])
+    with pytest.raises(ValueError, match="prompt 8, of 10 tokens"):  # as part of a corpus
+        measured(llama, mixed, formats=["kivi-int2 group=8 window=32"], first_prompt=7)
     uneven = [row[:n] for row, n in zip(mixed[:1] * 2, (24, 23), strict=True)]
     report = measured(llama, uneven, formats=None)
     assert report.model["left_out"]["quanto-int4"].startswith("prompt 1, of 23 tokens: wanted a")
