@@ -37,6 +37,7 @@ from .grouped import (
     markdown as markdown,
     numbers as numbers,
     pick as pick,
+    placement_gaps as placement_gaps,
     placement_of as placement_of,
     study_difference as study_difference,
 )

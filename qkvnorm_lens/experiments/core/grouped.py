@@ -13,6 +13,7 @@ from qkvnorm_lens.experiments.core.draw import groups
 from qkvnorm_lens.experiments.core.stats import Mean, difference, mean, share
 
 STUDY: Final = "study-"
+_SIZES: Final = {STUDY: "study models", "addition-": "shipped size"}
 LANGUAGE: Final = "language-"
 PLAIN: Final = "-"  # the variant of a quantity that has no other
 
@@ -45,10 +46,22 @@ def group_share(rows: pd.DataFrame, column: str) -> Mean:
     return share(rows[column].astype(float).dropna().tolist())
 
 
+def placement_gaps(
+    rows: pd.DataFrame, column: str, *, shares: bool = False
+) -> list[tuple[str, Mean]]:
+    """Pre-Norm minus QKV-Norm at each size that has several seeds of both, with the size's name."""
+    named = [(name, _gap(rows, start, column, shares)) for start, name in _SIZES.items()]
+    return [(name, gap) for name, gap in named if gap is not None]
+
+
 def study_difference(rows: pd.DataFrame, column: str, *, shares: bool = False) -> Mean | None:
     """Pre-Norm minus QKV-Norm over the study models, where several seeds of both are there."""
-    study = rows[rows["group"].str.startswith(STUDY)].dropna(subset=[column])
-    pre, qkv = (study[study["placement"] == p][column].tolist() for p in ("pre", "qkv"))
+    return _gap(rows, STUDY, column, shares)
+
+
+def _gap(rows: pd.DataFrame, start: str, column: str, shares: bool) -> Mean | None:
+    mine = rows[rows["group"].str.startswith(start)].dropna(subset=[column])
+    pre, qkv = (mine[mine["placement"] == p][column].tolist() for p in ("pre", "qkv"))
     return difference(pre, qkv, shares=shares) if min(len(pre), len(qkv)) > 1 else None
 
 

@@ -344,11 +344,7 @@ def test_trained_models_are_what_their_command_makes() -> None:
 
     known = train.runs()
     found = studies.trained()
-    assert set(found) <= set(known)
-    for name in set(known) - set(found):  # more seeds of these are trained as time allows
-        group, _, seed = name.rpartition("-")
-        assert group.startswith(("study-", "addition-", "confound-pre", "centred-")), name
-        assert int(seed) > 3 or group.startswith("addition-"), name
+    assert set(found) == set(known)
     for name, path in found.items():
         card = json.loads((path / "card.json").read_text())
         assert card["run"] == json.loads(json.dumps(describe(known[name]))), name

@@ -26,10 +26,10 @@ def text(table: pd.DataFrame) -> Iterator[str]:
     )
     for kind in KINDS:
         for column, name in (("per_token", "`]` counted"), ("per_token_without_end", "without")):
-            gap = core.study_difference(core.pick(table, kind=kind), column, shares=True)
-            if gap is not None:
+            rows_of_kind = core.pick(table, kind=kind)
+            for size, gap in core.placement_gaps(rows_of_kind, column, shares=True):
                 yield (
-                    f"Pre-Norm minus QKV-Norm, {kind}, {name}: {gap.percent()} points "
+                    f"Pre-Norm minus QKV-Norm ({size}), {kind}, {name}: {gap.percent()} points "
                     f"({gap.n} seeds each)."
                 )
 

@@ -86,10 +86,9 @@ def text(table: pd.DataFrame) -> Iterator[str]:
         f"{BESIDE} to {TOP}.\n"
     )
     for column, what in (("sparse", "sparse rows"), ("sparse_content", "the same, sinks apart")):
-        gap = core.study_difference(models, column, shares=True)
-        if gap is not None:
+        for size, gap in core.placement_gaps(models, column, shares=True):
             yield (
-                f"Pre-Norm minus QKV-Norm (study models), {what}: {gap.percent()} points "
+                f"Pre-Norm minus QKV-Norm ({size}), {what}: {gap.percent()} points "
                 f"({gap.n} seeds each)."
             )
     yield (

@@ -63,10 +63,9 @@ def _findings(table: pd.DataFrame) -> Iterator[str]:
             f"{widest['label']}, reaches from {widest['low']:.2g} to {widest['high']:.2g} of the "
             "median."
         )
-    gap = core.study_difference(models, "band")
-    if gap is not None:
+    for size, gap in core.placement_gaps(models, "band"):
         yield (
-            f"Pre-Norm minus QKV-Norm (study models): {gap.percent()} points, {gap.n} seeds each: "
+            f"Pre-Norm minus QKV-Norm ({size}): {gap.percent()} points, {gap.n} seeds each: "
             f"{_WIDER[core.below(gap)]}; published: QKV-Norm is wider."
         )
 
