@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
+import pandas as pd
+import pytest
 from hypothesis import given, strategies as st
 
 from qkvnorm_lens.experiments.core import (
@@ -16,6 +18,7 @@ from qkvnorm_lens.experiments.core import (
     denied,
     every,
     graded,
+    placement_gaps,
     reaches,
     within,
 )
@@ -139,3 +142,23 @@ def test_a_difference_agrees_with_its_like(found: Mean, published: float) -> Non
         assert agrees(found, -found.value) is False
     else:
         assert agrees(found, found.value or 1.0) is not True
+
+
+def test_placements_are_compared_at_each_size_that_has_seeds() -> None:
+    """A gap of means for each size; none where a placement has one model."""
+
+    def rows(start: str, placement: str, values: list[float]) -> pd.DataFrame:
+        return pd.DataFrame({"group": start + placement, "placement": placement, "x": values})
+
+    parts = [
+        rows("study-", "pre", [0.1, 0.2, 0.3]),
+        rows("study-", "qkv", [0.4, 0.6, 0.8]),
+        rows("addition-", "pre", [0.9, 0.7]),
+        rows("addition-", "qkv", [0.5]),
+    ]
+    found = placement_gaps(pd.concat(parts), "x")
+    assert [(name, gap.n) for name, gap in found] == [("study models", 3)]
+    assert found[0][1].value == pytest.approx(-0.4)
+    both = placement_gaps(pd.concat([*parts, rows("addition-", "qkv", [0.3])]), "x")
+    assert [name for name, _ in both] == ["study models", "shipped size"]
+    assert both[1][1].value == pytest.approx(0.4)
