@@ -77,9 +77,9 @@ for name in experiments.NAMES[:6]:
 
 # %% [markdown]
 # The models: `study-pre` and `study-qkv`, each trained with twelve seeds, and `study-none` with six
-# (2 layers of width 64, sums of 2 or 4 numbers with 1 or 2 digits); and one larger of each
-# placement, `addition-...` (4 layers of width 128). The paper's have 8 to 12 layers of width 512 or 1024 and
-# read longer sums.
+# (2 layers of width 64, sums of 2 or 4 numbers with 1 or 2 digits); and larger ones, `addition-...`
+# (4 layers of width 128; five seeds of Pre-Norm and QKV-Norm, one of No-Norm). The paper's have 8 to
+# 12 layers of width 512 or 1024 and read longer sums.
 #
 # **So this is no copy of the paper's training**: days on a GPU became minutes on a CPU.
 # What hangs on size can't be confirmed or refuted here. What follows from how attention is
