@@ -258,6 +258,33 @@ def test_bridges_that_are_another_model_are_refused() -> None:
             attention_sites(model)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not support")
+@pytest.mark.parametrize(
+    ("name", "heads", "options"),
+    [
+        ("GptOssForCausalLM", "gqa", {}),
+        ("BitNetForCausalLM", "gqa", {}),
+        ("FalconH1ForCausalLM", "mha", {}),
+        ("Qwen2MoeForCausalLM", "gqa", {"shared_expert_intermediate_size": 32}),
+    ],
+)
+def test_what_compatibility_mode_changes_is_refused(
+    name: str, heads: str, options: dict[str, Any]
+) -> None:
+    """As loaded it is measured; `tests/project/traps` shows that the other is another model."""
+    model = built(name, heads, **options)
+    assert attention_sites(model)
+    model.enable_compatibility_mode(disable_warnings=True)
+    with pytest.raises(UnsupportedModelError, match=r"as loaded; got compatibility mode, which"):
+        attention_sites(model)
+
+
+def test_shared_experts_of_another_width_keep_their_model_in_compatibility_mode() -> None:
+    model = built("Qwen2MoeForCausalLM", "gqa", shared_expert_intermediate_size=48)
+    model.enable_compatibility_mode(disable_warnings=True)
+    assert attention_sites(model)
+
+
 def test_models_without_hooks_and_without_attention_are_told_apart() -> None:
     with pytest.raises(UnsupportedModelError, match="no attention layer"):
         attention_sites(built("MambaForCausalLM"))

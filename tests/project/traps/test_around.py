@@ -1,4 +1,4 @@
-"""5 and 6. Hooks, modules, loops and text."""
+"""6. Hooks, modules, loops and text."""
 
 from __future__ import annotations
 

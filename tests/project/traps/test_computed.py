@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hooks
 from tests.support.builders import build, build_hf
-from tests.support.families import D_HEAD
+from tests.support.families import D_HEAD, D_MODEL
 from tests.support.traps import (
     POS,
     SMALL,
@@ -134,6 +134,45 @@ def test_compatibility_mode_moves_value_biases_where_they_do_not_commute(
     assert (logprobs_apart(run(built).out, before) > 0.2) is fold
     if not fold:
         assert logprobs_apart(run(built).out, before) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:.*does not support")
+def test_compatibility_mode_takes_a_norm_out_of_bitnet() -> None:
+    """Exactly: what is left is the Hugging Face model without it."""
+    hf, built = build_hf("BitNetForCausalLM", "gqa"), build("BitNetForCausalLM", "gqa")
+    assert logprobs_apart(built.model(TEXT), hf(TEXT).logits) < 1e-4
+    built.model.enable_compatibility_mode(disable_warnings=True)
+    got = built.model(TEXT)
+    assert logprobs_apart(got, hf(TEXT).logits) > 0.5
+    for layer in hf.model.layers:
+        layer.mlp.ffn_sub_norm = torch.nn.Identity()
+    assert logprobs_apart(got, hf(TEXT).logits) < 1e-4
+
+
+def test_compatibility_mode_transposes_falcon_h1() -> None:
+    """As many key heads as heads; with fewer the shapes do not fit, and it raises an error."""
+    built = build("FalconH1ForCausalLM", "mha")
+    layer = built.model.blocks[0].original_component
+    before, gain = layer.self_attn.q_proj.weight.clone(), layer.input_layernorm.weight.clone()
+    logits = built.model(TEXT)
+    built.model.enable_compatibility_mode(disable_warnings=True)
+    torch.testing.assert_close(layer.self_attn.q_proj.weight, before.T * gain)
+    assert logprobs_apart(built.model(TEXT), logits) > 1
+    with pytest.raises(RuntimeError, match="must match the size"):
+        build("FalconH1ForCausalLM", "gqa").model.enable_compatibility_mode()
+
+
+@pytest.mark.parametrize(("width", "wrong"), [(D_MODEL, True), (D_MODEL + 16, False)])
+@pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "Glm4MoeForCausalLM"])
+def test_compatibility_mode_scales_square_projections_of_shared_experts(
+    name: str, width: int, wrong: bool
+) -> None:
+    qwen = name.startswith("Qwen")
+    built = build(name, "gqa", **{"shared_expert_intermediate_size": width} if qwen else
+                  {"moe_intermediate_size": width, "n_shared_experts": 1})  # fmt: skip
+    before = built.model(TEXT)
+    built.model.enable_compatibility_mode(disable_warnings=True)
+    assert (logprobs_apart(built.model(TEXT), before) > 0.02) is wrong
 
 
 @pytest.mark.parametrize(

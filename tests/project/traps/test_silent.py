@@ -1,4 +1,4 @@
-"""4. A hook that is declared, or should be, and never fires."""
+"""5. A hook that is declared, or should be, and never fires."""
 
 from __future__ import annotations
 
