@@ -44,9 +44,7 @@ def test_head_results_lack_the_norm_behind_them(name: str, compatible: bool) -> 
         model.enable_compatibility_mode(disable_warnings=True)
     _, cache = cached(model)
     assert off(cache.decompose_resid(), stream(cache, model)) < 1e-4
-    assert (
-        off(by_head(cache), stream(cache, model)) > 0.05
-    )
+    assert off(by_head(cache), stream(cache, model)) > 0.05
     heads = cache.stack_head_results(layer=1)
     assert off(heads, cache["attn_out", 0]) > 0.05
 
@@ -56,9 +54,7 @@ def test_head_results_add_up_elsewhere(name: str) -> None:
     """The trap before is not of how it is measured."""
     model = build(name).model
     _, cache = cached(model)
-    assert (
-        off(by_head(cache), stream(cache, model)) < 1e-4
-    )
+    assert off(by_head(cache), stream(cache, model)) < 1e-4
 
 
 @pytest.mark.parametrize(
