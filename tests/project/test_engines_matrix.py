@@ -9,6 +9,7 @@ import pytest
 import hooks
 from tests.support import builders, matrix
 from tests.support.engines import assert_same
+from tests.support.watching import RENAMED
 
 FEW = (  # a hook's scores, the softmax's, the product's; a bias, a cap, sinks, two stacks
     ("BloomForCausalLM", "mha"),
@@ -45,4 +46,8 @@ def test_some_architectures(name: str, heads: str) -> None:
 @pytest.mark.filterwarnings("default")  # of a hundred families' own code
 @pytest.mark.parametrize(("name", "heads"), KINDS)
 def test_every_architecture(name: str, heads: str) -> None:
-    compare(name, heads)
+    if RENAMED and name in matrix.STOPPED_BY_5_24:
+        with pytest.raises(hooks.UnsupportedModelError, match="a forward pass of the model"):
+            compare(name, heads)
+    else:
+        compare(name, heads)

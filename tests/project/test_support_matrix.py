@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from tests.oracles import recompute
 from tests.support import builders, matrix
+from tests.support.watching import RENAMED
 
 STORED = matrix.stored()
 
@@ -41,6 +43,12 @@ def test_nine_tenths_of_the_adapters_with_attention_are_verified() -> None:
 def test_the_row_is_what_it_was(name: str, heads: str) -> None:
     """Built, checked, and its arg max shifts recomputed on the Hugging Face model in float64."""
     row, before = matrix.judge(name, heads), STORED[name, heads]
+    if RENAMED and name in matrix.STOPPED_BY_5_24:
+        assert row.verdict == "refused"
+        assert "a forward pass of the model: wanted one that runs" in row.why
+        return
+    if RENAMED and (name, heads) in matrix.NO_BF16_ON_5_24:
+        before = replace(before, inputs=before.inputs.replace("bf16 refused", "no bf16"))
     facts = ("verdict", "layers", "scores", "noise", "why", "inputs")
     assert {f: getattr(row, f) for f in facts} == {f: getattr(before, f) for f in facts}
     if row.verdict in ("verified", "limited"):

@@ -35,6 +35,14 @@ DOCS = ROOT / "docs"
 ORDER = ("verified", "limited", "refused", "not tried")
 
 
+# What transformers 5.24 stops by itself: `docs/transformerlens-traps.md`, section 8.
+STOPPED_BY_5_24 = ("CodeGenForCausalLM", "Llama4ForConditionalGeneration")
+NO_BF16_ON_5_24 = [
+    (name, "gqa")
+    for name in ("FlexOlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM")
+]
+
+
 @dataclass(frozen=True)
 class Row:
     """One architecture with one kind of heads."""
