@@ -107,3 +107,30 @@ def test_a_long_text_is_cut_to_the_context(tmp_path: Path) -> None:
     assert bridge.to_tokens(text).shape == (1, N_CTX)
     assert bridge.to_tokens(text, truncate=False).shape == (1, N_CTX + 21)  # and <s>
     assert bridge(text).shape[1] == N_CTX
+
+
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "BertForMaskedLM", "GPT2LMHeadModel"])
+def test_a_pass_from_a_layer_norms_the_stream_as_an_embedding(name: str) -> None:
+    """Where a norm follows the embedding: BLOOM, BERT; GPT-2 has none, and goes on as it should."""
+    built = build(name)
+    stream = "blocks.1.hook_resid_pre"
+    seen = run(built, [stream])
+    begun = built.model(seen.one(stream), start_at_layer=1)
+    assert (apart(begun, seen.out) > 1) is (name != "GPT2LMHeadModel")
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "of_positions"),
+    [
+        ("MixtralForCausalLM", "blocks.0.mlp.gate.hook_out", 0),  # [batch * pos, expert]
+        ("NanoChatForCausalLM", "blocks.0.attn.q_norm.hook_out", 2),  # [batch, head, pos, d_head]
+    ],
+)
+def test_a_slice_of_positions_takes_an_expert_or_a_head(
+    name: str, hook: str, of_positions: int
+) -> None:
+    model = build(name).model
+    whole = model.run_with_cache(TEXT)[1][hook]
+    assert whole.shape[of_positions] == POS
+    last = model.run_with_cache(TEXT, pos_slice=-1)[1][hook]
+    torch.testing.assert_close(last, whole[:, -1:])  # wanted: whole.narrow(of_positions, -1, 1)

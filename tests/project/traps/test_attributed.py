@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from transformer_lens.tools.analysis import direct_logit_attribution
 
 from tests.support.builders import build
 from tests.support.traps import TEXT
@@ -47,6 +49,28 @@ def test_head_results_lack_the_norm_behind_them(name: str, compatible: bool) -> 
     assert off(by_head(cache), stream(cache, model)) > 0.05
     heads = cache.stack_head_results(layer=1)
     assert off(heads, cache["attn_out", 0]) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("Gemma2ForCausalLM", True), ("Gemma3ForCausalLM", True), ("LlamaForCausalLM", False)],
+)
+def test_a_remainder_hides_what_heads_lack(name: str, wrong: bool) -> None:
+    """Attribution by head, which refuses what it knows to be wrong, against that by layer."""
+    model = build(name).model
+    model.enable_compatibility_mode(disable_warnings=True)
+    asked: dict[str, Any] = {"answer_tokens": torch.tensor(5), "incorrect_tokens": torch.tensor(9)}
+    heads, layers = (
+        direct_logit_attribution(model, TEXT, unit=unit, **asked) for unit in ("head", "component")
+    )
+    by_name = {True: "H", False: "attn_out"}
+    attention, by_layer = (
+        sum(float(x.sum()) for x, label in zip(found.attribution, found.labels, strict=True)
+            if by_name[found is heads] in label)
+        for found in (heads, layers)
+    )  # fmt: skip
+    torch.testing.assert_close(heads.attribution.sum(), layers.attribution.sum())
+    assert (abs(attention - by_layer) > 0.1 * abs(by_layer)) is wrong
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"])
