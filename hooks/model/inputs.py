@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,13 @@ from hooks.model.ambient import model_pass
 from hooks.model.given import arguments_of
 from hooks.model.protocol import HookedModel
 from hooks.model.standing import names, raised_by, raised_in, resting, users
+from hooks.model.state import model_dtype
 from hooks.model.weights import execution_device
 
 _LENGTHS = (5, 7, 11, 13, 17, 3, 4, 2)  # few tokens only where the context has no room for more
 
+
+_with_cache: weakref.WeakSet[Any] = weakref.WeakSet()
 
 # Inputs that may accompany any tokens.
 _OF_TOKENS = {"attention_mask", "decoder_input_ids", "decoder_attention_mask"}
@@ -197,7 +201,31 @@ def _signal(model: HookedModel, generator: torch.Generator) -> Tensor | None:
 
 def without_cache(model: HookedModel) -> dict[str, Any]:
     """Options that keep a model from copying every key and value to a cache that nobody reads."""
-    return {"use_cache": False} if "use_cache" in arguments_of(model) else {}
+    takes = "use_cache" in arguments_of(model) and model not in _with_cache
+    return {"use_cache": False} if takes else {}
+
+
+def learn_cache(model: HookedModel, given: ModelInput) -> None:
+    """Note a model in half precision whose pass raises an error without a cache, and not with one.
+
+    A bridge of OLMo has float32 queries and keys there, beside bfloat16 values; a cache of
+    transformers 5.23 gives them one dtype.
+    """
+    if model_dtype(model) not in (torch.bfloat16, torch.float16) or not without_cache(model):
+        return
+    with torch.no_grad(), resting(users(model)):
+        if not _runs(model, given):
+            _with_cache.add(model)
+            if not _runs(model, given):
+                _with_cache.discard(model)
+
+
+def _runs(model: HookedModel, given: ModelInput) -> bool:
+    try:
+        given.run(model)
+    except Exception:  # the check's own first pass says what it is
+        return False
+    return True
 
 
 def input_device(model: HookedModel) -> torch.device:

@@ -48,6 +48,7 @@ from hooks.model import (
     encode,
     evaluating,
     key_of,
+    learn_cache,
     measurement,
     names,
     pass_dtype,
@@ -148,6 +149,7 @@ def _sites(
         examples = [_Example(model, None)] + [_Example(model, p) for p in (prompts,) if p]
     held = states(model)
     with evaluating(model), checking():
+        learn_cache(model, examples[0].copies(2, {2}))
         sites = _with_or_without_hooks(model, examples)
     moved = changing(model, held)
     if moved:

@@ -48,7 +48,7 @@ def test_the_row_is_what_it_was(name: str, heads: str) -> None:
         assert "a forward pass of the model: wanted one that runs" in row.why
         return
     if RENAMED and (name, heads) in matrix.NO_BF16_ON_5_24:
-        before = replace(before, inputs=before.inputs.replace("bf16 refused", "no bf16"))
+        before = replace(before, inputs=before.inputs.replace("bf16", "no bf16"))
     facts = ("verdict", "layers", "scores", "noise", "why", "inputs")
     assert {f: getattr(row, f) for f in facts} == {f: getattr(before, f) for f in facts}
     if row.verdict in ("verified", "limited"):

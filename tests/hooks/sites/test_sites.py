@@ -11,6 +11,7 @@ from qkvnorm_lens.models.bridge import to_bridge
 from qkvnorm_lens.models.config import NormSpec, QKVNormConfig
 from qkvnorm_lens.models.model import QKVNormTransformer
 from tests.support import builders, models
+from tests.support.watching import RENAMED
 
 
 def ours(**options: object) -> TransformerBridge:
@@ -120,6 +121,42 @@ def test_norm_over_all_heads_is_mixed() -> None:
     sites = hooks.attention_sites(builders.build("Olmo2ForCausalLM").model)
     assert {(s.q.shield, s.k.shield, s.v.shield) for s in sites} == {("mixed", "mixed", "none")}
     assert "leaks" in sites.describe()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "shields"),
+    [
+        ("LlamaForCausalLM", ("none", "none", "none")),
+        ("Qwen3ForCausalLM", ("removed", "removed", "none")),
+        ("Gemma4ForCausalLM", ("removed", "removed", "removed")),
+        ("DeepseekV3ForCausalLM", ("mixed", "mixed", "none")),
+    ],
+)
+def test_shields_are_the_same_in_half_precision(
+    name: str, shields: tuple[str, str, str], dtype: torch.dtype
+) -> None:
+    """Rounding moves lengths by percents there, the check's noise by half."""
+    for site in hooks.attention_sites(builders.build(name, dtype=dtype).model):
+        assert (site.q.shield, site.k.shield, site.v.shield) == shields
+
+
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+@pytest.mark.parametrize("name", ["OlmoForCausalLM", "Olmo2ForCausalLM"])
+def test_a_model_that_needs_a_cache_in_half_precision_has_one(name: str, heads: str) -> None:
+    """Its bridge multiplies two dtypes without; on transformers 5.24 with one, too."""
+    model = builders.build(name, heads, dtype=torch.bfloat16).model
+    ids = models.tokens(2, 13)
+    with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
+        model(ids, use_cache=False)
+    if RENAMED:
+        with pytest.raises(hooks.UnsupportedModelError, match="a forward pass of the model"):
+            hooks.attention_sites(model)
+        return
+    report = hooks.collapse_probe(model, ids, sparse=0.4, draws=0)
+    exact = hooks.collapse_probe(builders.build(name, heads).model, ids, sparse=0.4, draws=0)
+    assert report.rows.sum() > 100
+    assert abs(report.rows.sum() - exact.rows.sum()) < 0.1 * exact.rows.sum()
 
 
 def test_soft_cap_is_part_of_the_arithmetic() -> None:
