@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from hooks.model import added, text_ids
+from hooks.model import added, knows_words, text_ids
 
 BLOCK_TOKENS: Final = 8192
 BLOCK_PROMPTS: Final = 64
@@ -260,8 +260,7 @@ def check_tokenizer(model: Any) -> None:
         ValueError: it has none.
     """
     tokenizer = getattr(model, "tokenizer", None)
-    # A directory without tokenizer files gives a tokenizer that knows special tokens only.
-    if tokenizer is None or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+    if tokenizer is None or not knows_words(tokenizer):
         raise ValueError(
             "text: wanted a model with its tokenizer; got one without a vocabulary "
             "(tokenizer.save_pretrained writes one beside the weights; in Python "

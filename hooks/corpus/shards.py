@@ -41,7 +41,10 @@ def merge_corpus(folders: str | os.PathLike[str] | Iterable[Any]) -> Any:
             )
         found += sorted(path.glob("part-*.safetensors")) if path.is_dir() else [path]
     if not found:
-        raise ValueError(f"folders: wanted parts of a corpus; got {brief(found)}")
+        where = ", ".join(map(str, folders))
+        raise ValueError(
+            f"folders: wanted parts of a corpus (part-*.safetensors); got none in {where}"
+        )
     return together([read_part(path) for path in found], found)
 
 

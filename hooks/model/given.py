@@ -7,6 +7,7 @@ data set become texts, rows of ids, or a mapping of tensors with an axis of prom
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -269,6 +270,16 @@ def chat_ids(model: Any, messages: Sequence[Mapping[str, Any]]) -> Tensor:
             f"messages: wanted what the chat template takes; got {shorten(messages)}: {error}"
         ) from error
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[misc]
+
+
+def knows_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer has more than special tokens.
+
+    From a directory without its files, transformers makes one that has not, and turns any text
+    into one token.
+    """
+    known = len(tokenizer) if hasattr(tokenizer, "__len__") else math.inf
+    return known > len(set(getattr(tokenizer, "all_special_tokens", ())))
 
 
 def text_ids(model: Any, text: str, prepend_bos: bool | None) -> tuple[Tensor, str, list[int]]:

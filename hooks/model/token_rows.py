@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from hooks.kernels import MASKED
-from hooks.model.given import as_list, chat_ids, is_chat, is_ids, shorten, tensor_of, text_ids
+from hooks.model.given import (
+    as_list,
+    chat_ids,
+    is_chat,
+    is_ids,
+    knows_words,
+    shorten,
+    tensor_of,
+    text_ids,
+)
 from hooks.model.inputs import real_spans
 
 
@@ -47,10 +56,10 @@ def _row(model: Any, item: Any, index: int, prepend_bos: bool | None) -> tuple[T
     if isinstance(item, str):
         if not item.strip():
             raise ValueError(f"prompt {index}: wanted text; got an empty one")
-        if getattr(model, "tokenizer", None) is None:
-            raise ValueError(
-                f"prompt {index}: wanted token ids, as the model has no tokenizer; got text"
-            )
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None or not knows_words(tokenizer):
+            has = "no tokenizer" if tokenizer is None else "a tokenizer without a vocabulary"
+            raise ValueError(f"prompt {index}: wanted token ids, as the model has {has}; got text")
         ids, note, _ = text_ids(model, item, prepend_bos)
         pad = own_pad_token(model)
         if pad is not None and int((ids == pad).sum()) > item.count(model.tokenizer.pad_token):
@@ -63,7 +72,7 @@ def _row(model: Any, item: Any, index: int, prepend_bos: bool | None) -> tuple[T
     if is_chat(item):
         return chat_ids(model, item), "conversations are written by the tokenizer's chat template"
     if isinstance(item, Sequence) and not len(item):
-        raise ValueError(f"prompt {index}: wanted integer ids; got none")
+        raise ValueError(f"prompt {index}: wanted at least 2 tokens; got none")
     try:
         ids = tensor_of(item).cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError):

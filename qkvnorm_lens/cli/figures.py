@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from hooks import CollapseReport
 
 FORMATS: Final = ("pdf", "svg", "png")
+NAMES: Final = ("collapse", "heads", "rows")
 WIDTHS: Final = ("column", "text", "page")
 
 
@@ -50,6 +53,12 @@ def width(value: str) -> str | float:
     return number(wanted, lambda x: 2.5 <= x <= 50)(value)
 
 
+def clear(folder: Path, names: Collection[str] = NAMES) -> None:
+    """Take away figures of another run, which would be taken for this one's."""
+    for name, suffix in itertools.product(names, FORMATS):
+        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+
+
 def write(report: CollapseReport, folder: Path, args: argparse.Namespace) -> list[Path]:
     """Curve, map and rows; none without matplotlib.
 
@@ -69,9 +78,7 @@ def write(report: CollapseReport, folder: Path, args: argparse.Namespace) -> lis
         sys.stderr.write(f"qkvnorm-lens: no map of heads: {refused}\n")
     if shown_rows(report, 1, content=content):
         figures["rows"] = plots.attention_rows(report, content=content)
-    for name in {"heads", "rows"} - {*figures}:  # another run's, to be taken for this one's
-        for suffix in FORMATS:
-            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+    clear(folder, {*NAMES} - {*figures})
     written = []
     for name, figure in figures.items():
         options = {"formats": args.format or ("png",), "width": args.width}

@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> str:
     for name in experiment_models():
         group, _, seed = name.rpartition("-")
         seeds.setdefault(group, []).append(seed)
-    others = ", ".join(f"{group}-{{{','.join(each)}}}" for group, each in seeds.items())
+    others = ", ".join(
+        f"{group}-{{{','.join(sorted(each, key=int))}}}" for group, each in seeds.items()
+    )
     others = fill(others, 100, break_on_hyphens=False)
     more = f"The experiments' models, one for each seed, go by their names too:\n{others}"
     if not others:

@@ -72,6 +72,7 @@ def write(args: argparse.Namespace, report: CollapseReport, prompts: text.Prompt
     from qkvnorm_lens.page import write_html
 
     write_html(report, folder / "report.html", source=read_in_words(prompts), content=content)
+    figures.clear(folder)
     if not figures.write(report, folder, args):
         say("no figures: they need matplotlib, pip install 'qkvnorm-lens[plots]'")
 

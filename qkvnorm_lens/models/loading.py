@@ -186,6 +186,8 @@ def _why(source: Source, error: Exception) -> str:
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else type(error).__name__
+    if said.endswith(":"):  # of a list that follows
+        said = " ".join(lines)
     said = f"{said}{_near(source.name) if source.kind == 'hub' else ''}"
     return f"model: wanted one that can be loaded; got {brief(source.name)}: {said}"
 

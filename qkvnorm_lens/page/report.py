@@ -225,8 +225,8 @@ def _caption(report: CollapseReport) -> str:
     how = "computed from clean scores" if settings.method == "exact" else "counted over draws"
     return (
         f"{settings.law.capitalize()} noise on the L2 norms of {', '.join(settings.on)}, in each "
-        f"layer on its own; collapse is {how}. The dotted level is 1%. Strict: the new maximum is "
-        f"again at least {settings.sparse:g}{_strict_bars(report)}."
+        f"layer on its own; collapse is {how}. The straight dotted line is at 1%. Strict: the new "
+        f"maximum is again at least {settings.sparse:g}{_strict_bars(report)}."
     )
 
 

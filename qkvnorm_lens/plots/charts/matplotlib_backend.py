@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAP = "viridis"
+_FEW = 6  # names that a legend inside the axes has room for
 
 
 def draw_chart(chart: Chart, ax: Axes, figure: Figure, *, with_legend: bool = True) -> None:
@@ -55,7 +56,10 @@ def draw_chart(chart: Chart, ax: Axes, figure: Figure, *, with_legend: bool = Tr
     named = [h for h in handles if not str(h.get_label()).startswith("_")]
     if with_legend and chart.legend and named:
         size = 9 if chart.extra.get("large") else 8
-        ax.legend(handles=named, frameon=False, fontsize=size, loc=chart.legend)
+        place: dict[str, Any] = {"loc": chart.legend}
+        if len(named) > _FEW:  # so many would cover the curves
+            place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        ax.legend(handles=named, frameon=False, fontsize=size, **place)
 
 
 def _line(line: Line, ax: Axes, floor: Number | None) -> Any:

@@ -332,7 +332,7 @@ def test_shards_that_do_not_make_a_whole_are_named(
     probe_corpus(other, texts, shard=(2, 3), out=tmp_path / "model", **OPTIONS)
     with pytest.raises(ValueError, match="wanted reports of one model; got fingerprint"):
         merge_corpus([folder, tmp_path / "model"])
-    with pytest.raises(ValueError, match="folders: wanted parts of a corpus; got"):
+    with pytest.raises(ValueError, match=r"wanted parts of a corpus .*; got none in /"):
         merge_corpus(tmp_path)
     report = hooks.collapse_probe(model, [[1, 2, 3]], sigmas=[0.1], progress=False)
     with pytest.raises(ValueError, match="wanted a part of a corpus; got another"):

@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import BatchEncoding, LlamaForCausalLM
+from transformers import BatchEncoding, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hooks import UnsupportedModelError, collapse_probe, rank_profile, spectral_gap, spread, sweep
 from hooks.model.encoding import encode
@@ -304,3 +306,13 @@ def test_one_prompt_needs_no_axis() -> None:
 def test_what_is_no_input_is_named(given: Any, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         collapse_probe(tiny_llama(), given)
+
+
+def test_a_tokenizer_without_words_takes_no_text() -> None:
+    """As transformers makes one of a directory without its files: any text becomes one token."""
+    empty = Tokenizer(WordLevel({"<end>": 0}, unk_token="<end>"))
+    model = tiny_llama(tokenizer=PreTrainedTokenizerFast(tokenizer_object=empty, eos_token="<end>"))
+    with pytest.raises(ValueError, match=r"prompt 0: wanted token ids, .* without a vocabulary"):
+        collapse_probe(model, "some words")
+    with pytest.raises(ValueError, match="prompt 1: wanted at least 2 tokens; got none"):
+        collapse_probe(model, [[1, 2, 3], []])

@@ -159,7 +159,7 @@ def test_options_that_do_not_fit(run: Run, gpt2_dir: str, corpus: str, tmp_path:
     refused(run(*asked, "--text", "words"), "--text: wanted it without --dataset")
     refused(run(*asked, "--shard", "1/2"), "--out: wanted a directory for the shard")
     refused(run(*asked, "--column", "x"), "--column: wanted one of ['text']; got 'x'")
-    refused(run("merge", str(tmp_path)), "wanted parts of a corpus")
+    refused(run("merge", str(tmp_path)), "wanted parts of a corpus", f"got none in {tmp_path}")
     for option, value in (("--format", "pdf"), ("--width", "column")):
         refused(run(*asked, option, value), f"{option}: wanted it with --out; got it without")
     for option, value in (("--tokens", "0"), ("--tokens", "1T"), ("--shard", "3/2")):

@@ -81,6 +81,10 @@ def test_out_writes_everything_and_the_report_loads(
         "heads.png",
         "rows.png",
     }
+    run(*SUMS, "--out", str(folder), "--format", "pdf,svg")  # other formats are another run's
+    assert {p.name for p in folder.glob("heads.*")} == {"heads.pdf", "heads.svg"}
+    run(*SUMS, "--out", str(folder))
+    assert {p.name for p in folder.glob("heads.*")} == {"heads.png"}
     report = hooks.CollapseReport.load(folder / "report.safetensors")
     pd.testing.assert_frame_equal(report.to_frame(), wanted.to_frame())
     pd.testing.assert_frame_equal(pd.read_csv(folder / "frame.csv"), wanted.to_frame())
