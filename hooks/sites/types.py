@@ -289,6 +289,9 @@ class AttentionSites:
         ]
         return pd.DataFrame(rows)
 
+    def __str__(self) -> str:
+        return self.describe()
+
     def describe(self) -> str:
         """Describe in sentences what noise on q, k and v means in this model."""
         parts = _stacks(self.layers) + _sharing(self.layers)

@@ -64,6 +64,7 @@ def test_sites_of_known_architectures(
     assert set(frame["z"]) <= set(model.hook_dict)
     assert set(frame["pattern"]) == {f"blocks.{i}.attn.hook_pattern" for i in range(2)}
     assert ("position bias" in sites.describe()) is bias
+    assert str(sites) == sites.describe()
     assert ("removed" in sites.describe()) is ("removed" in shields)
 
 
