@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,7 +205,7 @@ def without_cache(model: HookedModel) -> dict[str, Any]:
     return {"use_cache": False} if takes else {}
 
 
-def learn_cache(model: HookedModel, given: ModelInput) -> None:
+def learn_cache(model: HookedModel, example: Callable[[], ModelInput]) -> None:
     """Note a model in half precision whose pass raises an error without a cache, and not with one.
 
     A bridge of OLMo has float32 queries and keys there, beside bfloat16 values; a cache of
@@ -214,15 +214,15 @@ def learn_cache(model: HookedModel, given: ModelInput) -> None:
     if model_dtype(model) not in (torch.bfloat16, torch.float16) or not without_cache(model):
         return
     with torch.no_grad(), resting(users(model)):
-        if not _runs(model, given):
+        if not _runs(model, example):
             _with_cache.add(model)
-            if not _runs(model, given):
+            if not _runs(model, example):
                 _with_cache.discard(model)
 
 
-def _runs(model: HookedModel, given: ModelInput) -> bool:
+def _runs(model: HookedModel, example: Callable[[], ModelInput]) -> bool:
     try:
-        given.run(model)
+        example().run(model)
     except Exception:  # the check's own first pass says what it is
         return False
     return True

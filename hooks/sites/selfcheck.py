@@ -149,7 +149,7 @@ def _sites(
         examples = [_Example(model, None)] + [_Example(model, p) for p in (prompts,) if p]
     held = states(model)
     with evaluating(model), checking():
-        learn_cache(model, examples[0].copies(2, {2}))
+        learn_cache(model, lambda: examples[0].copies(2, {2}))
         sites = _with_or_without_hooks(model, examples)
     moved = changing(model, held)
     if moved:
