@@ -77,7 +77,9 @@ def test_a_law_of_ones_own_is_refused_by_name(llama: Any, monkeypatch: Any) -> N
 @pytest.mark.parametrize("empty", ["", "  \n", ["w3 w4", ""], [], [[]]])
 def test_empty_text_is_refused(words: Any, empty: Any) -> None:
     model = models.tiny_llama(tokenizer=words)
-    with pytest.raises((ValueError, TypeError), match=r"wanted (text|one prompt|at least 2 tokens).*got"):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"wanted (text|one prompt|at least 2 tokens).*got"
+    ):
         probe(model, empty)
 
 
