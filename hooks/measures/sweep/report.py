@@ -31,6 +31,7 @@ from hooks.reports import (
 
 SweepBy = Literal["sigma", "prompt", "draw"]
 _MOST_NATS = 1e60  # far beyond any logit
+_BY_CHANCE = 4  # lost answers: two standard deviations of as many rare events
 _METRICS = ("accuracy", "loss", "kl", "top1_agreement")
 _WITH_TARGETS = ("accuracy", "loss")
 
@@ -197,7 +198,8 @@ class SweepReport(PoolingReport):
         """The sigma at which the accuracy has fallen by the share ``drop`` of the clean accuracy.
 
         accuracy(sigma) = (1 - drop) accuracy(0), interpolated linearly where the measured curve,
-        which starts at the clean row, first crosses it.
+        which starts at the clean row, first crosses it. Where ``drop`` is a share of few right
+        answers, these come and go by chance, and so does this sigma.
 
         Raises:
             ValueError: a share outside (0, 1), no accuracy, or a fall that no measured sigma
@@ -259,7 +261,10 @@ class SweepReport(PoolingReport):
                 f"At sigma = {row.sigma:.3g}: {task}KL(clean || noisy) {row.kl:.3g} nats, "
                 f"the clean top token in {row.top1_agreement:.1%}."
             )
-        if known and frame.accuracy.iloc[0] > 0:
+        right = int(self.clean_correct.sum())
+        if known and right and 0.1 * right < _BY_CHANCE:
+            parts.append("Too few answers are right to say where a tenth of the accuracy is lost.")
+        elif known and right:
             try:
                 parts.append(
                     f"A tenth of the accuracy is lost at sigma = {self.sigma_at(0.1):.3g}."

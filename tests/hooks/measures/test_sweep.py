@@ -372,6 +372,17 @@ def test_sigma_at_interpolates_and_refuses_what_is_not_bracketed() -> None:
         a_report([[[0]]], [0], [20]).sigma_at()
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("clean", "said"),
+    [(39, "Too few answers are right to say where"), (40, "is lost at sigma = 0.1.")],
+)
+def test_a_tenth_of_few_right_answers_is_not_told(clean: int, said: str) -> None:
+    summary = a_report([[[round(0.9 * clean)]]], [clean], [1000]).summary()
+    assert said in summary
+    assert ("A tenth of the accuracy is lost" in summary) is (clean >= 40)
+
+
 # -- targets, padding, other models ---------------------------------------------------------
 
 
