@@ -39,6 +39,7 @@ class Documents:
         self.split = None if split is None else check_text("split", split)
         self.column = None if column is None else check_text("column", column)
         self.files: list[Path] = []
+        meant = isinstance(dataset, str) and (dataset.endswith("/") or dataset.startswith("."))
         if isinstance(dataset, (str, os.PathLike)):
             dataset = str(check_path("dataset", dataset))
         elif not _again_and_again(dataset):
@@ -49,7 +50,7 @@ class Documents:
         self.dataset: Any = dataset
         if isinstance(dataset, str):
             path = Path(dataset)
-            local = path.exists() or path.is_absolute() or bool(_kind_of(path))
+            local = meant or path.exists() or path.is_absolute() or bool(_kind_of(path))
             self.name = path.name if local else dataset
             self.kind = self._find(path) if local else ""
         else:
@@ -88,9 +89,10 @@ class Documents:
         if len(known) != 1 or (path.is_file() and not known):
             got = " and ".join(known) or (path.suffix if path.is_file() else "") or "no such file"
             wanted = ", ".join(end for ends in _KINDS.values() for end in ends)
+            mixed = " together" if len(known) > 1 else ""
             raise ValueError(
-                f"dataset: wanted files of one of the kinds {wanted} (also {', '.join(_PACKED)}); "
-                f"got {got} in {path.name}"
+                f"dataset: wanted files all of one kind, of {wanted} (also {', '.join(_PACKED)}); "
+                f"got {got}{mixed} in {path.name}"
             )
         self.files = [file for file, kind in kinds.items() if kind]
         if not any(file.stat().st_size for file in self.files):
@@ -169,7 +171,10 @@ class Documents:
     def _unreadable(self, error: Exception) -> ValueError:
         said = " ".join(str(error.__cause__ or error).split())[:200] or "no rows in it"
         kind = f"files of {self.kind}" if self.kind else "a data set of the Hugging Face Hub"
-        return ValueError(f"dataset: wanted {kind} that can be read; got {self.name!r}: {said}")
+        here = "" if self.kind or "/" in self.name else ", which is no file or folder here"
+        return ValueError(
+            f"dataset: wanted {kind} that can be read; got {self.name!r}{here}: {said}"
+        )
 
 
 @contextmanager

@@ -107,7 +107,8 @@ def write(args: argparse.Namespace, report: CacheRisk, recipe: CacheRecipe, sour
     told = {engine: said for engine, (_, said) in engines(recipe).items()}
     lines = [f"{engine}: {said}" for engine, said in told.items()]
     (args.out / "engines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    page = cache_page(report, recipe, told, source=source)
+    none = not any(fits for fits, _ in engines(recipe).values())
+    page = cache_page(report, recipe, told, source=source, advice=NO_ENGINE if none else "")
     (args.out / "report.html").write_text(page, encoding="utf-8")
 
 

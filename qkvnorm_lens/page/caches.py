@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def cache_page(
-    report: CacheRisk, recipe: CacheRecipe, engines: Mapping[str, str], *, source: str = ""
+    report: CacheRisk,
+    recipe: CacheRecipe,
+    engines: Mapping[str, str],
+    *,
+    source: str = "",
+    advice: str = "",
 ) -> str:
     """One file that opens offline, light or dark.
 
@@ -25,6 +30,7 @@ def cache_page(
         recipe: chosen from it.
         engines: what each engine is told, by its name.
         source: what was read, in words.
+        advice: what to do where no engine takes the recipe.
     """
     whole = report.to_frame("model").sort_values("risk").to_dict("records")
     heads = report.to_frame("head").sort_values("risk", ascending=False)
@@ -37,6 +43,7 @@ def cache_page(
             layers=recipe.to_frame().to_dict("records"),
             engines=engines,
             source=source,
+            advice=advice,
             whole=whole,
             heads=heads.head(30).to_dict("records"),
             figure=_figure(report),

@@ -273,7 +273,7 @@ class CacheRisk(CorpusReport):
             most = whole.iloc[int(whole["moved"].to_numpy().argmax())]
             said = f"Of {rows} sparse rows {most['format']} moves the most, {share(most['moved'])}"
             if not most["moved"] > 0:
-                said = f"No format moves one of {rows} sparse rows"
+                said = f"No format moves any of the {rows} sparse rows"
             parts.append(f"{said} ({percent(most['able'])} could move).")
         if self.model["left_out"]:
             parts.append(f"Formats that refuse these heads: {', '.join(self.model['left_out'])}.")

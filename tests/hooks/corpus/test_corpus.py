@@ -448,8 +448,12 @@ def test_kept_rows_are_drawn_again(model: Any, whole: CollapseReport) -> None:
         ({"a.jsonl": ""}, {}, "dataset: wanted"),
         ({"a.jsonl": "no json\n"}, {}, "dataset: wanted files of json that can be read; got"),
         ({"a.parquet": "no parquet"}, {}, "dataset: wanted files of parquet that can be read"),
-        ({"a.jsonl": "{}", "b.csv": "text\n"}, {}, "dataset: wanted files of one .* csv and json"),
-        ({"a.bin": "x"}, {}, "dataset: wanted files of one of the kinds"),
+        (
+            {"a.jsonl": "{}", "b.csv": "text\n"},
+            {},
+            "dataset: wanted files all of one .* csv and json together in",
+        ),
+        ({"a.bin": "x"}, {}, "dataset: wanted files all of one kind, of"),
         ({"a.txt": "  \n"}, {}, "dataset: wanted a text of two tokens or more; got none"),
         ({"a.txt": "words"}, {"context": 999}, "context: wanted at most the model's 64 tokens"),
         ({"a.txt": "words"}, {"split": "test"}, "split: wanted none beside files"),
@@ -468,11 +472,13 @@ def test_bad_input_is_named(
 
 
 def test_a_data_set_that_is_not_there(model: Any, tmp_path: Path) -> None:
-    for name in (tmp_path / "none", "none.jsonl"):
+    for name in (tmp_path / "none", "none.jsonl", "none/", "./none"):
         with pytest.raises(ValueError, match="dataset: wanted a file or folder that is there"):
             probe_corpus(model, name, **OPTIONS)
     with pytest.raises(ValueError, match="dataset: wanted a data set of the Hugging Face Hub"):
         probe_corpus(model, "nobody/nothing-of-the-kind", **OPTIONS)
+    with pytest.raises(ValueError, match="got 'none', which is no file or folder here: "):
+        probe_corpus(model, "none", **OPTIONS)
     with shape_checks_off(), pytest.raises(TypeError, match="dataset: wanted a file, a folder"):
         probe_corpus(model, 3, **OPTIONS)
     with pytest.raises(ValueError, match="text: wanted a model with its tokenizer"):

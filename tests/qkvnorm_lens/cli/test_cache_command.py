@@ -30,11 +30,12 @@ def test_it_writes_report_page_and_recipe(run: Run, tmp_path: Path) -> None:
     assert (report.moved[0] == again.moved[0]).all()
 
 
-def test_a_mixture_that_no_engine_takes_is_said_to_be_one(run: Run) -> None:
+def test_a_mixture_that_no_engine_takes_is_said_to_be_one(run: Run, tmp_path: Path) -> None:
     mixed = ["--prompts", "4", "--samples", "1", "--formats", "q8_0,quanto-int4", "--bits", "6.5"]
-    code, said, _ = run("cache", "addition-pre", *mixed)
+    code, said, _ = run("cache", "addition-pre", *mixed, "--out", str(tmp_path))
     assert code == 0
     assert "No engine that we know takes this mixture" in said
+    assert "No engine that we know takes this mixture" in (tmp_path / "report.html").read_text()
     code, said, _ = run("cache", "addition-pre", *mixed[:4], "--formats", "q8_0", "--bits", "9")
     assert "No engine" not in said
 
