@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python -m tests.support.triton_checks
 
 compares the Triton engine with the compiled code on every architecture of the support table,
-some twelve seconds each, with a line for each that differs. Not under pytest: its checks of shapes
+some twenty seconds each, with a line for each that differs. Not under pytest: its checks of shapes
 wrap the kernels' own functions.
 """
 
