@@ -268,9 +268,8 @@ class LayerCheck(Evidence):
         if ratio.numel():
             # Rounding moves a length by a few eps.
             near = min(max(64 * self.eps, 1e-3), _LETS_THROUGH)
-            arrives, removed = (float((ratio - x).abs().max()) for x in (wanted, 1.0))
-            if arrives < near and not removed < arrives:
+            if bool(((ratio - wanted).abs() < near).all()):
                 shield = "none"
-            elif removed < _LETS_THROUGH:
+            elif bool(((ratio - 1).abs() < _LETS_THROUGH).all()):
                 shield = "removed"
         return replace(site, shield=shield)

@@ -104,11 +104,12 @@ def write(args: argparse.Namespace, report: CacheRisk, recipe: CacheRecipe, sour
     report.save(args.out / "report.safetensors")
     report.to_frame().to_csv(args.out / "frame.csv", index=False)
     recipe.save(args.out / "recipe.json")
-    told = {engine: said for engine, (_, said) in engines(recipe).items()}
+    found = engines(recipe)
+    told = {engine: said for engine, (_, said) in found.items()}
     lines = [f"{engine}: {said}" for engine, said in told.items()]
     (args.out / "engines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    none = not any(fits for fits, _ in engines(recipe).values())
-    page = cache_page(report, recipe, told, source=source, advice=NO_ENGINE if none else "")
+    advice = "" if any(fits for fits, _ in found.values()) else NO_ENGINE
+    page = cache_page(report, recipe, told, source=source, advice=advice)
     (args.out / "report.html").write_text(page, encoding="utf-8")
 
 

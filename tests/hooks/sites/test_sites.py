@@ -118,7 +118,8 @@ def test_sdpa_with_a_sliding_window() -> None:
 def test_norm_over_all_heads_is_mixed() -> None:
     """A norm over the whole projection leaks one head's noise into the others (OLMo 2 too)."""
     model = ours(placement="qkv", norm=NormSpec(over="projection"))
-    assert {site.q.shield for site in hooks.attention_sites(model)} == {"mixed"}
+    for each in (model, model.to(torch.bfloat16)):
+        assert {site.q.shield for site in hooks.attention_sites(each)} == {"mixed"}
     sites = hooks.attention_sites(builders.build("Olmo2ForCausalLM").model)
     assert {(s.q.shield, s.k.shield, s.v.shield) for s in sites} == {("mixed", "mixed", "none")}
     assert "leaks" in sites.describe()
