@@ -13,6 +13,7 @@ SETUP := .venv/installed
 LEGACY := .venv-legacy
 NEWEST := .venv-newest
 CACHES := .venv-caches
+TRITON := .venv-triton
 NIGHTLY := .venv-nightly
 DIST := .venv-dist
 # Every process would translate some 500 modules anew.
@@ -20,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # A process per core, with one thread each: small models gain nothing from more.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
-.PHONY: help setup dist probe test test-legacy test-newest test-caches nightly slow long matrix browser smoke lint format real-model \
+.PHONY: help setup dist probe test test-legacy test-newest test-caches test-triton nightly slow long matrix browser smoke lint format real-model \
 	models benchmarks docs notebooks tutorials clean
 
 help:
@@ -30,6 +31,7 @@ help:
 	@echo "make test-newest the same library on transformers 5.24, in its own .venv-newest"
 	@echo "make nightly     the newest release of everything, and what breaks there, in .venv-nightly"
 	@echo "make test-caches stores of ours beside quanto's and HQQ's, in their own .venv-caches"
+	@echo "make test-triton kernels for CUDA under Triton's interpreter, in their own .venv-triton"
 	@echo "make slow        the slow tests;  make long: thousands of fuzzed cases"
 	@echo "make matrix      every architecture that TransformerLens knows"
 	@echo "make browser     the report's page in the system's Chromium"
@@ -114,6 +116,18 @@ $(CACHES)/installed: $(SETUP)
 		> "$$($(CACHES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
 	$(CACHES)/bin/python -m pip --disable-pip-version-check install -q --no-deps \
 		optimum-quanto==0.2.7 hqq==0.2.8.post1 termcolor ninja
+	touch $@
+
+# Triton's kernels under its interpreter, and compiled for an H200, which needs none.
+test-triton: $(TRITON)/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest -n 2 --confcutdir=tests/triton -W ignore \
+		tests/triton $(ARGS)
+
+$(TRITON)/installed: $(SETUP)
+	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(TRITON)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(TRITON)/bin/python -m pip --disable-pip-version-check install -q --no-deps triton==3.9.0
 	touch $@
 
 slow: real-model

@@ -21,20 +21,17 @@ the ratio within a repeat, "IQR" the distance between the quartiles.
 ACCELERATORS = """## Accelerators: not measured
 
 No line of this page was measured on an accelerator. `python -m benchmarks.gpu` is the script for an
-H200 (eight minutes at most); it ran on the CPU with tiny shapes only (`--dry-run`). Estimates for
-Llama-3.1-8B's shape in bf16, eager, 1 x 4096, on an H200 (4.8 TB/s; a forward pass is some 70
-TFLOP, a tenth of a second), from what each part reads and writes; half of the rows are taken to be
-sparse:
+H200 (eight minutes at most); it ran on the CPU with tiny shapes only (`--dry-run`). What the Triton
+engine must cost there follows from [its kernels' machine code](benchmarks-roofline.md): 1.10
+forward passes for Llama-3.1-8B's shape at 8,192 tokens. The other ways, from what they read and
+write (eager attention, 1 x 4096, bf16; half of the rows taken to be sparse; a pass takes 67 ms at
+the peak):
 
 | part | bytes a score | in all | forward passes |
 | --- | --- | --- | --- |
-| scores to the host (the build before) | 4, and the CPU's work | 69 GB | 50 to 100 |
-| rows told apart: scores and pattern read once | 4 | 69 GB, 14 ms | 0.14 |
-| sparse rows laid out, sorted, listed by torch, float64 | some 600 | 5 TB, 1.1 s | 10 |
+| scores to the host (`engine="compiled"`) | 4, and the CPU's work | 69 GB | 50 to 100 |
+| sparse rows sorted by torch (`engine="torch"`) | some 600 | 5 TB | 16, and launches |
 | result to the host | - | under 25 MB | 0.01 |
-
-So the engines that run on the device should cost some ten forward passes there, not the one that
-the compiled code costs on a CPU: what torch does to whole sparse rows is left to be fused.
 """
 LINES = """- *Clean forward*: the bridge on the tokens, with logits; the ratio's base.
 - *The floor*: the same pass ended at the last layer's scores, which the probe can't go below.

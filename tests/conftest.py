@@ -26,7 +26,7 @@ from tests.support.watching import one_thread
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-collect_ignore = ["legacy", "caches"]  # `make test-legacy`, `make test-caches`
+collect_ignore = ["legacy", "caches", "triton"]  # each has an environment of its own
 
 torch.set_num_threads(1)  # the quadrature's many small operations lose by more
 

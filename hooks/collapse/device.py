@@ -24,8 +24,10 @@ from hooks.kernels.engines import (
     Slots,
     TorchPass,
     computes,
+    fastest,
     from_number,
-    kernels,
+    operands,
+    pass_of,
 )
 from hooks.model import Fused
 from hooks.noise import NormNoise
@@ -68,16 +70,20 @@ class Engines:
         self.ran: set[str] = set()
         self._fixed = fixed
         self._slots: dict[bool, Slots] = {}
+        self._chosen: dict[torch.device, str] = {}
 
     @property
     def name(self) -> str:
         """Which engines ran."""
         return ", ".join(sorted(self.ran))
 
-    @property
-    def chosen(self) -> str:
+    def on(self, device: torch.device) -> str:
         """Which engine reduces scores where they lie."""
-        return "torch" if self.asked == "auto" else self.asked
+        if self.asked != "auto":
+            return self.asked
+        if device not in self._chosen:
+            self._chosen[device] = fastest(device)
+        return self._chosen[device]
 
     def slots(self, device: torch.device) -> Slots:
         """How many places work has on this kind of device; remembered from pass to pass."""
@@ -114,7 +120,7 @@ class _Pass:
     def __init__(self, engines: Engines, prompts: Sequence[int], done: set[int]) -> None:
         self.engines, self.prompts, self.done = engines, prompts, done
         self.compiled: set[int] = set()
-        self.passes: dict[bool, TorchPass] = {}
+        self.passes: dict[tuple[bool, str], TorchPass] = {}
         self.reducers: dict[int, DeviceReducer] = {}
 
     def reducer(self, seen: SeenLayer) -> DeviceReducer:
@@ -127,17 +133,17 @@ class _Pass:
     def on(self, device: torch.device) -> TorchPass:
         """Where layers of this kind of device are reduced."""
         slots, tally = self.engines.slots(device), self.engines.tally
-        if slots.fixed not in self.passes:
+        key = slots.fixed, self.engines.on(device)
+        if key not in self.passes:
             settings = tally.settings
-            self.passes[slots.fixed] = TorchPass(
+            self.passes[key] = pass_of(key[1])(
                 slots,
                 keep=settings.keep,
                 keep_rows=settings.keep_rows,
                 cutoff=tally.parts.cutoff,
                 strict=settings.strict == "computed",
-                kernels=kernels(self.engines.chosen),
             )
-        return self.passes[slots.fixed]
+        return self.passes[key]
 
     def finish(self) -> bool:
         """Add what the pass found to the tally; False where it must be made again."""
@@ -185,22 +191,47 @@ class DeviceReducer(LayerReducer):
             if self.index not in self.passing.done:
                 super().add(scores, pattern, s, **block)
             return
-        engines.ran.add(engines.chosen)
+        engines.ran.add(engines.on(scores.device))
         self.has_qk = s is not None
         weights, parts = (None if x is None else x.detach().flatten(0, 1) for x in (pattern, s))
         on, rows = self.passing.on(scores.device), scores.detach().flatten(0, 1)
         on.add(self.index, rule, rows, weights, parts, self.passing.prompts)
 
-    def add_fused(self, fused: Fused, query_block: int | None, room: int) -> None:
-        """As :meth:`LayerReducer.add_fused`, where :meth:`takes` allows it."""
-        if self.index not in self.passing.done:
-            super().add_fused(fused, query_block, room)
+    def add_fused(
+        self, fused: Fused, query_block: int | None, room: int, lengths: Tensor | None = None
+    ) -> None:
+        """As :meth:`LayerReducer.add_fused`, where :meth:`takes` allows it.
 
-    def takes(self, fused: Fused) -> bool:
-        """Whether compiled code makes and reduces these scores, on threads of its own."""
-        if fused.query.device.type != "cpu":
-            return False
-        return self._by_compiled_code(fused.query.device, self._rule(0, 0.0, fused.shape[3]))
+        Args:
+            lengths: queries of each prompt; later ones are padding.
+        """
+        device = fused.query.device
+        if not pass_of(self.passing.engines.on(device)).fuses:
+            if self.index not in self.passing.done:
+                super().add_fused(fused, query_block, room)
+            return
+        self.passing.engines.ran.add("triton")
+        self.eps = torch.finfo(fused.query.dtype).eps
+        on = self.passing.on(device)
+        q, k = fused.query.detach(), fused.key.detach()
+        of = operands(
+            q, k, fused.attn_mask, causal=fused.is_causal, scale=fused.scale, lengths=lengths
+        )
+        rule = self._rule(0, self.eps, fused.shape[3])
+        on.add_fused(self.index, rule, of, self.passing.prompts)
+
+    def takes(self, fused: Fused, *, padded: bool) -> bool:
+        """Whether this engine makes these scores itself, a piece at a time.
+
+        Args:
+            padded: whether prompts have different lengths.
+        """
+        device, rule = fused.query.device, self._rule(0, 0.0, fused.shape[3])
+        if not pass_of(self.passing.engines.on(device)).fuses:
+            return device.type == "cpu" and not padded and self._by_compiled_code(device, rule)
+        if lacks(self.settings, rule) or fused.query.dtype == torch.float64:
+            return False  # rows decide
+        return computes(rule) and (fused.scale is None or fused.scale > 0)
 
     def _by_compiled_code(self, device: torch.device, rule: Rule) -> bool:
         """Whether this engine was asked for, or is the only one that can."""
@@ -235,7 +266,7 @@ def _table(listed: Listed, cutoff: float, tally: Tally, prompts: Sequence[int]) 
     """Entries in no order as rows with their competitors, nearest first."""
     columns = [x.numpy() for x in listed]
     near = columns[3] < np.float32(cutoff)
-    order = np.lexsort([columns[3][near], columns[0][near]])
+    order = np.lexsort([columns[2][near], columns[3][near], columns[0][near]])
     number, key, place, a, s, beta, s_star = (x[near][order] for x in columns)
     start = np.flatnonzero(np.diff(number, prepend=-1))
     layer, matrix, query = from_number(number[start])

@@ -148,11 +148,11 @@ def collapse_probe(
             which it starts, draw the noise of the whole and :meth:`CollapseReport.merge` exactly.
         engine: what reduces a layer's scores: ``"compiled"`` code on the CPU; ``"torch"`` on the
             device where they lie, from which only the result is copied; ``"triton"``: the same,
-            with kernels of its own for what every row needs; ``"auto"``: compiled on the CPU, and
-            where the others do not compute what is asked (draws, and the strict rate under other
-            laws than uniform, of noise on q alone and under soft caps); else torch. Triton's
-            kernels ran under its interpreter only, so they are never chosen for you.
-            The report's ``model["engine"]`` says which ran; parts of several may be merged.
+            with kernels of its own, for CUDA; ``"auto"``: compiled on the CPU, and where the
+            others do not compute what is asked (draws, and the strict rate under other laws than
+            uniform, of noise on q alone and under soft caps); Triton on CUDA, where it is installed
+            and its sums on made-up rows are torch's there, which is tried once; else torch. The
+            report's ``model["engine"]`` says which ran; parts of several may be merged.
         progress: show a bar in a terminal or a notebook, lines in a log; default: in a log only
             after a minute.
         name: what the report calls the model; default: the model's own name.
@@ -343,9 +343,13 @@ class _Padding:
     def __init__(self, ends: Sequence[int]) -> None:
         self._ends = torch.tensor(ends)
 
+    def lengths(self, device: torch.device) -> Tensor:
+        """How many rows of each prompt are none."""
+        return self._ends.to(device)
+
     def hide(self, scores: Tensor, first: int = 0) -> Tensor:
         """Scores of the rows from query ``first`` on, without those of padding."""
-        self._ends = self._ends.to(scores.device)
+        self._ends = self.lengths(scores.device)
         queries = torch.arange(first, first + scores.shape[2], device=scores.device)
         rows = queries >= self._ends[:, None]
         return scores.masked_fill(rows[:, None, :, None], -math.inf)
@@ -391,8 +395,10 @@ def _reduce(
         of = seen.vectors()
         wide = torch.promote_types(of["q"].dtype, torch.float32)
         vectors = of["q"].to(wide), of["k"].to(wide)
-    if fused is not None and vectors is None and padding is None and reducer.takes(fused):
-        reducer.add_fused(fused, query_block, _BLOCK_BYTES)
+    padded = padding is not None
+    if fused is not None and vectors is None and reducer.takes(fused, padded=padded):
+        lengths = None if padding is None else padding.lengths(fused.query.device)
+        reducer.add_fused(fused, query_block, _BLOCK_BYTES, lengths)
         return
     if fused is not None:
         _in_blocks(reducer, sites, fused, vectors, query_block, padding)

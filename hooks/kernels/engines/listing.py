@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from hooks.kernels.engines.slots import Slots
 
-_BINS = 1 << 14  # of the cutoff
-_END = 4.0  # beyond every half-width: the cutoff of a table that lists all
+BINS = 1 << 14  # of the cutoff
+END = 4.0  # beyond every half-width: the cutoff of a table that lists all
 
 
 class Listed(NamedTuple):
@@ -42,17 +42,17 @@ class Listing:
 
     def __init__(self, room: int, cutoff: float, device: torch.device) -> None:
         self.room = room
-        self.limit = torch.full((), min(cutoff, _END), device=device)
+        self.limit = torch.full((), min(cutoff, END), device=device)
         self._held: Listed | None = None
         self._used = torch.zeros(1, dtype=torch.int64, device=device)
-        self._count = torch.zeros(_BINS + 1, dtype=torch.int64, device=device)
+        self._count = torch.zeros(BINS + 1, dtype=torch.int64, device=device)
         self._most = 0  # entries that there can be
 
     def add(self, new: Listed, some: Bool[Tensor, "entry"]) -> None:
         """List those of the new entries that are ``some`` and nearer than the limit."""
         near = some & (new.a < self.limit)
-        bins = (new.a * (_BINS / _END)).nan_to_num(_END).clamp(0, _BINS).to(torch.int64)
-        self._count.scatter_add_(0, torch.where(near, bins, _BINS), near.to(torch.int64))
+        bins = (new.a * (BINS / END)).nan_to_num(END).clamp(0, BINS).to(torch.int64)
+        self._count.scatter_add_(0, torch.where(near, bins, BINS), near.to(torch.int64))
         if self._held is None:
             size = self.room + max(self.room, 2 * len(near))
             self._held = Listed(*(x.new_zeros(size + 1) for x in new))
@@ -60,12 +60,16 @@ class Listing:
             self._pack(max(len(self._held.a), self.room + 2 * len(near) + 1))
         self._write(new, near, len(near))
 
+    def _lower(self) -> None:
+        """Lower the limit until what was counted below it fits."""
+        fits = (self._count.cumsum(0) <= self.room).sum().clamp_max(BINS)
+        self.limit = torch.minimum(self.limit, fits.to(torch.float32) * (END / BINS))
+        self._count *= torch.arange(BINS + 1, device=self.limit.device) < fits
+
     def _pack(self, size: int) -> None:
         """Lower the limit until what is below fits, and drop what is not."""
         assert self._held is not None
-        fits = (self._count.cumsum(0) <= self.room).sum().clamp_max(_BINS)
-        self.limit = torch.minimum(self.limit, fits.to(torch.float32) * (_END / _BINS))
-        self._count *= torch.arange(_BINS + 1, device=self.limit.device) < fits
+        self._lower()
         old, there = self._held, torch.arange(len(self._held.a), device=self.limit.device)
         near = (there < self._used) & (old.a < self.limit)
         self._held = Listed(*(x.new_zeros(size) for x in old))
@@ -115,9 +119,16 @@ class FragileRows(NamedTuple):
 
     def first(self, keep: int) -> FragileRows:
         """The most fragile of these rows."""
-        by_order = self.order.sort(stable=True).indices
-        chosen = by_order[self.a[by_order].sort(stable=True).indices][:keep]
+        chosen = most_fragile(self.a, self.order, keep)
         return FragileRows(*(x[chosen] for x in self))
+
+
+def most_fragile(
+    a: Float[Tensor, "row"], order: Int[Tensor, "row"], keep: int
+) -> Int[Tensor, "chosen"]:
+    """Indices of the rows with the least half-widths."""
+    by_order = order.sort(stable=True).indices
+    return by_order[a[by_order].sort(stable=True).indices][:keep]
 
 
 def entries(

@@ -29,7 +29,7 @@ _MANY = 24  # tokens beyond which a part of them is looked at first
 _FAR = 12.0  # tokens that stay further below W add less than exp(-12)
 _FADED, _MOST = -40.0, 300.0  # where an exponential is 0; where its square is finite
 _NOTHING = 1e-7  # probability of a win in a cell that is only bounded
-_SLIGHT = 1e-6  # loose rates below which the strict one is only bounded
+SLIGHT = 1e-6  # loose rates below which the strict one is only bounded
 _TINY = 1e-30
 _NO_REST = 1e-12  # of two tokens' sum nothing is left but rounding
 _SIZES = (32, 128)  # tokens of a row
@@ -86,8 +86,8 @@ def strict_rates(
     crowd = _gather(rule, rows, sink)
     out = loose.new_zeros(3, n_rows * n_sigmas + 1)
     some = some & (crowd.n >= 2)
-    out[2, :-1] = torch.where(some[:, None] & (loose < _SLIGHT), loose, 0.0).flatten()
-    wanted = (some[:, None] & (loose >= _SLIGHT)).flatten()
+    out[2, :-1] = torch.where(some[:, None] & (loose < SLIGHT), loose, 0.0).flatten()
+    wanted = (some[:, None] & (loose >= SLIGHT)).flatten()
     sigmas = constant(rule.sigmas, loose.dtype, loose.device)
     n = crowd.s.shape[1]
     least, plain = 0, rows.bias is None

@@ -7,7 +7,7 @@ a few rows to show.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooks.kernels import BROKEN, EXAMINED, N_COUNTS, SINGLE, TIES, Rule
+from hooks.kernels import BROKEN, EXAMINED, MASKED, N_COUNTS, SINGLE, TIES, Rule
 from hooks.kernels.engines.apart import Competitors, Rows, Told, compete, lay_out, tell_apart, wide
-from hooks.kernels.engines.listing import FragileRows, Listed, Listing, entries
+from hooks.kernels.engines.listing import FragileRows, Listed, Listing, entries, most_fragile
+from hooks.kernels.engines.operands import Operands
 from hooks.kernels.engines.rates import loose_rates
 from hooks.kernels.engines.slots import Slots, bring, constant
 from hooks.kernels.engines.strict import strict_rates
@@ -37,16 +38,6 @@ def in_chunks(rule: Rule, scores: Tensor, pattern: Tensor | None, step: int) -> 
         part = slice(first, first + step)
         parts.append(tell_apart(rule, scores[part], None if pattern is None else pattern[part]))
     return Told(*(torch.cat(x) for x in zip(*parts, strict=True)))
-
-
-class Kernels(NamedTuple):
-    """What a pass computes with; the same numbers, whichever."""
-
-    tell: Callable[[Rule, Tensor, Tensor | None, int], Told]
-    rates: Callable[[Rule, Competitors, Tensor, Slots], Tensor]
-
-
-TORCH = Kernels(in_chunks, loose_rates)
 
 
 class LayerSums(NamedTuple):
@@ -76,7 +67,12 @@ class _Place:
     fragile: FragileRows | None = None
 
 
-def row_numbers(layer: int, matrix: Tensor, query: Tensor) -> Int[Tensor, "row"]:
+def rows_at_once(n_key: int, device: torch.device) -> int:
+    """How many rows torch works on together."""
+    return max(1, (_ROOM_CPU if device.type == "cpu" else _ROOM) // n_key)
+
+
+def row_numbers(layer: int | Tensor, matrix: Tensor, query: Tensor) -> Int[Tensor, "row"]:
     """One number for each row of a pass, in the order of layers, matrices and queries."""
     return (layer * _PLACE + matrix) * _PLACE + query
 
@@ -95,8 +91,10 @@ class TorchPass:
         keep_rows: rows to show.
         cutoff: half-width from which on nothing is listed.
         strict: whether to compute the strict rate.
-        kernels: what to compute with.
     """
+
+    fuses = False
+    """Whether it makes a fused attention's scores itself."""
 
     def __init__(
         self,
@@ -106,10 +104,9 @@ class TorchPass:
         keep_rows: int,
         cutoff: float,
         strict: bool,
-        kernels: Kernels = TORCH,
     ) -> None:
         self.slots, self.keep, self.keep_rows = slots, keep, keep_rows
-        self.cutoff, self.strict, self.kernels = cutoff, strict, kernels
+        self.cutoff, self.strict = cutoff, strict
         self._places: dict[torch.device, _Place] = {}
 
     def add(
@@ -122,30 +119,52 @@ class TorchPass:
         prompts: Sequence[int],
     ) -> None:
         """Reduce a layer's rows, or some of its queries' rows."""
-        device = scores.device
-        place = self._places.get(device)
-        if place is None:
-            place = _Place(Listing(2 * self.keep, self.cutoff, device))
-            self._places[device] = place
         n_matrices, n_query, n_key = scores.shape
-        if index not in place.layers:
-            place.layers[index] = _no_sums(rule, n_matrices, device)
-        into = place.layers[index]
         flat, weights, parts = (
             scores.flatten(0, 1),
             *(None if x is None else x.flatten(0, 1) for x in (pattern, qk)),
         )
-        step = max(1, (_ROOM_CPU if device.type == "cpu" else _ROOM) // n_key)
-        told = self.kernels.tell(rule, flat, weights, step)
-        for name, which in ((SINGLE, told.seen == 1), (EXAMINED, told.seen == 2)):
-            into.counts[name] += (which & ~told.broken).view(n_matrices, -1).sum(1)
-        into.counts[BROKEN] += told.broken.view(n_matrices, -1).sum(1)
-        at, taken = self.slots.pick("sparse rows", told.sparse)
-        work = _Work(self, rule, index, place, into, prompts, n_query)
+        step = rows_at_once(n_key, scores.device)
+        work = self._work(index, rule, prompts, (n_matrices, n_query), scores.device)
+        at, taken = self._sparse(work, self._tell(rule, flat, weights, step))
         for first in range(0, len(at), step):
             some = at[first : first + step]
             qk_rows = None if parts is None else parts[some]
             work.on(some, taken[first : first + step], flat[some], qk_rows)
+
+    def add_fused(self, index: int, rule: Rule, of: Operands, prompts: Sequence[int]) -> None:
+        """Reduce a layer whose attention is fused; its scores are the q.k parts."""
+        raise NotImplementedError
+
+    def _tell(self, rule: Rule, scores: Tensor, pattern: Tensor | None, step: int) -> Told:
+        return in_chunks(rule, scores, pattern, step)
+
+    def _listing(self, device: torch.device) -> Listing:
+        return Listing(2 * self.keep, self.cutoff, device)
+
+    def _work(
+        self,
+        index: int,
+        rule: Rule,
+        prompts: Sequence[int],
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> Work:
+        """What a layer's sparse rows are added by; ``shape``: its matrices and their queries."""
+        place = self._places.get(device)
+        if place is None:
+            place = self._places[device] = _Place(self._listing(device))
+        if index not in place.layers:
+            place.layers[index] = _no_sums(rule, shape[0], device)
+        return Work(self, rule, index, place, place.layers[index], prompts, shape[1])
+
+    def _sparse(self, work: Work, told: Told) -> tuple[Tensor, Tensor]:
+        """Count what rows are; places for the sparse ones."""
+        counts = work.into.counts
+        for name, which in ((SINGLE, told.seen == 1), (EXAMINED, told.seen == 2)):
+            counts[name] += (which & ~told.broken).view(counts.shape[1], -1).sum(1)
+        counts[BROKEN] += told.broken.view(counts.shape[1], -1).sum(1)
+        return self.slots.pick("sparse rows", told.sparse)
 
     def finish(self) -> Brought | None:
         """Bring all to the CPU; None where there were too few places, and more are provided now."""
@@ -175,8 +194,17 @@ class TorchPass:
         return found
 
 
+class Where(NamedTuple):
+    """Where rows stand."""
+
+    slot: Int[Tensor, "row"]  # (matrix, kind)
+    sink: Float[Tensor, "row"]  # score of the head's sink
+    number: Int[Tensor, "row"]
+    order: Int[Tensor, "row"]  # by which equally fragile ones are shown
+
+
 @dataclass
-class _Work:
+class Work:
     """Sparse rows of one layer."""
 
     mine: TorchPass
@@ -193,63 +221,69 @@ class _Work:
         """Add these rows; ``some``: which of them there are."""
         rule, into = self.rule, self.into
         rows = lay_out(rule, scores, qk)
+        where = self.place_of(at, rows.star, some & rows.tied)
+        some = some & ~rows.tied
+        rivals = compete(rule, rows)
+        self.count(where, rows.top, rivals.able, some)
+        loose = loose_rates(rule, rivals, some, self.mine.slots)
+        into.sums[:2].index_add_(2, where.slot, loose.permute(1, 2, 0))
+        if self.mine.strict:
+            strict = strict_rates(rule, rows, loose[:, 0], where.sink, some, self.mine.slots)
+            into.sums[2:].index_add_(2, where.slot, strict.transpose(1, 2))
+        self._list(rows, rivals, where, some)
+        a = torch.where(some, rivals.a[:, 0, 0], math.inf)
+        self.show(where, (a, rows.star, rivals.place[:, 0]), scores, qk)
+
+    def place_of(self, at: Tensor, star: Tensor, tied: Tensor) -> Where:
+        """Where rows stand; ties are counted."""
+        rule = self.rule
         matrix = torch.div(at, self.n_query, rounding_mode="floor")
         query = at - matrix * self.n_query + rule.first_query
-        into.counts[TIES].index_add_(0, matrix, (some & rows.tied).to(torch.int64))
-        some = some & ~rows.tied
+        self.into.counts[TIES].index_add_(0, matrix, tied.to(torch.int64))
         first = constant(rule.first, torch.int64, at.device)
         batch = torch.div(matrix, rule.n_heads, rounding_mode="floor")
-        slot = 2 * matrix + first[batch, rows.star]
-        count = some.to(torch.int64)
-        into.rows.index_add_(0, slot, count)
-        into.level.index_add_(0, slot, torch.where(some, rows.top, 0.0))
-        rivals = compete(rule, rows)
-        into.able.index_add_(0, slot, rivals.able * count)
-        loose = self.mine.kernels.rates(rule, rivals, some, self.mine.slots)
-        into.sums[:2].index_add_(2, slot, loose.permute(1, 2, 0))
-        if self.mine.strict:
-            heads = matrix - batch * rule.n_heads
-            sink = constant(rule.sink, rows.s.dtype, at.device)[heads]
-            strict = strict_rates(rule, rows, loose[:, 0], sink, some, self.mine.slots)
-            into.sums[2:].index_add_(2, slot, strict.transpose(1, 2))
-        self._list(rows, rivals, (matrix, query), some)
-        self._show(rows, rivals, (matrix, query), some, scores, qk)
+        head = matrix - batch * rule.n_heads
+        sink = constant(rule.sink, wide(at.device), at.device)[head]
+        prompts = constant(np.asarray(self.prompts), torch.int64, at.device)
+        number = row_numbers(self.index, matrix, query)
+        order = row_numbers(self.index * rule.n_heads + head, prompts[batch], query)
+        return Where(2 * matrix + first[batch, star], sink, number, order)
 
-    def _list(
-        self, rows: Rows, rivals: Competitors, at: tuple[Tensor, Tensor], some: Tensor
-    ) -> None:
+    def count(self, where: Where, top: Tensor, able: Tensor, some: Tensor) -> None:
+        """Count rows, their levels, and the competitors that can win."""
+        into, count = self.into, some.to(torch.int64)
+        into.rows.index_add_(0, where.slot, count)
+        into.level.index_add_(0, where.slot, torch.where(some, top, 0.0))
+        into.able.index_add_(0, where.slot, able * count)
+
+    def _list(self, rows: Rows, rivals: Competitors, where: Where, some: Tensor) -> None:
         """Put competitors that are near enough into the table."""
         beta = None if rivals.beta is None else rivals.beta[:, 0]
-        shown = row_numbers(self.index, *at), rows.star, rows.top, rivals.place
+        shown = where.number, rows.star, rows.top, rivals.place
         listing = self.place.listing
         a, s = rivals.a[:, 0], rivals.s[:, 0]
         listing.add(*entries(self.mine.slots, a, s, beta, listing.limit, shown, some))
 
-    def _show(
+    def show(
         self,
-        rows: Rows,
-        rivals: Competitors,
-        at: tuple[Tensor, Tensor],
-        some: Tensor,
-        scores: Tensor,
+        where: Where,
+        nearest: tuple[Tensor, Tensor, Tensor],
+        scores: Float[Tensor, "row key"],
         qk: Tensor | None,
     ) -> None:
-        """Keep the most fragile rows, to be shown."""
-        keep, (matrix, query) = self.mine.keep_rows, at
+        """Keep the most fragile rows, to be shown; half-widths, attended keys and rivals."""
+        keep = self.mine.keep_rows
         if not keep:
             return
-        heads, prompts = (
-            self.rule.n_heads,
-            constant(np.asarray(self.prompts), torch.int64, at[0].device),
-        )
-        batch = torch.div(matrix, heads, rounding_mode="floor")
-        head = self.index * heads + matrix - batch * heads
-        a = torch.where(some, rivals.a[:, 0, 0], math.inf).to(torch.float32)
-        order = (head * _PLACE + prompts[batch]) * _PLACE + query
-        w = torch.where(rows.visible, scores.to(rows.s), -math.inf)
-        part = rows.s if qk is not None else rows.s[:, :0]
-        number = row_numbers(self.index, matrix, query)
-        new = FragileRows(a, order, number, rows.star, rivals.place[:, 0], w, part).first(keep)
+        a, star, rival = nearest[0].to(torch.float32), *nearest[1:]
+        chosen = most_fragile(a, where.order, keep)
+        w = scores[chosen].to(wide(scores.device))
+        visible = w > MASKED
+        part = w[:, :0] if qk is None else torch.where(visible, qk[chosen].to(w), 0.0)
+        w = torch.where(visible, w, -math.inf)
+        ints = where.order, where.number, star, rival
+        order, number, star, rival = (x[chosen] for x in ints)
+        new = FragileRows(a[chosen], order, number, star, rival, w, part)
         old = self.place.fragile
         self.place.fragile = new if old is None else old.with_those(new, keep)
 

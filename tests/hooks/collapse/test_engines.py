@@ -107,7 +107,7 @@ def test_engines_are_chosen_by_name_and_device(llama: Any) -> None:
 
 def test_triton_that_is_not_installed(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "hooks.kernels.engines.fused", raising=False)
+    monkeypatch.delitem(sys.modules, "hooks.kernels.engines.triton_pass", raising=False)
     with pytest.raises(ImportError, match=r"engine: wanted triton, .*qkvnorm-lens\[triton\]"):
         probe(llama, draws=0, engine="triton")
 
