@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooks import NormNoise, attention_sites
 from hooks.collapse.device import Engines
@@ -150,3 +152,18 @@ def few_places(share: float) -> Iterator[None]:
 
         patch.setattr(Engines, "__init__", fixed)
         yield
+
+
+_ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+
+
+class NothingIsAsked(TorchDispatchMode):
+    """Refuses what would wait for a device: sizes and numbers read from tensors, copies."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        asks = name in _ASKING or (name == "repeat_interleave" and isinstance(args[0], Tensor))
+        if name in ("index", "index_put_"):
+            asks |= any(x is not None and x.dtype == torch.bool for x in args[1])
+        assert not asks, f"{name} reads from a device"
+        return func(*args, **(kwargs or {}))

@@ -28,7 +28,7 @@ from hooks.kernels.engines.triton_table import RowListing
 from hooks.kernels.engines.triton_tiles import rows_of, tell_rows_apart
 from hooks.kernels.engines.vectorised import TorchPass, Work, rows_at_once
 
-_ROOM = 1 << 28  # numbers of the rows that exist at a time
+_ROOM, _ROWS = 1 << 28, 1 << 16  # numbers of the rows that exist at a time, and rows
 
 
 class FusedPass(TorchPass):
@@ -42,7 +42,7 @@ class FusedPass(TorchPass):
         device = of.query.device
         work = self._work(index, rule, prompts, (batch * n_heads, n_query), device)
         at, taken = self._sparse(work, tell_rows_apart(rule, of))
-        step = max(1, _ROOM // n_key)
+        step = max(1, min(_ROWS, _ROOM // n_key))
         for first in range(0, len(at), step):
             part = slice(first, first + step)
             rows = rows_of(of, at[part], taken[part])
@@ -66,7 +66,7 @@ class FusedPass(TorchPass):
         assert flat is not None
         work = self._work(index, rule, prompts, (n_matrices, n_query), scores.device)
         at, taken = self._sparse(work, triton_told.tell_rows_apart(rule, flat, weights))
-        step = max(1, _ROOM // n_key)
+        step = max(1, min(_ROWS, _ROOM // n_key))
         for first in range(0, len(at), step):
             part = slice(first, first + step)
             _rows(work, at[part], taken[part], flat[at[part]].to(torch.float32))

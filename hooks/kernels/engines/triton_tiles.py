@@ -63,9 +63,10 @@ def _walk(  # type: ignore[no-untyped-def]
     MASK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """Tell rows apart, or write those that have a slot."""
-    matrix = tl.program_id(1)
+    tiles = tl.cdiv(n_query, QUERIES)
+    matrix = tl.program_id(0) // tiles
     batch, head = (matrix // n_heads).to(tl.int64), (matrix % n_heads).to(tl.int64)
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    query = tl.program_id(0) % tiles * QUERIES + tl.arange(0, QUERIES)
     there = query < n_query
     row = matrix.to(tl.int64) * n_query + query
     slot = tl.full((QUERIES,), 0, tl.int64)
@@ -142,7 +143,7 @@ def _launch(of: Operands, slot: Tensor, out: tuple[Tensor, ...], write: bool) ->
     d = of.query.shape[3]
     half = of.query.element_size() == 2
     queries, keys, warps = (_WRITE if write else _TELL) if half else _SINGLE
-    _walk[(triton.cdiv(n_query, queries), batch * n_heads)](
+    _walk[(triton.cdiv(n_query, queries) * batch * n_heads,)](
         of.query, of.key, mask, of.first, of.end, slot, *out, n_heads, n_heads // of.key.shape[1],
         n_query, n_key, of.scale, *of.query.stride(), *of.key.stride(),
         *(mask.stride() if kind else (0,) * 4), *of.first.stride(), *of.end.stride(),

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooks.kernels.engines import vectorised
 from tests.support import builders, models
-from tests.support.engines import HandMade, assert_same, few_places
+from tests.support.engines import HandMade, NothingIsAsked, assert_same, few_places
 from tests.support.probes import ids, probe
 
 
@@ -121,20 +120,6 @@ def test_parts_of_two_engines_merge(llama: Any) -> None:
 
 
 # -- what leaves the device ------------------------------------------------------------------------
-
-ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
-
-
-class NothingIsAsked(TorchDispatchMode):
-    """Refuses what would wait for a device: sizes and numbers read from tensors, copies."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
-        asks = name in ASKING or (name == "repeat_interleave" and isinstance(args[0], Tensor))
-        if name in ("index", "index_put_"):
-            asks |= any(x is not None and x.dtype == torch.bool for x in args[1])
-        assert not asks, f"{name} reads from a device"
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
