@@ -4,8 +4,8 @@ import warnings
 
 import torch
 
+from hooks.kernels.engines.attention import Operands, operands
 from hooks.kernels.engines.listing import FragileRows, Listed
-from hooks.kernels.engines.operands import Operands, operands
 from hooks.kernels.engines.slots import Slots
 from hooks.kernels.engines.strict import computes
 from hooks.kernels.engines.vectorised import (

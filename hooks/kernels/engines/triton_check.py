@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hooks.kernels import UNIFORM, Rule
-from hooks.kernels.engines.operands import operands
+from hooks.kernels.engines.attention import operands
 from hooks.kernels.engines.slots import Slots
 from hooks.kernels.engines.triton_pass import FusedPass
 from hooks.kernels.engines.vectorised import Brought, TorchPass

@@ -28,6 +28,29 @@ _LANES = 64
 
 
 @triton.jit
+def _integral(  # type: ignore[no-untyped-def]
+    inverse_ptr, x_ptr, weight_ptr, going, joined, parts, per, base, height, h
+):  # fmt: skip
+    """Integral of H over a panel's parts of width h, which begins ``height`` above zero."""
+    kept = h * 0.0
+    for i in range(tl.max(parts).to(tl.int32)):
+        x = per * (height - h * (i + tl.load(x_ptr)))
+        y = per * (height - h * (i + tl.load(x_ptr + 1)))
+        z = per * (height - h * (i + tl.load(x_ptr + 2)))
+        f, g, k = h * 0.0 + 1.0, h * 0.0 + 1.0, h * 0.0 + 1.0
+        for t in range(joined):
+            # No factor is below 0 while the attended score can be there.
+            inverse = tl.load(inverse_ptr + t, mask=going, other=0.0)
+            f *= base + x * inverse
+            g *= base + y * inverse
+            k *= base + z * inverse
+        stays = tl.load(weight_ptr) * f + tl.load(weight_ptr + 1) * g
+        stays += tl.load(weight_ptr + 2) * k
+        kept += tl.where(going & (i < parts), h * stays, 0.0)
+    return kept
+
+
+@triton.jit
 def _rates(  # type: ignore[no-untyped-def]
     s_ptr, inverse_ptr, floats_ptr, count_ptr, sigma_ptr, x_ptr, weight_ptr, out_ptr, n_rows,
     n_sigmas, ROOM: tl.constexpr, LANES: tl.constexpr, FALL: tl.constexpr, DEEP: tl.constexpr,
@@ -61,7 +84,7 @@ def _rates(  # type: ignore[no-untyped-def]
         known = tl.where(live, 0, n)
         joined = 0
         steep, moment, kept, begin = width * 0.0, width * 0.0, width * 0.0, width * 0.0
-        going, deep, one = live, width, width * 0.0 + 1.0
+        going, deep = live, width
         while tl.max(going.to(tl.int32)) > 0:
             inverse = tl.load(inverse_ptr + known, mask=going, other=0.0)
             g = per * inverse
@@ -77,20 +100,9 @@ def _rates(  # type: ignore[no-untyped-def]
             end = tl.maximum(begin, tl.minimum(end, deep))
             parts = tl.where(going, tl.ceil(steep * (end - begin) / FALL), 0.0)
             h = (end - begin) / tl.maximum(parts, 1.0)
-            for i in range(tl.max(parts).to(tl.int32)):
-                inside = going & (i < parts)
-                x = per * (reach - begin - h * (i + tl.load(x_ptr)))
-                y = per * (reach - begin - h * (i + tl.load(x_ptr + 1)))
-                z = per * (reach - begin - h * (i + tl.load(x_ptr + 2)))
-                f, g, k = one, one, one
-                for t in range(joined):
-                    # No factor is below 0 while the attended score can be there.
-                    inverse = tl.load(inverse_ptr + t, mask=going, other=0.0)
-                    f *= base + x * inverse
-                    g *= base + y * inverse
-                    k *= base + z * inverse
-                stays = tl.load(weight_ptr) * f + tl.load(weight_ptr + 1) * g
-                kept += tl.where(inside, h * (stays + tl.load(weight_ptr + 2) * k), 0.0)
+            kept += _integral(
+                inverse_ptr, x_ptr, weight_ptr, going, joined, parts, per, base, reach - begin, h
+            )
             begin = tl.where(going, end, begin)
             going = more & (end < deep)
         enters = tl.minimum(width, deep)

@@ -86,40 +86,72 @@ def _sort(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _survey(w_ptr, n, LEAST: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest score and where it is; visible and positive ones, and the sum."""
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full((), float("-inf"), tl.float32)
+    star = tl.full((), 0, tl.int32)
+    seen = tl.full((), 0, tl.int32)
+    positive = tl.full((), 0, tl.int32)
+    total = tl.full((), 0.0, tl.float64)
+    for k in range(0, n, BLOCK):
+        w = tl.load(w_ptr + k + lanes, mask=k + lanes < n, other=float("-inf"))
+        visible = w > LEAST
+        seen += tl.sum(visible.to(tl.int32))
+        positive += tl.sum((w > 0).to(tl.int32))
+        total += tl.sum(tl.where(visible, w, 0.0).to(tl.float64))
+        most, at = tl.max(w, 0, return_indices=True)
+        star = tl.where(most > top, k + at, star)
+        top = tl.maximum(top, most)
+    return top, star, seen, positive, total
+
+
+@triton.jit
+def _second(w_ptr, n, star, LEAST: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest of the others, and where it is."""
+    lanes = tl.arange(0, BLOCK)
+    second = tl.full((), float("-inf"), tl.float32)
+    rival = tl.full((), 0, tl.int32)
+    for k in range(0, n, BLOCK):
+        w = tl.load(w_ptr + k + lanes, mask=k + lanes < n, other=float("-inf"))
+        w = tl.where((k + lanes == star) | (w <= LEAST), float("-inf"), w)
+        most, at = tl.max(w, 0, return_indices=True)
+        rival = tl.where(most > second, k + at, rival)
+        second = tl.maximum(second, most)
+    return second, rival
+
+
+@triton.jit
+def _collect(  # type: ignore[no-untyped-def]
+    w_ptr, s_ptr, n, bar, star, ROOM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Put the others above the bar into the list; how many."""
+    lanes = tl.arange(0, BLOCK)
+    used = tl.full((), 0, tl.int32)
+    for k in range(0, n, BLOCK):
+        w = tl.load(w_ptr + k + lanes, mask=k + lanes < n, other=float("-inf"))
+        keep = (w > bar) & (k + lanes != star)
+        at = used + tl.cumsum(keep.to(tl.int32), 0) - 1
+        keep = keep & (at < ROOM)
+        tl.store(s_ptr + at, w, mask=keep)
+        used += tl.sum(keep.to(tl.int32))
+    return used
+
+
+@triton.jit
 def _nearest(  # type: ignore[no-untyped-def]
     w_ptr, some_ptr, end_ptr, ints_ptr, floats_ptr, s_ptr, inverse_ptr, step, n_rows, reach,
     LEAST: tl.constexpr, DECIDED: tl.constexpr, HALVINGS: tl.constexpr, SMALL: tl.constexpr,
     ROOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
     w_ptr += row * step
     n = tl.load(end_ptr + row).to(tl.int32)
     s_ptr += row * ROOM
     inverse_ptr += row * ROOM
     if tl.load(some_ptr + row) != 0:
-        top = tl.full((), float("-inf"), tl.float32)
-        star = tl.full((), 0, tl.int32)
-        seen = tl.full((), 0, tl.int32)
-        positive = tl.full((), 0, tl.int32)
-        total = tl.full((), 0.0, tl.float64)
-        for k in range(0, n, BLOCK):
-            w = tl.load(w_ptr + k + lanes, mask=k + lanes < n, other=float("-inf"))
-            visible = w > LEAST
-            seen += tl.sum(visible.to(tl.int32))
-            positive += tl.sum((w > 0).to(tl.int32))
-            total += tl.sum(tl.where(visible, w, 0.0).to(tl.float64))
-            most, at = tl.max(w, 0, return_indices=True)
-            star = tl.where(most > top, k + at, star)
-            top = tl.maximum(top, most)
-        second = tl.full((), float("-inf"), tl.float32)
-        rival = tl.full((), 0, tl.int32)
-        for k in range(0, n, BLOCK):
-            w = tl.load(w_ptr + k + lanes, mask=k + lanes < n, other=float("-inf"))
-            w = tl.where((k + lanes == star) | (w <= LEAST), float("-inf"), w)
-            most, at = tl.max(w, 0, return_indices=True)
-            rival = tl.where(most > second, k + at, rival)
-            second = tl.maximum(second, most)
+        top, star, seen, positive, total = _survey(w_ptr, n, LEAST, BLOCK)
+        second, rival = _second(w_ptr, n, star, LEAST, BLOCK)
         mean = total / tl.maximum(seen, 1)
         own = top.to(tl.float64)
         a = tl.minimum(reach, 1.0)
@@ -143,14 +175,7 @@ def _nearest(  # type: ignore[no-untyped-def]
         else:
             if count > ROOM:
                 bar = top
-        used = tl.full((), 0, tl.int32)
-        for k in range(0, n, BLOCK):
-            w = tl.load(w_ptr + k + lanes, mask=k + lanes < n, other=float("-inf"))
-            keep = (w > bar) & (k + lanes != star)
-            at = used + tl.cumsum(keep.to(tl.int32), 0) - 1
-            keep = keep & (at < ROOM)
-            tl.store(s_ptr + at, w, mask=keep)
-            used += tl.sum(keep.to(tl.int32))
+        used = _collect(w_ptr, s_ptr, n, bar, star, ROOM, BLOCK)
         tl.debug_barrier()
         if used <= SMALL:
             _sort(s_ptr, inverse_ptr, used, mean, n_rows * ROOM, SMALL, True)

@@ -17,8 +17,8 @@ from torch import Tensor
 from hooks.kernels import Rule
 from hooks.kernels.engines import triton_told
 from hooks.kernels.engines.apart import Told, compete, lay_out
+from hooks.kernels.engines.attention import Operands
 from hooks.kernels.engines.listing import Listing
-from hooks.kernels.engines.operands import Operands
 from hooks.kernels.engines.rates import loose_rates
 from hooks.kernels.engines.strict import computes
 from hooks.kernels.engines.triton_loose import rates

@@ -128,12 +128,150 @@ def _moments(s, there, f_q, wide, first, bottom, middle, width, fade):  # type: 
 
 
 @triton.jit
+def _below_all(  # type: ignore[no-untyped-def]
+    w_ptr, n_key, f_q, wide, first, bar, start, least, KEYS: tl.constexpr
+):  # fmt: skip
+    """Sums over what never exceeds W, at the start of the grid; how many tokens count at all."""
+    lanes = tl.arange(0, KEYS)
+    means = tl.zeros([KEYS], tl.float64)
+    variances = tl.zeros([KEYS], tl.float64)
+    drifts = tl.zeros([KEYS], tl.float64)
+    held = tl.zeros([KEYS], tl.int32)
+    for t in range(0, n_key, KEYS):
+        narrow = tl.load(w_ptr + t + lanes, mask=t + lanes < n_key, other=float("-inf"))
+        seen = narrow > least
+        if tl.max(seen.to(tl.int32)) > 0:
+            s = tl.where(seen, narrow, -1e5).to(tl.float64)
+            upper, lower, slope = _level(s, f_q, wide)
+            there = seen & (upper > bar)
+            held += there.to(tl.int32)
+            there = there & (upper <= start)
+            if tl.max(there.to(tl.int32)) > 0:
+                over, under = _faded(upper - first), _faded(lower - first)
+                mean = slope * (over - under)
+                inner = 0.5 * slope * (over * over - under * under) - mean * mean
+                drift = (upper - first - 1) * over - (lower - first - 1) * under
+                means += tl.where(there, mean, 0.0)
+                variances += tl.where(there, tl.maximum(inner, 0.0), 0.0)
+                drifts += tl.where(there, slope * drift, 0.0)
+    return tl.sum(means), tl.sum(variances), tl.sum(drifts), tl.sum(held)
+
+
+@triton.jit
+def _others(  # type: ignore[no-untyped-def]
+    s_ptr, n, listed, top, f_q, wide, first, bar, start, bottom, width, fade, BLOCK: tl.constexpr
+):  # fmt: skip
+    """P(all <= a cell's end), and sums over tokens that move with W in it."""
+    lanes = tl.arange(0, BLOCK)
+    total, sums, variances, drifts = f_q * 0.0 + 1.0, f_q * 0.0, f_q * 0.0, f_q * 0.0
+    weights, weighted, inner, squares, drifted = sums, sums, sums, sums, sums
+    for t in range(0, n, BLOCK):
+        s = _tokens(s_ptr, t + lanes, n, top, listed)
+        upper, _, _ = _level(s, f_q, wide)
+        there = (t + lanes < n) & (s > -3e4) & (upper > start) & (upper > bar)
+        below, weight, mean, variance, drift, _, _, _ = _moments(
+            s, there, f_q, wide, first, bottom, bottom + 0.5 * width, width, fade
+        )
+        total *= tl.reduce(below, 0, _times)
+        sums += tl.sum(mean)
+        variances += tl.sum(tl.where(there, variance, 0.0))
+        drifts += tl.sum(drift)
+        weights += tl.sum(weight)
+        weighted += tl.sum(weight * mean)
+        inner += tl.sum(weight * variance)
+        squares += tl.sum(weight * mean * mean)
+        drifted += tl.sum(weight * drift)
+    return total, sums, variances, drifts, weights, weighted, inner, squares, drifted
+
+
+@triton.jit
+def _masses(  # type: ignore[no-untyped-def]
+    total, before, third, below, lower, slope, bottom, width, cell, rises
+):  # fmt: skip
+    """W's mass in a cell, and in the one before, if a token wins."""
+    earlier = before / _unit((bottom - lower) * slope)
+    earliest = third / _unit((bottom - width - lower) * slope)
+    mass = total / below - tl.where(cell > 0, earlier, 0.0)
+    lately = tl.where(cell > 1, earlier - earliest, earlier)
+    lately = tl.where(cell > 0, lately, tl.where(rises, 0.0, mass))
+    return mass, tl.where(lately >= 0, lately, mass)
+
+
+@triton.jit
+def _without(  # type: ignore[no-untyped-def]
+    weight, mean, variance, drift, sums, variances, drifts, weights, weighted, inner, squares,
+    drifted,
+):  # fmt: skip
+    """The others' sum: mean, variance, drift. One of them is W: it adds 1 itself."""
+    per = 1 / tl.maximum(weights - weight, 1e-30)
+    largest = (weighted - weight * mean) * per
+    spread = tl.maximum(variances - variance - (inner - weight * variance) * per, 0.0)
+    spread += tl.maximum((squares - weight * mean * mean) * per - largest * largest, 0.0)
+    slow = drifts - drift - (drifted - weight * drift) * per
+    return tl.maximum(sums - mean - largest, 0.0), spread, tl.minimum(slow, 0.0)
+
+
+@triton.jit
+def _winners(  # type: ignore[no-untyped-def]
+    s_ptr, n, listed, top, f_q, wide, first, bar, start, bottom, width, fade, cell, last_needed,
+    total, before, third, sums, variance_sum, drift_sum, weights, weighted, inner, squares, drifted,
+    needed, far, away, x_ptr, weight_ptr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What tokens win over a cell: estimate, lower and upper bound."""
+    lanes = tl.arange(0, BLOCK)
+    middle, within = bottom + 0.5 * width, width * width / 12
+    estimate, low, high = f_q * 0.0, f_q * 0.0, f_q * 0.0
+    for t in range(0, n, BLOCK):
+        at = t + lanes
+        s = _tokens(s_ptr, at, n, top, listed)
+        upper, lower, slope = _level(s, f_q, wide)
+        wins = (at < n) & (s > -3e4) & (s < top) & (upper > bottom + last_needed)
+        wins = wins & (upper > start) & (upper > bar)
+        if tl.max(wins.to(tl.int32)) > 0:
+            below, weight, mean, variance, drift, upper, slope, lower = _moments(
+                s, wins, f_q, wide, first, bottom, middle, width, fade
+            )
+            mass, lately = _masses(
+                total, before, third, below, lower, slope, bottom, width, cell, first > start
+            )  # fmt: skip
+            able = mass * (upper - middle - (last_needed - 0.5 * width)) * slope
+            slight = wins & (able < 1e-7)
+            high += tl.sum(tl.where(slight, tl.maximum(able, 0.0), 0.0))
+            wins = wins & (able >= 1e-7)
+            bent = (mass - lately) / tl.where(mass > 0, mass, 1.0)
+            bent = tl.minimum(tl.maximum(bent, -1.0), 1.0)
+            space = upper - middle - width * bent / 12
+            rest, spread, slow = _without(
+                weight, mean, variance, drift, sums, variance_sum, drift_sum, weights,
+                weighted, inner, squares, drifted,
+            )  # fmt: skip
+            one, lower_one, upper_one = _winner(
+                space, slope, rest, spread, slow, needed, within, far, away, x_ptr, weight_ptr,
+            )  # fmt: skip
+            estimate += tl.sum(tl.where(wins, one * mass, 0.0))
+            low += tl.sum(tl.where(wins, lower_one * mass, 0.0))
+            high += tl.sum(tl.where(wins, upper_one * mass, 0.0))
+    return estimate, low, high
+
+
+@triton.jit
+def _crowd(w_ptr, n_key, most, bar, LEAST: tl.constexpr, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many tokens can matter at any sigma."""
+    lanes = tl.arange(0, KEYS)
+    count = tl.zeros([KEYS], tl.int32)
+    for t in range(0, n_key, KEYS):
+        s = tl.load(w_ptr + t + lanes, mask=t + lanes < n_key, other=float("-inf"))
+        wide = tl.where(s > LEAST, s, -1e5).to(tl.float64)
+        count += ((s > LEAST) & (wide + most * tl.abs(wide) > bar)).to(tl.int32)
+    return tl.sum(count)
+
+
+@triton.jit
 def _at_factor(  # type: ignore[no-untyped-def]
     w_ptr, n_key, list_ptr, count, listed, top, second, least, crowd, sink, f_q, wide, away,
     needed, x_ptr, weight_ptr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The rate around one factor of the query: estimate, lower and upper bound."""
-    lanes = tl.arange(0, BLOCK)
     nothing = f_q * 0.0
     n = tl.where(listed != 0, count + 1, n_key)
     s_ptr = tl.where(listed != 0, list_ptr, w_ptr)
@@ -150,102 +288,35 @@ def _at_factor(  # type: ignore[no-untyped-def]
         bar = first - 12.0
         first = _begins(s_ptr, top, n, listed, f_q, wide, bar, first, last, BLOCK)
         width = (last - first) / 10
-        # What never exceeds W: summed at the start of the grid.
-        all_keys = tl.arange(0, KEYS)
-        sums_of = tl.zeros([KEYS], tl.float64)
-        inner_of = tl.zeros([KEYS], tl.float64)
-        drift_of = tl.zeros([KEYS], tl.float64)
-        held_of = tl.zeros([KEYS], tl.int32)
-        for t in range(0, n_key, KEYS):
-            at = t + all_keys
-            narrow = tl.load(w_ptr + at, mask=at < n_key, other=float("-inf"))
-            seen = narrow > least
-            if tl.max(seen.to(tl.int32)) > 0:
-                s = tl.where(seen, narrow, -1e5).to(tl.float64)
-                upper, lower, slope = _level(s, f_q, wide)
-                there = seen & (upper > bar)
-                held_of += there.to(tl.int32)
-                there = there & (upper <= start)
-                if tl.max(there.to(tl.int32)) > 0:
-                    over, under = _faded(upper - first), _faded(lower - first)
-                    mean = slope * (over - under)
-                    inner = 0.5 * slope * (over * over - under * under) - mean * mean
-                    drift = (upper - first - 1) * over - (lower - first - 1) * under
-                    sums_of += tl.where(there, mean, 0.0)
-                    inner_of += tl.where(there, tl.maximum(inner, 0.0), 0.0)
-                    drift_of += tl.where(there, slope * drift, 0.0)
-        means, variances, drifts = tl.sum(sums_of), tl.sum(inner_of), tl.sum(drift_of)
-        held = tl.sum(held_of)
+        means, variances, drifts, held = _below_all(
+            w_ptr, n_key, f_q, wide, first, bar, start, least, KEYS
+        )
         far = (crowd - held) * 6.14421235332821e-06  # exp(-12)
-        within = width * width / 12
         total, before, third = nothing, nothing, nothing  # P(W <= .): this cell's end, and earlier
         for cell in range(10):
             bottom = first + cell * width
             middle, away_of = bottom + 0.5 * width, (cell + 0.5) * width
             fade = tl.exp(-away_of)
-            third, before, total = before, total, nothing + 1.0
+            third, before = before, total
             sums, variance_sum = means * fade, variances * fade * fade
             drift_sum = (drifts - away_of * means) * fade
-            weights, weighted, inner, squares, drifted = nothing, nothing, nothing, nothing, nothing
-            for t in range(0, n, BLOCK):
-                s = _tokens(s_ptr, t + lanes, n, top, listed)
-                upper, lower, slope = _level(s, f_q, wide)
-                there = (t + lanes < n) & (s > -3e4) & (upper > start) & (upper > bar)
-                below, weight, mean, variance, drift, upper, slope, lower = _moments(
-                    s, there, f_q, wide, first, bottom, middle, width, fade
+            moved, mean_of, inner_of, drift_of, weights, weighted, inner, squares, drifted = (
+                _others(
+                    s_ptr, n, listed, top, f_q, wide, first, bar, start, bottom, width, fade, BLOCK
                 )
-                total *= tl.reduce(below, 0, _times)
-                sums += tl.sum(mean)
-                variance_sum += tl.sum(tl.where(there, variance, 0.0))
-                drift_sum += tl.sum(drift)
-                weights += tl.sum(weight)
-                weighted += tl.sum(weight * mean)
-                inner += tl.sum(weight * variance)
-                squares += tl.sum(weight * mean * mean)
-                drifted += tl.sum(weight * drift)
-            sums += tl.exp(tl.minimum(sink - middle, 700.0))
-            for t in range(0, n, BLOCK):
-                at = t + lanes
-                s = _tokens(s_ptr, at, n, top, listed)
-                upper, lower, slope = _level(s, f_q, wide)
-                wins = (at < n) & (s > -3e4) & (s < top) & (upper > bottom + last_needed)
-                wins = wins & (upper > start) & (upper > bar)
-                if tl.max(wins.to(tl.int32)) > 0:
-                    below, weight, mean, variance, drift, upper, slope, lower = _moments(
-                        s, wins, f_q, wide, first, bottom, middle, width, fade
-                    )
-                    # W's mass in this cell, and in the one before, if the token wins.
-                    so_far = total / below
-                    earlier = before / _unit((bottom - lower) * slope)
-                    earliest = third / _unit((bottom - width - lower) * slope)
-                    mass = so_far - tl.where(cell > 0, earlier, 0.0)
-                    lately = tl.where(cell > 1, earlier - earliest, earlier)
-                    lately = tl.where(cell > 0, lately, tl.where(first > start, 0.0, mass))
-                    lately = tl.where(lately >= 0, lately, mass)
-                    able = mass * (upper - middle - (last_needed - 0.5 * width)) * slope
-                    slight = wins & (able < 1e-7)
-                    high += tl.sum(tl.where(slight, tl.maximum(able, 0.0), 0.0))
-                    wins = wins & (able >= 1e-7)
-                    bent = (mass - lately) / tl.where(mass > 0, mass, 1.0)
-                    bent = tl.minimum(tl.maximum(bent, -1.0), 1.0)
-                    space = upper - middle - width * bent / 12
-                    # Of the others one is W: its mean does not count, it adds 1 itself.
-                    per = 1 / tl.maximum(weights - weight, 1e-30)
-                    largest = (weighted - weight * mean) * per
-                    spread = variance_sum - variance - (inner - weight * variance) * per
-                    spread = tl.maximum(spread, 0.0)
-                    spread += tl.maximum(
-                        (squares - weight * mean * mean) * per - largest * largest, 0.0
-                    )
-                    rest = tl.maximum(sums - mean - largest, 0.0)
-                    slow = drift_sum - drift - (drifted - weight * drift) * per
-                    one, lower_one, upper_one = _winner(
-                        space, slope, rest, spread, tl.minimum(slow, 0.0), needed, within, far,
-                        away, x_ptr, weight_ptr,
-                    )  # fmt: skip
-                    estimate += tl.sum(tl.where(wins, one * mass, 0.0))
-                    low += tl.sum(tl.where(wins, lower_one * mass, 0.0))
-                    high += tl.sum(tl.where(wins, upper_one * mass, 0.0))
+            )
+            total *= moved
+            sums += mean_of + tl.exp(tl.minimum(sink - middle, 700.0))
+            variance_sum += inner_of
+            drift_sum += drift_of
+            one, lower_one, upper_one = _winners(
+                s_ptr, n, listed, top, f_q, wide, first, bar, start, bottom, width, fade, cell,
+                last_needed, total, before, third, sums, variance_sum, drift_sum, weights,
+                weighted, inner, squares, drifted, needed, far, away, x_ptr, weight_ptr, BLOCK,
+            )  # fmt: skip
+            estimate += one
+            low += lower_one
+            high += upper_one
     return estimate, low, high
 
 
@@ -274,16 +345,9 @@ def _strict(  # type: ignore[no-untyped-def]
         low = top - a * tl.abs(top)
         gap = second + a * tl.abs(second) - low
         if widest * gap > needed:
-            # The tokens that can matter at any sigma.
-            lanes = tl.arange(0, KEYS)
             lowest = top - most * tl.abs(top)
             bar = lowest - 12.0 * (second + most * tl.abs(second) - lowest) / needed
-            crowd_of = tl.zeros([KEYS], tl.int32)
-            for t in range(0, n_key, KEYS):
-                s = tl.load(w_ptr + t + lanes, mask=t + lanes < n_key, other=float("-inf"))
-                wide = tl.where(s > LEAST, s, -1e5).to(tl.float64)
-                crowd_of += ((s > LEAST) & (wide + most * tl.abs(wide) > bar)).to(tl.int32)
-            crowd = tl.sum(crowd_of)
+            crowd = _crowd(w_ptr, n_key, most, bar, LEAST, KEYS)
             # Whether all tokens above the attended one's lowest level are in the list.
             listed = ((rest == float("-inf")) | (rest + a * tl.abs(rest) <= low)).to(tl.int32)
             first, last = a * 0.0 + 1.0, a * 0.0 + 1.0

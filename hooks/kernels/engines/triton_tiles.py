@@ -17,7 +17,7 @@ from triton import language as tl
 
 from hooks.kernels import MASKED, Rule
 from hooks.kernels.engines.apart import Told
-from hooks.kernels.engines.operands import Operands
+from hooks.kernels.engines.attention import Operands
 
 # Queries and keys of a tile, and warps: as large as registers allow.
 _TELL, _WRITE, _SINGLE = (128, 128, 8), (128, 64, 8), (32, 32, 4)
@@ -51,6 +51,15 @@ def _masked(  # type: ignore[no-untyped-def]
         else:
             w += tl.load(at, mask=seen, other=0.0).to(tl.float32) * per
     return tl.where(seen, w, float("-inf"))
+
+
+@triton.jit
+def _fold(w, per, top, base, total):  # type: ignore[no-untyped-def]
+    """Maximum and sum of weights 2^(per w - base) with a tile more; NaN where w is no number."""
+    top = tl.maximum(top, tl.max(w, 1))
+    new = tl.where(top > float("-inf"), top * per, 0.0)
+    share = tl.sum(tl.exp2(w * per - new[:, None]), 1)
+    return top, new, total * tl.exp2(base - new) + share
 
 
 @triton.jit
@@ -115,12 +124,7 @@ def _walk(  # type: ignore[no-untyped-def]
                 )
             if MASK != 0:
                 seen += tl.sum((w * scale > LEAST).to(tl.int32), 1)
-            # Weights are 2^(per w - base): their sum is NaN where a score is no number.
-            top = tl.maximum(top, tl.max(w, 1))
-            new = tl.where(top > float("-inf"), top * per, 0.0)
-            share = tl.sum(tl.exp2(w * per - new[:, None]), 1)
-            total = total * tl.exp2(base - new) + share
-            base = new
+            top, base, total = _fold(w, per, top, base, total)
     if not WRITE:
         some = tl.where(top * scale > LEAST, seen, 0)
         seen = tl.maximum(end - first, 0) if MASK == 0 else some

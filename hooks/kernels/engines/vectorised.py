@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hooks.kernels import BROKEN, EXAMINED, MASKED, N_COUNTS, SINGLE, TIES, Rule
 from hooks.kernels.engines.apart import Competitors, Rows, Told, compete, lay_out, tell_apart, wide
+from hooks.kernels.engines.attention import Operands
 from hooks.kernels.engines.listing import FragileRows, Listed, Listing, entries, most_fragile
-from hooks.kernels.engines.operands import Operands
 from hooks.kernels.engines.rates import loose_rates
 from hooks.kernels.engines.slots import Slots, bring, constant
 from hooks.kernels.engines.strict import strict_rates
