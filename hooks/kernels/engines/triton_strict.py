@@ -300,12 +300,11 @@ def _at_factor(  # type: ignore[no-untyped-def]
             third, before = before, total
             sums, variance_sum = means * fade, variances * fade * fade
             drift_sum = (drifts - away_of * means) * fade
-            moved, mean_of, inner_of, drift_of, weights, weighted, inner, squares, drifted = (
+            total, mean_of, inner_of, drift_of, weights, weighted, inner, squares, drifted = (
                 _others(
                     s_ptr, n, listed, top, f_q, wide, first, bar, start, bottom, width, fade, BLOCK
                 )
             )
-            total *= moved
             sums += mean_of + tl.exp(tl.minimum(sink - middle, 700.0))
             variance_sum += inner_of
             drift_sum += drift_of
