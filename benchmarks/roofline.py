@@ -252,7 +252,7 @@ def kernels() -> dict[str, Any]:
     q, k = torch.zeros(1, 4, 8192, 128), torch.zeros(1, 2, 8192, 128)
     of = operands(q.bfloat16(), k.bfloat16(), None, causal=True, scale=None)
     with compiling() as found:
-        pass_of_kernels().add_fused(0, rule(), of, [0])
+        pass_of_kernels().add_fused(0, rule(), of, [0], biased=False)
     named = {}
     for kernel in found:
         write = kernel.constants.get("WRITE")

@@ -212,13 +212,14 @@ class DeviceReducer(LayerReducer):
             return
         self.passing.engines.ran.add("triton")
         self.eps = torch.finfo(fused.query.dtype).eps
+        self.has_qk = self.sites.has_bias
         on = self.passing.on(device)
         q, k = fused.query.detach(), fused.key.detach()
         of = operands(
             q, k, fused.attn_mask, causal=fused.is_causal, scale=fused.scale, lengths=lengths
         )
         rule = self._rule(0, self.eps, fused.shape[3])
-        on.add_fused(self.index, rule, of, self.passing.prompts)
+        on.add_fused(self.index, rule, of, self.passing.prompts, biased=self.sites.has_bias)
 
     def takes(self, fused: Fused, *, padded: bool) -> bool:
         """Whether this engine makes these scores itself, a piece at a time.
@@ -228,10 +229,12 @@ class DeviceReducer(LayerReducer):
         """
         device, rule = fused.query.device, self._rule(0, 0.0, fused.shape[3])
         if not pass_of(self.passing.engines.on(device)).fuses:
-            return device.type == "cpu" and not padded and self._by_compiled_code(device, rule)
+            if device.type != "cpu" or padded or self.sites.has_bias:
+                return False
+            return self._by_compiled_code(device, rule)
         if lacks(self.settings, rule) or fused.query.dtype == torch.float64:
             return False  # rows decide
-        return computes(rule) and (fused.scale is None or fused.scale > 0)
+        return rule.soft_cap == 0.0 and (fused.scale is None or fused.scale > 0)
 
     def _by_compiled_code(self, device: torch.device, rule: Rule) -> bool:
         """Whether this engine was asked for, or is the only one that can."""

@@ -390,16 +390,15 @@ def _reduce(
 ) -> None:
     """Count one layer's rows; with q and k apart where a bias is added to their product."""
     sites, fused = seen.sites, None if seen.taken is None else seen.taken.fused
+    if fused is not None and reducer.takes(fused, padded=padding is not None):
+        lengths = None if padding is None else padding.lengths(fused.query.device)
+        reducer.add_fused(fused, query_block, _BLOCK_BYTES, lengths)
+        return
     vectors = None
     if sites.has_bias:
         of = seen.vectors()
         wide = torch.promote_types(of["q"].dtype, torch.float32)
         vectors = of["q"].to(wide), of["k"].to(wide)
-    padded = padding is not None
-    if fused is not None and vectors is None and reducer.takes(fused, padded=padded):
-        lengths = None if padding is None else padding.lengths(fused.query.device)
-        reducer.add_fused(fused, query_block, _BLOCK_BYTES, lengths)
-        return
     if fused is not None:
         _in_blocks(reducer, sites, fused, vectors, query_block, padding)
         return

@@ -88,16 +88,21 @@ class HandMade:
 
 
 def assert_same(
-    mine: Any, theirs: Any, *, loose: float = 1e-6, strict: float | None = 1e-6
+    mine: Any,
+    theirs: Any,
+    *,
+    loose: float = 1e-6,
+    strict: float | None = 1e-6,
+    level: float = 1e-9,
 ) -> None:
     """Two tallies, or reports: counts and tables equal, rates as near as this in each row.
 
-    ``strict``: None: not compared.
+    ``strict``: None: not compared. ``level``: of sums of scores, which may be made anew in float32.
     """
     a, b = _numbers(mine), _numbers(theirs)
     for name in (*COUNTS, "rows", "able"):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    np.testing.assert_allclose(a["level"], b["level"], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(a["level"], b["level"], rtol=level, atol=level)
     rows = np.maximum(1, a["rows"])
     per_head = np.maximum(1, a["rows"].sum(-2))
     for name in ("loose", "centred", *(STRICT if strict else ())):

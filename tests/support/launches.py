@@ -41,7 +41,7 @@ def launch_all() -> None:
             (128, _visible()),
             (64, _added(dtype)),
         ):
-            pass_of_kernels().add_fused(0, rule(), _operands(d, dtype, mask), [0])
+            pass_of_kernels().add_fused(0, rule(), _operands(d, dtype, mask), [0], biased=False)
 
 
 def _operands(d: int, dtype: torch.dtype, mask: Tensor | None) -> Operands:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hooks import collapse_probe
 from hooks.kernels import Rule
 from hooks.kernels.engines import operands, triton_tiles as tiles
 from hooks.kernels.engines.apart import tell_apart
@@ -92,6 +93,21 @@ def test_a_model_with_fused_attention(dtype: torch.dtype, places: float, strict:
     assert mine.model["engine"] == "triton"
     assert mine.rows.sum() > 8
     assert_same(mine, theirs, strict=1e-6 if strict else None)
+
+
+def test_a_bias_that_a_fused_attention_adds() -> None:
+    """T5's: rows are told apart by tile, and the sparse ones written with it and without."""
+    built = builders.build("T5ForConditionalGeneration", "mha", attn="sdpa")
+    (tokens,), rest = built.inputs(batch=2, pos=7)
+    how: dict[str, Any] = {"sparse": 0.6, "sigmas": [0.3], "strict": False, "progress": False}
+    how["decoder_tokens"] = rest["decoder_input_ids"]
+    mine, theirs = (
+        collapse_probe(built.model, tokens, engine=e, keep=500, **how)
+        for e in ("triton", "compiled")
+    )
+    assert mine.model["engine"] == "triton"
+    assert mine.rows.sum() > 10
+    assert_same(mine, theirs, strict=None, level=1e-6)
 
 
 def test_prompts_of_different_lengths_share_a_pass() -> None:

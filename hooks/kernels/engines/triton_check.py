@@ -45,7 +45,7 @@ def agrees(device: torch.device, n_key: int = 640) -> bool:
     def add(to: TorchPass) -> None:
         to.add(0, rule, scores.to(device), None, None, [0])
         if isinstance(to, FusedPass):
-            to.add_fused(1, rule, of, [0])
+            to.add_fused(1, rule, of, [0], biased=False)
         else:
             to.add(1, rule, made_of, None, None, [0])
 

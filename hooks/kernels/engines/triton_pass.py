@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Int
@@ -36,17 +37,24 @@ class FusedPass(TorchPass):
 
     fuses = True
 
-    def add_fused(self, index: int, rule: Rule, of: Operands, prompts: Sequence[int]) -> None:
-        """Reduce a layer whose attention is fused; its scores are the q.k parts."""
+    def add_fused(
+        self, index: int, rule: Rule, of: Operands, prompts: Sequence[int], *, biased: bool
+    ) -> None:
+        """As :meth:`TorchPass.add_fused`."""
         batch, n_heads, n_query, n_key = of.shape
         device = of.query.device
         work = self._work(index, rule, prompts, (batch * n_heads, n_query), device)
         at, taken = self._sparse(work, tell_rows_apart(rule, of))
-        step = max(1, min(_ROWS, _ROOM // n_key))
+        own = computes(rule) and not biased
+        step = max(1, min(_ROWS, _ROOM // n_key)) if own else rows_at_once(n_key, device)
         for first in range(0, len(at), step):
-            part = slice(first, first + step)
-            rows = rows_of(of, at[part], taken[part])
-            _rows(work, at[part], taken[part], rows, of.end.flatten()[at[part]])
+            some, there = at[first : first + step], taken[first : first + step]
+            rows = rows_of(of, some, there)
+            if own:
+                _rows(work, some, there, rows, of.end.flatten()[some])
+            else:
+                qk = rows_of(replace(of, mask=None), some, there) if biased else None
+                work.on(some, there, rows, qk)
 
     def add(
         self,

@@ -132,8 +132,10 @@ class TorchPass:
             qk_rows = None if parts is None else parts[some]
             work.on(some, taken[first : first + step], flat[some], qk_rows)
 
-    def add_fused(self, index: int, rule: Rule, of: Operands, prompts: Sequence[int]) -> None:
-        """Reduce a layer whose attention is fused; its scores are the q.k parts."""
+    def add_fused(
+        self, index: int, rule: Rule, of: Operands, prompts: Sequence[int], *, biased: bool
+    ) -> None:
+        """Reduce a layer whose attention is fused; ``biased``: its mask adds more than -inf."""
         raise NotImplementedError
 
     def _tell(self, rule: Rule, scores: Tensor, pattern: Tensor | None, step: int) -> Told:
