@@ -30,6 +30,7 @@ STORED, PAGE = Path("docs/roofline.json"), Path("docs/benchmarks-roofline.md")
 # its 132 multiprocessors at the clock that gives its peak.
 BF16, MEMORY, UNITS = 989.4e12, 4.8e12, {"issue": 128, "fp64": 64, "mufu": 16, "shared": 32}
 CLOCK = BF16 / (132 * 4096)
+CACHE = 5120 * CLOCK  # bytes from the second-level cache, which NVIDIA gives for the A100
 GROUP = 64  # rows that run through the loose rates together
 
 
@@ -280,11 +281,13 @@ def parts(work: Work, n: int, made: dict[str, Any], shape: Shape) -> list[Part]:
     per["issue"] -= mask
     tile = made["_walk"].constants["QUERIES"] * made["_walk"].constants["KEYS"]
     tensor = product / BF16
-    found = [Part("rows told apart: q.k once more, by tile", max(tensor, seconds(
-        plus((scores / tile, per)))))]  # fmt: skip
+    found = [Part("rows told apart: q.k once more, by tile", max(
+        tensor, _keys(made["_walk"], scores, shape) / CACHE,
+        seconds(plus((scores / tile, per)))))]  # fmt: skip
     tile = made["_walk_write"].constants["QUERIES"] * made["_walk_write"].constants["KEYS"]
     found.append(Part("sparse rows written", max(
-        work.tiles * tensor, seconds(plus((work.tiles * scores / tile, write.costs[0]))),
+        work.tiles * tensor, work.tiles * _keys(made["_walk_write"], scores, shape) / CACHE,
+        seconds(plus((work.tiles * scores / tile, write.costs[0]))),
         sparse * n / 2 * 4 / MEMORY)))  # fmt: skip
 
     near, blocks = Loops(made["_nearest"], 7), math.ceil(n / 2 / 1024)
@@ -323,6 +326,11 @@ def parts(work: Work, n: int, made: dict[str, Any], shape: Shape) -> list[Part]:
     return found
 
 
+def _keys(walk: Any, scores: float, shape: Shape) -> float:
+    """Bytes of keys in bf16: each tile of queries reads its own."""
+    return 2 * shape.d_head * scores / walk.constants["QUERIES"]
+
+
 def _inside(loops: Loops) -> tuple[int, int]:
     first, last = loops.spans[0]
     return first + 1, last
@@ -353,12 +361,14 @@ def per_score(made: dict[str, Any], shape: Shape) -> list[dict[str, Any]]:
             "unit": {"issue": "instructions", "fp64": "of them in float64", "mufu": "exponentials",
                      "shared": "through shared memory, or between lanes"}[unit],
             "a score": round(of / tile, 2),
-            "lanes a clock": UNITS[unit],
+            "a clock": UNITS[unit],
         }
         for unit, of in unmasked.items()
     ]  # fmt: skip
     product = {"unit": "tensor cores, operations", "a score": 2 * shape.d_head}
-    return [*lines, product | {"lanes a clock": 4096}]
+    keys = {"unit": "bytes of keys, from the second-level cache", "a clock": 5120 / 132}
+    keys["a score"] = _keys(made["_walk"], 1, shape)
+    return [*lines, product | {"a clock": 4096}, keys]
 
 
 def page(work: Work, made: dict[str, Any]) -> str:
@@ -420,7 +430,8 @@ cost 6.8 instructions a score.
 ## A score
 
 The walk that tells rows apart makes q.k again, tile by tile, and keeps a maximum and a sum of
-each row (tiles that no mask cuts, 128 queries by 128 keys):
+each row (tiles that no mask cuts, 128 queries by 128 keys). "A clock": what one of the 132
+multiprocessors can do, 1.83e9 times a second:
 
 {scores}
 

@@ -45,7 +45,7 @@ def _masked(  # type: ignore[no-untyped-def]
     """-inf where masked; what a mask adds is ``per`` times its number."""
     seen = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
     if MASK != 0:
-        at = mask_ptr + query[:, None] * mask_query + key[None, :] * mask_key
+        at = mask_ptr + query[:, None].to(tl.int64) * mask_query + key[None, :] * mask_key
         if MASK == 1:
             seen = seen & (tl.load(at, mask=seen, other=0) != 0)
         else:
