@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -32,6 +33,11 @@ from hooks.kernels.engines.vectorised import TorchPass, Work, rows_at_once
 _ROOM, _ROWS = 1 << 28, 1 << 16  # numbers of the rows that exist at a time, and rows
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, kernels are launched on this device: Triton takes the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class FusedPass(TorchPass):
     """One forward pass, as :class:`TorchPass`."""
 
@@ -41,6 +47,12 @@ class FusedPass(TorchPass):
         self, index: int, rule: Rule, of: Operands, prompts: Sequence[int], *, biased: bool
     ) -> None:
         """As :meth:`TorchPass.add_fused`."""
+        with _current(of.query.device):
+            self._add_fused(index, rule, of, prompts, biased)
+
+    def _add_fused(
+        self, index: int, rule: Rule, of: Operands, prompts: Sequence[int], biased: bool
+    ) -> None:
         batch, n_heads, n_query, n_key = of.shape
         device = of.query.device
         work = self._work(index, rule, prompts, (batch * n_heads, n_query), device)
@@ -66,6 +78,18 @@ class FusedPass(TorchPass):
         prompts: Sequence[int],
     ) -> None:
         """As :meth:`TorchPass.add`."""
+        with _current(scores.device):
+            self._add(index, rule, scores, pattern, qk, prompts)
+
+    def _add(
+        self,
+        index: int,
+        rule: Rule,
+        scores: Tensor,
+        pattern: Tensor | None,
+        qk: Tensor | None,
+        prompts: Sequence[int],
+    ) -> None:
         if qk is not None or not computes(rule) or scores.dtype == torch.float64:
             super().add(index, rule, scores, pattern, qk, prompts)
             return
