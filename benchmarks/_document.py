@@ -22,7 +22,7 @@ ACCELERATORS = """## Accelerators: not measured
 
 No line of this page was measured on an accelerator. `python -m benchmarks.gpu` is the script for an
 H200 (eight minutes at most); it ran on the CPU with tiny shapes only (`--dry-run`). What the Triton
-engine must cost there follows from [its kernels' machine code](benchmarks-roofline.md): 1.10
+engine must cost there follows from [its kernels' machine code](benchmarks-roofline.md): 1.12
 forward passes for Llama-3.1-8B's shape at 8,192 tokens. The other ways, from what they read and
 write (eager attention, 1 x 4096, bf16; half of the rows taken to be sparse; a pass takes 67 ms at
 the peak):

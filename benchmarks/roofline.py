@@ -425,7 +425,7 @@ Forward passes in all, if a model has more of them, each as much work as SmolLM2
 
 With few sparse rows the probe stays near the pass that it measures; with half of all rows sparse,
 or at 32k, it does not. A sparse row is written out, read seven times and sorted, where the others
-cost 6.8 instructions a score.
+cost some 8 instructions a score.
 
 ## A score
 

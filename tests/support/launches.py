@@ -40,6 +40,7 @@ def launch_all() -> None:
             (80, _visible()),
             (128, _visible()),
             (64, _added(dtype)),
+            (256, None),
         ):
             pass_of_kernels().add_fused(0, rule(), _operands(d, dtype, mask), [0], biased=False)
 

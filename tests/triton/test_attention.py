@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,39 @@ def test_models(name: str) -> None:
     mine, theirs = (probe(model, ids[:2], engine=e, **how) for e in ("triton", "compiled"))
     assert mine.rows.sum() > 20
     assert_same(mine, theirs, strict=None)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_far_below_zero(masked: bool) -> None:
+    """Whose weights beside 1 are no numbers of float32."""
+    q = torch.zeros(1, 1, 4, 16)
+    q[..., 0] = 1
+    k = torch.zeros(1, 1, 4, 16)
+    k[0, 0, :, 0] = torch.tensor([-100.0, -101.0, -120.0, -9000.0])
+    mask = torch.ones(4, 4, dtype=torch.bool)[None, None] if masked else None
+    told = tiles.tell_rows_apart(_rule(), operands(q, k, mask, causal=False, scale=1.0))
+    assert not told.broken.any()
+    k[0, 0, 1, 0] = -110
+    told = tiles.tell_rows_apart(_rule(), operands(q, k, mask, causal=False, scale=1.0))
+    assert told.sparse.all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_row_of_no_numbers_is_told(masked: bool) -> None:
+    q, k = torch.randn(1, 1, 5, 16), torch.randn(1, 1, 5, 16)
+    q[0, 0, 2] = math.nan
+    mask = torch.ones(5, 5, dtype=torch.bool)[None, None] if masked else None
+    told = tiles.tell_rows_apart(_rule(), operands(q, k, mask, causal=False, scale=None))
+    assert told.broken.tolist() == [False, False, True, False, False]
+
+
+def test_a_mask_that_heads_share_is_looked_at_once() -> None:
+    q = torch.randn(2, 64, 8, 16)
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+    for given in (mask, mask.expand(-1, 64, -1, -1), mask[0, 0]):
+        of = operands(q, q, given, causal=False, scale=None)
+        assert of.end.untyped_storage().nbytes() <= 4 * 2 * 8
+        assert of.end[1, 5].tolist() == list(range(1, 9))
 
 
 def test_padding_hides_rows() -> None:

@@ -55,17 +55,20 @@ def operands(
     batch, n_heads, n_query, d = query.shape
     n_key, device = key.shape[2], query.device
     at = torch.arange(n_query, device=device, dtype=torch.int32)
-    first = torch.zeros_like(at).expand(batch, n_heads, n_query)
-    end = ((at + 1).clamp_max(n_key) if causal else torch.full_like(at, n_key)).expand_as(first)
+    first = torch.zeros_like(at)[None, None]
+    end = ((at + 1).clamp_max(n_key) if causal else torch.full_like(at, n_key))[None, None]
     if mask is not None:
-        mask = mask.expand(batch, n_heads, n_query, n_key)
-        one = mask[:1, :1] if mask.stride(0) == mask.stride(1) == 0 else mask
+        mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
+        # Prompts and heads that share a mask are looked at once.
+        shared = (slice(0, 1 if stride == 0 else None) for stride in mask.stride()[:2])
+        one = mask[tuple(shared)]
         one = one if one.dtype == torch.bool else one > MASKED
-        some = one.any(-1)
+        one = one.expand(*one.shape[:-1], n_key)
         begins = one.to(torch.int8).argmax(-1).to(torch.int32)
         ends = n_key - one.flip(-1).to(torch.int8).argmax(-1).to(torch.int32)
         first = torch.maximum(first, begins)
-        end = torch.minimum(end, torch.where(some, ends, 0))
+        end = torch.minimum(end, torch.where(one.any(-1), ends, 0))
+        mask = mask.expand(batch, n_heads, n_query, n_key)
     if lengths is not None:
         end = torch.where(at < lengths[:, None, None], end, 0)
     return Operands(

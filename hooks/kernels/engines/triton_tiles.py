@@ -19,8 +19,10 @@ from hooks.kernels import MASKED, Rule
 from hooks.kernels.engines.apart import Told
 from hooks.kernels.engines.attention import Operands
 
-# Queries and keys of a tile, and warps: as large as registers allow.
-_TELL, _WRITE, _SINGLE = (128, 128, 8), (128, 64, 8), (32, 32, 4)
+# Queries and keys of a tile, warps, and tiles of keys on their way: the first that fits is taken.
+_HALF = (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1)
+_SINGLE = (32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 1), (16, 16, 4, 1)
+_SHARED = 232448  # bytes of shared memory that a program of an H200 may have
 
 
 @triton.jit
@@ -30,7 +32,7 @@ def _product(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     d = tl.arange(0, WIDTH)
     k = tl.load(
-        k_ptr + key[None, :] * k_step + d[:, None] * d_step,
+        k_ptr + key[None, :].to(tl.int64) * k_step + d[:, None] * d_step,
         mask=(key[None, :] < n_key) & (d[:, None] < D), other=0.0,
     )  # fmt: skip
     if EMULATED:
@@ -45,7 +47,8 @@ def _masked(  # type: ignore[no-untyped-def]
     """-inf where masked; what a mask adds is ``per`` times its number."""
     seen = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
     if MASK != 0:
-        at = mask_ptr + query[:, None].to(tl.int64) * mask_query + key[None, :] * mask_key
+        at = mask_ptr + query[:, None].to(tl.int64) * mask_query
+        at += key[None, :].to(tl.int64) * mask_key
         if MASK == 1:
             seen = seen & (tl.load(at, mask=seen, other=0) != 0)
         else:
@@ -54,12 +57,13 @@ def _masked(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _fold(w, per, top, base, total):  # type: ignore[no-untyped-def]
-    """Maximum and sum of weights 2^(per w - base) with a tile more; NaN where w is no number."""
-    top = tl.maximum(top, tl.max(w, 1))
-    new = tl.where(top > float("-inf"), top * per, 0.0)
-    share = tl.sum(tl.exp2(w * per - new[:, None]), 1)
-    return top, new, total * tl.exp2(base - new) + share
+def _fold(w, per, top, total):  # type: ignore[no-untyped-def]
+    """Maximum and sum of weights 2^(per (w - top)) with a tile more; NaN where w is no number."""
+    new = tl.maximum(top, tl.max(w, 1))
+    safe = tl.where(new > float("-inf"), new, 0.0)
+    # Subtracted first: nothing to fuse, so that the largest weight is exactly 1.
+    share = tl.sum(tl.exp2((w - safe[:, None]) * per), 1)
+    return new, total * tl.exp2((top - safe) * per) + share
 
 
 @triton.jit
@@ -95,7 +99,7 @@ def _walk(  # type: ignore[no-untyped-def]
     k_ptr += batch * k_batch + (head // group) * k_head
     mask_ptr += batch * mask_batch + head * mask_head
     q = tl.load(
-        q_ptr + query[:, None] * q_query + d[None, :] * q_d,
+        q_ptr + query[:, None].to(tl.int64) * q_query + d[None, :] * q_d,
         mask=there[:, None] & (d[None, :] < D), other=0.0,
     )  # fmt: skip
     if EMULATED:
@@ -103,7 +107,6 @@ def _walk(  # type: ignore[no-untyped-def]
     # All rows see all keys of a tile from here to there.
     within, until = tl.max(tl.where(first < end, first, 0)), tl.min(tl.where(there, end, n_key))
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    base = tl.full((QUERIES,), 0.0, tl.float32)
     seen = tl.full((QUERIES,), 0, tl.int32)
     total = tl.full((QUERIES,), 0.0, tl.float32)
     per = scale * 1.4426950408889634
@@ -124,17 +127,30 @@ def _walk(  # type: ignore[no-untyped-def]
                 )
             if MASK != 0:
                 seen += tl.sum((w * scale > LEAST).to(tl.int32), 1)
-            top, base, total = _fold(w, per, top, base, total)
+            top, total = _fold(w, per, top, total)
     if not WRITE:
         some = tl.where(top * scale > LEAST, seen, 0)
         seen = tl.maximum(end - first, 0) if MASK == 0 else some
-        most = tl.exp2(tl.where(top > float("-inf"), top * per, 0.0) - base)
         tl.store(seen_ptr + row, seen, mask=there)
-        tl.store(total_ptr + row, total / most, mask=there)
+        tl.store(total_ptr + row, total, mask=there)
 
 
 # The interpreter (3.9) multiplies bfloat16 numbers' bits.
 _EMULATED = not isinstance(_walk, triton.JITFunction)
+
+
+def _tile_of(query: Tensor, width: int, write: bool) -> tuple[int, int, int, int]:
+    """The largest tile whose operands, and what is written of it, fit into shared memory."""
+    room, size = _SHARED, query.element_size()
+    if query.device.type == "cuda":
+        here = torch.cuda.get_device_properties(query.device)
+        room = getattr(here, "shared_memory_per_block_optin", room)
+    tiles = (_HALF[1:] if write else _HALF) if size == 2 else _SINGLE
+    for tile in tiles:
+        queries, keys, _, stages = tile
+        if (queries + stages * keys) * width * size + 4 * queries * keys <= room:
+            return tile
+    return tiles[-1]
 
 
 def _launch(of: Operands, slot: Tensor, out: tuple[Tensor, ...], write: bool) -> None:
@@ -145,14 +161,15 @@ def _launch(of: Operands, slot: Tensor, out: tuple[Tensor, ...], write: bool) ->
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     mask = of.query if mask is None else mask.view(torch.uint8) if kind == 1 else mask
     d = of.query.shape[3]
-    half = of.query.element_size() == 2
-    queries, keys, warps = (_WRITE if write else _TELL) if half else _SINGLE
+    width = max(16, triton.next_power_of_2(d))
+    queries, keys, warps, stages = _tile_of(of.query, width, write)
     _walk[(triton.cdiv(n_query, queries) * batch * n_heads,)](
         of.query, of.key, mask, of.first, of.end, slot, *out, n_heads, n_heads // of.key.shape[1],
         n_query, n_key, of.scale, *of.query.stride(), *of.key.stride(),
         *(mask.stride() if kind else (0,) * 4), *of.first.stride(), *of.end.stride(),
-        WRITE=write, LEAST=MASKED, D=d, WIDTH=max(16, triton.next_power_of_2(d)), MASK=kind,
+        WRITE=write, LEAST=MASKED, D=d, WIDTH=width, MASK=kind,
         QUERIES=queries, KEYS=keys, EMULATED=_EMULATED, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
 
 
@@ -163,7 +180,7 @@ def tell_rows_apart(rule: Rule, of: Operands) -> Told:
     seen = of.query.new_zeros(n_rows, dtype=torch.int32)
     total = of.query.new_zeros(n_rows, dtype=torch.float32)
     _launch(of, seen, (seen, total, total), False)
-    broken = (total.isnan() | (total == math.inf)) & (seen > 0)
+    broken = total.isnan() | ((total == math.inf) & (seen > 0))
     sparse = (total.to(torch.float64) <= 1 + rule.room) & (seen > 1) & ~broken
     return Told(seen.clamp_max(2).to(torch.int64), sparse, broken)
 
