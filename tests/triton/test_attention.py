@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hooks import collapse_probe
-from hooks.kernels import Rule
 from hooks.kernels.engines import operands, triton_tiles as tiles
 from hooks.kernels.engines.apart import tell_apart
 from hooks.model.taken import Fused
 from tests.support import builders, models
 from tests.support.engines import assert_same, few_places
+from tests.support.launches import rule
 from tests.support.probes import ids, probe
 
 
@@ -56,9 +55,8 @@ def test_tiles(name: str) -> None:
     mask = None if make is None else make(n_query)
     fused = Fused(q, k, mask, causal, None)
     scores = fused.scores(0, n_query).flatten(0, 2)
-    rule = _rule()
     of = operands(q, k, mask, causal=causal, scale=None)
-    mine, theirs = tiles.tell_rows_apart(rule, of), tell_apart(rule, scores, None)
+    mine, theirs = tiles.tell_rows_apart(rule(), of), tell_apart(rule(), scores, None)
     for a, b in zip(mine, theirs, strict=True):
         assert torch.equal(a, b)
     at = theirs.sparse.nonzero()[:, 0]
@@ -69,16 +67,6 @@ def test_tiles(name: str) -> None:
     assert torch.equal(found > -3e4, visible)
     apart = torch.where(visible, found - scores[at], 0.0)
     assert apart.abs().max() < 1e-5
-
-
-def _rule() -> Rule:
-    """What tells rows apart that are sparse from 0.95 on."""
-    nothing = np.zeros((1, 1))
-    return Rule(
-        law=0, sigmas=nothing[0], on_q=True, on_k=True, exact=True, sparse=0.95,
-        room=1 / 0.95 - 1, cutoff=4.0, n_heads=4, first_matrix=0, first_query=0, eps=1e-7,
-        soft_cap=0.0, sink=nothing[0], kv_head=nothing[0], first=nothing, biased=False,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -138,10 +126,10 @@ def test_scores_far_below_zero(masked: bool) -> None:
     k = torch.zeros(1, 1, 4, 16)
     k[0, 0, :, 0] = torch.tensor([-100.0, -101.0, -120.0, -9000.0])
     mask = torch.ones(4, 4, dtype=torch.bool)[None, None] if masked else None
-    told = tiles.tell_rows_apart(_rule(), operands(q, k, mask, causal=False, scale=1.0))
+    told = tiles.tell_rows_apart(rule(), operands(q, k, mask, causal=False, scale=1.0))
     assert not told.broken.any()
     k[0, 0, 1, 0] = -110
-    told = tiles.tell_rows_apart(_rule(), operands(q, k, mask, causal=False, scale=1.0))
+    told = tiles.tell_rows_apart(rule(), operands(q, k, mask, causal=False, scale=1.0))
     assert told.sparse.all()
 
 
@@ -150,7 +138,7 @@ def test_a_row_of_no_numbers_is_told(masked: bool) -> None:
     q, k = torch.randn(1, 1, 5, 16), torch.randn(1, 1, 5, 16)
     q[0, 0, 2] = math.nan
     mask = torch.ones(5, 5, dtype=torch.bool)[None, None] if masked else None
-    told = tiles.tell_rows_apart(_rule(), operands(q, k, mask, causal=False, scale=None))
+    told = tiles.tell_rows_apart(rule(), operands(q, k, mask, causal=False, scale=None))
     assert told.broken.tolist() == [False, False, True, False, False]
 
 
@@ -166,6 +154,6 @@ def test_a_mask_that_heads_share_is_looked_at_once() -> None:
 def test_padding_hides_rows() -> None:
     q, k = torch.randn(2, 1, 9, 16), torch.randn(2, 1, 9, 16)
     of = operands(q, k, None, causal=True, scale=None, lengths=torch.tensor([9, 4]))
-    told = tiles.tell_rows_apart(_rule(), of)
+    told = tiles.tell_rows_apart(rule(), of)
     wanted = [1] + [2] * 8 + [1, 2, 2, 2] + [0] * 5
     assert told.seen.tolist() == wanted

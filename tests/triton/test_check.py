@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hooks.kernels.engines import fastest, triton_check as check, triton_pass as work
+from hooks.kernels.engines import fastest, triton_check as check, triton_pass as work, triton_table
 
 HERE, THERE = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -31,6 +31,23 @@ def test_kernels_that_give_other_numbers_are_seen(
 
     monkeypatch.setattr(work, kernel, wrong)
     assert not check.agrees.__wrapped__(HERE, n_key=12)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_entries_may_come_in_any_order_but_none_may_lack(
+    monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """As on a device, where programs append when they like, into a table that holds few."""
+    finish = triton_table.RowListing.finish
+
+    def turned(self: Any, wanted: int) -> Any:
+        n = int(self._used)
+        self._held = type(self._held)(*(torch.cat([x[:n].flip(0), x[n:]]) for x in self._held))
+        found, *rest = finish(self, wanted)
+        return type(found)(*(x[lost:] for x in found)), *rest
+
+    monkeypatch.setattr(triton_table.RowListing, "finish", turned)
+    assert check.agrees.__wrapped__(HERE, n_key=12, keep=40) == (not lost)
 
 
 def test_the_engine_that_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooks.kernels import UNIFORM, Rule
 from hooks.kernels.engines.attention import operands
+from hooks.kernels.engines.listing import Listed
 from hooks.kernels.engines.slots import Slots
 from hooks.kernels.engines.triton_pass import FusedPass
 from hooks.kernels.engines.vectorised import Brought, TorchPass
@@ -21,7 +22,7 @@ _HEADS = 4
 
 
 @cache
-def agrees(device: torch.device, n_key: int = 640) -> bool:
+def agrees(device: torch.device, n_key: int = 640, keep: int = 500) -> bool:
     """Whether sums over rows made for it are the same: scores that exist, and a fused attention.
 
     Equal counts, equal tables, and rates that are 1e-6 apart or less in each row.
@@ -38,8 +39,6 @@ def agrees(device: torch.device, n_key: int = 640) -> bool:
     of = operands(q[:, :, rows], k, visible[None, None], causal=False, scale=None)
     made_of = (of.query.float() @ k.repeat_interleave(2, 1).float().transpose(2, 3)) * of.scale
     made_of = made_of.masked_fill(~visible, -math.inf)[0]
-    mine = FusedPass(Slots(True), keep=500, keep_rows=2, cutoff=4.0, strict=True)
-    alone = TorchPass(Slots(True), keep=500, keep_rows=2, cutoff=4.0, strict=True)
     rule = _rule(n_key)
 
     def add(to: TorchPass) -> None:
@@ -49,16 +48,17 @@ def agrees(device: torch.device, n_key: int = 640) -> bool:
         else:
             to.add(1, rule, made_of, None, None, [0])
 
-    return _same(_until_it_fits(mine, add), _until_it_fits(alone, add))
+    return _same(*(_until_it_fits(kind, keep, add) for kind in (FusedPass, TorchPass)))
 
 
-def _until_it_fits(one: TorchPass, add: Callable[[TorchPass], None]) -> Brought:
+def _until_it_fits(kind: type[TorchPass], keep: int, add: Callable[[TorchPass], None]) -> Brought:
+    slots = Slots(True)
     while True:
+        one = kind(slots, keep=keep, keep_rows=2, cutoff=4.0, strict=True)
         add(one)
         found = one.finish()
         if found is not None:
             return found
-        one = type(one)(one.slots, keep=500, keep_rows=2, cutoff=4.0, strict=True)
 
 
 def _same(mine: Brought, theirs: Brought) -> bool:
@@ -70,8 +70,17 @@ def _same(mine: Brought, theirs: Brought) -> bool:
         if not _near(a.level / rows, b.level / rows) or not _near(a.sums / rows, b.sums / rows):
             return False
     tables = [found.listed[0][0] for found in (mine, theirs)]
-    listed = [sorted(zip(*(x.tolist() for x in table[:3]), strict=True)) for table in tables]
-    return listed[0] == listed[1]
+    end = 0.99 * min(float(table.a.max()) for table in tables)  # what is cut off is any of its like
+    return all(
+        _entries(one, end) <= _entries(other, end * (1 + _NEAR))
+        for one, other in (tables, tables[::-1])
+    )
+
+
+def _entries(table: Listed, end: float) -> set[tuple[int, ...]]:
+    """Rows, keys and competitors below a half-width."""
+    near = table.a < end
+    return set(zip(*(x[near].tolist() for x in table[:3]), strict=True))
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

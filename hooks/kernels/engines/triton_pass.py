@@ -47,26 +47,21 @@ class FusedPass(TorchPass):
         self, index: int, rule: Rule, of: Operands, prompts: Sequence[int], *, biased: bool
     ) -> None:
         """As :meth:`TorchPass.add_fused`."""
-        with _current(of.query.device):
-            self._add_fused(index, rule, of, prompts, biased)
-
-    def _add_fused(
-        self, index: int, rule: Rule, of: Operands, prompts: Sequence[int], biased: bool
-    ) -> None:
         batch, n_heads, n_query, n_key = of.shape
         device = of.query.device
         work = self._work(index, rule, prompts, (batch * n_heads, n_query), device)
-        at, taken = self._sparse(work, tell_rows_apart(rule, of))
-        own = computes(rule) and not biased
-        step = max(1, min(_ROWS, _ROOM // n_key)) if own else rows_at_once(n_key, device)
-        for first in range(0, len(at), step):
-            some, there = at[first : first + step], taken[first : first + step]
-            rows = rows_of(of, some, there)
-            if own:
-                _rows(work, some, there, rows, of.end.flatten()[some])
-            else:
-                qk = rows_of(replace(of, mask=None), some, there) if biased else None
-                work.on(some, there, rows, qk)
+        with _current(device):
+            at, taken = self._sparse(work, tell_rows_apart(rule, of))
+            own = computes(rule) and not biased
+            step = max(1, min(_ROWS, _ROOM // n_key)) if own else rows_at_once(n_key, device)
+            for first in range(0, len(at), step):
+                some, there = at[first : first + step], taken[first : first + step]
+                rows = rows_of(of, some, there)
+                if own:
+                    _rows(work, some, there, rows, of.end.flatten()[some])
+                else:
+                    qk = rows_of(replace(of, mask=None), some, there) if biased else None
+                    work.on(some, there, rows, qk)
 
     def add(
         self,
@@ -78,30 +73,20 @@ class FusedPass(TorchPass):
         prompts: Sequence[int],
     ) -> None:
         """As :meth:`TorchPass.add`."""
-        with _current(scores.device):
-            self._add(index, rule, scores, pattern, qk, prompts)
-
-    def _add(
-        self,
-        index: int,
-        rule: Rule,
-        scores: Tensor,
-        pattern: Tensor | None,
-        qk: Tensor | None,
-        prompts: Sequence[int],
-    ) -> None:
         if qk is not None or not computes(rule) or scores.dtype == torch.float64:
-            super().add(index, rule, scores, pattern, qk, prompts)
+            with _current(scores.device):
+                super().add(index, rule, scores, pattern, qk, prompts)
             return
         n_matrices, n_query, n_key = scores.shape
         flat, weights = (None if x is None else x.flatten(0, 1) for x in (scores, pattern))
         assert flat is not None
         work = self._work(index, rule, prompts, (n_matrices, n_query), scores.device)
-        at, taken = self._sparse(work, triton_told.tell_rows_apart(rule, flat, weights))
-        step = max(1, min(_ROWS, _ROOM // n_key))
-        for first in range(0, len(at), step):
-            part = slice(first, first + step)
-            _rows(work, at[part], taken[part], flat[at[part]].to(torch.float32))
+        with _current(scores.device):
+            at, taken = self._sparse(work, triton_told.tell_rows_apart(rule, flat, weights))
+            step = max(1, min(_ROWS, _ROOM // n_key))
+            for first in range(0, len(at), step):
+                part = slice(first, first + step)
+                _rows(work, at[part], taken[part], flat[at[part]].to(torch.float32))
 
     def _tell(self, rule: Rule, scores: Tensor, pattern: Tensor | None, step: int) -> Told:
         return triton_told.tell_rows_apart(rule, scores, pattern)
