@@ -47,7 +47,7 @@ def test_entries_may_come_in_any_order_but_none_may_lack(
         return type(found)(*(x[lost:] for x in found)), *rest
 
     monkeypatch.setattr(triton_table.RowListing, "finish", turned)
-    assert check.agrees.__wrapped__(HERE, n_key=12, keep=40) == (not lost)
+    assert check.agrees.__wrapped__(HERE, n_key=12, keep=10) == (not lost)
 
 
 def test_the_engine_that_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:

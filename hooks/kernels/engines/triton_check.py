@@ -30,7 +30,8 @@ def agrees(device: torch.device, n_key: int = 640, keep: int = 500) -> bool:
     made = torch.Generator().manual_seed(0)
     scores = 2 * torch.randn(_HEADS, 6, n_key, generator=made)
     scores[:, :, 0] = scores.amax(2) + 12 * torch.rand(_HEADS, 6, generator=made)
-    scores[0, 0, 1:] = 8.0  # more equal ones than a list holds
+    scores[0, 0] = 8.0  # more equal ones than a list holds
+    scores[0, 0, 0] = 24.0
     scores[1, :, n_key // 2 :] = -math.inf
     q, k = (torch.randn(1, h, n_key, 64, generator=made) for h in (_HEADS, 2))
     q, k = (4 * q).to(device, torch.bfloat16), k.to(device, torch.bfloat16)
